@@ -1,0 +1,155 @@
+"""The model's configuration: every default in one place, checked before any weight is loaded."""
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_mtbi.data.interleaving import InterleavingPolicy, Schedule
+from nemo_mtbi.data.messages import SPEECH_POSITIONS
+from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.losses.imitation import ImitationObjective
+
+DTYPES = ("float32", "bfloat16")
+TEACHERS = ("online", "cached", "none")
+
+
+@dataclass
+class ImitationConfig:
+    """Objective of the imitation stage; see :mod:`nemo_mtbi.losses.imitation`.
+
+    ``w_ctc`` and ``w_align`` weigh the CTC and the word-level alignment terms; ``teacher`` is ``online``, ``cached``
+    (top-k stored with the targets) or ``none`` (CE alone); ``task_weights`` multiplies the loss of a task.
+    """
+
+    w_ce: float = 1.0
+    w_kl: float = 1.0
+    w_ctc: float = 0.0
+    w_align: float = 0.0
+    temperature: float = 1.0
+    divergence: str = "forward_kl"
+    teacher: str = "online"
+    task_weights: dict[str, float] = field(default_factory=dict)
+
+    def objective(self) -> ImitationObjective:
+        return ImitationObjective(self.w_ce, self.w_kl, self.temperature, self.divergence)
+
+
+@dataclass
+class InterleavingConfig:
+    """See :class:`nemo_mtbi.data.interleaving.InterleavingPolicy`."""
+
+    probability: float = 0.5
+    text_share: float = 0.5
+    span_words: float = 3.0
+    span_distribution: str = "geometric"
+    level: str = "embedding"
+    schedule: dict[int, float] = field(default_factory=lambda: {0: 1.0})
+    seed: int = 0
+
+    def policy(self) -> InterleavingPolicy:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return InterleavingPolicy(**{**values, "schedule": Schedule(dict(self.schedule))})
+
+
+@dataclass
+class AlignmentStageConfig:
+    """Weights of the two terms of the alignment stage (the connector's warm start; ``alignment_stage`` in train.yaml)."""
+
+    w_ctc: float = 1.0
+    w_align: float = 0.0
+
+
+@dataclass
+class CTCVocabularyConfig:
+    """Tokens that a CTC connector can emit: those of the training transcripts, most frequent first."""
+
+    max_size: int = 8192
+    min_count: int = 1
+
+
+@dataclass
+class ModelConfig:
+    """``model`` in YAML. ``perception``, ``optimizer``, ``lr_scheduler`` and ``lora`` are NeMo's own sections.
+
+    Attributes:
+        pretrained_llm: ``offline:`` part, hub name or local directory of the LLM.
+        pretrained_asr: Whisper or NeMo ASR model that provides the speech encoder (``offline:``, hub name, path, .nemo).
+        prompt_format: a NeMo prompt format, or ``chat_template`` for the tokenizer's own.
+        speech_position: the speech stands ``after`` or ``before`` the task prompt.
+        llm_dtype, encoder_dtype: storage and compute type of the frozen parts; the connector stays float32.
+        max_bad_steps: stop after this many optimizer steps skipped for a non-finite loss or gradient.
+    """
+
+    pretrained_llm: str = MISSING
+    pretrained_asr: str = MISSING
+    pretrained_weights: bool = True
+    audio_locator_tag: str = "<|audio|>"
+    prompt_format: str = "chat_template"
+    speech_position: str = "after"
+    llm_dtype: str = "float32"
+    encoder_dtype: str = "float32"
+    perception: Any = MISSING
+    imitation: ImitationConfig = field(default_factory=ImitationConfig)
+    interleaving: InterleavingConfig = field(default_factory=InterleavingConfig)
+    alignment_stage: AlignmentStageConfig = field(default_factory=AlignmentStageConfig)
+    ctc_vocabulary: CTCVocabularyConfig = field(default_factory=CTCVocabularyConfig)
+    freeze_params: list[str] = field(default_factory=lambda: [r"^embed_tokens\..+$", r"^llm\..+$", r"^perception\.encoder.+$"])
+    prevent_freeze_params: list[str] = field(default_factory=list)
+    optimizer: Any = None
+    lr_scheduler: Any = None
+    lora: Any = None
+    trust_remote_code: bool = False
+    max_bad_steps: int = 20
+    # Written by an export, read by from_pretrained / restore_from (as in NeMo's SALM).
+    tokenizer_path: str | None = None
+    references: dict[str, str] = field(default_factory=dict)
+    model_type: str | None = None
+    architectures: Any = None
+    target: str | None = None
+    torch_dtype: str | None = None
+
+
+def model_config(cfg: DictConfig | dict[str, Any]) -> ModelConfig:
+    """Fill in defaults and check everything that can be checked without weights.
+
+    Raises:
+        ConfigError: lists every problem found: unknown keys, wrong types, values out of range.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(ModelConfig), plain(cfg))
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"model: {error.msg if hasattr(error, 'msg') else error} (key: {error.full_key})") from error
+    assert isinstance(config, ModelConfig)
+    problems = []
+    for name in ("pretrained_llm", "pretrained_asr", "perception"):
+        if getattr(config, name) in (None, MISSING):
+            problems.append(f"model.{name} is required")
+    for name in ("llm_dtype", "encoder_dtype"):
+        if getattr(config, name) not in DTYPES:
+            problems.append(f"model.{name}={getattr(config, name)!r}: use {' or '.join(DTYPES)}")
+    if config.speech_position not in SPEECH_POSITIONS:
+        problems.append(f"model.speech_position={config.speech_position!r}: use {' or '.join(SPEECH_POSITIONS)}")
+    if config.imitation.teacher not in TEACHERS:
+        problems.append(f"model.imitation.teacher={config.imitation.teacher!r}: use {', '.join(TEACHERS)}")
+    if config.imitation.teacher == "none" and config.imitation.w_kl > 0:
+        problems.append("model.imitation: w_kl > 0 needs teacher=online or cached")
+    for build in (config.imitation.objective, config.interleaving.policy):
+        try:
+            build()
+        except ConfigError as error:
+            problems.append(f"model: {error}")
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return config
+
+
+def plain(value: Any) -> Any:
+    """A configuration as dictionaries and lists."""
+    if OmegaConf.is_config(value):
+        return OmegaConf.to_container(value, resolve=True)
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    return value

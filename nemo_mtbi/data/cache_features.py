@@ -1,0 +1,112 @@
+"""Runs the frozen encoder once over a manifest and attaches its features to the cuts.
+
+Files: ``<manifest>.features.bin`` (Lhotse array storage, bfloat16), ``<manifest>.features.jsonl`` (progress) beside the
+manifest, whose lines are then rewritten with ``encoder_features``. A killed run continues; a cut whose audio or encoder
+changed is encoded again.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lhotse import CutSet
+from lhotse.cut import Cut
+from tqdm import tqdm
+
+from nemo_mtbi.data import jsonl
+from nemo_mtbi.data.array_storage import RawChunkyWriter
+from nemo_mtbi.data.conversation import check_manifest
+from nemo_mtbi.data.feature_cache import FEATURES_FIELD, KEY_FIELD, features_key
+from nemo_mtbi.models.encoder import FrozenEncoder
+
+
+@dataclass
+class CacheReport:
+    """What a run did: utterances encoded now, found in the cache, left out; bytes and hours of speech in the cache."""
+
+    encoded: int = 0
+    cached: int = 0
+    skipped: int = 0
+    bytes: int = 0
+    hours: float = 0.0
+
+
+def cache_features(encoder: FrozenEncoder, manifest: Path, batch_seconds: float = 120.0) -> CacheReport:
+    """Attach encoder features to every cut of a manifest (see the module's description).
+
+    Args:
+        encoder: whose features.
+        manifest: CutSet (.jsonl), rewritten in place under a temporary name.
+        batch_seconds: audio encoded together.
+    """
+    check_manifest(str(manifest))
+    report = CacheReport()
+    cuts = list(CutSet.from_file(manifest))
+    progress = manifest.with_suffix(".features.jsonl")
+    jsonl.repair(progress)
+    arrays = {r["key"]: r["array"] for r in jsonl.read(progress)}
+    keys = {cut.id: features_key(cut, encoder.key) for cut in cuts}
+    missing = [c for c in cuts if keys[c.id] not in arrays]
+    report.cached = len(cuts) - len(missing)
+    with (
+        jsonl.Appender(progress) as out,
+        RawChunkyWriter(manifest.with_suffix(".features.bin")) as writer,
+        tqdm(total=len(missing), desc="encoder features", unit="utt", disable=not missing) as bar,
+    ):
+        for batch in _batches(missing, batch_seconds):
+            for cut, features in _encode(encoder, batch, report):
+                array = writer.store_array(cut.id, features)  # type: ignore[arg-type]
+                writer.flush()
+                out.write({"key": keys[cut.id], "array": array.to_dict()})
+                arrays[keys[cut.id]] = array.to_dict()
+                report.encoded += 1
+            bar.update(len(batch))
+    lines = []
+    for cut in cuts:
+        array = arrays.get(keys[cut.id])
+        if array is None:
+            continue
+        report.bytes += 2 * int(np.prod(array["shape"]))
+        report.hours += cut.duration / 3600
+        line = cut.to_dict()
+        line["custom"] = {**line.get("custom", {}), FEATURES_FIELD: array, KEY_FIELD: keys[cut.id]}
+        lines.append(jsonl.dumps(line) + "\n")
+    jsonl.write_text(manifest, "".join(lines))
+    return report
+
+
+def _batches(cuts: list[Cut], seconds: float) -> Iterator[list[Cut]]:
+    batch: list[Cut] = []
+    for cut in sorted(cuts, key=lambda c: c.duration):
+        if batch and cut.duration * (len(batch) + 1) > seconds:
+            yield batch
+            batch = []
+        batch.append(cut)
+    if batch:
+        yield batch
+
+
+def _encode(encoder: FrozenEncoder, cuts: list[Cut], report: CacheReport) -> Iterator[tuple[Cut, torch.Tensor]]:
+    from nemo.utils import logging
+
+    from nemo_mtbi.models.generation import collate_waveforms
+
+    waveforms: list[Any] = []
+    kept: list[Cut] = []
+    for cut in cuts:
+        try:
+            audio = (cut if cut.sampling_rate == encoder.sampling_rate else cut.resample(encoder.sampling_rate)).load_audio()
+            waveforms.append(np.ascontiguousarray(audio.mean(0)))
+            kept.append(cut)
+        except Exception as error:  # one broken recording must not stop the run
+            report.skipped += 1
+            logging.warning(f"{cut.id} left out: {type(error).__name__}: {str(error)[:200]}")
+    if not kept:
+        return
+    audios, lengths = collate_waveforms(waveforms)
+    features, counts = encoder.encode(audios, lengths)
+    for cut, row, count in zip(kept, features, counts.tolist(), strict=True):
+        yield cut, row[:count].to("cpu", torch.bfloat16)

@@ -1,0 +1,188 @@
+"""Training examples: one utterance, one task prompt, and the text LLM's answer to the transcript.
+
+The ``input_cfg`` type ``mtbi`` (registered in :mod:`nemo_mtbi.registration`) reads a CutSet or Shar whose cuts carry
+``custom["targets"]`` (see :mod:`nemo_mtbi.targets.record`) and yields one :class:`MTBIConversation` per visit to a cut.
+"""
+
+import itertools
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from lhotse import CutSet
+from lhotse.cut import Cut
+from nemo.collections.common.data.lhotse.cutset import read_cutset_from_config
+from nemo.collections.common.data.lhotse.text_adapters import AudioTurn, NeMoMultimodalConversation, TextTurn
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_mtbi.data.messages import user_message
+from nemo_mtbi.data.rendering import Message, RenderedPrompt, Spoken, TimedWord
+from nemo_mtbi.errors import ConfigError, DataError
+from nemo_mtbi.targets.record import TARGETS_FIELD, Target
+
+INPUT_TYPE = "mtbi"
+
+
+@dataclass
+class MTBIConversation(NeMoMultimodalConversation):
+    """A conversation that also knows its target, its visit number and (once tokenized) its rendered prompt."""
+
+    target: Target | None = None
+    visit: int = 0
+    speech_position: str = "after"
+    rendered: RenderedPrompt | None = field(default=None, repr=False)
+
+    @property
+    def cut(self) -> Cut:
+        """The only spoken turn's cut."""
+        return self.list_cuts()[0]
+
+    def messages(self) -> list[Message]:
+        """The dialog up to the answer, with the speech as transcript and word times."""
+        assert self.target is not None
+        spoken = spoken_part(self.cut)
+        history = [{"role": m["role"], "content": [m["content"]]} for m in self.target.history]
+        return [*history, user_message(self.target.prompt, spoken, self.speech_position)]
+
+
+def transcript(cut: Cut) -> str:
+    """The text of all supervisions of a cut, in order of time."""
+    return " ".join(s.text.strip() for s in sorted(cut.supervisions, key=lambda s: s.start) if s.text).strip()
+
+
+def spoken_part(cut: Cut) -> Spoken:
+    """Transcript, word times (relative to the cut) and duration of a cut."""
+    words = []
+    for supervision in sorted(cut.supervisions, key=lambda s: s.start):
+        for item in (supervision.alignment or {}).get("word", []):
+            # Lhotse shifts alignments with their supervision, so times are relative to the cut.
+            words.append(TimedWord(item.symbol, item.start, item.end))
+    return Spoken(transcript(cut), tuple(words), cut.duration)
+
+
+@dataclass(frozen=True)
+class TargetSelection:
+    """Which of a cut's targets a visit uses.
+
+    Attributes:
+        tasks: sampling weight of each task; None: every task that the data holds, equally.
+        temperature: tasks are drawn with probability proportional to weight ** temperature.
+        every_target: yield all targets at every visit instead of one (evaluation).
+        seed: decides the draw together with the cut's id and the visit number.
+    """
+
+    tasks: dict[str, float] | None = None
+    temperature: float = 1.0
+    every_target: bool = False
+    seed: int = 0
+
+    def select(self, cut_id: str, targets: list[Target], visit: int) -> list[Target]:
+        """One target (or all of them): the task by weight, then the next wording of a shuffle that each cut has."""
+        by_task: dict[str, list[Target]] = {}
+        for target in targets:
+            if self.tasks is None or self.tasks.get(target.task, 0) > 0:
+                by_task.setdefault(target.task, []).append(target)
+        if not by_task:
+            return []
+        if self.every_target:
+            return [t for group in by_task.values() for t in group]
+        rng = random.Random(f"{self.seed}/{cut_id}/{visit}")
+        names = sorted(by_task)
+        weights = [1.0 if self.tasks is None else self.tasks[name] ** self.temperature for name in names]
+        wordings = by_task[rng.choices(names, weights)[0]]
+        order = random.Random(f"{self.seed}/{cut_id}").sample(range(len(wordings)), len(wordings))
+        return [wordings[order[visit % len(order)]]]
+
+
+class ConversationIterator:
+    """Infinite (or one-pass) stream of conversations over a CutSet; ``visit`` counts the passes."""
+
+    def __init__(self, cuts: CutSet, selection: TargetSelection, config: DictConfig) -> None:
+        self.cuts = cuts
+        self.selection = selection
+        self.audio_locator_tag = config.audio_locator_tag
+        self.token_equivalent_duration = config.token_equivalent_duration
+        self.speech_position = config.get("speech_position", "after")
+        self.finite = config.get("force_finite", False)
+
+    def __iter__(self) -> Iterator[MTBIConversation]:
+        for visit in itertools.count():
+            yielded = False
+            for cut in self.cuts:
+                for conversation in self.conversations(cut, visit):
+                    yielded = True
+                    yield conversation
+            if not yielded:
+                raise DataError(
+                    "No cut has a target for the requested tasks "
+                    f"({'all' if self.selection.tasks is None else ', '.join(self.selection.tasks)}). "
+                    "Run generate_targets.py on these cuts, or change the tasks of input_cfg."
+                )
+            if self.finite:
+                return
+
+    def conversations(self, cut: Cut, visit: int) -> Iterator[MTBIConversation]:
+        targets = [Target(**t) for t in (cut.custom or {}).get(TARGETS_FIELD, [])]
+        for index, target in enumerate(self.selection.select(cut.id, targets, visit)):
+            # Cut ids must be unique within a batch; the same cut may come with several targets.
+            own = cut if index == 0 else cut.with_id(f"{cut.id}#{index}")
+            text = transcript(cut)
+            yield MTBIConversation(
+                id=f"{cut.id}/{target.task}/{target.prompt_id}",
+                turns=[
+                    TextTurn(target.prompt, "user"),
+                    AudioTurn(own, "user", self.audio_locator_tag, text),
+                    TextTurn(target.response, "assistant"),
+                ],
+                token_equivalent_duration=self.token_equivalent_duration,
+                target=target,
+                visit=visit,
+                speech_position=self.speech_position,
+            )
+
+
+KNOWN_KEYS = {
+    "type", "cuts_path", "shar_path", "weight", "tags", "tasks", "task_temperature", "every_target", "seed",
+    "speech_position",
+}  # fmt: skip
+
+
+def read_mtbi(config: DictConfig) -> tuple[CutSet, bool]:
+    """NeMo data-type parser of ``type: mtbi``.
+
+    Keys: ``cuts_path`` or ``shar_path``; ``tasks`` (list, or mapping to weights; default all), ``task_temperature``,
+    ``every_target``, ``seed``, ``speech_position``.
+
+    Raises:
+        ConfigError: neither path, or a key that this type does not know.
+        DataError: the manifest does not exist.
+    """
+    reader = OmegaConf.create({k: v for k, v in config.items() if k not in KNOWN_KEYS - {"cuts_path", "shar_path"}})
+    path = config.get("cuts_path") or config.get("shar_path")
+    if path is None:
+        raise ConfigError("An input_cfg entry of type mtbi needs cuts_path or shar_path.")
+    check_manifest(path)
+    reader.force_finite = True  # we repeat by ourselves, to count the visits
+    cuts, is_tarred = read_cutset_from_config(reader)
+    tasks = config.get("tasks")
+    if tasks is not None:
+        tasks = OmegaConf.to_container(tasks) if OmegaConf.is_config(tasks) else tasks
+        tasks = {str(k): float(v) for k, v in tasks.items()} if isinstance(tasks, dict) else dict.fromkeys(tasks, 1.0)
+    selection = TargetSelection(
+        tasks, config.get("task_temperature", 1.0), config.get("every_target", False), config.get("seed", 0)
+    )
+    return CutSet(ConversationIterator(cuts, selection, config)), is_tarred
+
+
+def check_manifest(path: Any) -> None:
+    """Fail early, with the path, where a local manifest is missing or empty."""
+    from pathlib import Path
+
+    if not isinstance(path, str) or "://" in path or path.startswith("pipe:"):
+        return
+    file = Path(path)
+    if not file.exists():
+        raise DataError(f"There is no manifest {path}. Run prepare_data.py and generate_targets.py, or fix the path.")
+    if file.is_file() and file.stat().st_size == 0:
+        raise DataError(f"The manifest {path} is empty. Did the step that writes it finish?")

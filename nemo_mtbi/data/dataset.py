@@ -1,0 +1,133 @@
+"""The batch contract: conversations to tensors."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lhotse import CutSet
+from lhotse.dataset import AudioSamples
+from nemo.collections.common.data.lhotse.text_adapters import collate_conversation_audio_fault_tolerant
+from nemo.collections.common.prompts import PromptFormatter
+from nemo.utils import logging
+
+from nemo_mtbi.data.conversation import MTBIConversation, transcript
+from nemo_mtbi.data.feature_cache import FEATURES_FIELD, load_array
+from nemo_mtbi.data.interleaving import Unit, timeline
+from nemo_mtbi.data.rendering import PromptRenderer
+from nemo_mtbi.errors import DataError
+from nemo_mtbi.targets.record import TEACHER_IDS_FIELD, TEACHER_LOG_PROBS_FIELD
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation of a batch, as plain Python values (it stays on the CPU, where interleaving is planned).
+
+    Attributes:
+        id, visit: key of everything random about the example.
+        task, prompt_id: for weights and the record of what was seen.
+        prompt_ids: the text LLM's input, transcript in place of speech.
+        units: pieces of the utterance that may be speech or text (see :mod:`nemo_mtbi.data.interleaving`).
+        response_ids: the teacher's answer, end-of-turn included.
+        duration_seconds: of the audio.
+        transcript: of the audio.
+    """
+
+    id: str
+    visit: int
+    task: str
+    prompt_id: str
+    prompt_ids: list[int]
+    units: list[Unit]
+    response_ids: list[int]
+    duration_seconds: float
+    transcript: str
+
+
+class MTBIDataset(torch.utils.data.Dataset):
+    """Turns a mini-batch of :class:`MTBIConversation` into a dictionary with these keys (B conversations):
+
+    - ``examples``: list of B :class:`Example`.
+    - ``audios`` (B, S) float32, zero-padded, and ``audio_lens`` (B,) int64 samples; absent with cached features.
+    - ``encoder_features`` (B, T, D) bfloat16, zero-padded, and ``encoder_feature_lens`` (B,); only with cached features.
+    - ``teacher_ids`` (R, K) int64 and ``teacher_log_probs`` (R, K) float32: the teacher's top-k of all R response tokens
+      of the batch, in order; absent unless every example has them.
+
+    A conversation whose audio cannot be read is left out, logged and counted by NeMo; None if none is left.
+
+    Args:
+        tokenizer: NeMo ``AutoTokenizer`` of the LLM.
+        prompt_format: name of a NeMo prompt format.
+        cached_features: read encoder features instead of audio.
+        teacher_temperature: temperature that cached teacher log-probabilities must have; None to ignore them.
+        encoder_key: hash of the encoder that cached features must come from.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompt_format: str,
+        *,
+        cached_features: bool = False,
+        teacher_temperature: float | None = None,
+        encoder_key: str | None = None,
+    ) -> None:
+        self.renderer = PromptRenderer(tokenizer, PromptFormatter.resolve(prompt_format))
+        self.cached_features = cached_features
+        self.teacher_temperature = teacher_temperature
+        self.encoder_key = encoder_key
+        self.load_audio = AudioSamples(fault_tolerant=True, mono_downmix=True)
+
+    def __getitem__(self, conversations: CutSet) -> dict[str, Any] | None:
+        batch: dict[str, Any] = {}
+        items: list[MTBIConversation] = list(conversations)
+        if self.cached_features:
+            features = [load_array(c.cut, FEATURES_FIELD, self.encoder_key) for c in items]
+            batch["encoder_features"] = torch.nn.utils.rnn.pad_sequence(features, batch_first=True)
+            batch["encoder_feature_lens"] = torch.tensor([len(f) for f in features])
+        else:
+            audios, lengths, kept = collate_conversation_audio_fault_tolerant(CutSet(items), self.load_audio)
+            items = list(kept)
+            if not items:
+                return None
+            if len(items) < len(conversations):
+                logging.warning(f"{len(conversations) - len(items)} conversations left out: unreadable audio")
+            batch |= {"audios": audios, "audio_lens": lengths}
+        batch["examples"] = [self._example(c) for c in items]
+        if self.teacher_temperature is not None and all(c.target and c.target.teacher_begin >= 0 for c in items):
+            batch |= self._teacher(items)
+        return batch
+
+    def _example(self, conversation: MTBIConversation) -> Example:
+        target = conversation.target
+        assert target is not None
+        rendered = conversation.rendered or self.renderer.render(conversation.messages())
+        duration = conversation.cut.duration
+        return Example(
+            conversation.id, conversation.visit, target.task, target.prompt_id, rendered.ids,
+            timeline(rendered.spoken[-1], duration), target.response_ids, duration, transcript(conversation.cut),
+        )  # fmt: skip
+
+    def _teacher(self, items: list[MTBIConversation]) -> dict[str, torch.Tensor]:
+        ids, log_probs = [], []
+        for item in items:
+            target = item.target
+            assert target is not None
+            if target.teacher_temperature != self.teacher_temperature:
+                raise DataError(
+                    f"The teacher log-probabilities of {item.id} were stored at temperature "
+                    f"{target.teacher_temperature}, the objective uses {self.teacher_temperature}. "
+                    "Generate the targets again, or set model.imitation.temperature to theirs."
+                )
+            rows = slice(target.teacher_begin, target.teacher_begin + len(target.response_ids))
+            ids.append(np.asarray(item.cut.load_custom(TEACHER_IDS_FIELD)[rows], dtype=np.int64))
+            log_probs.append(np.asarray(item.cut.load_custom(TEACHER_LOG_PROBS_FIELD)[rows], dtype=np.float32))
+            if len(ids[-1]) != len(target.response_ids):
+                raise DataError(
+                    f"{item.id} has {len(target.response_ids)} response tokens, but {len(ids[-1])} rows of teacher "
+                    "log-probabilities. The target files are inconsistent: generate them again."
+                )
+        return {
+            "teacher_ids": torch.from_numpy(np.concatenate(ids)),
+            "teacher_log_probs": torch.from_numpy(np.concatenate(log_probs)),
+        }

@@ -1,0 +1,48 @@
+"""Encoder features stored once with the cuts (``cut.encoder_features``), so that training never runs the encoder."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lhotse.cut import Cut
+
+from nemo_mtbi.data import array_storage as array_storage  # registers the storage with Lhotse
+from nemo_mtbi.errors import DataError
+
+FEATURES_FIELD = "encoder_features"
+KEY_FIELD = "encoder_features_key"
+
+
+def features_key(cut: Cut, encoder_key: str) -> str:
+    """Identity of a cut's features: the encoder (weights, input length) and the audio (file, its size and time, span)."""
+    digest = hashlib.blake2b(encoder_key.encode(), digest_size=12)
+    digest.update(f"{cut.start}/{cut.duration}/{cut.sampling_rate}".encode())
+    for source in cut.recording.sources if hasattr(cut, "recording") and cut.recording else []:
+        digest.update(str(source.source if source.type in ("file", "url") else cut.recording_id).encode())
+        if source.type == "file" and Path(source.source).exists():
+            stat = Path(source.source).stat()
+            digest.update(f"{stat.st_size}/{stat.st_mtime_ns}".encode())
+    return f"{encoder_key}-{digest.hexdigest()}"
+
+
+def load_array(cut: Cut, field: str, encoder_key: str | None) -> torch.Tensor:
+    """Cached features (T, D), bfloat16.
+
+    Raises:
+        DataError: the cut has none, or they come from another encoder.
+    """
+    custom: dict[str, Any] = cut.custom or {}
+    if field not in custom:
+        raise DataError(
+            f"Cut {cut.id} has no cached encoder features. Run cache_features.py on the manifest, "
+            "or set data.cached_features=false."
+        )
+    if encoder_key is not None and not str(custom.get(KEY_FIELD, "")).startswith(f"{encoder_key}-"):
+        raise DataError(
+            f"The cached features of {cut.id} come from another encoder or input length "
+            f"({custom.get(KEY_FIELD)}, now {encoder_key}). Run cache_features.py again."
+        )
+    array = np.array(cut.load_custom(field))
+    return torch.from_numpy(array).view(torch.bfloat16) if array.dtype == np.int16 else torch.from_numpy(array)

@@ -1,0 +1,70 @@
+"""Line-oriented result files that survive a crash: every line is complete or absent."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def repair(path: Path) -> None:
+    """Cut off an incomplete last line, which a killed writer may have left."""
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    with open(path, "rb+") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        position = size
+        while position > 0:
+            step = min(1 << 16, position)
+            stream.seek(position - step)
+            block = stream.read(step)
+            newline = block.rfind(b"\n")
+            if newline >= 0:
+                stream.truncate(position - step + newline + 1)
+                return
+            position -= step
+        stream.truncate(0)
+
+
+def dumps(record: dict[str, Any]) -> str:
+    """One line, without its end."""
+    return json.dumps(record, ensure_ascii=False)
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """Lines of a file as dictionaries; nothing if it does not exist."""
+    if path.exists():
+        with open(path, encoding="utf-8") as stream:
+            for line in stream:
+                yield json.loads(line)
+
+
+class Appender:
+    """Appends dictionaries; each line reaches the file in one write."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        repair(path)
+        self.file = open(path, "ab", buffering=0)
+
+    def write(self, record: dict[str, Any]) -> None:
+        self.file.write((dumps(record) + "\n").encode())
+
+    def __enter__(self) -> "Appender":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.file.close()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file under a temporary name and rename it."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file under a temporary name and rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

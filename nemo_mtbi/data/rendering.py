@@ -1,0 +1,200 @@
+"""Dialogs to token ids, the same for target generation, training and inference, with the place of every spoken word.
+
+Any NeMo ``PromptFormatter`` (``prompt_format: llama3``, ``qwen``, ...) or the tokenizer's own chat template
+(``prompt_format: chat_template``) does the formatting; a recording tokenizer under it keeps character offsets.
+"""
+
+import difflib
+import re
+from bisect import bisect_right
+from dataclasses import dataclass, replace
+from typing import Any
+
+from nemo_mtbi.data.interleaving import Word
+from nemo_mtbi.errors import ConfigError, DataError
+
+AUDIO_TAG = "<|audio|>"  # what NeMo's vLLM plugin knows
+
+
+@dataclass(frozen=True)
+class TimedWord:
+    """One aligned word: text and times in seconds (times None if it could not be aligned)."""
+
+    text: str
+    start_seconds: float | None = None
+    end_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """A part of a message that is spoken: its transcript, and optionally the times of its words."""
+
+    transcript: str
+    words: tuple[TimedWord, ...] = ()
+    duration_seconds: float = 0.0
+
+
+Message = dict[str, Any]  # {"role": str, "content": list[str | Spoken]}
+
+
+@dataclass(frozen=True)
+class RenderedPrompt:
+    """Token ids up to where the answer begins.
+
+    Attributes:
+        ids: the text LLM's input, transcripts in place of speech.
+        spoken: for each spoken part, in order, its words with their token ranges in ``ids``.
+    """
+
+    ids: list[int]
+    spoken: list[list[Word]]
+
+
+class RecordingTokenizer:
+    """Wraps NeMo's ``AutoTokenizer``; remembers each text that a formatter tokenizes, with character offsets."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.wrapped = tokenizer
+        self.hf = tokenizer.tokenizer
+        if not self.hf.is_fast:
+            raise ConfigError(
+                f"{type(self.hf).__name__} has no fast tokenizer, which the word times need. "
+                "Convert it with tokenizers, or choose an LLM that ships tokenizer.json."
+            )
+        self.records: list[tuple[str, list[int], list[tuple[int, int]]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.wrapped, name)
+
+    def text_to_ids(self, text: str, *_: Any) -> list[int]:
+        encoding = self.hf(text, add_special_tokens=False, return_offsets_mapping=True)
+        self.records.append((text, list(encoding["input_ids"]), list(encoding["offset_mapping"])))
+        return list(encoding["input_ids"])
+
+
+class PromptRenderer:
+    """Renders dialogs with one tokenizer and one prompt format.
+
+    Args:
+        tokenizer: NeMo ``AutoTokenizer`` around a fast Hugging Face tokenizer.
+        formatter: subclass of NeMo's ``PromptFormatter``.
+    """
+
+    def __init__(self, tokenizer: Any, formatter: type) -> None:
+        self.tokenizer = RecordingTokenizer(tokenizer)
+        self.formatter = formatter(self.tokenizer)
+
+    def render(self, messages: list[Message]) -> RenderedPrompt:
+        """Render a dialog whose last message is the user's.
+
+        Raises:
+            DataError: an empty transcript, or a prompt whose text runs into the transcript within one token.
+        """
+        texts, spoken_chars = [], []
+        for index, message in enumerate(messages):
+            text, spans = self._message_text(message)
+            texts.append(text)
+            spoken_chars += [(index, span, part) for span, part in spans]
+        self.tokenizer.records.clear()
+        turns = [self._turn(m["role"], t) for m, t in zip(messages, texts, strict=True)]
+        ids = self.formatter.encode_dialog(turns)["context_ids"].tolist()
+        offsets, text = self._join_records(ids)
+        starts = self._locate(texts, text)
+        spoken = [
+            self._words(offsets, text, starts[index] + begin, starts[index] + end, part)
+            for index, (begin, end), part in spoken_chars
+        ]
+        return RenderedPrompt(ids, spoken)
+
+    def _turn(self, role: str, text: str) -> dict[str, Any]:
+        slots = self.formatter.get_slots(role) if role in self.formatter.get_roles() else {"message": None}
+        return {"role": role, "slots": {name: text for name in slots}}
+
+    @staticmethod
+    def _message_text(message: Message) -> tuple[str, list[tuple[tuple[int, int], Spoken]]]:
+        text, spans = "", []
+        for part in message["content"]:
+            if isinstance(part, Spoken):
+                transcript = part.transcript.strip()
+                if not transcript:
+                    raise DataError("The transcript is empty; prepare_data.py drops such utterances and counts them.")
+                spans.append(((len(text), len(text) + len(transcript)), part))
+                text += transcript
+            else:
+                text += part
+        return text, spans
+
+    def _join_records(self, ids: list[int]) -> tuple[list[tuple[int, int] | None], str]:
+        """Character offsets (into the joined text) of each id; None for ids that a formatter put in by itself."""
+        offsets: list[tuple[int, int] | None] = []
+        text, position = "", 0
+        for record_text, record_ids, record_offsets in self.tokenizer.records:
+            while position < len(ids) and ids[position : position + len(record_ids)] != record_ids:
+                offsets.append(None)
+                position += 1
+            offsets += [(begin + len(text), end + len(text)) for begin, end in record_offsets]
+            position += len(record_ids)
+            text += record_text
+        offsets += [None] * (len(ids) - len(offsets))
+        if len(offsets) != len(ids):
+            raise DataError("The prompt format changed the tokens of its own text; use another prompt_format.")
+        return offsets, text
+
+    @staticmethod
+    def _locate(messages: list[str], text: str) -> list[int]:
+        starts, position = [], 0
+        for message in messages:
+            start = text.find(message, position)
+            if start < 0:
+                raise DataError(f"The prompt format altered the message {message[:60]!r}; strip its surrounding spaces.")
+            starts.append(start)
+            position = start + len(message)
+        return starts
+
+    def _words(
+        self, offsets: list[tuple[int, int] | None], text: str, begin: int, end: int, part: Spoken
+    ) -> list[Word]:
+        """Words of text[begin:end] with token ranges; a token belongs to the word that holds its last character."""
+        inside = [i for i, o in enumerate(offsets) if o is not None and o[0] < end and o[1] > begin]
+        edges = offsets[inside[0]], offsets[inside[-1]]
+        assert edges[0] is not None and edges[1] is not None
+        if edges[0][0] < begin or edges[1][1] > end:
+            raise DataError(
+                f"The prompt runs into the transcript within one token ({text[max(0, begin - 20) : begin + 10]!r}), so "
+                "training and inference would differ. Put the speech on its own line (the default message layout)."
+            )
+        matches = list(re.finditer(r"\S+", text[begin:end]))
+        ends = [begin + m.end() for m in matches]
+        tokens: list[list[int]] = [[] for _ in matches]
+        splits = [False] * len(matches)
+        for index in inside:
+            token_begin, token_end = offsets[index] or (0, 0)
+            first_char = token_begin + len(text[token_begin:token_end]) - len(text[token_begin:token_end].lstrip())
+            owner = min(bisect_right(ends, token_end - 1), len(ends) - 1)
+            tokens[owner].append(index)
+            for word in range(bisect_right(ends, min(first_char, token_end - 1)), owner):
+                splits[word] = True
+        words, position = [], inside[0]
+        times = match_words([m.group() for m in matches], part.words)
+        for own, split, timed in zip(tokens, splits, times, strict=True):
+            first, position = position, (own[-1] + 1 if own else position)
+            words.append(Word(first, position, timed.start_seconds, timed.end_seconds, split))
+        return words
+
+
+def match_words(words: list[str], timed: tuple[TimedWord, ...]) -> list[TimedWord]:
+    """Give each word of the transcript the times of the aligned word it corresponds to.
+
+    Aligners normalize case and punctuation and may drop words, so sequences are matched on letters and digits alone;
+    words without a partner have no times.
+    """
+
+    def key(word: str) -> str:
+        return re.sub(r"\W+", "", word).lower()
+
+    result = [TimedWord(word) for word in words]
+    matcher = difflib.SequenceMatcher(None, [key(w) for w in words], [key(t.text) for t in timed], autojunk=False)
+    for block in matcher.get_matching_blocks():
+        for offset in range(block.size):
+            result[block.a + offset] = replace(timed[block.b + offset], text=words[block.a + offset])
+    return result

@@ -1,0 +1,89 @@
+"""The ``sentences`` source: plain text spoken by synthetic voices, split by sentence and by voice."""
+
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lhotse.cut import Cut
+from tqdm import tqdm
+
+from nemo_mtbi.data.everyday import everyday_sentences
+from nemo_mtbi.data.sources import Entry, SourceConfig, utterance_cut
+from nemo_mtbi.data.synthesis import Voice, parse_voice, synthesize
+from nemo_mtbi.errors import ConfigError, DataError
+
+
+@dataclass
+class SentenceOptions:
+    """``options`` of a ``sentences`` source.
+
+    Attributes:
+        voices: voices of the training and held-out utterances (see :mod:`nemo_mtbi.data.synthesis`).
+        unseen_voices: voices that speak held-out sentences only, in split ``unseen_voice``.
+        count: sentences drawn from the built-in grammar (``path: everyday``); a text file gives all of its lines.
+        held_out: sentences of the ``held_out`` split.
+        renditions: different voices for each training sentence.
+        seed: of the draws.
+    """
+
+    voices: list[str] = field(default_factory=lambda: ["piper:joe"])
+    unseen_voices: list[str] = field(default_factory=list)
+    count: int = 1000
+    held_out: int = 60
+    renditions: int = 1
+    seed: int = 0
+
+
+def read_sentences(config: SourceConfig, output_dir: Path) -> Iterator[Entry]:
+    """Synthesizes what is missing (with a progress bar), then yields the utterances."""
+    try:
+        options = SentenceOptions(**config.options)
+    except TypeError as error:
+        raise ConfigError(f"sources.options of kind sentences: {error}") from None
+    voices = [parse_voice(v) for v in options.voices]
+    unseen = [parse_voice(v) for v in options.unseen_voices]
+    sentences = _sentences(config, options)
+    if len(sentences) <= options.held_out:
+        raise DataError(f"{len(sentences)} sentences leave none to train on with held_out={options.held_out}.")
+    rng = random.Random(options.seed)
+    plan: list[tuple[str, Voice, str]] = []
+    for index, text in enumerate(sentences):
+        if index < options.held_out:
+            plan.append((text, rng.choice(voices), "held_out"))
+            plan += [(text, rng.choice(unseen), "unseen_voice")] if unseen else []
+        else:
+            plan += [(text, v, "train") for v in rng.sample(voices, min(options.renditions, len(voices)))]
+    folder = output_dir / "audio"
+    jobs: dict[Voice, list[tuple[str, Path]]] = {}
+    for text, voice, _ in plan:
+        path = _path(folder, text, voice)
+        if not path.exists():
+            jobs.setdefault(voice, []).append((text, path))
+    with tqdm(total=sum(map(len, jobs.values())), desc="speech synthesis", unit="utt", disable=not jobs) as bar:
+        for voice, todo in jobs.items():
+            for _ in synthesize(voice, todo):
+                bar.update()
+    for text, voice, split in plan:
+        path = _path(folder, text, voice)
+
+        def load(path: Path = path, text: str = text, voice: Voice = voice) -> Cut:
+            return utterance_cut(path.stem, path, text, voice.name, config.language or "en")
+
+        yield Entry(path.stem, load, voice.name, text, split)
+
+
+def _sentences(config: SourceConfig, options: SentenceOptions) -> list[str]:
+    if config.path in (None, "everyday"):
+        return everyday_sentences(options.count, options.seed)
+    assert config.path is not None
+    path = Path(config.path)
+    if not path.is_file():
+        raise DataError(f"Source sentences: {path} does not exist (one sentence a line, or path: everyday).")
+    return list(dict.fromkeys(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()))
+
+
+def _path(folder: Path, text: str, voice: Voice) -> Path:
+    digest = hashlib.blake2b(f"{voice.name}\n{text}".encode(), digest_size=8).hexdigest()
+    return folder / f"{voice.engine}-{digest}.wav"

@@ -1,0 +1,54 @@
+"""What all launchers share: Hydra with our configuration tree, errors as messages, and typed configurations."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_mtbi.errors import ConfigError, MTBIError
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+T = TypeVar("T")
+
+
+def launcher(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+    """Hydra entry point like NeMo's ``hydra_runner``, which also turns our errors into exit code 1 and one message."""
+
+    def decorate(function: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        def guarded(cfg: DictConfig) -> None:
+            try:
+                function(cfg)
+            except MTBIError as error:
+                print(f"\nError: {error}", file=sys.stderr)
+                sys.exit(1)
+
+        guarded.__name__, guarded.__doc__ = function.__name__, function.__doc__
+        guarded.__module__ = function.__module__
+        return hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)
+
+    return decorate
+
+
+def typed(schema: type[T], cfg: DictConfig) -> T:
+    """A configuration as an instance of a dataclass.
+
+    Raises:
+        ConfigError: unknown keys, missing values or wrong types.
+    """
+    try:
+        value = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), cfg))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{schema.__name__}: {str(error).splitlines()[0]} (key: {error.full_key})") from error
+    assert isinstance(value, schema)
+    return value
+
+
+def announce(title: str, paths: dict[str, Path | str]) -> None:
+    """Say where results are."""
+    print(f"\n{title}")
+    for name, path in paths.items():
+        print(f"  {name}: {path}")

@@ -1,0 +1,26 @@
+"""Run the frozen encoder once and keep its features with the cuts. See conf/cache_features.yaml."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from nemo_mtbi.examples._launcher import announce, launcher
+
+
+@launcher("cache_features")
+def main(cfg: DictConfig) -> None:
+    from nemo_mtbi import models  # noqa: F401  registers our classes as NeMo targets
+    from nemo_mtbi.data.cache_features import cache_features
+    from nemo_mtbi.models.encoder import FrozenEncoder
+
+    encoder = FrozenEncoder(cfg.model)
+    for manifest in cfg.manifests:
+        report = cache_features(encoder, Path(manifest), cfg.batch_seconds)
+        rate = report.bytes / 2**20 / report.hours if report.hours else 0.0
+        announce(f"{manifest}: {report.encoded} encoded, {report.cached} in the cache, {report.skipped} left out", {
+            "size": f"{report.bytes / 2**20:.1f} MiB, {rate:.0f} MiB per hour of speech",
+        })  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

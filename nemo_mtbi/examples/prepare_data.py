@@ -1,0 +1,17 @@
+"""Paired speech and transcripts to Lhotse CutSets with word times. See conf/prepare.yaml and docs/data.md."""
+
+from omegaconf import DictConfig
+
+from nemo_mtbi.data.prepare import Preparation, PrepareConfig
+from nemo_mtbi.examples._launcher import announce, launcher, typed
+
+
+@launcher("prepare")
+def main(cfg: DictConfig) -> None:
+    preparation = Preparation(typed(PrepareConfig, cfg))
+    written = preparation.run()
+    announce("Prepared cuts", {**written, "report": preparation.folder / "report.json"})
+
+
+if __name__ == "__main__":
+    main()

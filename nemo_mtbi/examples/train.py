@@ -1,0 +1,28 @@
+"""Train a speech LLM by behavior imitation. See conf/train.yaml and docs/training.md."""
+
+import sys
+
+from omegaconf import DictConfig
+
+from nemo_mtbi.examples._launcher import announce, launcher
+
+
+@launcher("train")
+def main(cfg: DictConfig) -> None:
+    from nemo_mtbi import models  # noqa: F401  registers the plugin with NeMo
+    from nemo_mtbi.training.stages import set_threads, train
+
+    set_threads(cfg.threads)
+    try:
+        run = train(cfg)
+    except KeyboardInterrupt as stop:
+        print(f"\nStopped. {stop}", file=sys.stderr)
+        sys.exit(1)
+    announce("Training finished", {
+        "trained tensors": run.weights(run.last_stage()), "seen tasks and prompts": run.root / "seen.json",
+        "curves": f"tensorboard --logdir {run.root}",
+    })  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

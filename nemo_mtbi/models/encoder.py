@@ -1,0 +1,189 @@
+"""Builds the speech side: NeMo's ``AudioPerceptionModule`` around a Whisper or a NeMo ASR encoder and a connector."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from nemo.collections.speechlm2.modules import AudioPerceptionModule
+from nemo.collections.speechlm2.parts.optim_setup import is_frozen
+from nemo.collections.speechlm2.parts.pretrained import setup_speech_encoder
+from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import Tensor, nn
+
+from nemo_mtbi.config import model_config, plain
+from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.modules.connectors import Connector
+from nemo_mtbi.modules.whisper import SUBSAMPLING
+from nemo_mtbi.pretrained.fingerprint import fingerprint
+from nemo_mtbi.pretrained.offline import resolve_pretrained
+
+WHISPER_KEYS = ("input_length", "round_seconds")
+
+
+def setup_perception(model: Any) -> None:
+    """Set ``model.perception`` from ``model.cfg`` and ``model.llm``; with ``pretrained_weights`` the encoder's weights are loaded.
+
+    The connector's ``feat_in``, ``output_dim`` and (CTC) ``vocab_size`` are filled in from the encoder, the LLM and the
+    token set, where the configuration leaves them out.
+    """
+    cfg: DictConfig = model.cfg
+    name = resolve_pretrained(cfg.pretrained_asr)
+    perception = cfg.perception
+    built = "encoder" in perception and "_target_" in perception.encoder
+    whisper = not built and is_whisper(name)
+    with open_dict(cfg):
+        adapter = perception.modality_adapter
+        if whisper:
+            _configure_whisper(perception, name)
+        if adapter._target_.startswith("nemo_mtbi."):
+            adapter.output_dim = model.llm.config.hidden_size
+            if "feat_in" not in adapter:
+                adapter.feat_in = perception.encoder.config.d_model if whisper else _nemo_width(name)
+        perception.output_dim = model.llm.config.hidden_size
+    if built:
+        model.perception = AudioPerceptionModule(perception).train()
+    elif whisper:
+        model.perception = AudioPerceptionModule(perception).train()
+        if cfg.pretrained_weights:
+            _load_whisper(model.perception.encoder, name)
+    else:
+        setup_speech_encoder(model, pretrained_weights=cfg.pretrained_weights)
+
+
+def is_whisper(name: str) -> bool:
+    """Whether the name is a Whisper model for Transformers (a directory with config.json, or a hub name)."""
+    if name.endswith(".nemo"):
+        return False
+    if Path(name).is_dir() or "whisper" in name.lower():
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(name).model_type == "whisper"
+    return False
+
+
+def _configure_whisper(perception: DictConfig, name: str) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(name)
+    keep = ("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "num_mel_bins", "max_source_positions")
+    shared = {key: perception.pop(key) for key in WHISPER_KEYS if key in perception}
+    perception.preprocessor = {
+        "_target_": "nemo_mtbi.modules.whisper.WhisperPreprocessor", "num_mel_bins": config.num_mel_bins, **shared
+    }  # fmt: skip
+    perception.encoder = {
+        "_target_": "nemo_mtbi.modules.whisper.WhisperEncoder",
+        "config": {key: getattr(config, key) for key in keep},
+        **shared,
+    }
+
+
+def _load_whisper(encoder: Any, name: str) -> None:
+    from transformers import WhisperModel
+
+    encoder.whisper.load_state_dict(WhisperModel.from_pretrained(name).encoder.state_dict())
+
+
+def _nemo_width(name: str) -> int:
+    from nemo.collections.asr.models import ASRModel
+
+    config = (
+        ASRModel.restore_from(name, return_config=True)
+        if name.endswith(".nemo")
+        else ASRModel.from_pretrained(name, return_config=True)
+    )
+    return int(OmegaConf.select(config, "encoder.d_model"))
+
+
+def encode(perception: AudioPerceptionModule, audios: Tensor, audio_lens: Tensor) -> tuple[Tensor, Tensor]:
+    """Preprocessor and encoder, without a graph if the encoder is frozen.
+
+    Args:
+        audios: (B, S) at the preprocessor's sampling rate, zero-padded.
+        audio_lens: (B,) samples.
+
+    Returns:
+        Features (B, T, D) and their lengths (B,).
+    """
+    frozen = is_frozen(perception.encoder)
+    if frozen:
+        perception.encoder.eval()
+    with torch.no_grad() if frozen else torch.enable_grad():
+        mel, mel_lens = perception.preprocessor(input_signal=audios, length=audio_lens)
+        if perception.spec_augmentation is not None and perception.training:
+            mel = perception.spec_augmentation(input_spec=mel, length=mel_lens)
+        dtype = next(perception.encoder.parameters()).dtype
+        features, lengths = perception.encoder(audio_signal=mel.to(dtype), length=mel_lens)
+    return features.transpose(1, 2), lengths
+
+
+def require_fixed_features(perception: AudioPerceptionModule) -> None:
+    """
+    Raises:
+        ConfigError: features of the encoder differ from step to step, so they cannot be cached.
+    """
+    if not is_frozen(perception.encoder):
+        raise ConfigError("Encoder features cannot be cached: the encoder is trained (see model.freeze_params).")
+    if perception.spec_augmentation is not None:
+        raise ConfigError("Encoder features cannot be cached: perception.spec_augment changes them at every step.")
+
+
+def encoder_key(perception_cfg: DictConfig, fingerprint: str, dtype: str) -> str:
+    """Identity of an encoder's features: weights, input length and precision; the key of the feature cache."""
+    length = [str(perception_cfg.encoder.get(k)) for k in WHISPER_KEYS if k in perception_cfg.encoder]
+    return "-".join([fingerprint, *length, dtype])
+
+
+class FrozenEncoder:
+    """Preprocessor and encoder alone, without the LLM: what fills the feature cache.
+
+    Args:
+        cfg: the ``model`` section of a configuration; its connector and LLM are not built.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        config = model_config(cfg)
+        self.cfg = DictConfig(plain(cfg))
+        self.cfg.pretrained_weights = True
+        self.cfg.perception.modality_adapter = {"_target_": "nemo.collections.speechlm2.modules.perception.IdentityConnector"}
+        self.llm = SimpleNamespace(config=SimpleNamespace(hidden_size=1))
+        self.perception: Any = None
+        setup_perception(self)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.perception = self.perception.to(self.device).eval()
+        trained = [re.compile(p) for p in config.prevent_freeze_params]
+        frozen = [re.compile(p) for p in config.freeze_params]
+        for name, parameter in self.perception.named_parameters():
+            full = f"perception.{name}"
+            if any(p.match(full) for p in frozen) and not any(p.match(full) for p in trained):
+                parameter.requires_grad_(False)
+        require_fixed_features(self.perception)
+        self.perception.encoder.to(getattr(torch, config.encoder_dtype))
+        self.key = encoder_key(self.cfg.perception, fingerprint(resolve_pretrained(config.pretrained_asr)), config.encoder_dtype)
+        self.sampling_rate: int = self.perception.preprocessor.featurizer.sample_rate
+
+    def encode(self, audios: Tensor, audio_lens: Tensor) -> tuple[Tensor, Tensor]:
+        return encode(self.perception, audios.to(self.device), audio_lens.to(self.device))
+
+
+def encoder_frame_seconds(perception: AudioPerceptionModule) -> float:
+    """Duration of one frame that the connector receives."""
+    featurizer = perception.preprocessor.featurizer
+    hop = featurizer.hop_length / featurizer.sample_rate
+    return hop * getattr(perception.encoder, "subsampling_factor", SUBSAMPLING)
+
+
+def connector_of(perception: AudioPerceptionModule) -> Connector | None:
+    """Our connector, or None where the modality adapter is one of NeMo's own."""
+    adapter = perception.modality_adapter
+    return adapter if isinstance(adapter, Connector) else None
+
+
+def bind_token_embeddings(perception: AudioPerceptionModule, embed_tokens: nn.Module) -> None:
+    """Give a CTC connector the LLM's embeddings of its tokens (again after every load)."""
+    connector = connector_of(perception)
+    if connector is not None and connector.needs_token_embeddings:
+        with torch.no_grad():
+            ids: Any = connector.token_ids
+            connector.bind_embeddings(embed_tokens(ids.to(next(embed_tokens.parameters()).device)))  # type: ignore[operator]

@@ -1,0 +1,411 @@
+"""MTBISALM: NeMo's SALM trained by behavior imitation with speech-text interleaving (arXiv 2505.18644)."""
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from nemo.collections.common.tokenizers import AutoTokenizer
+from nemo.collections.speechlm2.models.salm import SALM
+from nemo.collections.speechlm2.parts.lora import maybe_install_lora
+from nemo.collections.speechlm2.parts.optim_setup import is_frozen
+from nemo.collections.speechlm2.parts.pretrained import load_pretrained_hf
+from nemo.utils import logging
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from nemo_mtbi.config import model_config
+from nemo_mtbi.data.ctc_vocabulary import CTCVocabulary
+from nemo_mtbi.data.dataset import Example
+from nemo_mtbi.errors import ConfigError, DataError
+from nemo_mtbi.losses.alignment import ctc_loss, word_alignment_loss
+from nemo_mtbi.losses.imitation import CachedTeacher, ImitationLoss, imitation_loss
+from nemo_mtbi.losses.vocabulary import WHOLE_VOCABULARY, VocabularyShard
+from nemo_mtbi.models.assembly import Assembled, Piece, assemble, plan_batch
+from nemo_mtbi.models.checkpointing import TrainableCheckpoint
+from nemo_mtbi.models.encoder import (
+    bind_token_embeddings,
+    connector_of,
+    encode,
+    encoder_frame_seconds,
+    encoder_key,
+    setup_perception,
+)
+from nemo_mtbi.models.generation import GenerationMixin
+from nemo_mtbi.modules.language_model import hidden_states, output_head, teacher_hidden_states
+from nemo_mtbi.models.waveform import cut_speech_spans
+from nemo_mtbi.modules.connectors import CTCCompressConnector, SpeechEmbeddings, uniform_centers
+from nemo_mtbi.pretrained.fingerprint import fingerprint
+from nemo_mtbi.pretrained.offline import resolve_pretrained
+
+STAGES = ("alignment", "imitation")
+
+
+@dataclass
+class StudentOutput:
+    """What a student's forward pass gives the objective.
+
+    Attributes:
+        hidden: (R, H) at the positions before each response token.
+        assembled: the layout of the batch.
+        speech: the connector's output.
+    """
+
+    hidden: Tensor
+    assembled: Assembled
+    speech: SpeechEmbeddings
+
+
+class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
+    """Frozen speech encoder, trainable connector, frozen LLM.
+
+    The module names and ``cfg`` fields are SALM's (``perception``, ``embed_tokens``, ``llm``), so SALM's export and NeMo's
+    data module work unchanged. Steps, objective, batches and checkpoints are ours.
+
+    Args:
+        cfg: plain dictionary with the fields of :class:`nemo_mtbi.config.ModelConfig`.
+
+    Raises:
+        ConfigError: before any weight is loaded, if the configuration cannot work.
+    """
+
+    def __init__(self, cfg: dict[str, Any]) -> None:
+        config = model_config(cfg)
+        # SALM.__init__ would load every encoder as a NeMo ASR model and the LLM in fp32, so its steps are taken here.
+        LightningModule.__init__(self)
+        self.save_hyperparameters({"cfg": cfg})
+        self.config = config
+        self.cfg = DictConfig(cfg)
+        for key in ("pretrained_weights", "audio_locator_tag", "prompt_format", "freeze_params", "prevent_freeze_params"):
+            self.cfg[key] = getattr(config, key)
+        self.audio_locator_tag = config.audio_locator_tag
+        llm_path = resolve_pretrained(config.pretrained_llm)
+        self.tokenizer = AutoTokenizer(
+            config.tokenizer_path or llm_path, use_fast=True, trust_remote_code=config.trust_remote_code
+        )
+        self.tokenizer.add_special_tokens({"additional_special_tokens": [self.audio_locator_tag]})
+        self.llm = load_pretrained_hf(
+            llm_path, config.pretrained_weights, getattr(torch, config.llm_dtype), config.trust_remote_code
+        )
+        self.embed_tokens = self.llm.model.embed_tokens
+        del self.llm.model.embed_tokens
+        maybe_install_lora(self)
+        setup_perception(self)
+        self.perception.encoder.to(getattr(torch, config.encoder_dtype))
+        self.frame_seconds = encoder_frame_seconds(self.perception)
+        self.vocabulary_shard: VocabularyShard = WHOLE_VOCABULARY
+        self.interleaving = config.interleaving.policy()
+        self.objective = config.imitation.objective()
+        self.references = config.references or {
+            "llm": fingerprint(llm_path), "encoder": fingerprint(resolve_pretrained(config.pretrained_asr))
+        }  # fmt: skip
+        self.stage = "imitation"
+        self.ctc_vocabulary: CTCVocabulary | None = None
+        self.seen: Counter[str] = Counter()
+        self.bad_steps = 0
+        self._window_count: Tensor | None = None
+        self._use_fsdp = self._use_tp = False
+        self.register_load_state_dict_post_hook(lambda module, _: module.bind_connector())
+        self.freeze()
+        self.bind_connector()
+
+    # -- set-up ---------------------------------------------------------------------------------------------------
+
+    def freeze(self) -> None:  # type: ignore[override]
+        """Freeze what ``freeze_params`` names, now rather than with the optimizer, so evaluation tools see it too."""
+        import re
+
+        frozen = [re.compile(p) for p in self.config.freeze_params]
+        kept = [re.compile(p) for p in self.config.prevent_freeze_params]
+        for name, parameter in self.named_parameters():
+            if "lora_" not in name and any(p.match(name) for p in frozen) and not any(p.match(name) for p in kept):
+                parameter.requires_grad_(False)
+
+    def set_ctc_vocabulary(self, token_ids: list[int]) -> None:
+        """Give a CTC connector the tokens of the training transcripts (see ``data/ctc_vocabulary.py``)."""
+        connector = connector_of(self.perception)
+        assert connector is not None
+        connector.set_vocabulary(token_ids)  # type: ignore[operator]
+        self.bind_connector()
+
+    def bind_connector(self) -> None:
+        """Refresh what the connector derives from the LLM; runs after every load."""
+        bind_token_embeddings(self.perception, self.embed_tokens)
+        connector = connector_of(self.perception)
+        if connector is not None and connector.needs_token_embeddings:
+            self.ctc_vocabulary = CTCVocabulary(connector.token_ids.tolist(), self.tokenizer.tokenizer)  # type: ignore[operator]
+
+    @property
+    def encoder_key(self) -> str:
+        """Key of cached features that this model accepts."""
+        return encoder_key(self.cfg.perception, self.references["encoder"], self.config.encoder_dtype)
+
+    # -- forward --------------------------------------------------------------------------------------------------
+
+    def encode(self, audios: Tensor, audio_lens: Tensor) -> tuple[Tensor, Tensor]:
+        """Frozen encoder. audios (B, S) at ``sampling_rate``, audio_lens (B,) -> features (B, T, D), lengths (B,)."""
+        return encode(self.perception, audios, audio_lens)
+
+    def batch_features(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Encoder features of a batch, from the cache if the batch brings them."""
+        if "encoder_features" in batch:
+            return batch["encoder_features"], batch["encoder_feature_lens"]
+        return self.encode(batch["audios"], batch["audio_lens"])
+
+    def connect(self, features: Tensor, lengths: Tensor) -> SpeechEmbeddings:
+        """Connector. features (B, T, D), lengths (B,) -> :class:`SpeechEmbeddings` in the connector's precision."""
+        features = features.to(next(self.perception.modality_adapter.parameters(), features).dtype)
+        connector = connector_of(self.perception)
+        if connector is not None:
+            return connector.connect(features, lengths)
+        encoded, counts = self.perception.modality_adapter(audio_signal=features.transpose(1, 2), length=lengths)
+        embeddings = self.perception.proj(encoded.transpose(1, 2))
+        factor = round(features.shape[1] / embeddings.shape[1])
+        return SpeechEmbeddings(embeddings, counts, uniform_centers(embeddings.shape[1], factor, embeddings))
+
+    def lay_out(self, examples_pieces: list[list[Piece]], responses: list[list[int]], speech: SpeechEmbeddings,
+                speech_seconds: list[float]) -> tuple[Tensor, Assembled]:  # fmt: skip
+        """Text and speech embeddings in order. -> inputs (B, L, H) in the LLM's dtype, right-padded, and the layout."""
+        layout = assemble(
+            examples_pieces, responses, speech.lengths.tolist(), speech.centers.tolist(), speech_seconds,
+            self.frame_seconds, self.device,
+        )  # fmt: skip
+        text = self.embed_tokens(layout.text_ids)
+        valid = torch.arange(speech.embeddings.shape[1], device=self.device) < speech.lengths[:, None]
+        rows = torch.cat([text, speech.embeddings[valid].to(text.dtype)])
+        return rows[layout.index], layout
+
+    def student(self, batch: dict[str, Any], interleave: bool) -> StudentOutput:
+        """The speech LLM on a batch, without logits."""
+        examples: list[Example] = batch["examples"]
+        pieces = plan_batch(examples, self.interleaving if interleave else None, self.global_step_or_zero)
+        seconds = [e.duration_seconds for e in examples]
+        if interleave and self.interleaving.level == "waveform":
+            if "encoder_features" in batch:
+                raise ConfigError("interleaving.level=waveform encodes pieces of the audio; set cached_features=false.")
+            pieces, batch, seconds = cut_speech_spans(pieces, batch, self.sampling_rate)
+        speech = self.connect(*self.batch_features(batch))
+        inputs, layout = self.lay_out(pieces, [e.response_ids for e in examples], speech, seconds)
+        hidden = hidden_states(self.llm, inputs)
+        return StudentOutput(hidden.flatten(0, 1)[layout.response_rows], layout, speech)
+
+    @property
+    def global_step_or_zero(self) -> int:
+        return self.global_step if self._trainer is not None else 0
+
+    # -- objective ------------------------------------------------------------------------------------------------
+
+    def imitation(self, batch: dict[str, Any], student: StudentOutput, full_teacher: bool = False) -> ImitationLoss:
+        """CE and KL of a batch; ``full_teacher`` asks for the online teacher whatever the configuration says."""
+        examples: list[Example] = batch["examples"]
+        teacher: dict[str, Any] = {}
+        kind = "online" if full_teacher else self.config.imitation.teacher
+        if (self.objective.w_kl > 0 or full_teacher) and kind == "online":
+            teacher["teacher_hidden"] = teacher_hidden_states(
+                self.llm, self.embed_tokens, [e.prompt_ids for e in examples], [e.response_ids for e in examples]
+            )
+        elif self.objective.w_kl > 0:
+            if "teacher_ids" not in batch:
+                raise DataError(
+                    f"model.imitation.teacher=cached, but {examples[0].id} or a neighbour has no teacher log-probabilities. "
+                    "Set top_k in generate_targets.py and run it again, or use teacher=online."
+                )
+            teacher["cached_teacher"] = CachedTeacher(batch["teacher_ids"], batch["teacher_log_probs"])
+        return imitation_loss(
+            student.hidden, output_head(self.llm, self.vocabulary_shard), student.assembled.response_ids, self.objective,
+            token_weights=self._token_weights(examples, student.assembled), **teacher,
+        )  # fmt: skip
+
+    def _token_weights(self, examples: list[Example], layout: Assembled) -> Tensor | None:
+        weights = self.config.imitation.task_weights
+        if not weights:
+            return None
+        rows = [weights.get(e.task, 1.0) for e, n in zip(examples, layout.response_counts, strict=True) for _ in range(n)]
+        return torch.tensor(rows, device=self.device)
+
+    def alignment_terms(self, batch: dict[str, Any], speech: SpeechEmbeddings, w_ctc: float, w_align: float) -> tuple[Tensor, int]:
+        """``w_ctc * CTC + w_align * ALIGN`` as a sum, and the number of CTC target tokens (1 a word without CTC)."""
+        examples: list[Example] = batch["examples"]
+        loss, count = speech.embeddings.new_zeros(()), 0
+        if w_ctc > 0:
+            if speech.ctc_log_probs is None or speech.ctc_lengths is None or self.ctc_vocabulary is None:
+                raise ConfigError("w_ctc > 0 needs nemo_mtbi.modules.connectors.CTCCompressConnector as modality_adapter.")
+            classes = [self.ctc_vocabulary.encode(e.transcript) for e in examples]
+            ctc, count = ctc_loss(speech.ctc_log_probs, speech.ctc_lengths, classes)
+            loss = loss + w_ctc * ctc
+        if w_align > 0:
+            spoken, text = self._pooled_words(examples, speech)
+            loss = loss + w_align * word_alignment_loss(spoken, text)
+            count = count or len(text)
+        return loss, count
+
+    def alignment_speech(self, batch: dict[str, Any]) -> SpeechEmbeddings:
+        """What the alignment stage needs of the connector: CTC posteriors alone unless words are pooled too."""
+        features, lengths = self.batch_features(batch)
+        connector = connector_of(self.perception)
+        if self.config.alignment_stage.w_align > 0 or not isinstance(connector, CTCCompressConnector):
+            return self.connect(features, lengths)
+        log_probs, frames = connector.ctc(features.to(connector.project.weight.dtype), lengths)
+        none = log_probs.new_zeros(len(frames), 0)
+        return SpeechEmbeddings(none[..., None], torch.zeros_like(frames), none, log_probs, frames)
+
+    def _pooled_words(self, examples: list[Example], speech: SpeechEmbeddings) -> tuple[Tensor, Tensor]:
+        """Mean speech embedding and mean token embedding of every unit that has both. -> (W, H), (W, H)."""
+        spoken, text = [], []
+        centers = (speech.centers + 0.5) * self.frame_seconds
+        valid = torch.arange(centers.shape[1], device=self.device) < speech.lengths[:, None]
+        for row, example in enumerate(examples):
+            for unit in example.units:
+                inside = valid[row] & (centers[row] >= unit.start_seconds) & (centers[row] < unit.end_seconds)
+                if unit.token_end > unit.token_begin and inside.any():
+                    spoken.append(speech.embeddings[row, inside].mean(0))
+                    ids = torch.tensor(example.prompt_ids[unit.token_begin : unit.token_end], device=self.device)
+                    text.append(self.embed_tokens(ids).detach().to(speech.embeddings.dtype).mean(0))
+        if not text:
+            empty = speech.embeddings.new_zeros(0, speech.embeddings.shape[-1])
+            return empty, empty
+        return torch.stack(spoken), torch.stack(text)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Tensors move; the examples stay, as plain Python values."""
+        if isinstance(batch, dict):
+            return {k: self.transfer_batch_to_device(v, device, dataloader_idx) for k, v in batch.items()}
+        return batch.to(device, non_blocking=True) if isinstance(batch, Tensor) else batch
+
+    # -- steps ----------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """One micro-batch. The returned loss is a *sum*; gradients are normalized in :meth:`on_before_optimizer_step`."""
+        for module in (self.perception.preprocessor, self.perception.encoder, self.llm):
+            if is_frozen(module):
+                module.eval()
+        examples: list[Example] = batch["examples"]
+        if self.stage == "alignment":
+            settings = self.config.alignment_stage
+            total, count = self.alignment_terms(batch, self.alignment_speech(batch), settings.w_ctc, settings.w_align)
+            metrics = {"loss": total.detach() / max(1, count)}
+        else:
+            student = self.student(batch, interleave=True)
+            loss = self.imitation(batch, student)
+            count = len(student.assembled.response_ids)
+            settings_i = self.config.imitation
+            total = loss.loss
+            metrics = {"ce": loss.ce / count, "kl": loss.kl / count, "agreement": loss.agreed.float().mean()}
+            if settings_i.w_ctc > 0 or settings_i.w_align > 0:
+                extra, _ = self.alignment_terms(batch, student.speech, settings_i.w_ctc, settings_i.w_align)
+                total = total + extra
+                metrics["alignment"] = extra.detach() / count
+            metrics["loss"] = total.detach() / count
+            index = student.assembled.index
+            metrics["padding_fraction"] = 1 - student.assembled.lengths.sum() / index.numel()
+            for example in examples:
+                key = f"{example.task}/{example.prompt_id}"
+                self.seen[f"{key}/examples"] += 1
+                self.seen[f"{key}/response_tokens"] += len(example.response_ids)
+        self._window_count = torch.tensor(float(count), device=self.device) + (
+            0 if self._window_count is None else self._window_count
+        )
+        self.seen["examples"] += len(examples)
+        self.log("loss", metrics.pop("loss"), on_step=True, prog_bar=True, batch_size=len(examples))
+        self.log_dict(metrics, on_step=True, batch_size=len(examples))
+        return {"loss": total}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide the accumulated gradients by the number of response tokens over all data-parallel ranks.
+
+        Lightning has divided each micro-batch by ``accumulate_grad_batches`` and DDP has averaged over ranks, so both
+        are undone here. A step with a non-finite gradient is skipped and counted.
+        """
+        assert self._window_count is not None
+        count, ranks = self._window_count, 1
+        self._window_count = None
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            group = self.data_parallel_group()
+            ranks = torch.distributed.get_world_size(group)
+            torch.distributed.all_reduce(count, group=group)
+        scale = self.trainer.accumulate_grad_batches * ranks / count.clamp_min(1)
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        for parameter in parameters:
+            parameter.grad *= scale.to(parameter.grad.dtype)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        self.log("gradient_norm", norm, on_step=True, batch_size=1)
+        if not torch.isfinite(norm):
+            self.bad_steps += 1
+            logging.warning(f"Step {self.global_step} skipped: gradient norm is {norm} ({self.bad_steps} so far)")
+            for parameter in parameters:
+                parameter.grad = None
+            if self.bad_steps > self.config.max_bad_steps:
+                raise RuntimeError(
+                    f"{self.bad_steps} steps had a non-finite loss or gradient (model.max_bad_steps={self.config.max_bad_steps}). "
+                    "Lower the learning rate, or look at the examples of the last steps."
+                )
+
+    def data_parallel_group(self) -> Any:
+        """Process group over which a step's response tokens are counted (None: all ranks)."""
+        mesh = self.device_mesh
+        return None if mesh is None else mesh["data_parallel"].get_group()
+
+    def on_validation_epoch_start(self) -> None:
+        self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(4, dtype=torch.float64))
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Sums over response tokens of pure speech (no interleaving), so that epoch means weigh every token alike."""
+        for name, dataset_batch in batch.items():
+            if dataset_batch is None:
+                continue
+            if self.stage == "alignment":
+                settings = self.config.alignment_stage
+                speech = self.alignment_speech(dataset_batch)
+                loss, count = self.alignment_terms(dataset_batch, speech, settings.w_ctc, settings.w_align)
+                self._sums[name] += torch.tensor([float(loss), 0.0, 0.0, float(count)], dtype=torch.float64)
+                continue
+            student = self.student(dataset_batch, interleave=False)
+            loss_ = self.imitation(dataset_batch, student)
+            self._sums[name] += torch.stack(
+                [loss_.loss, loss_.kl, loss_.agreed.sum(), torch.tensor(len(loss_.agreed))]
+            ).to("cpu", torch.float64)
+
+    def on_validation_epoch_end(self) -> None:
+        names = sorted(self._sums)
+        total = torch.zeros(4, dtype=torch.float64)
+        for name in names:
+            sums = self._sums[name].to(self.device, torch.float32)
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(sums, group=self.data_parallel_group())
+            total += sums.cpu()
+            self._log_sums(f"_{name}", sums.cpu())
+        if names:
+            self._log_sums("", total)
+        self._sums.clear()
+
+    def _log_sums(self, suffix: str, sums: Tensor) -> None:
+        loss, kl, agreed, count = sums.tolist()
+        self.log(f"val_loss{suffix}", loss / max(1.0, count), on_epoch=True, prog_bar=not suffix)
+        if self.stage == "imitation":
+            self.log(f"val_kl{suffix}", kl / max(1.0, count), on_epoch=True)
+            self.log(f"val_agreement{suffix}", agreed / max(1.0, count), on_epoch=True, prog_bar=not suffix)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        loss.backward(*args, **kwargs)
+
+    def configure_model(self) -> None:
+        """Nothing to do without tensor parallelism; SALM's own (DTensor) is replaced by nemo_mtbi.parallel."""
+
+    @property
+    def oomptimizer_schema(self) -> dict[str, Any]:
+        raise NotImplementedError("Batches of MTBISALM hold planned examples; set data.train_ds.batch_tokens instead.")
+
+    def seen_manifest(self) -> dict[str, Any]:
+        """How many examples and response tokens of each task and prompt were trained on (this rank)."""
+        manifest: dict[str, Any] = {"examples": self.seen["examples"], "tasks": {}}
+        for key, value in self.seen.items():
+            if key.count("/") == 2:
+                task, prompt, kind = key.split("/")
+                manifest["tasks"].setdefault(task, {}).setdefault(prompt, {})[kind] = value
+        return manifest
+
+
+def container(cfg: DictConfig) -> dict[str, Any]:
+    """A model configuration as the plain dictionary that :class:`MTBISALM` takes."""
+    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]

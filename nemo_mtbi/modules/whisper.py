@@ -1,0 +1,137 @@
+"""Whisper's encoder as parts of NeMo's ``AudioPerceptionModule`` (preprocessor and encoder, chosen by ``_target_``).
+
+Letters: B utterances, S samples, M mel bins, F mel frames (10 ms), T encoder frames (20 ms), D encoder width.
+"""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from nemo.core import NeuralModule
+from torch import Tensor, nn
+from transformers import WhisperConfig
+from transformers.audio_utils import mel_filter_bank
+from transformers.models.whisper.modeling_whisper import WhisperEncoder as HFWhisperEncoder
+
+from nemo_mtbi.errors import ConfigError
+
+SAMPLE_RATE, N_FFT, HOP_SAMPLES = 16_000, 400, 160
+WINDOW_FRAMES = 3_000  # 30 s, the only input length that Whisper saw in training
+SUBSAMPLING = 2
+
+
+class WindowPolicy:
+    """How much silence follows the speech before it enters the encoder; the encoder attends to it, so it matters.
+
+    Args:
+        input_length: ``trained`` pads every window to 30 s, as Whisper was trained. ``own`` pads to the audio's own
+            length rounded up to ``round_seconds``: several times cheaper; its features differ, and serve a connector
+            that was trained on them. The setting is part of the encoder's configuration and of the feature cache's key.
+        round_seconds: granularity of ``own``.
+
+    Raises:
+        ConfigError: another name, or a granularity outside (0, 30].
+    """
+
+    def __init__(self, input_length: str, round_seconds: float) -> None:
+        if input_length not in ("trained", "own"):
+            raise ConfigError(f"input_length={input_length!r}: use 'trained' (30 s windows) or 'own'.")
+        if not 0 < round_seconds <= 30:
+            raise ConfigError(f"round_seconds={round_seconds} must lie in (0, 30].")
+        frames = math.ceil(round_seconds * SAMPLE_RATE / HOP_SAMPLES)
+        self.multiple = WINDOW_FRAMES if input_length == "trained" else min(WINDOW_FRAMES, frames + frames % 2)
+
+    def windows(self, frames: int) -> list[tuple[int, int, int]]:
+        """(begin, valid, padded) mel frames of each window of an utterance; audio over 30 s is cut into windows."""
+        spans = []
+        for begin in range(0, max(1, frames), WINDOW_FRAMES):
+            valid = max(1, min(WINDOW_FRAMES, frames - begin))
+            spans.append((begin, valid, min(WINDOW_FRAMES, math.ceil(valid / self.multiple) * self.multiple)))
+        return spans
+
+    def padded_frames(self, frames: int) -> int:
+        begin, _, padded = self.windows(frames)[-1]
+        return begin + padded
+
+
+class WhisperPreprocessor(NeuralModule):
+    """Log-mel features of Whisper (openai/whisper ``audio.py``), batched, independent of the batch's padding."""
+
+    def __init__(self, num_mel_bins: int = 80, input_length: str = "trained", round_seconds: float = 2.0) -> None:
+        super().__init__()
+        self.policy = WindowPolicy(input_length, round_seconds)
+        filters = mel_filter_bank(1 + N_FFT // 2, num_mel_bins, 0.0, 8000.0, SAMPLE_RATE, norm="slaney", mel_scale="slaney")
+        self.register_buffer("filters", torch.from_numpy(filters).float(), persistent=False)
+        self.register_buffer("window", torch.hann_window(N_FFT), persistent=False)
+        # What SALM asks of any NeMo preprocessor.
+        self.featurizer = SimpleNamespace(
+            sample_rate=SAMPLE_RATE, hop_length=HOP_SAMPLES, get_seq_len=lambda n: torch.ceil(n / HOP_SAMPLES).long()
+        )
+
+    @torch.no_grad()
+    def forward(self, input_signal: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+        """input_signal (B, S), length (B,) samples -> log-mel (B, M, F), valid frames (B,)."""
+        frames = ((length + HOP_SAMPLES - 1) // HOP_SAMPLES).clamp_min(1)
+        padded = max(self.policy.padded_frames(n) for n in frames.tolist())
+        signal = input_signal.float()
+        signal = signal.masked_fill(torch.arange(signal.shape[1], device=signal.device) >= length[:, None], 0.0)
+        # Zeros after the end stand in for Whisper's reflection there, so that a row never depends on its neighbours.
+        tail = padded * HOP_SAMPLES + N_FFT // 2 - signal.shape[1]
+        signal = nn.functional.pad(signal, (0, tail))
+        head = signal[:, 1 : N_FFT // 2 + 1].flip(1)
+        spectrum = torch.stft(
+            torch.cat([head, signal], 1), N_FFT, HOP_SAMPLES, window=self.window, center=False, return_complex=True
+        )
+        power = spectrum[..., :padded].abs() ** 2
+        log_mel = torch.einsum("fm,bft->bmt", self.filters, power).clamp_min(1e-10).log10()
+        log_mel = torch.maximum(log_mel, log_mel.amax((1, 2), keepdim=True) - 8.0)
+        return (log_mel + 4.0) / 4.0, frames
+
+
+class WhisperEncoder(NeuralModule):
+    """Transformers' Whisper encoder under NeMo's encoder contract, at 30 s or at the audio's own length.
+
+    Args:
+        config: fields of ``transformers.WhisperConfig``.
+        input_length, round_seconds: see :class:`WindowPolicy`; the same values as the preprocessor's.
+    """
+
+    subsampling_factor = SUBSAMPLING
+
+    def __init__(self, config: dict[str, Any], input_length: str = "trained", round_seconds: float = 2.0) -> None:
+        super().__init__()
+        self.policy = WindowPolicy(input_length, round_seconds)
+        self.config = WhisperConfig(**config)
+        self.whisper = HFWhisperEncoder(self.config)
+        self.d_model = self.config.d_model
+
+    def forward(self, audio_signal: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+        """audio_signal (B, M, F), length (B,) valid mel frames -> (B, D, T), valid encoder frames (B,)."""
+        silence = audio_signal.amin((1, 2))
+        jobs: dict[int, list[tuple[int, int, int]]] = {}  # padded frames -> (row, begin, valid)
+        for row, frames in enumerate(length.tolist()):
+            for begin, valid, padded in self.policy.windows(frames):
+                jobs.setdefault(padded, []).append((row, begin, valid))
+        parts: list[list[tuple[int, Tensor]]] = [[] for _ in range(audio_signal.shape[0])]
+        for padded, group in jobs.items():
+            mel = audio_signal.new_empty(len(group), audio_signal.shape[1], padded)
+            for index, (row, begin, _) in enumerate(group):
+                window = audio_signal[row, :, begin : begin + padded]
+                mel[index, :, : window.shape[1]] = window
+                mel[index, :, window.shape[1] :] = silence[row]
+            for (row, begin, valid), states in zip(group, self._encode(mel), strict=True):
+                parts[row].append((begin, states[: math.ceil(valid / SUBSAMPLING)]))
+        rows = [torch.cat([states for _, states in sorted(p, key=lambda item: item[0])]) for p in parts]
+        lengths = torch.tensor([len(r) for r in rows], device=audio_signal.device)
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True).transpose(1, 2), lengths
+
+    def _encode(self, mel: Tensor) -> Tensor:
+        """(N, M, F) with any even F <= 3000 -> (N, F / 2, D); Transformers' own forward insists on F = 3000."""
+        w = self.whisper
+        hidden = nn.functional.gelu(w.conv1(mel.to(w.conv1.weight.dtype)))
+        hidden = nn.functional.gelu(w.conv2(hidden)).transpose(1, 2)
+        hidden = hidden + w.embed_positions.weight[: hidden.shape[1]]
+        for layer in w.layers:
+            hidden = layer(hidden, None)
+        return w.layer_norm(hidden)

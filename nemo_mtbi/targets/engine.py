@@ -1,0 +1,41 @@
+"""Engines that write the text LLM's answers. An engine takes rendered prompts and returns token ids."""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+
+from nemo_mtbi.pretrained.offline import resolve_pretrained
+from nemo_mtbi.targets.decoder import Answer, RefillDecoder, Request
+
+
+class Engine(Protocol):
+    """What generate_targets needs of an engine."""
+
+    def generate(self, requests: Sequence[Request], top_k: int = 0, temperature: float = 1.0) -> Iterator[Answer]:
+        """Answers in any order, as they get ready, with the teacher's top-k if asked for."""
+        ...
+
+
+class HFEngine:
+    """Greedy decoding with Transformers and continuous refill.
+
+    Args:
+        name: LLM (``offline:``, hub name or path).
+        dtype: ``float32`` or ``bfloat16``.
+        batch_size: rows decoded together.
+        device: where to run; CUDA if there is one.
+    """
+
+    def __init__(self, name: str, dtype: str = "bfloat16", batch_size: int = 128, device: str | None = None) -> None:
+        from transformers import AutoModelForCausalLM
+
+        llm = AutoModelForCausalLM.from_pretrained(resolve_pretrained(name), dtype=getattr(torch, dtype))
+        self.llm = llm.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval().requires_grad_(False)
+        self.batch_size = batch_size
+        stop = self.llm.generation_config.eos_token_id
+        self.stop_ids = set(stop if isinstance(stop, list) else [stop])
+
+    def generate(self, requests: Sequence[Request], top_k: int = 0, temperature: float = 1.0) -> Iterator[Answer]:
+        decoder = RefillDecoder(self.llm, self.stop_ids, self.batch_size, top_k=top_k, temperature=temperature)
+        yield from decoder.run(requests)

@@ -1,0 +1,38 @@
+"""What is stored about one answer of the text LLM, in ``cut.custom["targets"]``."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+TARGETS_FIELD = "targets"
+TEACHER_IDS_FIELD, TEACHER_LOG_PROBS_FIELD = "teacher_ids", "teacher_log_probs"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One (task, prompt) pair with the text LLM's answer to it on the cut's transcript.
+
+    Attributes:
+        key: content hash of everything that decides the answer (prompt, transcript, model, decoding).
+        task, prompt_id: where the prompt comes from in the task library.
+        prompt: the prompt's text with its placeholders filled.
+        response: the answer's text.
+        response_ids: its tokens as generated, end-of-turn included if the LLM ended its turn.
+        finished: the LLM ended its turn within the token budget.
+        history: earlier messages of the dialog, each {"role", "content"}.
+        teacher_begin: first row of this answer in the cut's arrays of teacher top-k log-probabilities; -1 if none.
+        teacher_temperature: temperature of those log-probabilities.
+    """
+
+    key: str
+    task: str
+    prompt_id: str
+    prompt: str
+    response: str
+    response_ids: list[int]
+    finished: bool = True
+    history: list[dict[str, str]] = field(default_factory=list)
+    teacher_begin: int = -1
+    teacher_temperature: float = 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)

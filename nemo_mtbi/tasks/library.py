@@ -1,0 +1,122 @@
+"""The task library: YAML files under ``conf/tasks`` (or a folder of the user's) to prompts."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import StrictUndefined, TemplateError
+from jinja2.sandbox import SandboxedEnvironment
+
+from nemo_mtbi.errors import ConfigError
+
+DEFAULT_FOLDER = Path(__file__).parents[1] / "conf" / "tasks"
+GROUPS, SPLITS = ("train", "held_out"), ("seen", "held_out")
+FORMS = ("any", "one_word", "yes_no", "choice", "list", "max_words", "min_words", "question", "language")
+_ENVIRONMENT = SandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One wording. ``split``: ``seen`` in training or ``held_out`` for prompt generalization."""
+
+    id: str
+    text: str
+    split: str
+    language: str = "en"
+
+
+@dataclass(frozen=True)
+class PrepareStep:
+    """An earlier turn on the transcript whose answer fills the placeholder ``variable``."""
+
+    variable: str
+    prompt: str
+    max_new_tokens: int = 32
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task; see ``docs/tasks.md`` for the YAML."""
+
+    name: str
+    group: str
+    prompts: list[Prompt]
+    metric: str = "rouge_l"
+    form: dict[str, Any] = field(default_factory=lambda: {"kind": "any"})
+    max_new_tokens: int = 64
+    weight: float = 1.0
+    variables: dict[str, list[str]] = field(default_factory=dict)
+    choices: list[str] = field(default_factory=list)
+    prepare: list[PrepareStep] = field(default_factory=list)
+
+    def select(self, split: str, languages: list[str] | None = None) -> list[Prompt]:
+        """Prompts of one split (``seen``, ``held_out`` or ``all``) in the given languages (default: English)."""
+        wanted = languages or ["en"]
+        return [p for p in self.prompts if split in ("all", p.split) and p.language in wanted]
+
+
+def render_template(template: str, values: dict[str, Any]) -> str:
+    """Fill a prompt's placeholders in a sandboxed Jinja2 environment.
+
+    Raises:
+        ConfigError: a syntax error, or a placeholder without a value.
+    """
+    try:
+        return _ENVIRONMENT.from_string(template).render(values).strip()
+    except TemplateError as error:
+        raise ConfigError(f"Prompt template {template!r}: {error}. Known placeholders: {', '.join(values) or 'none'}.") from error
+
+
+def load_task(path: Path) -> Task:
+    """One YAML file.
+
+    Raises:
+        ConfigError: names the file and what is wrong with it.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text())
+        prompts = [
+            Prompt(p["id"], p["text"], split, p.get("language", "en"))
+            for split in SPLITS
+            for p in raw.pop("prompts", {}).get(split, [])
+        ]
+        steps = [PrepareStep(**s) for s in raw.pop("prepare", [])]
+        task = Task(prompts=prompts, prepare=steps, **raw)
+    except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"Task file {path}: {type(error).__name__}: {error}") from error
+    if task.name != path.stem or task.group not in GROUPS or not task.prompts or task.form.get("kind") not in FORMS:
+        raise ConfigError(
+            f"Task file {path}: name must be {path.stem!r}, group one of {GROUPS}, form.kind one of {FORMS}, and there must "
+            f"be prompts (got name={task.name!r}, group={task.group!r}, form={task.form}, {len(task.prompts)} prompts)."
+        )
+    values: dict[str, Any] = {k: v[0] for k, v in task.variables.items()} | {"choices": task.choices}
+    values |= {s.variable: "..." for s in task.prepare}
+    for template in [p.text for p in task.prompts] + [s.prompt for s in task.prepare]:
+        render_template(template, values)
+    return task
+
+
+def load_library(folders: list[str | Path] | None = None) -> dict[str, Task]:
+    """All tasks of the folders, by name; a later folder replaces tasks of an earlier one."""
+    library: dict[str, Task] = {}
+    for folder in folders or [DEFAULT_FOLDER]:
+        files = sorted(Path(folder).glob("*.yaml"))
+        if not files:
+            raise ConfigError(f"No task file (*.yaml) in {folder}.")
+        library |= {task.name: task for task in map(load_task, files)}
+    return library
+
+
+def select_tasks(library: dict[str, Task], names: list[str] | None, group: str | None = "train") -> list[Task]:
+    """Tasks by name, or all of a group.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    if names is None:
+        return [t for t in library.values() if group is None or t.group == group]
+    unknown = [n for n in names if n not in library]
+    if unknown:
+        raise ConfigError(f"Unknown task {', '.join(unknown)}. Known tasks: {', '.join(sorted(library))}.")
+    return [library[n] for n in names]

@@ -1,0 +1,94 @@
+"""Where a training run keeps what later steps need.
+
+::
+
+    <output_dir>/model.json                          the model's configuration, with the CTC vocabulary size filled in
+    <output_dir>/<stage>/trained.safetensors         trained tensors at the end of a stage (untrained, alignment, imitation)
+    <output_dir>/<stage>/checkpoints, events...      NeMo's exp_manager: resumable checkpoints and TensorBoard curves
+    <output_dir>/seen.json                           examples and response tokens of each task and prompt
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from nemo_mtbi.data import jsonl
+from nemo_mtbi.errors import CheckpointError
+from nemo_mtbi.models.mtbi_salm import MTBISALM
+
+UNTRAINED, ALIGNMENT, IMITATION = "untrained", "alignment", "imitation"
+
+
+class RunDirectory:
+    """Paths and files of one run."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+
+    def stage(self, name: str) -> Path:
+        return self.root / name
+
+    def weights(self, name: str) -> Path:
+        return self.stage(name) / "trained.safetensors"
+
+    def last_stage(self) -> str:
+        """The furthest finished stage."""
+        for name in (IMITATION, ALIGNMENT, UNTRAINED):
+            if self.weights(name).is_file():
+                return name
+        raise CheckpointError(f"{self.root} holds no trained model. Run train.py with output_dir={self.root} first.")
+
+    def save_config(self, model: MTBISALM, cfg: dict[str, Any]) -> None:
+        jsonl.write_json(self.root / "model.json", {"model": cfg, "references": model.references})
+
+    def save_weights(self, model: MTBISALM, name: str) -> Path:
+        """Trained tensors and references, written under a temporary name and renamed."""
+        path = self.weights(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        names = model.trainable_names()
+        state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if k in names}
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        save_file(state, temporary, metadata={"references": json.dumps(model.references)})
+        temporary.replace(path)
+        return path
+
+    def load_weights(self, model: MTBISALM, name: str) -> None:
+        """
+        Raises:
+            CheckpointError: another LLM or encoder, or tensors that do not fit.
+        """
+        load_trained(model, self.weights(name))
+
+    def load_model(self, name: str | None = None) -> MTBISALM:
+        """The model of a stage (default: the furthest)."""
+        name = name or self.last_stage()
+        file = self.root / "model.json"
+        if not file.is_file():
+            raise CheckpointError(f"{self.root} is not a training run: there is no model.json.")
+        model = MTBISALM(json.loads(file.read_text())["model"])
+        self.load_weights(model, name)
+        return model.eval()
+
+
+def load_trained(model: MTBISALM, path: Path) -> None:
+    """Load trained tensors into a model with the same frozen parts."""
+    if not path.is_file():
+        raise CheckpointError(f"There is no {path}.")
+    try:
+        with safe_open(path, "pt") as file:
+            references = json.loads((file.metadata() or {}).get("references", "{}"))
+        state = load_file(path)
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read ({error}). Was it copied completely?") from error
+    for part, value in model.references.items():
+        if references.get(part) != value:
+            raise CheckpointError(f"{path} was trained with another {part}: {references.get(part)}, now {value}.")
+    missing = model.trainable_names() - set(state)
+    unexpected = set(state) - set(model.state_dict())
+    if missing or unexpected:
+        raise CheckpointError(f"{path} does not fit the model: {len(missing)} tensors missing, {len(unexpected)} unexpected.")
+    model.load_state_dict(state, strict=False)

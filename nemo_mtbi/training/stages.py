@@ -1,0 +1,179 @@
+"""The two training stages: CTC alignment of the connector (optional), then behavior imitation."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from nemo.collections.common.data.lhotse.cutset import read_cutset_from_config
+from nemo.collections.common.tokenizers import AutoTokenizer
+from nemo.collections.speechlm2.data import DataModule
+from nemo.utils import logging
+from nemo.utils.exp_manager import exp_manager
+from nemo.utils.trainer_utils import resolve_trainer_cfg
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from nemo_mtbi.config import ModelConfig, model_config
+from nemo_mtbi.data import jsonl
+from nemo_mtbi.data.conversation import INPUT_TYPE, check_manifest, transcript
+from nemo_mtbi.data.ctc_vocabulary import choose_tokens, count_tokens
+from nemo_mtbi.data.dataset import MTBIDataset
+from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.models.encoder import require_fixed_features
+from nemo_mtbi.models.mtbi_salm import MTBISALM, container
+from nemo_mtbi.pretrained.offline import resolve_pretrained
+from nemo_mtbi.training.run_directory import ALIGNMENT, IMITATION, UNTRAINED, RunDirectory
+
+CTC_TARGET = "CTCCompressConnector"
+
+
+def train(cfg: DictConfig) -> RunDirectory:
+    """Train as ``conf/train.yaml`` says; stages that are already finished under ``output_dir`` are not repeated."""
+    missing = OmegaConf.missing_keys(cfg)
+    if missing:
+        raise ConfigError(f"These keys need a value: {', '.join(sorted(missing))}.")
+    cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    config = model_config(cfg.model)
+    check_data(cfg.data, config)
+    run = RunDirectory(cfg.output_dir)
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    tokens = ctc_tokens(cfg, config, run)
+    model_cfg = container(cfg.model)
+    model_cfg.setdefault("freeze_params", config.freeze_params)
+    if tokens is not None:
+        model_cfg["perception"]["modality_adapter"]["vocab_size"] = len(tokens)
+    model = MTBISALM(json.loads(json.dumps(model_cfg)))
+    if tokens is not None:
+        model.set_ctc_vocabulary(tokens)
+    if cfg.data.cached_features:
+        require_fixed_features(model.perception)
+    run.save_config(model, model_cfg)
+    if not run.weights(UNTRAINED).is_file():
+        run.save_weights(model, UNTRAINED)
+    if cfg.init_from is not None:
+        RunDirectory(cfg.init_from).load_weights(model, RunDirectory(cfg.init_from).last_stage())
+    if cfg.alignment_stage.enabled:
+        run_stage(cfg, model, run, ALIGNMENT)
+    run_stage(cfg, model, run, IMITATION)
+    return run
+
+
+def run_stage(cfg: DictConfig, model: MTBISALM, run: RunDirectory, name: str) -> None:
+    """Fit one stage, resuming from its last checkpoint, and keep its trained tensors."""
+    if run.weights(name).is_file():
+        logging.info(f"Stage {name} is finished: {run.weights(name)}")
+        run.load_weights(model, name)
+        return
+    stage = stage_config(cfg, name)
+    model.stage = name
+    with open_dict(model.cfg):
+        model.cfg.optimizer, model.cfg.lr_scheduler = stage.optimizer, stage.lr_scheduler
+    trainer = pl.Trainer(**resolve_trainer_cfg(stage.trainer))
+    exp_manager(trainer, stage.exp_manager)
+    data = data_module(stage.data, model)
+    trainer.fit(model, data)
+    if trainer.interrupted or trainer.global_step < trainer.max_steps:
+        raise KeyboardInterrupt(f"Stage {name} stopped at step {trainer.global_step}; the same command continues it.")
+    if trainer.is_global_zero:
+        run.save_weights(model, name)
+        jsonl.write_json(run.root / "seen.json", model.seen_manifest())
+    logging.info(f"Stage {name} wrote {run.weights(name)}")
+
+
+def stage_config(cfg: DictConfig, name: str) -> DictConfig:
+    """The sections of one stage: the common ones, with the alignment stage's own values over them."""
+    sections = {k: cfg[k] for k in ("trainer", "data", "exp_manager")}
+    stage = OmegaConf.create({**sections, "optimizer": cfg.model.optimizer, "lr_scheduler": cfg.model.lr_scheduler})
+    own = cfg.alignment_stage if name == ALIGNMENT else {}
+    OmegaConf.set_struct(stage, False)
+    for key in ("trainer", "data", "exp_manager"):
+        stage[key] = OmegaConf.merge(stage[key], own.get(key) or {})
+    for key in ("optimizer", "lr_scheduler"):
+        stage[key] = own.get(key) or stage[key]
+    stage.exp_manager.explicit_log_dir = str(Path(cfg.output_dir) / name)
+    if name == ALIGNMENT:  # one example a cut: the task does not matter to CTC
+        stage.exp_manager.checkpoint_callback_params = OmegaConf.merge(
+            stage.exp_manager.checkpoint_callback_params or {}, {"monitor": "val_loss", "mode": "min"}
+        )
+    return stage
+
+
+def data_module(data_cfg: DictConfig, model: MTBISALM) -> DataModule:
+    """NeMo's data module over our dataset; options that follow from the model are filled in."""
+    cfg = OmegaConf.create(OmegaConf.to_container(data_cfg, resolve=True))
+    cached = cfg.pop("cached_features")
+    for section in ("train_ds", "validation_ds"):
+        if section in cfg:
+            cfg[section].prompt_format = model.cfg.prompt_format
+            cfg[section].audio_locator_tag = model.audio_locator_tag
+            cfg[section].token_equivalent_duration = model.token_equivalent_duration
+            cfg[section].sample_rate = model.sampling_rate
+            for entry in _entries(cfg[section]):
+                entry.speech_position = model.config.speech_position
+    imitation = model.config.imitation
+    dataset = MTBIDataset(
+        model.tokenizer, model.cfg.prompt_format, cached_features=cached,
+        teacher_temperature=imitation.temperature if imitation.teacher == "cached" and imitation.w_kl > 0 else None,
+        encoder_key=model.encoder_key,
+    )  # fmt: skip
+    return DataModule(cfg, tokenizer=model.tokenizer, dataset=dataset)
+
+
+def _entries(section: DictConfig) -> Iterator[DictConfig]:
+    """``input_cfg`` entries of our type in a train or validation section, groups included."""
+    for part in [section, *section.get("datasets", {}).values()]:
+        queue = list(part.get("input_cfg") or [])
+        while queue:
+            entry = queue.pop()
+            queue += list(entry.get("input_cfg") or [])
+            if entry.get("type") == INPUT_TYPE:
+                yield entry
+
+
+def check_data(data_cfg: DictConfig, config: ModelConfig) -> None:
+    """Manifests exist and settings agree, before any weight is loaded."""
+    entries = list(_entries(data_cfg.train_ds))
+    if not entries:
+        raise ConfigError(f"data.train_ds.input_cfg has no entry of type {INPUT_TYPE}.")
+    for section in ("train_ds", "validation_ds"):
+        if section in data_cfg:
+            for entry in _entries(data_cfg[section]):
+                check_manifest(entry.get("cuts_path") or entry.get("shar_path"))
+    if data_cfg.cached_features and config.interleaving.level == "waveform" and config.interleaving.probability > 0:
+        raise ConfigError("interleaving.level=waveform encodes pieces of the audio; set data.cached_features=false.")
+
+
+def ctc_tokens(cfg: DictConfig, config: ModelConfig, run: RunDirectory) -> list[int] | None:
+    """LLM tokens of the training transcripts for a CTC connector; None for other connectors.
+
+    They are kept in ``<output_dir>/ctc_tokens.json``, so that a resumed run has the same ones.
+    """
+    if not str(cfg.model.perception.modality_adapter._target_).endswith(CTC_TARGET):
+        return None
+    file = run.root / "ctc_tokens.json"
+    if file.is_file():
+        return json.loads(file.read_text())
+    tokenizer = AutoTokenizer(resolve_pretrained(config.pretrained_llm), use_fast=True).tokenizer
+    settings = config.ctc_vocabulary
+    counts = count_tokens(_transcripts(cfg), tokenizer)
+    tokens = choose_tokens(counts, tokenizer, settings.max_size, settings.min_count)
+    jsonl.write_json(file, tokens)
+    return tokens
+
+
+def _transcripts(cfg: DictConfig) -> Iterator[str]:
+    from tqdm import tqdm
+
+    for entry in _entries(cfg.data.train_ds):
+        reader: dict[str, Any] = {k: entry[k] for k in ("cuts_path", "shar_path") if k in entry}
+        cuts, _ = read_cutset_from_config({**reader, "force_finite": True, "metadata_only": True})
+        for cut in tqdm(cuts, desc="CTC vocabulary", unit="cut"):
+            yield transcript(cut)
+
+
+def set_threads(count: int | None) -> None:
+    """Number of CPU threads of PyTorch (None: its own choice)."""
+    if count is not None:
+        torch.set_num_threads(count)

@@ -95,7 +95,9 @@ class ModelConfig:
     interleaving: InterleavingConfig = field(default_factory=InterleavingConfig)
     alignment_stage: AlignmentStageConfig = field(default_factory=AlignmentStageConfig)
     ctc_vocabulary: CTCVocabularyConfig = field(default_factory=CTCVocabularyConfig)
-    freeze_params: list[str] = field(default_factory=lambda: [r"^embed_tokens\..+$", r"^llm\..+$", r"^perception\.encoder.+$"])
+    freeze_params: list[str] = field(
+        default_factory=lambda: [r"^embed_tokens\..+$", r"^llm\..+$", r"^perception\.encoder.+$"]
+    )
     prevent_freeze_params: list[str] = field(default_factory=list)
     optimizer: Any = None
     lr_scheduler: Any = None

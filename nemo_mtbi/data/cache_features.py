@@ -98,7 +98,9 @@ def _encode(encoder: FrozenEncoder, cuts: list[Cut], report: CacheReport) -> Ite
     kept: list[Cut] = []
     for cut in cuts:
         try:
-            audio = (cut if cut.sampling_rate == encoder.sampling_rate else cut.resample(encoder.sampling_rate)).load_audio()
+            audio = (
+                cut if cut.sampling_rate == encoder.sampling_rate else cut.resample(encoder.sampling_rate)
+            ).load_audio()
             waveforms.append(np.ascontiguousarray(audio.mean(0)))
             kept.append(cut)
         except Exception as error:  # one broken recording must not stop the run

@@ -5,6 +5,7 @@ The ``input_cfg`` type ``mtbi`` (registered in :mod:`nemo_mtbi.registration`) re
 """
 
 import itertools
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -32,6 +33,18 @@ class MTBIConversation(NeMoMultimodalConversation):
     visit: int = 0
     speech_position: str = "after"
     rendered: RenderedPrompt | None = field(default=None, repr=False)
+
+    @property
+    def total_length(self) -> int | None:
+        """Positions of the example, for bucketing: the text LLM's input with the transcript's tokens replaced by the
+        connector's positions; by as many positions where a connector compresses to tokens (no equivalent duration)."""
+        if self.input_ids is None:
+            return None
+        if self.token_equivalent_duration is None or self.rendered is None:
+            return len(self.input_ids)
+        words = self.rendered.spoken[-1]
+        text = words[-1].token_end - words[0].token_begin
+        return len(self.input_ids) - text + math.ceil(self.cut.duration / self.token_equivalent_duration)
 
     @property
     def cut(self) -> Cut:
@@ -102,7 +115,7 @@ class ConversationIterator:
         self.cuts = cuts
         self.selection = selection
         self.audio_locator_tag = config.audio_locator_tag
-        self.token_equivalent_duration = config.token_equivalent_duration
+        self.token_equivalent_duration = config.get("token_equivalent_duration")
         self.speech_position = config.get("speech_position", "after")
         self.finite = config.get("force_finite", False)
 

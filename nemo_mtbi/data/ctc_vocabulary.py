@@ -68,7 +68,9 @@ def choose_tokens(counts: Counter[int], tokenizer: Any, max_size: int, min_count
     if not counts:
         raise DataError("The training manifests hold no transcript, so the CTC connector has no vocabulary.")
     characters = {c for token in counts for c in tokenizer.convert_ids_to_tokens(token)}
-    kept = {i for i in tokenizer.convert_tokens_to_ids(sorted(characters)) if i is not None and i != tokenizer.unk_token_id}
+    kept = {
+        i for i in tokenizer.convert_tokens_to_ids(sorted(characters)) if i is not None and i != tokenizer.unk_token_id
+    }
     for token, count in counts.most_common():
         if len(kept) >= max_size or count < min_count:
             break

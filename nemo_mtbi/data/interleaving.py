@@ -119,7 +119,9 @@ class InterleavingPolicy:
         if self.span_words < 1:
             raise ConfigError(f"interleaving.span_words={self.span_words} must be >= 1.")
         if self.span_distribution not in ("geometric", "uniform", "fixed"):
-            raise ConfigError(f"interleaving.span_distribution={self.span_distribution!r}: geometric, uniform or fixed.")
+            raise ConfigError(
+                f"interleaving.span_distribution={self.span_distribution!r}: geometric, uniform or fixed."
+            )
         if self.level not in ("embedding", "waveform"):
             raise ConfigError(f"interleaving.level={self.level!r}: embedding or waveform.")
 
@@ -134,7 +136,8 @@ class InterleavingPolicy:
             return [False] * len(units)
         if self.text_share == 1:
             return [True] * len(units)
-        mean = {True: self.span_words, False: max(1.0, self.span_words * (1 - self.text_share) / self.text_share)}
+        speech = self.span_words * (1 - self.text_share) / self.text_share
+        mean = {True: self.span_words, False: min(max(1.0, speech), 1e6)}
         is_text = rng.random() < self.text_share
         plan: list[bool] = []
         remaining = self._span(rng, mean[is_text])

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from nemo_mtbi.data.rendering import Message, Spoken
+from nemo_mtbi.data.rendering import Message, PromptRenderer, Spoken
 from nemo_mtbi.errors import ConfigError
 
 SPEECH_POSITIONS = ("after", "before")
@@ -25,3 +25,25 @@ def user_message(prompt: str, spoken: Spoken | str, speech_position: str) -> Mes
     if speech_position == "before":
         parts.reverse()
     return {"role": "user", "content": parts}
+
+
+def require_same_rendering(renderer: PromptRenderer, audio_tag: str, speech_position: str) -> None:
+    """Check that training and inference give the LLM the same text around the speech.
+
+    Training replaces the tokens of the transcript; inference knows no transcript and tokenizes an audio tag in its place.
+    A tokenizer that merges the text before the speech differently in the two cases would make them differ.
+
+    Raises:
+        ConfigError: they differ, with this prompt format and speech position.
+    """
+    prompt = "Repeat this."
+    rendered = renderer.render([user_message(prompt, Spoken("Some words."), speech_position)])
+    words = rendered.spoken[0]
+    training = [rendered.ids[: words[0].token_begin], rendered.ids[words[-1].token_end :]]
+    ids = renderer.render([user_message(prompt, audio_tag, speech_position)]).ids
+    tag = renderer.tokenizer.token_to_id(audio_tag)
+    if tag not in ids or [ids[: ids.index(tag)], ids[ids.index(tag) + 1 :]] != training:
+        raise ConfigError(
+            f"With speech_position={speech_position} and this prompt_format, the tokenizer renders the text around the speech "
+            "differently in training and at inference. Use the other speech_position or another prompt_format."
+        )

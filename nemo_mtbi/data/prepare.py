@@ -99,11 +99,15 @@ class Preparation:
         if config.unaligned not in ("keep", "skip"):
             raise ConfigError(f"unaligned={config.unaligned!r}: use keep or skip.")
         if abs(sum(config.split.shares.values()) - 1) > 1e-6 or config.split.by not in ("speaker", "utterance"):
-            raise ConfigError(f"split: shares {config.split.shares} must sum to 1, and by must be speaker or utterance.")
+            raise ConfigError(
+                f"split: shares {config.split.shares} must sum to 1, and by must be speaker or utterance."
+            )
         self.config = config
         self.folder = Path(config.output_dir)
         self._aligner: Aligner | None = None
-        self.textgrids = Path(config.aligner.removeprefix("textgrids:")) if config.aligner.startswith("textgrids:") else None
+        self.textgrids = (
+            Path(config.aligner.removeprefix("textgrids:")) if config.aligner.startswith("textgrids:") else None
+        )
         if self.textgrids is not None and not self.textgrids.is_dir():
             raise DataError(f"aligner: {self.textgrids} is not a folder of TextGrid files.")
 
@@ -126,7 +130,9 @@ class Preparation:
             entries = list(self._entries())
             duplicates = [i for i, n in Counter(e.id for e in entries).items() if n > 1]
             if duplicates:
-                raise DataError(f"Utterance id {duplicates[0]} occurs twice ({len(duplicates)} such). Give the sources names.")
+                raise DataError(
+                    f"Utterance id {duplicates[0]} occurs twice ({len(duplicates)} such). Give the sources names."
+                )
             todo = [e for e in entries if e.id not in done]
             for entry in tqdm(todo, desc="prepare", unit="utt", disable=not todo):
                 record: dict[str, Any] = {"id": entry.id, "settings": settings}
@@ -145,7 +151,9 @@ class Preparation:
 
     def _entries(self) -> Iterator[Entry]:
         for source in self.config.sources:
-            yield from read_sentences(source, self.folder) if source.kind == "sentences" else READERS[source.kind](source)
+            yield from (
+                read_sentences(source, self.folder) if source.kind == "sentences" else READERS[source.kind](source)
+            )
 
     def _prepare(self, entry: Entry) -> tuple[Cut, str | None]:
         """The cut with word times, and why it has none."""
@@ -247,7 +255,9 @@ def read_textgrid(folder: Path, cut: Cut) -> list[TimedWord]:
     if tier is None:
         raise Unalignable(f"{file.name} has no tier named words")
     pattern = r'xmin = ([\d.]+)\s+xmax = ([\d.]+)\s+text = "([^"]*)"'
-    return [TimedWord(w, float(a), float(b)) for a, b, w in re.findall(pattern, tier.group()) if w and not w.startswith("<")]
+    return [
+        TimedWord(w, float(a), float(b)) for a, b, w in re.findall(pattern, tier.group()) if w and not w.startswith("<")
+    ]
 
 
 def _first_line(error: Exception) -> str:

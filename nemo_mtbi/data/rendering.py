@@ -146,7 +146,9 @@ class PromptRenderer:
         for message in messages:
             start = text.find(message, position)
             if start < 0:
-                raise DataError(f"The prompt format altered the message {message[:60]!r}; strip its surrounding spaces.")
+                raise DataError(
+                    f"The prompt format altered the message {message[:60]!r}; strip its surrounding spaces."
+                )
             starts.append(start)
             position = start + len(message)
         return starts

@@ -59,7 +59,12 @@ class SourceConfig:
 
 
 def utterance_cut(
-    entry_id: str, audio: Path, text: str, speaker: str | None, language: str | None, custom: dict[str, Any] | None = None
+    entry_id: str,
+    audio: Path,
+    text: str,
+    speaker: str | None,
+    language: str | None,
+    custom: dict[str, Any] | None = None,
 ) -> MonoCut:
     """A cut over a whole audio file."""
     recording = Recording.from_file(audio, recording_id=entry_id)
@@ -133,7 +138,9 @@ def read_nemo(config: SourceConfig) -> Iterator[Entry]:
                 offset = float(row.get("offset") or 0.0)
                 wanted = float(row.get("duration", cut.duration - offset))
                 if offset + wanted > cut.duration + 0.1:
-                    raise DataError(f"offset + duration = {offset + wanted:.2f} s, but the audio lasts {cut.duration:.2f} s")
+                    raise DataError(
+                        f"offset + duration = {offset + wanted:.2f} s, but the audio lasts {cut.duration:.2f} s"
+                    )
                 if offset or wanted < cut.duration - 0.1:
                     cut = cut.truncate(offset=offset, duration=min(wanted, cut.duration - offset), preserve_id=True)
                     cut.supervisions[0].start, cut.supervisions[0].duration = 0.0, cut.duration

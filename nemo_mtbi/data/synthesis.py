@@ -101,7 +101,15 @@ def _pico(voice: Voice, sentences: list[tuple[str, Path]]) -> Iterator[Path]:
 
 def _piper(voice: Voice, sentences: list[tuple[str, Path]]) -> Iterator[Path]:
     model = piper_model(voice.voice)
-    command = [sys.executable, "-m", "piper", "-m", str(model), "--length-scale", str(1 / voice.settings.get("speed", 1.0))]
+    command = [
+        sys.executable,
+        "-m",
+        "piper",
+        "-m",
+        str(model),
+        "--length-scale",
+        str(1 / voice.settings.get("speed", 1.0)),
+    ]
     for begin in range(0, len(sentences), PIPER_BATCH):
         batch = sentences[begin : begin + PIPER_BATCH]
         with tempfile.TemporaryDirectory(dir=batch[0][1].parent) as folder:
@@ -120,7 +128,17 @@ def _flite(voice: Voice, sentences: list[tuple[str, Path]]) -> Iterator[Path]:
     stretch = 1 / voice.settings.get("speed", 1.0)
     for text, path in sentences:
         temporary = path.with_suffix(".part")
-        command = ["flite", "-voice", voice.voice, "--setf", f"duration_stretch={stretch}", "-t", text, "-o", str(temporary)]
+        command = [
+            "flite",
+            "-voice",
+            voice.voice,
+            "--setf",
+            f"duration_stretch={stretch}",
+            "-t",
+            text,
+            "-o",
+            str(temporary),
+        ]
         run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode != 0 or not temporary.exists():
             raise DataError(f"flite failed on {text!r}: {run.stderr[-300:]}")

@@ -29,9 +29,10 @@ def setup_perception(model: Any) -> None:
     token set, where the configuration leaves them out.
     """
     cfg: DictConfig = model.cfg
-    name = resolve_pretrained(cfg.pretrained_asr)
     perception = cfg.perception
-    built = "encoder" in perception and "_target_" in perception.encoder
+    # An exported configuration describes the encoder completely, so its source is not needed any more.
+    built = not cfg.pretrained_weights and "_target_" in perception.get("encoder", {})
+    name = cfg.pretrained_asr if built else resolve_pretrained(cfg.pretrained_asr)
     whisper = not built and is_whisper(name)
     with open_dict(cfg):
         adapter = perception.modality_adapter
@@ -67,7 +68,14 @@ def _configure_whisper(perception: DictConfig, name: str) -> None:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(name)
-    keep = ("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "num_mel_bins", "max_source_positions")
+    keep = (
+        "d_model",
+        "encoder_layers",
+        "encoder_attention_heads",
+        "encoder_ffn_dim",
+        "num_mel_bins",
+        "max_source_positions",
+    )
     shared = {key: perception.pop(key) for key in WHISPER_KEYS if key in perception}
     perception.preprocessor = {
         "_target_": "nemo_mtbi.modules.whisper.WhisperPreprocessor", "num_mel_bins": config.num_mel_bins, **shared
@@ -146,7 +154,9 @@ class FrozenEncoder:
         config = model_config(cfg)
         self.cfg = DictConfig(plain(cfg))
         self.cfg.pretrained_weights = True
-        self.cfg.perception.modality_adapter = {"_target_": "nemo.collections.speechlm2.modules.perception.IdentityConnector"}
+        self.cfg.perception.modality_adapter = {
+            "_target_": "nemo.collections.speechlm2.modules.perception.IdentityConnector"
+        }
         self.llm = SimpleNamespace(config=SimpleNamespace(hidden_size=1))
         self.perception: Any = None
         setup_perception(self)
@@ -160,7 +170,9 @@ class FrozenEncoder:
                 parameter.requires_grad_(False)
         require_fixed_features(self.perception)
         self.perception.encoder.to(getattr(torch, config.encoder_dtype))
-        self.key = encoder_key(self.cfg.perception, fingerprint(resolve_pretrained(config.pretrained_asr)), config.encoder_dtype)
+        self.key = encoder_key(
+            self.cfg.perception, fingerprint(resolve_pretrained(config.pretrained_asr)), config.encoder_dtype
+        )
         self.sampling_rate: int = self.perception.preprocessor.featurizer.sample_rate
 
     def encode(self, audios: Tensor, audio_lens: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from nemo_mtbi.data.interleaving import SpeechSpan
 from nemo_mtbi.data.messages import user_message
 from nemo_mtbi.errors import DataError
-from nemo_mtbi.models.assembly import Piece
+from nemo_mtbi.models.assembly import Piece, plan_batch
 from nemo_mtbi.modules.connectors import SpeechEmbeddings
 
 MIN_AUDIO_SECONDS = 0.05
@@ -34,11 +34,15 @@ def load_waveform(path: str | Path, sampling_rate: int) -> np.ndarray:
         recording = Recording.from_file(path)
         samples = recording.resample(sampling_rate).load_audio().mean(0)
     except (AudioLoadingError, RuntimeError, ValueError, OSError) as error:
-        raise DataError(f"{path} cannot be read as audio ({str(error).splitlines()[0]}). Is it a complete audio file?") from error
+        raise DataError(
+            f"{path} cannot be read as audio ({str(error).splitlines()[0]}). Is it a complete audio file?"
+        ) from error
     except Exception as error:  # decoders raise their own types
         raise DataError(f"{path} cannot be read as audio ({type(error).__name__}: {error}).") from error
     if len(samples) < MIN_AUDIO_SECONDS * sampling_rate:
-        raise DataError(f"{path} lasts {len(samples) / sampling_rate:.3f} s; at least {MIN_AUDIO_SECONDS} s are needed.")
+        raise DataError(
+            f"{path} lasts {len(samples) / sampling_rate:.3f} s; at least {MIN_AUDIO_SECONDS} s are needed."
+        )
     return np.ascontiguousarray(samples, dtype=np.float32)
 
 
@@ -121,9 +125,31 @@ class GenerationMixin:
         else:
             width = self.llm.config.hidden_size  # type: ignore[attr-defined]
             empty = torch.zeros(0, 0, width, device=device)
-            speech, seconds = SpeechEmbeddings(empty, torch.zeros(0, dtype=torch.long, device=device), empty[..., 0]), []
+            speech, seconds = (
+                SpeechEmbeddings(empty, torch.zeros(0, dtype=torch.long, device=device), empty[..., 0]),
+                [],
+            )
         inputs, layout = self.lay_out(pieces, [[] for _ in pieces], speech, seconds)  # type: ignore[attr-defined]
         return left_pad(inputs, layout.lengths)
+
+    @torch.no_grad()
+    def answer(self, batch: dict[str, Any], max_new_tokens: int) -> list[list[int]]:
+        """Greedy answers (token ids, end-of-turn cut off) to the examples of a batch of :class:`MTBIDataset`, from speech."""
+        examples = batch["examples"]
+        speech = self.connect(*self.batch_features(batch))  # type: ignore[attr-defined]
+        pieces, seconds = plan_batch(examples, None, 0), [e.duration_seconds for e in examples]
+        inputs, layout = self.lay_out(pieces, [[] for _ in pieces], speech, seconds)  # type: ignore[attr-defined]
+        return self._greedy(*left_pad(inputs, layout.lengths), max_new_tokens)
+
+    @torch.no_grad()
+    def answer_text(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """Greedy answers of the text LLM to rendered prompts (token ids)."""
+        return self._greedy(*self.generation_inputs([[p] for p in prompts], None, None), max_new_tokens)
+
+    def _greedy(self, inputs: Tensor, mask: Tensor, max_new_tokens: int) -> list[list[int]]:
+        stop = set(self.stop_ids())
+        rows = self.generate_from_embeddings(inputs, mask, max_new_tokens=max_new_tokens, do_sample=False).tolist()
+        return [row[: next((i for i, t in enumerate(row) if t in stop), len(row))] for row in rows]
 
     def _prompt_pieces(self, prompts: list[list[dict[str, Any]]]) -> tuple[list[list[Piece]], int]:
         formatter = PromptFormatter.resolve(self.cfg.prompt_format)(self.tokenizer)  # type: ignore[attr-defined]
@@ -146,7 +172,9 @@ class GenerationMixin:
         message = user_message(prompt, self.audio_locator_tag, self.config.speech_position)  # type: ignore[attr-defined]
         return {"role": "user", "content": "".join(message["content"])}
 
-    def chat(self, audio: str | Path | np.ndarray | Tensor, prompt: str, max_new_tokens: int = 128, **kwargs: Any) -> str:
+    def chat(
+        self, audio: str | Path | np.ndarray | Tensor, prompt: str, max_new_tokens: int = 128, **kwargs: Any
+    ) -> str:
         """The answer to ``prompt`` about one audio (path, or mono waveform (S,) at ``sampling_rate``), as text."""
         waveform = load_waveform(audio, self.sampling_rate) if isinstance(audio, str | Path) else audio  # type: ignore[attr-defined]
         audios, lengths = collate_waveforms([waveform])

@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,14 +14,14 @@ from nemo.collections.speechlm2.parts.optim_setup import is_frozen
 from nemo.collections.speechlm2.parts.pretrained import load_pretrained_hf
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
+from torch import Tensor
 
 from nemo_mtbi.config import model_config
 from nemo_mtbi.data.ctc_vocabulary import CTCVocabulary
 from nemo_mtbi.data.dataset import Example
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.losses.alignment import ctc_loss, word_alignment_loss
-from nemo_mtbi.losses.imitation import CachedTeacher, ImitationLoss, imitation_loss
+from nemo_mtbi.losses.imitation import CachedTeacher, Head, ImitationLoss, imitation_loss
 from nemo_mtbi.losses.vocabulary import WHOLE_VOCABULARY, VocabularyShard
 from nemo_mtbi.models.assembly import Assembled, Piece, assemble, plan_batch
 from nemo_mtbi.models.checkpointing import TrainableCheckpoint
@@ -33,9 +34,9 @@ from nemo_mtbi.models.encoder import (
     setup_perception,
 )
 from nemo_mtbi.models.generation import GenerationMixin
-from nemo_mtbi.modules.language_model import hidden_states, output_head, teacher_hidden_states
 from nemo_mtbi.models.waveform import cut_speech_spans
 from nemo_mtbi.modules.connectors import CTCCompressConnector, SpeechEmbeddings, uniform_centers
+from nemo_mtbi.modules.language_model import hidden_states, output_head, teacher_hidden_states
 from nemo_mtbi.pretrained.fingerprint import fingerprint
 from nemo_mtbi.pretrained.offline import resolve_pretrained
 
@@ -77,7 +78,13 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         self.save_hyperparameters({"cfg": cfg})
         self.config = config
         self.cfg = DictConfig(cfg)
-        for key in ("pretrained_weights", "audio_locator_tag", "prompt_format", "freeze_params", "prevent_freeze_params"):
+        for key in (
+            "pretrained_weights",
+            "audio_locator_tag",
+            "prompt_format",
+            "freeze_params",
+            "prevent_freeze_params",
+        ):
             self.cfg[key] = getattr(config, key)
         self.audio_locator_tag = config.audio_locator_tag
         llm_path = resolve_pretrained(config.pretrained_llm)
@@ -174,7 +181,8 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         text = self.embed_tokens(layout.text_ids)
         valid = torch.arange(speech.embeddings.shape[1], device=self.device) < speech.lengths[:, None]
         rows = torch.cat([text, speech.embeddings[valid].to(text.dtype)])
-        return rows[layout.index], layout
+        # index_select: the backward of rows[index] is serial on CPUs.
+        return rows.index_select(0, layout.index.flatten()).unflatten(0, layout.index.shape), layout
 
     def student(self, batch: dict[str, Any], interleave: bool) -> StudentOutput:
         """The speech LLM on a batch, without logits."""
@@ -187,8 +195,16 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
             pieces, batch, seconds = cut_speech_spans(pieces, batch, self.sampling_rate)
         speech = self.connect(*self.batch_features(batch))
         inputs, layout = self.lay_out(pieces, [e.response_ids for e in examples], speech, seconds)
-        hidden = hidden_states(self.llm, inputs)
+        hidden = self.hidden(inputs)
         return StudentOutput(hidden.flatten(0, 1)[layout.response_rows], layout, speech)
+
+    def hidden(self, inputs: Tensor) -> Tensor:
+        """Last hidden states (B, L, H) of right-padded input embeddings (B, L, H)."""
+        return hidden_states(self.llm, inputs)
+
+    def head(self) -> Head:
+        """The LLM's output layer."""
+        return output_head(self.llm, self.vocabulary_shard)
 
     @property
     def global_step_or_zero(self) -> int:
@@ -213,7 +229,7 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
                 )
             teacher["cached_teacher"] = CachedTeacher(batch["teacher_ids"], batch["teacher_log_probs"])
         return imitation_loss(
-            student.hidden, output_head(self.llm, self.vocabulary_shard), student.assembled.response_ids, self.objective,
+            student.hidden, self.head(), student.assembled.response_ids, self.objective,
             token_weights=self._token_weights(examples, student.assembled), **teacher,
         )  # fmt: skip
 
@@ -221,16 +237,22 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         weights = self.config.imitation.task_weights
         if not weights:
             return None
-        rows = [weights.get(e.task, 1.0) for e, n in zip(examples, layout.response_counts, strict=True) for _ in range(n)]
+        rows = [
+            weights.get(e.task, 1.0) for e, n in zip(examples, layout.response_counts, strict=True) for _ in range(n)
+        ]
         return torch.tensor(rows, device=self.device)
 
-    def alignment_terms(self, batch: dict[str, Any], speech: SpeechEmbeddings, w_ctc: float, w_align: float) -> tuple[Tensor, int]:
+    def alignment_terms(
+        self, batch: dict[str, Any], speech: SpeechEmbeddings, w_ctc: float, w_align: float
+    ) -> tuple[Tensor, int]:
         """``w_ctc * CTC + w_align * ALIGN`` as a sum, and the number of CTC target tokens (1 a word without CTC)."""
         examples: list[Example] = batch["examples"]
         loss, count = speech.embeddings.new_zeros(()), 0
         if w_ctc > 0:
             if speech.ctc_log_probs is None or speech.ctc_lengths is None or self.ctc_vocabulary is None:
-                raise ConfigError("w_ctc > 0 needs nemo_mtbi.modules.connectors.CTCCompressConnector as modality_adapter.")
+                raise ConfigError(
+                    "w_ctc > 0 needs nemo_mtbi.modules.connectors.CTCCompressConnector as modality_adapter."
+                )
             classes = [self.ctc_vocabulary.encode(e.transcript) for e in examples]
             ctc, count = ctc_loss(speech.ctc_log_probs, speech.ctc_lengths, classes)
             loss = loss + w_ctc * ctc
@@ -395,6 +417,24 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
     @property
     def oomptimizer_schema(self) -> dict[str, Any]:
         raise NotImplementedError("Batches of MTBISALM hold planned examples; set data.train_ds.batch_tokens instead.")
+
+    @classmethod
+    def restore_from(cls, path: str | Path, map_location: str = "cpu") -> "MTBISALM":
+        """Open a ``.nemo`` file or a directory that ``export.py`` wrote; nothing else is needed.
+
+        Raises:
+            CheckpointError: missing, damaged, hostile, or another kind of model.
+        """
+        from nemo_mtbi.export.archive import load_directory, load_nemo
+
+        path = Path(path)
+        return (load_directory if path.is_dir() else load_nemo)(cls, path, map_location)
+
+    def save_to(self, path: str | Path) -> Path:
+        """Write one self-contained ``.nemo`` file."""
+        from nemo_mtbi.export.archive import save_nemo
+
+        return save_nemo(self, Path(path))
 
     def seen_manifest(self) -> dict[str, Any]:
         """How many examples and response tokens of each task and prompt were trained on (this rank)."""

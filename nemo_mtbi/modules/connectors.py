@@ -122,7 +122,10 @@ class ConvBottleneckConnector(Connector):
         self.subsampling_factor = self.subsample.factor
         self.project = nn.Linear(feat_in, output_dim)
         self.bottleneck = nn.Sequential(
-            nn.LayerNorm(output_dim), nn.Linear(output_dim, bottleneck_dim), nn.GELU(), nn.Linear(bottleneck_dim, output_dim)
+            nn.LayerNorm(output_dim),
+            nn.Linear(output_dim, bottleneck_dim),
+            nn.GELU(),
+            nn.Linear(bottleneck_dim, output_dim),
         )
         self.norm = nn.LayerNorm(output_dim)
 

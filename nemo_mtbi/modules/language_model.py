@@ -52,7 +52,9 @@ def pad_right(sequences: list[list[int]], device: torch.device) -> tuple[Tensor,
 
 
 @torch.no_grad()
-def teacher_hidden_states(llm: nn.Module, embed_tokens: nn.Module, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
+def teacher_hidden_states(
+    llm: nn.Module, embed_tokens: nn.Module, prompts: list[list[int]], responses: list[list[int]]
+) -> Tensor:
     """The text LLM's hidden states (R, H) at the positions before each response token; no gradient, no logits.
 
     Args:
@@ -65,6 +67,8 @@ def teacher_hidden_states(llm: nn.Module, embed_tokens: nn.Module, prompts: list
         hidden = hidden_states(llm, embed_tokens(ids))
     width = ids.shape[1]
     rows = [
-        i * width + len(p) - 1 + j for i, (p, r) in enumerate(zip(prompts, responses, strict=True)) for j in range(len(r))
+        i * width + len(p) - 1 + j
+        for i, (p, r) in enumerate(zip(prompts, responses, strict=True))
+        for j in range(len(r))
     ]
     return hidden.flatten(0, 1)[torch.tensor(rows, device=device)]

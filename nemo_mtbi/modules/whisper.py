@@ -61,7 +61,9 @@ class WhisperPreprocessor(NeuralModule):
     def __init__(self, num_mel_bins: int = 80, input_length: str = "trained", round_seconds: float = 2.0) -> None:
         super().__init__()
         self.policy = WindowPolicy(input_length, round_seconds)
-        filters = mel_filter_bank(1 + N_FFT // 2, num_mel_bins, 0.0, 8000.0, SAMPLE_RATE, norm="slaney", mel_scale="slaney")
+        filters = mel_filter_bank(
+            1 + N_FFT // 2, num_mel_bins, 0.0, 8000.0, SAMPLE_RATE, norm="slaney", mel_scale="slaney"
+        )
         self.register_buffer("filters", torch.from_numpy(filters).float(), persistent=False)
         self.register_buffer("window", torch.hann_window(N_FFT), persistent=False)
         # What SALM asks of any NeMo preprocessor.

@@ -17,7 +17,9 @@ def fingerprint(path: str | Path) -> str:
     root = Path(path)
     if not root.exists():
         return f"hub:{path}"
-    files = [root] if root.is_file() else sorted(f for f in root.iterdir() if f.suffix in (".safetensors", ".json", ".bin"))
+    files = (
+        [root] if root.is_file() else sorted(f for f in root.iterdir() if f.suffix in (".safetensors", ".json", ".bin"))
+    )
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
         size = file.stat().st_size

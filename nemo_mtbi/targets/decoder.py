@@ -59,7 +59,13 @@ class RefillDecoder:
     """
 
     def __init__(
-        self, llm: Any, stop_ids: set[int], batch_size: int, refill_share: float = 0.25, top_k: int = 0, temperature: float = 1.0
+        self,
+        llm: Any,
+        stop_ids: set[int],
+        batch_size: int,
+        refill_share: float = 0.25,
+        top_k: int = 0,
+        temperature: float = 1.0,
     ) -> None:
         self.llm, self.stop_ids, self.batch_size = llm, stop_ids, batch_size
         self.refill_rows = max(1, round(refill_share * batch_size))
@@ -101,7 +107,10 @@ class RefillDecoder:
             return new, new_cache, new_mask
         width = max(mask.shape[1], new_mask.shape[1])
         merged = [
-            (torch.cat([_left_pad(k, width), _left_pad(nk, width)]), torch.cat([_left_pad(v, width), _left_pad(nv, width)]))
+            (
+                torch.cat([_left_pad(k, width), _left_pad(nk, width)]),
+                torch.cat([_left_pad(v, width), _left_pad(nv, width)]),
+            )
             for (k, v), (nk, nv) in zip(cache, new_cache, strict=True)
         ]
         masks = [nn.functional.pad(m, (width - m.shape[1], 0)) for m in (mask, new_mask)]

@@ -56,6 +56,7 @@ class TargetsConfig:
         prompt_split: ``seen``, ``held_out`` or ``all``; ``splits`` overrides it by output name.
         languages: of the prompts.
         prompts_per_task: wordings drawn for each cut and task (0: all of the split).
+        tasks_per_cut: how many tasks are drawn for each cut, by output name (default: all of them).
         top_k: teacher log-probabilities kept for each response token (0: none), at ``temperature``.
         filters: names of :mod:`nemo_mtbi.targets.filters`.
         seed: of the draws.
@@ -74,6 +75,7 @@ class TargetsConfig:
     splits: dict[str, str] = field(default_factory=dict)
     languages: list[str] = field(default_factory=lambda: ["en"])
     prompts_per_task: int = 1
+    tasks_per_cut: dict[str, int] = field(default_factory=dict)
     top_k: int = 0
     temperature: float = 1.0
     filters: list[str] = field(default_factory=lambda: ["empty", "refusal", "truncated", "repetition"])
@@ -105,7 +107,9 @@ class TargetGenerator:
         self.teacher = fingerprint(llm)
         self.tokenizer = AutoTokenizer(llm, use_fast=True)
         self.renderer = PromptRenderer(self.tokenizer, PromptFormatter.resolve(config.prompt_format))
-        self.renderer.render([user_message("Repeat.", Spoken("a word"), config.speech_position)])  # fails early, if at all
+        self.renderer.render(
+            [user_message("Repeat.", Spoken("a word"), config.speech_position)]
+        )  # fails early, if at all
         self.folder = Path(config.output_dir)
         self.engine: HFEngine | None = None
 
@@ -132,10 +136,14 @@ class TargetGenerator:
         if not text:
             raise DataError(f"Cut {cut.id} has no transcript. prepare_data.py leaves such cuts out.")
         split = self.config.splits.get(name, self.config.prompt_split)
+        count = self.config.tasks_per_cut.get(name, len(self.tasks))
+        drawn = random.Random(f"{self.config.seed}/{cut.id}").sample(self.tasks, min(count, len(self.tasks)))
         jobs = []
-        for task in self.tasks:
+        for task in drawn:
             if task.prepare:
-                raise ConfigError(f"Task {task.name} needs a prepared question, which this version does not generate yet.")
+                raise ConfigError(
+                    f"Task {task.name} needs a prepared question, which this version does not generate yet."
+                )
             prompts = task.select(split, self.config.languages)
             rng = random.Random(f"{self.config.seed}/{cut.id}/{task.name}")
             count = self.config.prompts_per_task or len(prompts)
@@ -182,7 +190,11 @@ class TargetGenerator:
         }  # fmt: skip
         if answer.top_ids is not None and answer.top_log_probs is not None:
             record["top_k"] = [self.config.top_k, self.config.temperature]
-            record["teacher"] = [arrays.storage_path, arrays.write("", answer.top_ids), arrays.write("", answer.top_log_probs)]
+            record["teacher"] = [
+                arrays.storage_path,
+                arrays.write("", answer.top_ids),
+                arrays.write("", answer.top_log_probs),
+            ]
             arrays.flush()
         return record
 
@@ -230,7 +242,9 @@ class TargetGenerator:
                 f"No answer is left for {name}: {len(jobs)} were generated and all rejected ({dict(rejected)}). "
                 f"Look at {self.folder / 'rejected.jsonl'}, then change the filters, the tasks or the LLM."
             )
-        jsonl.write_text(self.folder / "rejected.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in side))
+        jsonl.write_text(
+            self.folder / "rejected.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in side)
+        )
         jsonl.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         return path
 
@@ -265,7 +279,11 @@ class TargetGenerator:
             task, prompt = key.split("/")
             prompts.setdefault(task, {})[prompt] = value
         return {
-            "teacher": {"name": self.config.llm, "fingerprint": self.teacher, "prompt_format": self.config.prompt_format},
+            "teacher": {
+                "name": self.config.llm,
+                "fingerprint": self.teacher,
+                "prompt_format": self.config.prompt_format,
+            },
             "decoding": {"method": "greedy", "dtype": self.config.dtype},
             "top_k": self.config.top_k,
             "temperature": self.config.temperature,
@@ -276,5 +294,3 @@ class TargetGenerator:
             "wall_seconds": round(seconds, 1),
             "versions": {name: version(name) for name in LIBRARIES},
         }
-
-

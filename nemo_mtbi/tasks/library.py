@@ -65,7 +65,9 @@ def render_template(template: str, values: dict[str, Any]) -> str:
     try:
         return _ENVIRONMENT.from_string(template).render(values).strip()
     except TemplateError as error:
-        raise ConfigError(f"Prompt template {template!r}: {error}. Known placeholders: {', '.join(values) or 'none'}.") from error
+        raise ConfigError(
+            f"Prompt template {template!r}: {error}. Known placeholders: {', '.join(values) or 'none'}."
+        ) from error
 
 
 def load_task(path: Path) -> Task:

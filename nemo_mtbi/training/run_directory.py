@@ -90,5 +90,7 @@ def load_trained(model: MTBISALM, path: Path) -> None:
     missing = model.trainable_names() - set(state)
     unexpected = set(state) - set(model.state_dict())
     if missing or unexpected:
-        raise CheckpointError(f"{path} does not fit the model: {len(missing)} tensors missing, {len(unexpected)} unexpected.")
+        raise CheckpointError(
+            f"{path} does not fit the model: {len(missing)} tensors missing, {len(unexpected)} unexpected."
+        )
     model.load_state_dict(state, strict=False)

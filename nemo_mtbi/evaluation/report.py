@@ -1,0 +1,60 @@
+"""Evaluation results as JSON, Markdown and a picture."""
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from nemo_mtbi.data import jsonl
+
+LIBRARIES = ("nemo_toolkit", "transformers", "torch", "lhotse", "jiwer")
+COLUMNS = (("token_agreement", "token agreement"), ("kl_per_token", "KL / token"), ("repeat_wer", "repeat WER"),
+           ("repeat_wer_to_transcript", "repeat WER to transcript"))  # fmt: skip
+
+
+def write_report(folder: Path, results: dict[str, dict[str, Any]], command: str) -> dict[str, Path]:
+    """``results[manifest][system]`` -> results.json, results.md and results.png under ``folder``."""
+    paths = {name: folder / f"results.{name}" for name in ("json", "md", "png")}
+    record = {"command": command, "versions": {n: version(n) for n in LIBRARIES}, "results": results}
+    jsonl.write_json(paths["json"], record)
+    jsonl.write_text(paths["md"], markdown(results, command))
+    plot(results, paths["png"])
+    return paths
+
+
+def markdown(results: dict[str, dict[str, Any]], command: str) -> str:
+    """One table for each manifest."""
+    lines = [f"Command: `{command}`", ""]
+    for manifest, systems in results.items():
+        lines += [f"## {manifest}", "", "| system | " + " | ".join(title for _, title in COLUMNS) + " |"]
+        lines.append("|---|" + "---:|" * len(COLUMNS))
+        for system, scores in systems.items():
+            cells = [f"{scores[key]:.3f}" if key in scores else "-" for key, _ in COLUMNS]
+            lines.append(f"| {system} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """Token agreement by task and system, one panel for each manifest."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(results), figsize=(1 + 5 * len(results), 4), squeeze=False, sharey=True)
+    for axis, (manifest, systems) in zip(axes[0], results.items(), strict=True):
+        tasks = sorted({t for s in systems.values() for t in s["by_task"]})
+        width = 0.8 / len(systems)
+        for index, (system, scores) in enumerate(systems.items()):
+            heights = [scores["by_task"].get(t, {}).get("token_agreement", 0.0) for t in tasks]
+            axis.bar([i + index * width for i in range(len(tasks))], heights, width, label=system)
+        axis.set_xticks([i + 0.4 - width / 2 for i in range(len(tasks))], tasks)
+        axis.set_title(manifest)
+        axis.set_ylim(0, 1)
+    axes[0][0].set_ylabel("token agreement with the text LLM")
+    axes[0][-1].legend(fontsize=8, loc="lower right")
+    figure.tight_layout()
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=120, format="png")
+    plt.close(figure)
+    temporary.replace(path)

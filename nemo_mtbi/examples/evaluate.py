@@ -1,0 +1,49 @@
+"""Token agreement, KL and repeat WER of a trained run beside text topline and cascade. See conf/evaluate.yaml."""
+
+import shlex
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from nemo_mtbi.examples._launcher import announce, launcher
+
+
+@launcher("evaluate")
+def main(cfg: DictConfig) -> None:
+    from lhotse import CutSet
+
+    from nemo_mtbi.data.conversation import check_manifest
+    from nemo_mtbi.evaluation.asr import WhisperASR
+    from nemo_mtbi.evaluation.report import write_report
+    from nemo_mtbi.evaluation.score import Evaluation
+    from nemo_mtbi.training.run_directory import UNTRAINED, RunDirectory
+    from nemo_mtbi.training.stages import set_threads
+
+    set_threads(cfg.threads)
+    for path in cfg.cuts.values():
+        check_manifest(path)
+    run, output = RunDirectory(cfg.run), Path(cfg.output_dir or Path(cfg.run) / "evaluation")
+    stages = [name for name in cfg.stages if run.weights(name).is_file()]
+    model = run.load_model()
+    results: dict[str, dict] = {}
+    for manifest, path in cfg.cuts.items():
+        evaluation = Evaluation(model, CutSet.from_file(path), cfg.cached_features, cfg.batch_size)
+        systems = results.setdefault(manifest, {})
+        if cfg.text_topline:
+            systems["text_topline"] = evaluation.text(f"{manifest}: text topline", None).summary()
+        if cfg.cascade:
+            asr = WhisperASR(model.config.pretrained_asr, output / "cascade_transcripts.jsonl")
+            heard = asr.transcribe(evaluation.cuts)
+            by_recording = {c.recording_id: heard[c.id] for c in evaluation.cuts}
+            systems["cascade"] = evaluation.text(f"{manifest}: cascade", by_recording).summary()
+        for name in stages:
+            run.load_weights(model, name)
+            systems[name] = evaluation.speech(f"{manifest}: {name}", generate=name != UNTRAINED).summary()
+    paths = write_report(output, results, shlex.join(["python", "-m", "nemo_mtbi.examples.evaluate", *sys.argv[1:]]))
+    print("\n" + paths["md"].read_text())
+    announce("Results", dict(paths))
+
+
+if __name__ == "__main__":
+    main()

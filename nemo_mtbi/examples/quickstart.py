@@ -1,0 +1,126 @@
+"""The whole method on this machine, offline: speech, targets, training, evaluation, export. See conf/quickstart.yaml.
+
+Every step is one of the other launchers, printed as the command it is; each continues where it was if interrupted.
+"""
+
+import json
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_mtbi.data import jsonl
+from nemo_mtbi.errors import MTBIError
+from nemo_mtbi.examples._launcher import announce, launcher
+
+SPLITS = ("train", "held_out", "unseen_voice")
+SYSTEMS = {"untrained": "untrained", "warm_start": "alignment", "trained": "imitation"}
+
+
+@launcher("quickstart")
+def main(cfg: DictConfig) -> None:
+    start = time.time()
+    root = Path(cfg.output_dir)
+    targets, run = root / "targets", root / "train"
+    cuts = {s: str(root / f"cuts.{s}.jsonl") for s in SPLITS}
+    answered = {s: str(targets / f"{s}.jsonl") for s in SPLITS}
+    nemo, hf = root / "model.nemo", root / "hf"
+    timings: dict[str, float] = {}
+
+    def step(name: str, module: str, *overrides: str) -> None:
+        begin = time.time()
+        command = ["-m", f"nemo_mtbi.examples.{module}", *overrides]
+        print(f"\n=== {name}\n$ python {shlex.join(command)}", flush=True)
+        if subprocess.run([sys.executable, *command]).returncode != 0:
+            raise MTBIError(f"The step {name!r} failed; its message is above. The same command continues from here.")
+        timings[name] = round(time.time() - begin, 1)
+
+    step("prepare speech and word times", "prepare_data", f"output_dir={root}", f"sources={_inline([cfg.sentences])}")
+    step("cache encoder features", "cache_features", f"manifests={_inline(list(cuts.values()))}")
+    step(
+        "text LLM answers (targets)", "generate_targets", f"output_dir={targets}", f"cuts={_inline(cuts)}",
+        *(f"{k}={_inline(v)}" for k, v in cfg.targets.items()),
+    )  # fmt: skip
+    step(
+        "train", "train", f"output_dir={run}", "data.cached_features=true",
+        f"data.train_ds.input_cfg.0.cuts_path={answered['train']}",
+        f"data.validation_ds.datasets.held_out.input_cfg.0.cuts_path={answered['held_out']}",
+        *(f"{k}={_inline(v)}" for k, v in cfg.train.items()),
+    )  # fmt: skip
+    scored = {s: answered[s] for s in SPLITS if s != "train"}
+    step("evaluate", "evaluate", f"run={run}", f"cuts={_inline(scored)}", "cached_features=true")
+    if not hf.exists():
+        step("export", "export", f"run={run}", f"nemo={nemo}", f"hf={hf}")
+    summary = summarize(run, nemo, hf, time.time() - start + float(cfg.seconds_before), timings)
+    jsonl.write_json(root / "summary.json", summary)
+    print_table(summary)
+    wav = sorted((root / "audio").glob("*.wav"))[0]
+    announce("Files", {
+        "summary": root / "summary.json", "evaluation": run / "evaluation" / "results.md",
+        "picture": run / "evaluation" / "results.png", "model (.nemo)": nemo, "model (Hugging Face)": hf,
+        "curves": f"tensorboard --logdir {run}",
+    })  # fmt: skip
+    print(f"\nAsk the model about a recording:\n  {sys.executable} -m nemo_mtbi.examples.generate model={nemo} "
+          f"audio={wav} \"prompt=What is this about? Answer in one sentence.\"")  # fmt: skip
+
+
+def _inline(value: Any) -> str:
+    """A value in Hydra's override grammar."""
+    if OmegaConf.is_config(value):
+        value = OmegaConf.to_container(value, resolve=True)
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{k}:{_inline(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(_inline(v) for v in value) + "]"
+    if isinstance(value, str):
+        return "'" + value.replace("'", "\\'") + "'"
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
+
+
+def summarize(run: Path, nemo: Path, hf: Path, seconds: float, timings: dict[str, float]) -> dict[str, Any]:
+    """The figures of ``summary.json``."""
+    results = json.loads((run / "evaluation" / "results.json").read_text())["results"]
+    export = json.loads((run / "export.json").read_text())
+    seen = json.loads((run / "seen.json").read_text())
+
+    def figures(manifest: dict[str, Any]) -> dict[str, Any]:
+        wer = {"text_topline": "text_topline", "cascade": "cascade", "trained": "imitation"}
+        return {
+            **{k: {name: manifest[s][k] for name, s in SYSTEMS.items()} for k in ("token_agreement", "kl_per_token")},
+            "repeat_wer": {name: manifest[s]["repeat_wer"] for name, s in wer.items()},
+            "cascade": {k: manifest["cascade"][k] for k in ("token_agreement", "kl_per_token")},
+        }
+
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    return {
+        "wall_seconds": round(seconds, 1),
+        "step_seconds": timings,
+        "peak_memory_gib": round(peak, 2),
+        "train_examples_seen": seen["examples"],
+        "held_out": figures(results["held_out"]),
+        "unseen_voice": figures(results["unseen_voice"]),
+        "export": {"nemo": str(nemo), "hf": str(hf), "round_trip_max_abs_diff": export["round_trip_max_abs_diff"]},
+    }
+
+
+def print_table(summary: dict[str, Any]) -> None:
+    """The summary for a person."""
+    print(f"\n{'':38s}{'held out':>12s}{'unseen voice':>14s}")
+    rows = [(f"{key.replace('_', ' ')}, {name}", key, name) for key in ("token_agreement", "kl_per_token", "repeat_wer")
+            for name in summary["held_out"][key]]  # fmt: skip
+    for title, key, name in rows:
+        print(f"{title:38s}{summary['held_out'][key][name]:12.3f}{summary['unseen_voice'][key][name]:14.3f}")
+    for name, seconds in summary["step_seconds"].items():
+        print(f"{name + ' (s)':38s}{seconds:12.0f}")
+    print(
+        f"{'all steps (s)':38s}{summary['wall_seconds']:12.0f}\n{'peak memory (GiB)':38s}{summary['peak_memory_gib']:12.1f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

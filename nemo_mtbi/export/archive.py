@@ -1,0 +1,152 @@
+"""Exports that need nothing else: a Hugging Face directory, and the same directory as one ``.nemo`` file.
+
+Contents: ``config.json`` (SALM's configuration format, encoder and connector described completely), ``model.safetensors``
+(every weight), the tokenizer's files, ``llm_backbone/config.json`` and ``generation_config.json``, and ``README.md``.
+No pickle, no code: classes come from the configuration through NeMo's list of allowed targets.
+"""
+
+import json
+import os
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo.collections.speechlm2.parts.hf_hub import LLM_BACKBONE_DIR
+from omegaconf import OmegaConf
+
+from nemo_mtbi.data import jsonl
+from nemo_mtbi.errors import CheckpointError
+from nemo_mtbi.modules.language_model import causal_lm
+from nemo_mtbi.version import __version__
+
+if TYPE_CHECKING:
+    from nemo_mtbi.models.mtbi_salm import MTBISALM
+
+CONFIG, WEIGHTS, NEMO_CONFIG = "config.json", "model.safetensors", "model_config.yaml"
+# Settings of training that mean nothing to a user of the model.
+TRAINING_KEYS = ("optimizer", "lr_scheduler", "alignment_stage", "ctc_vocabulary", "max_bad_steps")
+
+
+def exported_config(model: "MTBISALM") -> dict[str, Any]:
+    """The configuration with which the exported weights load without their pretrained sources."""
+    cfg: dict[str, Any] = OmegaConf.to_container(model.cfg, resolve=True)  # type: ignore[assignment]
+    cfg = {k: v for k, v in cfg.items() if k not in TRAINING_KEYS}
+    return cfg | {"pretrained_weights": False, "references": model.references, "trust_remote_code": False}
+
+
+def save_directory(model: "MTBISALM", folder: Path, card: str | None = None) -> Path:
+    """Write the Hugging Face directory; it is complete or absent.
+
+    Args:
+        model: what to export.
+        folder: where to; must not exist or be empty.
+        card: text of README.md; a short one by default.
+
+    Raises:
+        CheckpointError: the folder is in use.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise CheckpointError(f"{folder} is not empty; name another folder or remove it.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
+        temporary = Path(name) / folder.name
+        # torch_dtype etc. of SALM are left alone: weights are stored in the type that each part computes in.
+        model.save_pretrained(temporary, config=exported_config(model))
+        model.tokenizer.tokenizer.save_pretrained(temporary)
+        backbone = causal_lm(model.llm)
+        backbone.config.save_pretrained(temporary / LLM_BACKBONE_DIR)
+        backbone.generation_config.save_pretrained(temporary / LLM_BACKBONE_DIR)
+        jsonl.write_text(temporary / "README.md", card or model_card(model))
+        if folder.exists():
+            folder.rmdir()
+        temporary.rename(folder)
+    return folder
+
+
+def save_nemo(model: "MTBISALM", path: Path, card: str | None = None) -> Path:
+    """Write one ``.nemo`` archive (uncompressed tar of the directory, and ``model_config.yaml`` as NeMo's archives have)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as name:
+        folder = save_directory(model, Path(name) / "model", card)
+        OmegaConf.save(
+            OmegaConf.create({"target": "nemo_mtbi.models.MTBISALM", **exported_config(model)}), folder / NEMO_CONFIG
+        )
+        temporary = Path(name) / "archive"
+        with tarfile.open(temporary, "w:") as tar:
+            for file in sorted(folder.rglob("*")):
+                tar.add(file, arcname=f"./{file.relative_to(folder)}", recursive=False)
+        os.replace(temporary, path)
+    return path
+
+
+def load_nemo(cls: "type[MTBISALM]", path: Path, map_location: str = "cpu") -> "MTBISALM":
+    """Open a ``.nemo`` archive that :func:`save_nemo` wrote.
+
+    Raises:
+        CheckpointError: missing, truncated, hostile, or of another model.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"There is no file {path}.")
+    with tempfile.TemporaryDirectory() as name:
+        try:
+            with tarfile.open(path, "r:") as tar:
+                members = {m.name.removeprefix("./") for m in tar.getmembers()}
+                if CONFIG not in members or WEIGHTS not in members:
+                    raise CheckpointError(
+                        f"{path} is a NeMo archive of another kind of model (it holds {', '.join(sorted(members)[:5])}); "
+                        "MTBISALM.restore_from opens what export.py writes."
+                    )
+                tar.extractall(name, filter="data")
+        except (tarfile.TarError, EOFError, OSError) as error:
+            raise CheckpointError(
+                f"{path} is damaged or unsafe ({error}); it was not opened. Copy it again."
+            ) from error
+        return load_directory(cls, Path(name), map_location)
+
+
+def load_directory(cls: "type[MTBISALM]", folder: Path, map_location: str = "cpu") -> "MTBISALM":
+    """Open an exported directory; every weight of the model must be in it."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).is_file():
+            raise CheckpointError(f"{folder} is not an exported model: it has no {file}.")
+    config = json.loads((folder / CONFIG).read_text())
+    if "modality_adapter" not in (config.get("perception") or {}):
+        raise CheckpointError(
+            f"{folder / CONFIG} does not describe a speech LLM: it has no perception.modality_adapter."
+        )
+    if config.get("trust_remote_code"):
+        raise CheckpointError(
+            f"{folder / CONFIG} asks to run code that came with the model; set trust_remote_code to false."
+        )
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as weights:
+            names = set(weights.keys())
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder / WEIGHTS} is truncated or no safetensors file ({error}).") from error
+    model = cls.from_pretrained(str(folder), map_location=map_location, strict=False)
+    tied = {n for n in ("llm.lm_head.weight",) if model.llm.config.tie_word_embeddings}
+    missing = set(model.state_dict()) - names - tied
+    if missing:
+        raise CheckpointError(
+            f"{folder / WEIGHTS} lacks {len(missing)} tensors of the model, e.g. {sorted(missing)[0]}."
+        )
+    return model.eval()
+
+
+def model_card(model: "MTBISALM") -> str:
+    """A short card: what the model is, where its parts come from, how to use it."""
+    cfg = model.config
+    tasks = sorted({key.split("/")[0] for key in model.seen if key.count("/") == 2})
+    return "\n".join([
+        "---", "library_name: nemo", "pipeline_tag: audio-text-to-text", "tags: [speech, speech-llm, nemo_mtbi]", "---", "",
+        "# Speech LLM trained by multi-task behavior imitation", "",
+        f"Made with nemo_mtbi {__version__} (method: arXiv 2505.18644). Frozen parts: LLM `{cfg.pretrained_llm}`, speech encoder "
+        f"from `{cfg.pretrained_asr}`; their licences apply to their weights, which this model contains.", "",
+        f"Imitated tasks: {', '.join(tasks) or 'see the training run'}. Examples seen: {model.seen['examples']}.", "",
+        "```python", "from nemo_mtbi.models import MTBISALM", "",
+        'model = MTBISALM.restore_from("model.nemo")  # or MTBISALM.from_pretrained("directory")',
+        'print(model.chat("question.wav", "What is this about?"))', "```", "",
+    ])  # fmt: skip

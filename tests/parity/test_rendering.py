@@ -1,0 +1,145 @@
+"""Rendered prompts against NeMo's formatters and Transformers' chat template."""
+
+import pytest
+import torch
+from nemo.collections.common.prompts import PromptFormatter
+from nemo.collections.common.tokenizers import AutoTokenizer
+
+from nemo_mtbi import models as models
+from nemo_mtbi.data.dataset import Example
+from nemo_mtbi.data.interleaving import InterleavingPolicy, SpeechSpan, timeline
+from nemo_mtbi.data.messages import require_same_rendering, user_message
+from nemo_mtbi.data.rendering import PromptRenderer, Spoken, TimedWord
+from nemo_mtbi.errors import ConfigError, DataError
+from nemo_mtbi.models.assembly import plan_batch
+
+pytestmark = pytest.mark.parity
+TEXT = "Mister O'Neil's dog, the grey one, isn't here: it ran away (again)!"
+FORMATS = ["chatml", "chat_template", "llama3", "qwen", "plain"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2):
+    tokenizer = AutoTokenizer(smollm2, use_fast=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|audio|>"]})
+    return tokenizer
+
+
+def spoken(text=TEXT):
+    words = text.split()
+    return Spoken(text, tuple(TimedWord(w, i * 0.3, i * 0.3 + 0.25) for i, w in enumerate(words)), 0.3 * len(words))
+
+
+def renderer(tokenizer, name):
+    return PromptRenderer(tokenizer, PromptFormatter.resolve(name))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("position", ["after", "before"])
+def test_ids_equal_the_formatters_own(tokenizer, name, position):
+    message = user_message("Repeat this.", spoken(), position)
+    text = f"Repeat this.\n{TEXT}" if position == "after" else f"{TEXT}\nRepeat this."
+    own = PromptFormatter.resolve(name)(tokenizer)
+    expected = own.encode_dialog([{"role": "user", "slots": {"message": text}}])["context_ids"]
+    assert renderer(tokenizer, name).render([message]).ids == expected.tolist()
+
+
+def test_chat_template_equals_transformers(tokenizer):
+    ids = renderer(tokenizer, "chat_template").render([user_message("Repeat this.", spoken(), "after")]).ids
+    messages = [{"role": "user", "content": f"Repeat this.\n{TEXT}"}]
+    expected = tokenizer.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ids == list(expected)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_words_map_to_their_own_tokens(tokenizer, name):
+    rendered = renderer(tokenizer, name).render([user_message("Repeat this.", spoken(), "after")])
+    words = rendered.spoken[0]
+    texts = [tokenizer.tokenizer.decode(rendered.ids[w.token_begin : w.token_end]) for w in words]
+    assert texts == [TEXT.split()[0], *(f" {w}" for w in TEXT.split()[1:])]
+    assert all(w.start_seconds is not None for w in words)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("position", ["after", "before"])
+def test_pure_speech_is_what_inference_renders(tokenizer, name, position):
+    """The training prompt without its spoken tokens equals the inference prompt without its audio tag, or is refused."""
+    own = renderer(tokenizer, name)
+    if (name, position) == ("llama3", "before"):  # SmolLM2's tokenizer merges the blank line before a tag, not before a word
+        with pytest.raises(ConfigError, match="differently in training and at inference"):
+            require_same_rendering(own, "<|audio|>", position)
+        return
+    require_same_rendering(own, "<|audio|>", position)
+    rendered = own.render([user_message("Say it.", spoken(), position)])
+    words = rendered.spoken[0]
+    training = rendered.ids[: words[0].token_begin], rendered.ids[words[-1].token_end :]
+    message = "".join(user_message("Say it.", "<|audio|>", position)["content"])
+    formatter = PromptFormatter.resolve(name)(tokenizer)
+    ids = formatter.encode_dialog([{"role": "user", "slots": {"message": message}}])["context_ids"].tolist()
+    tag = ids.index(tokenizer.token_to_id("<|audio|>"))
+    assert (ids[:tag], ids[tag + 1 :]) == training
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_interleaved_prompts(tokenizer, share):
+    """Share 1 is the teacher's input token for token; share 0 has one span; between, text stays the teacher's tokens."""
+    part = spoken()
+    rendered = renderer(tokenizer, "chatml").render([user_message("Repeat this.", part, "after")])
+    units = timeline(rendered.spoken[0], part.duration_seconds)
+    example = Example("a", 0, "repeat", "r", rendered.ids, units, [1, 2], part.duration_seconds, TEXT)
+    pieces = plan_batch([example], InterleavingPolicy(1.0, share, 2.0), 0)[0]
+    text = [t for p in pieces if isinstance(p, list) for t in p]
+    spans = [p for p in pieces if isinstance(p, SpeechSpan)]
+    if share == 1:
+        assert text == rendered.ids and not spans
+    elif share == 0:
+        assert spans == [SpeechSpan(0, 0.0, part.duration_seconds)]
+        assert pieces == plan_batch([example], None, 0)[0]
+    else:
+        assert spans and set(text) <= set(rendered.ids)
+
+
+def test_multi_turn_dialogs(tokenizer):
+    history = [{"role": "user", "content": ["Hello."]}, {"role": "assistant", "content": ["Hi, what is it?"]}]
+    dialog = [*history, user_message("Repeat this.", spoken("a dog"), "after")]
+    rendered = renderer(tokenizer, "chatml").render(dialog)
+    text = tokenizer.tokenizer.decode(rendered.ids)
+    assert text.count("<|im_start|>") == 4 and text.endswith("assistant\n")
+    words = rendered.spoken[0]
+    assert tokenizer.tokenizer.decode(rendered.ids[words[0].token_begin : words[-1].token_end]) == "a dog"
+
+
+def test_words_the_aligner_changed_or_dropped(tokenizer):
+    times = (TimedWord("mister", 0.0, 0.3), TimedWord("dog", 0.9, 1.2), TimedWord("again", 3.0, 3.4))
+    rendered = renderer(tokenizer, "chatml").render([user_message("Hm.", Spoken(TEXT, times, 4.0), "after")])
+    timed = {tokenizer.tokenizer.decode(rendered.ids[w.token_begin : w.token_end]).strip() for w in rendered.spoken[0]
+             if w.start_seconds is not None}  # fmt: skip
+    assert timed == {"Mister", "dog,", "(again)!"}
+    units = timeline(rendered.spoken[0], 4.0)
+    assert units[0].words + sum(u.words for u in units[1:]) == len(TEXT.split())
+
+
+def test_prompt_that_runs_into_the_transcript_is_refused(tokenizer):
+    message = {"role": "user", "content": ["The words are: ", spoken("a dog ran")]}
+    with pytest.raises(DataError, match="runs into the transcript"):
+        renderer(tokenizer, "chatml").render([message])
+
+
+def test_empty_transcript_is_refused(tokenizer):
+    with pytest.raises(DataError, match="transcript is empty"):
+        renderer(tokenizer, "chatml").render([user_message("Repeat.", Spoken("  "), "after")])
+
+
+def test_tokenizer_without_chat_template_is_refused(smollm2):
+    tokenizer = AutoTokenizer(smollm2, use_fast=True)
+    tokenizer.tokenizer.chat_template = None
+    with pytest.raises(ConfigError, match="has no chat template"):
+        renderer(tokenizer, "chat_template").render([user_message("Repeat.", spoken(), "after")])
+
+
+def test_chat_template_training_dialog(tokenizer):
+    formatter = PromptFormatter.resolve("chat_template")(tokenizer)
+    turns = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+    encoded = formatter.encode_dialog(turns)
+    assert torch.equal(encoded["input_ids"], torch.cat([encoded["context_ids"], encoded["answer_ids"]]))
+    assert tokenizer.tokenizer.decode(encoded["answer_ids"]).startswith("Hello.<|im_end|>")

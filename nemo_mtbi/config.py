@@ -79,6 +79,7 @@ class ModelConfig:
         prompt_format: a NeMo prompt format, or ``chat_template`` for the tokenizer's own.
         speech_position: the speech stands ``after`` or ``before`` the task prompt.
         llm_dtype, encoder_dtype: storage and compute type of the frozen parts; the connector stays float32.
+        prefix_cache_tokens: tokens of prompt beginnings whose keys and values are kept (0: none); see PrefixStore.
         max_bad_steps: stop after this many optimizer steps skipped for a non-finite loss or gradient.
     """
 
@@ -103,6 +104,7 @@ class ModelConfig:
     lr_scheduler: Any = None
     lora: Any = None
     trust_remote_code: bool = False
+    prefix_cache_tokens: int = 4096
     max_bad_steps: int = 20
     # Written by an export, read by from_pretrained / restore_from (as in NeMo's SALM).
     tokenizer_path: str | None = None

@@ -169,6 +169,7 @@ class Preparation:
         if len(entry.text.split()) / cut.duration > c.max_words_per_second:
             raise Skip(f"more than {c.max_words_per_second} words a second: transcript and audio cannot match")
         try:
+            cut = self._on_disk(cut)
             samples = self._samples(cut)
         except Exception as error:
             raise Skip(f"unreadable audio: {_first_line(error)}") from None
@@ -189,6 +190,14 @@ class Preparation:
             ]
         }
         return cut, None
+
+    def _on_disk(self, cut: Cut) -> Cut:
+        """Audio that a Shar brought in memory becomes a FLAC file, since manifests refer to files."""
+        if any(source.type in ("memory", "shar") for source in cut.recording.sources):
+            path = self.folder / "audio" / f"{cut.id.replace('/', '-')}.flac"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return cut.save_audio(str(path))
+        return cut
 
     def _samples(self, cut: Cut) -> np.ndarray:
         samples = cut.resample(ALIGNER_RATE).load_audio() if cut.sampling_rate != ALIGNER_RATE else cut.load_audio()

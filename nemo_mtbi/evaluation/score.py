@@ -142,8 +142,9 @@ class Evaluation:
 
     def _hidden(self, prompts: list[list[int]], examples: list[Example]) -> Tensor:
         return teacher_hidden_states(
-            self.model.llm, self.model.embed_tokens, prompts, [e.response_ids for e in examples]
-        )
+            self.model.llm, self.model.embed_tokens, prompts, [e.response_ids for e in examples], self.model.prefixes,
+            [e.units[0].token_begin for e in examples],
+        )  # fmt: skip
 
     def _add(self, scores: Scores, examples: list[Example], hidden: Tensor, reference_prompts: list[list[int]]) -> None:
         ids = torch.tensor([t for e in examples for t in e.response_ids], device=hidden.device)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS, NEMO_CONFIG = "config.json", "model.safetensors", "model_config.yaml"
 # Settings of training that mean nothing to a user of the model.
-TRAINING_KEYS = ("optimizer", "lr_scheduler", "alignment_stage", "ctc_vocabulary", "max_bad_steps")
+TRAINING_KEYS = ("optimizer", "lr_scheduler", "alignment_stage", "ctc_vocabulary", "max_bad_steps", "prefix_cache_tokens")
 
 
 def exported_config(model: "MTBISALM") -> dict[str, Any]:
@@ -97,6 +97,9 @@ def load_nemo(cls: "type[MTBISALM]", path: Path, map_location: str = "cpu") -> "
                         f"{path} is a NeMo archive of another kind of model (it holds {', '.join(sorted(members)[:5])}); "
                         "MTBISALM.restore_from opens what export.py writes."
                     )
+                unsafe = [m for m in members if m.startswith("/") or ".." in Path(m).parts]
+                if unsafe:
+                    raise CheckpointError(f"{path} is unsafe: it would write to {unsafe[0]}; it was not opened.")
                 tar.extractall(name, filter="data")
         except (tarfile.TarError, EOFError, OSError) as error:
             raise CheckpointError(

@@ -95,8 +95,13 @@ class GenerationMixin:
                 f"The dialogs hold {tags} {self.audio_locator_tag} tags, but {0 if audios is None else len(audios)} audios "  # type: ignore[attr-defined]
                 "came with them. Write one tag for each audio."
             )
-        inputs, mask = self.generation_inputs(pieces, audios, audio_lens)
-        return self.generate_from_embeddings(inputs, mask, generation_config, **generation_kwargs)
+        training = self.training  # type: ignore[attr-defined]
+        self.eval()  # type: ignore[attr-defined]
+        try:
+            inputs, mask = self.generation_inputs(pieces, audios, audio_lens)
+            return self.generate_from_embeddings(inputs, mask, generation_config, **generation_kwargs)
+        finally:
+            self.train(training)  # type: ignore[attr-defined]
 
     def generate_from_embeddings(
         self, inputs: Tensor, mask: Tensor, generation_config: GenerationConfig | None = None, **kwargs: Any

@@ -36,7 +36,13 @@ from nemo_mtbi.models.encoder import (
 from nemo_mtbi.models.generation import GenerationMixin
 from nemo_mtbi.models.waveform import cut_speech_spans
 from nemo_mtbi.modules.connectors import CTCCompressConnector, SpeechEmbeddings, uniform_centers
-from nemo_mtbi.modules.language_model import hidden_states, output_head, teacher_hidden_states
+from nemo_mtbi.modules.language_model import (
+    Prefix,
+    PrefixStore,
+    hidden_states,
+    output_head,
+    teacher_hidden_states,
+)
 from nemo_mtbi.pretrained.fingerprint import fingerprint
 from nemo_mtbi.pretrained.offline import resolve_pretrained
 
@@ -75,7 +81,8 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         config = model_config(cfg)
         # SALM.__init__ would load every encoder as a NeMo ASR model and the LLM in fp32, so its steps are taken here.
         LightningModule.__init__(self)
-        self.save_hyperparameters({"cfg": cfg})
+        # save_hyperparameters() walks the call stack and stumbles over from_pretrained's class methods.
+        self.hparams.update({"cfg": cfg})
         self.config = config
         self.cfg = DictConfig(cfg)
         for key in (
@@ -115,6 +122,9 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         self._use_fsdp = self._use_tp = False
         self.register_load_state_dict_post_hook(lambda module, _: module.bind_connector())
         self.freeze()
+        # With LoRA the LLM changes, and so do the keys and values of the prompts.
+        keep = config.prefix_cache_tokens if is_frozen(self.llm) else 0
+        self.prefixes = PrefixStore(keep) if keep else None
         self.bind_connector()
 
     # -- set-up ---------------------------------------------------------------------------------------------------
@@ -137,7 +147,9 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         self.bind_connector()
 
     def bind_connector(self) -> None:
-        """Refresh what the connector derives from the LLM; runs after every load."""
+        """Refresh what is derived from the LLM's weights; runs after every load."""
+        if self.prefixes is not None:
+            self.prefixes.clear()
         bind_token_embeddings(self.perception, self.embed_tokens)
         connector = connector_of(self.perception)
         if connector is not None and connector.needs_token_embeddings:
@@ -194,13 +206,17 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
                 raise ConfigError("interleaving.level=waveform encodes pieces of the audio; set cached_features=false.")
             pieces, batch, seconds = cut_speech_spans(pieces, batch, self.sampling_rate)
         speech = self.connect(*self.batch_features(batch))
+        prefix = None
+        if self.prefixes is not None:
+            prefix = self.prefixes.get(self.llm, self.embed_tokens, [row[0] for row in pieces])  # type: ignore[misc]
+            pieces = [row[1:] for row in pieces]
         inputs, layout = self.lay_out(pieces, [e.response_ids for e in examples], speech, seconds)
-        hidden = self.hidden(inputs)
+        hidden = self.hidden(inputs, prefix)
         return StudentOutput(hidden.flatten(0, 1)[layout.response_rows], layout, speech)
 
-    def hidden(self, inputs: Tensor) -> Tensor:
+    def hidden(self, inputs: Tensor, prefix: Prefix | None = None) -> Tensor:
         """Last hidden states (B, L, H) of right-padded input embeddings (B, L, H)."""
-        return hidden_states(self.llm, inputs)
+        return hidden_states(self.llm, inputs, prefix)
 
     def head(self) -> Head:
         """The LLM's output layer."""
@@ -219,8 +235,9 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         kind = "online" if full_teacher else self.config.imitation.teacher
         if (self.objective.w_kl > 0 or full_teacher) and kind == "online":
             teacher["teacher_hidden"] = teacher_hidden_states(
-                self.llm, self.embed_tokens, [e.prompt_ids for e in examples], [e.response_ids for e in examples]
-            )
+                self.llm, self.embed_tokens, [e.prompt_ids for e in examples], [e.response_ids for e in examples],
+                self.prefixes, [e.units[0].token_begin for e in examples],
+            )  # fmt: skip
         elif self.objective.w_kl > 0:
             if "teacher_ids" not in batch:
                 raise DataError(

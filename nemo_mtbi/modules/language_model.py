@@ -1,11 +1,14 @@
 """The frozen LLM as the objective needs it: hidden states without logits, and its output layer."""
 
+from collections import OrderedDict
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from nemo_mtbi.losses.imitation import Head
 from nemo_mtbi.losses.vocabulary import WHOLE_VOCABULARY, VocabularyShard
@@ -16,13 +19,92 @@ def causal_lm(llm: nn.Module) -> Any:
     return llm.base_model.model if isinstance(llm, PeftModel) else llm
 
 
-def hidden_states(llm: nn.Module, inputs_embeds: Tensor) -> Tensor:
-    """Last hidden states (B, L, H) of right-padded embeddings (B, L, H).
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values of each row's constant beginning, left-padded to P columns.
 
-    No mask is passed: under causal attention, padding on the right never reaches a valid position, and the attention
-    kernels then take their fastest path.
+    Attributes:
+        layers: for each layer, keys and values (B, heads, P, d).
+        lengths: (B,) valid columns.
     """
-    return causal_lm(llm).model(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
+
+    layers: list[tuple[Tensor, Tensor]]
+    lengths: Tensor
+
+
+def hidden_states(llm: nn.Module, inputs_embeds: Tensor, prefix: Prefix | None = None) -> Tensor:
+    """Last hidden states (B, L, H) of right-padded embeddings (B, L, H), after an optional prefix.
+
+    No mask is passed without a prefix: under causal attention, padding on the right never reaches a valid position, and
+    the attention kernels then take their fastest path.
+    """
+    model = causal_lm(llm).model
+    if prefix is None:
+        return model(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
+    batch, width, _ = inputs_embeds.shape
+    columns = prefix.layers[0][0].shape[2]
+    position = torch.arange(columns + width, device=inputs_embeds.device)
+    mask = (position >= columns - prefix.lengths[:, None]).long()
+    return model(
+        inputs_embeds=inputs_embeds,
+        attention_mask=mask,
+        position_ids=prefix.lengths[:, None] + position[:width],
+        past_key_values=DynamicCache(prefix.layers),
+        use_cache=True,
+    ).last_hidden_state
+
+
+class PrefixStore:
+    """Keys and values of prompt beginnings (system turn and task prompt), computed once and kept.
+
+    They come before the first speech position, so they depend on nothing that is trained: neither their forward nor their
+    backward pass is repeated. Valid only while the LLM itself is frozen.
+
+    Args:
+        max_tokens: tokens kept; the least recently used beginnings go first.
+    """
+
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        self.kept: OrderedDict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = OrderedDict()
+
+    def clear(self) -> None:
+        self.kept.clear()
+
+    @torch.no_grad()
+    def get(self, llm: nn.Module, embed_tokens: nn.Module, prefixes: list[list[int]]) -> Prefix | None:
+        """The prefix of every row; None where no row has one."""
+        columns = max(map(len, prefixes))
+        if columns == 0:
+            return None
+        rows = [tuple(p) for p in prefixes]
+        have = {r: self.kept.pop(r) for r in dict.fromkeys(rows) if r in self.kept}
+        missing = [r for r in dict.fromkeys(rows) if r not in have]
+        if missing:
+            device = next(embed_tokens.parameters()).device
+            ids, _ = pad_right([list(r) for r in missing], device)
+            cache = DynamicCache()
+            causal_lm(llm).model(inputs_embeds=embed_tokens(ids), past_key_values=cache, use_cache=True)
+            for index, row in enumerate(missing):
+                have[row] = [
+                    (layer.keys[index, :, : len(row)].clone(), layer.values[index, :, : len(row)].clone())
+                    for layer in cache.layers
+                ]
+        self.kept.update(have)
+        tokens = sum(map(len, self.kept))
+        while tokens > self.max_tokens and len(self.kept) > 1:
+            tokens -= len(self.kept.popitem(last=False)[0])
+        layers = [
+            (torch.stack([_pad_columns(have[r][i][0], columns) for r in rows]),
+             torch.stack([_pad_columns(have[r][i][1], columns) for r in rows]))
+            for i in range(len(have[rows[0]]))
+        ]  # fmt: skip
+        return Prefix(layers, torch.tensor([len(r) for r in rows], device=layers[0][0].device))
+
+
+def _pad_columns(tensor: Tensor, columns: int) -> Tensor:
+    """(heads, P, d) -> (heads, columns, d), padded on the left."""
+    return nn.functional.pad(tensor, (0, 0, columns - tensor.shape[1], 0))
 
 
 def output_head(llm: nn.Module, shard: VocabularyShard = WHOLE_VOCABULARY) -> Head:
@@ -53,22 +135,33 @@ def pad_right(sequences: list[list[int]], device: torch.device) -> tuple[Tensor,
 
 @torch.no_grad()
 def teacher_hidden_states(
-    llm: nn.Module, embed_tokens: nn.Module, prompts: list[list[int]], responses: list[list[int]]
+    llm: nn.Module,
+    embed_tokens: nn.Module,
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    store: PrefixStore | None = None,
+    prefix_lengths: list[int] | None = None,
 ) -> Tensor:
     """The text LLM's hidden states (R, H) at the positions before each response token; no gradient, no logits.
 
     Args:
         prompts: token ids with the transcript in place of speech.
         responses: the teacher's answers; the last token is never an input.
+        store, prefix_lengths: where each prompt's constant beginning is kept, and its length.
     """
     device = next(embed_tokens.parameters()).device
-    ids, lengths = pad_right([p + r[:-1] for p, r in zip(prompts, responses, strict=True)], device)
+    skip = prefix_lengths if store is not None and prefix_lengths is not None else [0] * len(prompts)
+    rest = [p[n:] + r[:-1] for p, r, n in zip(prompts, responses, skip, strict=True)]
+    ids, _ = pad_right(rest, device)
     with without_adapters(llm):
-        hidden = hidden_states(llm, embed_tokens(ids))
+        prefix = None
+        if store is not None:
+            prefix = store.get(llm, embed_tokens, [p[:n] for p, n in zip(prompts, skip, strict=True)])
+        hidden = hidden_states(llm, embed_tokens(ids), prefix)
     width = ids.shape[1]
     rows = [
-        i * width + len(p) - 1 + j
-        for i, (p, r) in enumerate(zip(prompts, responses, strict=True))
+        i * width + len(tokens) - len(r) + j
+        for i, (tokens, r) in enumerate(zip(rest, responses, strict=True))
         for j in range(len(r))
     ]
     return hidden.flatten(0, 1)[torch.tensor(rows, device=device)]

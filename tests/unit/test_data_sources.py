@@ -1,0 +1,185 @@
+"""Preparation of paired data: every source, bad input, resume, and the split by speaker."""
+
+import json
+import wave
+
+import numpy as np
+import pytest
+import soundfile
+from lhotse import CutSet
+
+from nemo_mtbi.data import jsonl
+from nemo_mtbi.data.prepare import Preparation, PrepareConfig, SplitConfig
+from nemo_mtbi.data.rendering import match_words
+from nemo_mtbi.data.sources import Entry, SourceConfig
+from nemo_mtbi.errors import ConfigError, DataError
+
+pytestmark = pytest.mark.unit
+
+
+def tone(path, seconds=1.0, rate=16000, channels=1):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    samples = 0.1 * np.sin(np.arange(round(seconds * rate)) / 20)
+    soundfile.write(path, np.stack([samples] * channels, 1), rate)
+    return path
+
+
+def config(tmp_path, *sources, **kwargs):
+    return PrepareConfig(str(tmp_path / "out"), list(sources), aligner=kwargs.pop("aligner", "none"), **kwargs)
+
+
+def cuts_of(written):
+    return [c for path in written.values() for c in CutSet.from_file(path)]
+
+
+def report(tmp_path):
+    return json.loads((tmp_path / "out" / "report.json").read_text())
+
+
+def test_tsv_with_every_kind_of_bad_audio(tmp_path):
+    tone(tmp_path / "good.wav")
+    tone(tmp_path / "stereo_8k.wav", rate=8000, channels=2)
+    (tmp_path / "empty.wav").write_bytes(b"")
+    (tmp_path / "text.wav").write_text("this is no audio")
+    with wave.open(str(tmp_path / "zero.wav"), "wb") as out:
+        out.setnchannels(1), out.setsampwidth(2), out.setframerate(16000)
+    tone(tmp_path / "long_text.wav", 0.5)
+    rows = [(f"{n}.wav", "two words") for n in ("good", "stereo_8k", "empty", "text", "zero", "absent")]
+    rows += [("good.wav", ""), ("long_text.wav", "a b c d e f g h i")]
+    table = tmp_path / "t.tsv"
+    lines = [f"{a}\t{t}\tspk{i}" for i, (a, t) in enumerate(rows)]
+    lines[6] = "other.wav\t\tspk6"
+    table.write_text("path\ttranscript\tspeaker\n" + "\n".join(lines) + "\n")
+    written = Preparation(config(tmp_path, SourceConfig("tsv", str(table)))).run()
+    kept = {c.id.rsplit("-", 1)[-1]: c for c in cuts_of(written)}
+    assert set(kept) == {"good", "stereo_8k"}
+    assert kept["stereo_8k"].sampling_rate == 8000
+    reasons = report(tmp_path)["skipped_reasons"]
+    assert report(tmp_path)["skipped"] == 6
+    assert sum(n for r, n in reasons.items() if r.startswith("unreadable audio")) + sum(
+        n for r, n in reasons.items() if r.startswith("duration")) == 4  # fmt: skip
+    assert reasons["empty transcript"] == 1
+    assert any("words a second" in r for r in reasons)
+
+
+def test_nemo_manifest_with_offsets(tmp_path):
+    tone(tmp_path / "a.wav", 3.0)
+    rows = [
+        {"audio_filepath": "a.wav", "text": "one", "duration": 1.0, "offset": 1.5, "speaker": "s"},
+        {"audio_filepath": "a.wav", "text": "two", "duration": 9.0, "offset": 0},
+    ]
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    cut = cuts_of(Preparation(config(tmp_path, SourceConfig("nemo", str(manifest)))).run())[0]
+    assert (cut.start, cut.duration, cut.supervisions[0].text) == (1.5, 1.0, "one")
+    assert "but the audio lasts 3.00 s" in next(iter(report(tmp_path)["skipped_reasons"]))
+
+
+def test_folder_and_cuts(tmp_path):
+    for name in ("ann/x", "bob/y"):
+        tone(tmp_path / "in" / f"{name}.wav").with_suffix(".txt").write_text("hello there")
+    written = Preparation(config(tmp_path, SourceConfig("folder", str(tmp_path / "in")))).run()
+    first = cuts_of(written)
+    assert {c.supervisions[0].speaker for c in first} == {"ann", "bob"}
+    again = PrepareConfig(str(tmp_path / "second"), [SourceConfig("cuts", str(p)) for p in written.values()], aligner="none")
+    assert {c.id for c in cuts_of(Preparation(again).run())} == {c.id for c in first}
+    shar = tmp_path / "shar"
+    shar.mkdir()
+    CutSet(first).to_shar(shar, {"recording": "flac"})
+    third = PrepareConfig(str(tmp_path / "third"), [SourceConfig("shar", str(shar))], aligner="none")
+    assert {c.id for c in cuts_of(Preparation(third).run())} == {c.id for c in first}
+
+
+def test_a_killed_run_continues_and_changed_settings_start_over(tmp_path):
+    for i in range(4):
+        tone(tmp_path / "in" / f"{i}.wav").with_suffix(".txt").write_text(f"number {i}")
+    make = lambda **kw: Preparation(config(tmp_path, SourceConfig("folder", str(tmp_path / "in")), **kw))  # noqa: E731
+    written = make().run()
+    complete = {p: p.read_text() for p in written.values()}
+    progress = tmp_path / "out" / "prepared.jsonl"
+    lines = progress.read_text().splitlines(keepends=True)
+    progress.write_text("".join(lines[:2]) + lines[2][:20])  # killed in the middle of the third line
+    for path in written.values():
+        path.unlink()
+    assert {p: p.read_text() for p in make().run().values()} == complete
+    assert len(progress.read_text().splitlines()) == 4
+    make(min_seconds=0.3).run()
+    assert len(progress.read_text().splitlines()) == 8
+
+
+def test_speakers_are_in_one_split_only():
+    split = SplitConfig(shares={"train": 0.7, "held_out": 0.3}, speakers={"vip": "test"})
+    entries = [Entry(f"{s}-{i}", lambda: None, f"speaker{s}") for s in range(60) for i in range(3)]
+    by_speaker = {}
+    for entry in entries:
+        by_speaker.setdefault(entry.speaker, set()).add(split.assign(entry))
+    assert all(len(v) == 1 for v in by_speaker.values())
+    held_out = sum(v == {"held_out"} for v in by_speaker.values())
+    assert 8 <= held_out <= 28
+    assert split.assign(Entry("x", lambda: None, "vip")) == "test"
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        (SourceConfig("tsv", "absent.tsv"), "does not exist"),
+        (SourceConfig("wavs", "x"), "Unknown source kind"),
+        (SourceConfig("lhotse_recipe", ".", "no_such_corpus"), "no recipe"),
+        (SourceConfig("sentences", None, options={"voices": ["espeak:x"]}), "engines are"),
+        (SourceConfig("sentences", None, options={"voice": "x"}), "options"),
+    ],
+)
+def test_bad_sources_are_refused(tmp_path, source, message):
+    with pytest.raises((ConfigError, DataError), match=message):
+        Preparation(config(tmp_path, source)).run()
+
+
+def test_empty_and_broken_manifests(tmp_path):
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    for kind in ("nemo", "cuts"):
+        with pytest.raises(DataError, match="is empty"):
+            Preparation(config(tmp_path, SourceConfig(kind, str(empty)))).run()
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"audio_filepath": "a.wav"}\n')
+    with pytest.raises(DataError, match="line 1.*text"):
+        Preparation(config(tmp_path, SourceConfig("nemo", str(broken)))).run()
+    table = tmp_path / "t.tsv"
+    table.write_text("file\ttext\nx\ty\n")
+    with pytest.raises(DataError, match="no column"):
+        Preparation(config(tmp_path, SourceConfig("tsv", str(table)))).run()
+
+
+def test_nothing_left_is_an_error(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.wav").write_text("no audio")
+    (tmp_path / "in" / "a.txt").write_text("words")
+    with pytest.raises(DataError, match="No utterance is left.*unreadable"):
+        Preparation(config(tmp_path, SourceConfig("folder", str(tmp_path / "in")))).run()
+
+
+def test_textgrids(tmp_path):
+    tone(tmp_path / "in" / "a.wav", 2.0).with_suffix(".txt").write_text("Hello, world")
+    grid = tmp_path / "grids" / "a.TextGrid"
+    grid.parent.mkdir()
+    interval = 'intervals [1]:\n xmin = {}\n xmax = {}\n text = "{}"\n'
+    words = interval.format(0.0, 0.4, "") + interval.format(0.4, 0.9, "hello") + interval.format(1.0, 1.6, "world")
+    phones = interval.format(0.4, 0.5, "HH")
+    grid.write_text(f'item [1]:\n name = "words"\n{words}\n item [2]:\n name = "phones"\n{phones}')
+    written = Preparation(
+        config(tmp_path, SourceConfig("folder", str(tmp_path / "in")), aligner=f"textgrids:{grid.parent}")
+    ).run()
+    items = cuts_of(written)[0].supervisions[0].alignment["word"]
+    assert [(i.symbol, i.start, round(i.end, 3)) for i in items] == [("hello", 0.4, 0.9), ("world", 1.0, 1.6)]
+
+
+def test_match_words_on_empty_alignment():
+    assert [w.start_seconds for w in match_words(["a", "b"], ())] == [None, None]
+
+
+@pytest.mark.parametrize("tail", [b"", b'{"key": 3', b'{"key": "' + b"x" * 200_000])
+def test_jsonl_repair_drops_only_an_incomplete_last_line(tmp_path, tail):
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(b'{"key": 1}\n{"key": 2}\n' + tail)
+    jsonl.repair(path)
+    assert [r["key"] for r in jsonl.read(path)] == [1, 2]

@@ -38,19 +38,21 @@ class ImitationConfig:
 
 @dataclass
 class InterleavingConfig:
-    """See :class:`nemo_mtbi.data.interleaving.InterleavingPolicy`."""
+    """See :class:`nemo_mtbi.data.interleaving.InterleavingPolicy`; ``schedule`` is a list of [step, factor]."""
 
     probability: float = 0.5
     text_share: float = 0.5
     span_words: float = 3.0
     span_distribution: str = "geometric"
     level: str = "embedding"
-    schedule: dict[int, float] = field(default_factory=lambda: {0: 1.0})
+    schedule: list[list[float]] = field(default_factory=lambda: [[0, 1.0]])
     seed: int = 0
 
     def policy(self) -> InterleavingPolicy:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return InterleavingPolicy(**{**values, "schedule": Schedule(dict(self.schedule))})
+        return InterleavingPolicy(
+            **{**values, "schedule": Schedule({int(step): factor for step, factor in self.schedule})}
+        )
 
 
 @dataclass
@@ -140,6 +142,9 @@ def model_config(cfg: DictConfig | dict[str, Any]) -> ModelConfig:
         problems.append(f"model.imitation.teacher={config.imitation.teacher!r}: use {', '.join(TEACHERS)}")
     if config.imitation.teacher == "none" and config.imitation.w_kl > 0:
         problems.append("model.imitation: w_kl > 0 needs teacher=online or cached")
+    terms = config.imitation.w_ctc > 0 or config.imitation.w_align > 0
+    if config.interleaving.level == "waveform" and config.interleaving.probability > 0 and terms:
+        problems.append("model.interleaving.level=waveform cuts the audio, so imitation.w_ctc and w_align must be 0")
     for build in (config.imitation.objective, config.interleaving.policy):
         try:
             build()

@@ -48,7 +48,7 @@ class ChatTemplatePromptFormatter(PromptFormatter):
     }
 
     def encode_dialog(self, turns: list[dict], **kwargs: Any) -> dict[str, torch.Tensor]:
-        hf = getattr(self.tokenizer, "tokenizer", self.tokenizer)
+        hf: Any = getattr(self.tokenizer, "tokenizer", self.tokenizer)
         if not getattr(hf, "chat_template", None):
             raise ConfigError(
                 f"The tokenizer {hf.name_or_path!r} has no chat template. Use an instruction-tuned LLM, or set "

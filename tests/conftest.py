@@ -54,8 +54,13 @@ def tiny_llm(smollm2, tmp_path_factory) -> str:
 def tiny_whisper(whisper, tmp_path_factory) -> str:
     """A one-layer Whisper with random weights and the real tokenizer and features."""
     import torch
-    from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
-    from transformers import WhisperTokenizer
+    from transformers import (
+        GenerationConfig,
+        WhisperConfig,
+        WhisperFeatureExtractor,
+        WhisperForConditionalGeneration,
+        WhisperTokenizer,
+    )
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("tiny_whisper")
@@ -84,7 +89,11 @@ def tiny_config(tiny_llm, tiny_whisper) -> dict:
         "perception": {
             "input_length": "own",
             "round_seconds": 1.0,
-            "modality_adapter": {"_target_": "nemo_mtbi.modules.connectors.StackMLPConnector", "factor": 5, "hidden_dim": 32},
+            "modality_adapter": {
+                "_target_": "nemo_mtbi.modules.connectors.StackMLPConnector",
+                "factor": 5,
+                "hidden_dim": 32,
+            },
         },
         "imitation": {"teacher": "online"},
         "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1},

@@ -28,7 +28,7 @@ class Aligner(Protocol):
 class PocketSphinxAligner:
     """CMU PocketSphinx (BSD): offline, English, 0.01 x real time. Words outside its dictionary get no times.
 
-    An unknown word is aligned as the filler "[NOISE]"; its neighbours keep their times.
+    Unknown words are left out of the aligned text; their neighbours keep their times.
     """
 
     def __init__(self) -> None:

@@ -58,7 +58,7 @@ def cache_features(encoder: FrozenEncoder, manifest: Path, batch_seconds: float 
     ):
         for batch in _batches(missing, batch_seconds):
             for cut, features in _encode(encoder, batch, report):
-                array = writer.store_array(cut.id, features)  # type: ignore[arg-type]
+                array = writer.store_array(cut.id, features)
                 writer.flush()
                 out.write({"key": keys[cut.id], "array": array.to_dict()})
                 arrays[keys[cut.id]] = array.to_dict()

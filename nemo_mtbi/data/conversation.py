@@ -27,24 +27,34 @@ INPUT_TYPE = "mtbi"
 
 @dataclass
 class MTBIConversation(NeMoMultimodalConversation):
-    """A conversation that also knows its target, its visit number and (once tokenized) its rendered prompt."""
+    """A conversation that also knows its target, its visit number and (once tokenized) its rendered prompt.
+
+    ``shared_prefix``: the prompt before the utterance is computed once for all examples, so it takes no positions.
+    """
 
     target: Target | None = None
     visit: int = 0
     speech_position: str = "after"
+    shared_prefix: bool = False
     rendered: RenderedPrompt | None = field(default=None, repr=False)
 
     @property
     def total_length(self) -> int | None:
         """Positions of the example, for bucketing: the text LLM's input with the transcript's tokens replaced by the
         connector's positions; by as many positions where a connector compresses to tokens (no equivalent duration)."""
-        if self.input_ids is None:
+        if self.input_ids is None or self.rendered is None:
             return None
-        if self.token_equivalent_duration is None or self.rendered is None:
-            return len(self.input_ids)
         words = self.rendered.spoken[-1]
         text = words[-1].token_end - words[0].token_begin
-        return len(self.input_ids) - text + math.ceil(self.cut.duration / self.token_equivalent_duration)
+        speech = (
+            math.ceil(self.cut.duration / self.token_equivalent_duration) if self.token_equivalent_duration else text
+        )
+        return len(self.input_ids) - text + speech - (words[0].token_begin if self.shared_prefix else 0)
+
+    @property
+    def source_id(self) -> str:
+        """Id of the cut in its manifest."""
+        return self.id.rsplit("/", 2)[0]
 
     @property
     def cut(self) -> Cut:
@@ -117,6 +127,7 @@ class ConversationIterator:
         self.audio_locator_tag = config.audio_locator_tag
         self.token_equivalent_duration = config.get("token_equivalent_duration")
         self.speech_position = config.get("speech_position", "after")
+        self.shared_prefix = config.get("shared_prefix", False)
         self.finite = config.get("force_finite", False)
 
     def __iter__(self) -> Iterator[MTBIConversation]:
@@ -152,23 +163,24 @@ class ConversationIterator:
                 target=target,
                 visit=visit,
                 speech_position=self.speech_position,
+                shared_prefix=self.shared_prefix,
             )
 
 
 KNOWN_KEYS = {
     "type", "cuts_path", "shar_path", "weight", "tags", "tasks", "task_temperature", "every_target", "seed",
-    "speech_position",
+    "speech_position", "shared_prefix",
 }  # fmt: skip
 
 
 def read_mtbi(config: DictConfig) -> tuple[CutSet, bool]:
-    """NeMo data-type parser of ``type: mtbi``.
+    """NeMo data-type parser of ``type: mtbi``. Other keys go to NeMo's reader.
 
     Keys: ``cuts_path`` or ``shar_path``; ``tasks`` (list, or mapping to weights; default all), ``task_temperature``,
     ``every_target``, ``seed``, ``speech_position``.
 
     Raises:
-        ConfigError: neither path, or a key that this type does not know.
+        ConfigError: neither path.
         DataError: the manifest does not exist.
     """
     reader = OmegaConf.create({k: v for k, v in config.items() if k not in KNOWN_KEYS - {"cuts_path", "shar_path"}})
@@ -178,7 +190,7 @@ def read_mtbi(config: DictConfig) -> tuple[CutSet, bool]:
     check_manifest(path)
     reader.force_finite = True  # we repeat by ourselves, to count the visits
     cuts, is_tarred = read_cutset_from_config(reader)
-    tasks = config.get("tasks")
+    tasks: Any = config.get("tasks")
     if tasks is not None:
         tasks = OmegaConf.to_container(tasks) if OmegaConf.is_config(tasks) else tasks
         tasks = {str(k): float(v) for k, v in tasks.items()} if isinstance(tasks, dict) else dict.fromkeys(tasks, 1.0)

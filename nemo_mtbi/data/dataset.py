@@ -16,7 +16,7 @@ from nemo_mtbi.data.feature_cache import FEATURES_FIELD, load_array
 from nemo_mtbi.data.interleaving import Unit, timeline
 from nemo_mtbi.data.rendering import PromptRenderer
 from nemo_mtbi.errors import DataError
-from nemo_mtbi.targets.record import TEACHER_IDS_FIELD, TEACHER_LOG_PROBS_FIELD
+from nemo_mtbi.targets.record import TEACHER_IDS_FIELD, TEACHER_LOG_PROBS_FIELD, Target
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class MTBIDataset(torch.utils.data.Dataset):
         encoder_key: str | None = None,
     ) -> None:
         self.renderer = PromptRenderer(tokenizer, PromptFormatter.resolve(prompt_format))
+        self.prompt_format = prompt_format
         self.cached_features = cached_features
         self.teacher_temperature = teacher_temperature
         self.encoder_key = encoder_key
@@ -101,6 +102,12 @@ class MTBIDataset(torch.utils.data.Dataset):
     def _example(self, conversation: MTBIConversation) -> Example:
         target = conversation.target
         assert target is not None
+        own = Target.rendering_of(self.prompt_format, conversation.speech_position)
+        if target.rendering and target.rendering != own:
+            raise DataError(
+                f"The answers of {conversation.id} were given under {target.rendering} (prompt format / speech position), "
+                f"training uses {own}. Set model.prompt_format and model.speech_position to the former."
+            )
         rendered = conversation.rendered or self.renderer.render(conversation.messages())
         duration = conversation.cut.duration
         return Example(

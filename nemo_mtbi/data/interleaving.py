@@ -9,6 +9,7 @@ import math
 import random
 from bisect import bisect_right
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from nemo_mtbi.errors import ConfigError
 
@@ -52,7 +53,7 @@ def timeline(words: list[Word], duration_seconds: float) -> list[Unit]:
         return []
     units: list[Unit] = []
     first, start = 0, 0.0
-    for index, (word, following) in enumerate(zip(words, words[1:], strict=False)):
+    for index, (word, following) in enumerate(pairwise(words)):
         known = [t for t in (word.end_seconds, following.start_seconds) if t is not None]
         if not known or word.splits_token or word.token_end != following.token_begin:
             continue
@@ -67,7 +68,7 @@ def timeline(words: list[Word], duration_seconds: float) -> list[Unit]:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Piecewise-linear factor on the text share over training steps, e.g. ``{0: 1.0, 2000: 0.2}``; constant outside."""
+    """Piecewise-linear factor on the probability of interleaving over training steps, e.g. ``{0: 1.0, 2000: 0.2}``; constant outside."""
 
     points: dict[int, float] = field(default_factory=lambda: {0: 1.0})
 
@@ -132,6 +133,8 @@ class InterleavingPolicy:
         ``m (1 - s) / s``, so the expected share of words is ``s``.
         """
         rng = random.Random(f"{self.seed}/{key}/{visit}")
+        if self.text_share < 1 and len(units) == 1:  # nothing known inside the utterance: it stays speech
+            return [False]
         if not units or self.text_share == 0 or rng.random() >= self.probability * self.schedule(step):
             return [False] * len(units)
         if self.text_share == 1:

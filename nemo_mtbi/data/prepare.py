@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from lhotse.cut import Cut
 from lhotse.supervision import AlignmentItem
+from omegaconf import MISSING
 from tqdm import tqdm
 
 from nemo_mtbi.data import jsonl
@@ -25,6 +26,7 @@ from nemo_mtbi.data.sources import READERS, Entry, SourceConfig
 from nemo_mtbi.errors import ConfigError, DataError
 
 KINDS = (*READERS, "sentences")
+DEFAULT_SHARES = {"train": 0.8, "held_out": 0.2}
 
 
 @dataclass
@@ -33,13 +35,14 @@ class SplitConfig:
 
     Attributes:
         by: ``speaker`` (a speaker is in one split only) or ``utterance``.
-        shares: share of the speakers (or utterances) in each split; they sum to 1.
+        shares: share of the speakers (or utterances) in each split; they sum to 1. Empty: DEFAULT_SHARES (the command line
+            adds to mappings, so a default here could not be replaced).
         speakers: split of single speakers, by id; wins over the shares.
         seed: of the hash that decides.
     """
 
     by: str = "speaker"
-    shares: dict[str, float] = field(default_factory=lambda: {"train": 0.8, "held_out": 0.2})
+    shares: dict[str, float] = field(default_factory=dict)
     speakers: dict[str, str] = field(default_factory=dict)
     seed: int = 0
 
@@ -52,11 +55,12 @@ class SplitConfig:
         key = entry.speaker if self.by == "speaker" and entry.speaker is not None else entry.id
         digest = hashlib.blake2b(f"{self.seed}/{key}".encode(), digest_size=8).digest()
         point, total = int.from_bytes(digest, "big") / 2**64, 0.0
-        for name, share in self.shares.items():
+        shares = self.shares or DEFAULT_SHARES
+        for name, share in shares.items():
             total += share
             if point < total:
                 return name
-        return list(self.shares)[-1]
+        return list(shares)[-1]
 
 
 @dataclass
@@ -73,8 +77,8 @@ class PrepareConfig:
         split: see :class:`SplitConfig`.
     """
 
-    output_dir: str
-    sources: list[SourceConfig]
+    output_dir: str = MISSING
+    sources: list[SourceConfig] = MISSING
     aligner: str = "pocketsphinx"
     unaligned: str = "keep"
     min_seconds: float = 0.2
@@ -98,7 +102,10 @@ class Preparation:
                 raise ConfigError(f"Unknown source kind {source.kind!r}. Known kinds: {', '.join(KINDS)}.")
         if config.unaligned not in ("keep", "skip"):
             raise ConfigError(f"unaligned={config.unaligned!r}: use keep or skip.")
-        if abs(sum(config.split.shares.values()) - 1) > 1e-6 or config.split.by not in ("speaker", "utterance"):
+        if abs(sum((config.split.shares or DEFAULT_SHARES).values()) - 1) > 1e-6 or config.split.by not in (
+            "speaker",
+            "utterance",
+        ):
             raise ConfigError(
                 f"split: shares {config.split.shares} must sum to 1, and by must be speaker or utterance."
             )
@@ -133,9 +140,13 @@ class Preparation:
                 raise DataError(
                     f"Utterance id {duplicates[0]} occurs twice ({len(duplicates)} such). Give the sources names."
                 )
-            todo = [e for e in entries if e.id not in done]
+            # A changed transcript is prepared again, and a skipped utterance is tried again.
+            stale = {
+                e.id for e in entries if e.id in done and ("skipped" in done[e.id] or done[e.id]["text"] != e.text)
+            }
+            todo = [e for e in entries if e.id not in done or e.id in stale]
             for entry in tqdm(todo, desc="prepare", unit="utt", disable=not todo):
-                record: dict[str, Any] = {"id": entry.id, "settings": settings}
+                record: dict[str, Any] = {"id": entry.id, "settings": settings, "text": entry.text}
                 try:
                     cut, unaligned = self._prepare(entry)
                     record |= {"cut": cut.to_dict(), "unaligned": unaligned}
@@ -245,6 +256,9 @@ class Preparation:
                 else "The sources hold no utterance."
             )
         written = {}
+        for old in self.folder.glob("cuts.*.jsonl"):
+            if not old.name.endswith(".features.jsonl") and old.name.split(".")[1] not in lines:
+                old.unlink()
         for split, rows in lines.items():
             written[split] = self.folder / f"cuts.{split}.jsonl"
             jsonl.write_text(written[split], "".join(rows))

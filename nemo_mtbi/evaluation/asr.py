@@ -1,6 +1,7 @@
 """The cascade's first half: Whisper transcripts of the evaluated audio, with the decoder at its full 30 s windows."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,9 +32,7 @@ class WhisperASR:
     def __init__(self, name: str, cache: Path, batch_size: int = 16) -> None:
         self.path = resolve_pretrained(name)
         if not is_whisper(self.path):
-            raise ConfigError(
-                f"The cascade needs a Whisper model, {name} is none; set evaluation.asr to one or leave it out."
-            )
+            raise ConfigError(f"The cascade needs a Whisper model, {name} is none; set cascade=false.")
         self.cache, self.batch_size = cache, batch_size
         self.key = fingerprint(self.path)
 
@@ -43,11 +42,13 @@ class WhisperASR:
         done = {r["id"]: r["text"] for r in jsonl.read(self.cache) if r["asr"] == self.key}
         missing = sorted((c for c in cuts if c.id not in done), key=lambda c: c.duration)
         if missing:
-            from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizerFast
+            from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
 
-            model = WhisperForConditionalGeneration.from_pretrained(self.path).eval()
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            model: Any = WhisperForConditionalGeneration.from_pretrained(self.path)
+            model = model.to(device).eval()
             extractor = WhisperFeatureExtractor.from_pretrained(self.path)
-            tokenizer = WhisperTokenizerFast.from_pretrained(self.path)
+            tokenizer = WhisperTokenizer.from_pretrained(self.path)
             with jsonl.Appender(self.cache) as out, tqdm(total=len(missing), desc="cascade ASR", unit="utt") as bar:
                 for begin in range(0, len(missing), self.batch_size):
                     batch = missing[begin : begin + self.batch_size]
@@ -56,7 +57,7 @@ class WhisperASR:
                         [w for _, w in windows], sampling_rate=RATE, return_tensors="pt"
                     ).input_features
                     with torch.no_grad():
-                        ids = model.generate(input_features=features)
+                        ids = model.generate(input_features=features.to(device))
                     texts: dict[str, list[str]] = {}
                     for (cut_id, _), text in zip(
                         windows, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True

@@ -94,7 +94,8 @@ class Evaluation:
 
     @property
     def cuts(self) -> list[Any]:
-        return list({c.cut.recording_id: c.cut for c in self.conversations}.values())
+        """The evaluated cuts, each once, under the ids of their manifest."""
+        return list({c.source_id: c.cut.with_id(c.source_id) for c in self.conversations}.values())
 
     def _batches(self, name: str, conversations: list[MTBIConversation] | None = None) -> Iterator[dict[str, Any]]:
         items = self.conversations if conversations is None else conversations
@@ -118,7 +119,7 @@ class Evaluation:
 
     @torch.no_grad()
     def text(self, name: str, transcripts: dict[str, str] | None, generate: bool = True) -> Scores:
-        """The text LLM on the reference transcripts (None: topline) or on an ASR's (the cascade), by recording id."""
+        """The text LLM on the reference transcripts (None: topline) or on an ASR's (the cascade), by cut id."""
         scores = Scores()
         for begin in tqdm(range(0, len(self.conversations), self.batch_size), desc=name, unit="batch"):
             items = self.conversations[begin : begin + self.batch_size]
@@ -135,7 +136,7 @@ class Evaluation:
     def _prompt(self, conversation: MTBIConversation, transcripts: dict[str, str] | None) -> list[int]:
         target = conversation.target
         assert target is not None
-        text = transcript(conversation.cut) if transcripts is None else transcripts[conversation.cut.recording_id]
+        text = transcript(conversation.cut) if transcripts is None else transcripts[conversation.source_id]
         spoken = Spoken(text.strip() or EMPTY_TRANSCRIPT)
         message = user_message(target.prompt, spoken, self.model.config.speech_position)
         return self.dataset.renderer.render([message]).ids

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -15,8 +16,18 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 T = TypeVar("T")
 
 
-def launcher(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
-    """Hydra entry point like NeMo's ``hydra_runner``, which also turns our errors into exit code 1 and one message."""
+def launcher(
+    config_name: str, schemas: dict[str, type] | None = None
+) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+    """Hydra entry point like NeMo's ``hydra_runner``, which also turns our errors into exit code 1 and one message.
+
+    Args:
+        config_name: YAML under ``conf``.
+        schemas: dataclasses whose defaults the YAML builds on (``prepare_schema``, or ``speech_llm/schema`` in a group).
+    """
+    for name, node in (schemas or {}).items():
+        group, _, own = name.rpartition("/")
+        ConfigStore.instance().store(group=group or None, name=own, node=open_dictionaries(OmegaConf.structured(node)))
 
     def decorate(function: Callable[[DictConfig], Any]) -> Callable[[], None]:
         def guarded(cfg: DictConfig) -> None:
@@ -31,6 +42,18 @@ def launcher(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callab
         return hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)
 
     return decorate
+
+
+def open_dictionaries(node: DictConfig) -> DictConfig:
+    """Let the command line add keys to fields that are mappings by type; other unknown keys stay errors."""
+    for key in node:
+        if OmegaConf.is_missing(node, key) or not OmegaConf.is_dict(node[key]):
+            continue
+        if OmegaConf.get_type(node[key]) is dict:
+            OmegaConf.set_struct(node[key], False)
+        else:
+            open_dictionaries(node[key])
+    return node
 
 
 def typed(schema: type[T], cfg: DictConfig) -> T:

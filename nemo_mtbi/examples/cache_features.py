@@ -4,10 +4,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from nemo_mtbi.config import ModelConfig
 from nemo_mtbi.examples._launcher import announce, launcher
 
 
-@launcher("cache_features")
+@launcher("cache_features", {"speech_llm/schema": ModelConfig})
 def main(cfg: DictConfig) -> None:
     from nemo_mtbi import models  # noqa: F401  registers our classes as NeMo targets
     from nemo_mtbi.data.cache_features import cache_features

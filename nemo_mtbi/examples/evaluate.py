@@ -11,21 +11,22 @@ from nemo_mtbi.examples._launcher import announce, launcher
 
 @launcher("evaluate")
 def main(cfg: DictConfig) -> None:
+    import torch
     from lhotse import CutSet
 
     from nemo_mtbi.data.conversation import check_manifest
     from nemo_mtbi.evaluation.asr import WhisperASR
     from nemo_mtbi.evaluation.report import write_report
     from nemo_mtbi.evaluation.score import Evaluation
+    from nemo_mtbi.training.cpu import tune
     from nemo_mtbi.training.run_directory import UNTRAINED, RunDirectory
-    from nemo_mtbi.training.stages import set_threads
 
-    set_threads(cfg.threads)
+    tune(cfg.threads)
     for path in cfg.cuts.values():
         check_manifest(path)
     run, output = RunDirectory(cfg.run), Path(cfg.output_dir or Path(cfg.run) / "evaluation")
     stages = [name for name in cfg.stages if run.weights(name).is_file()]
-    model = run.load_model()
+    model = run.load_model().to("cuda" if torch.cuda.is_available() else "cpu")
     results: dict[str, dict] = {}
     for manifest, path in cfg.cuts.items():
         evaluation = Evaluation(model, CutSet.from_file(path), cfg.cached_features, cfg.batch_size)
@@ -34,9 +35,7 @@ def main(cfg: DictConfig) -> None:
             systems["text_topline"] = evaluation.text(f"{manifest}: text topline", None).summary()
         if cfg.cascade:
             asr = WhisperASR(model.config.pretrained_asr, output / "cascade_transcripts.jsonl")
-            heard = asr.transcribe(evaluation.cuts)
-            by_recording = {c.recording_id: heard[c.id] for c in evaluation.cuts}
-            systems["cascade"] = evaluation.text(f"{manifest}: cascade", by_recording).summary()
+            systems["cascade"] = evaluation.text(f"{manifest}: cascade", asr.transcribe(evaluation.cuts)).summary()
         for name in stages:
             run.load_weights(model, name)
             systems[name] = evaluation.speech(f"{manifest}: {name}", generate=name != UNTRAINED).summary()

@@ -6,7 +6,7 @@ from nemo_mtbi.data.prepare import Preparation, PrepareConfig
 from nemo_mtbi.examples._launcher import announce, launcher, typed
 
 
-@launcher("prepare")
+@launcher("prepare", {"prepare_schema": PrepareConfig})
 def main(cfg: DictConfig) -> None:
     preparation = Preparation(typed(PrepareConfig, cfg))
     written = preparation.run()

@@ -6,6 +6,7 @@ Every step is one of the other launchers, printed as the command it is; each con
 import json
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -18,7 +19,6 @@ from nemo_mtbi.data import jsonl
 from nemo_mtbi.errors import MTBIError
 from nemo_mtbi.examples._launcher import announce, launcher
 
-SPLITS = ("train", "held_out", "unseen_voice")
 SYSTEMS = {"untrained": "untrained", "warm_start": "alignment", "trained": "imitation"}
 
 
@@ -27,8 +27,9 @@ def main(cfg: DictConfig) -> None:
     start = time.time()
     root = Path(cfg.output_dir)
     targets, run = root / "targets", root / "train"
-    cuts = {s: str(root / f"cuts.{s}.jsonl") for s in SPLITS}
-    answered = {s: str(targets / f"{s}.jsonl") for s in SPLITS}
+    splits = ["train", *cfg.evaluated_splits]
+    cuts = {s: str(root / f"cuts.{s}.jsonl") for s in splits}
+    answered = {s: str(targets / f"{s}.jsonl") for s in splits}
     nemo, hf = root / "model.nemo", root / "hf"
     timings: dict[str, float] = {}
 
@@ -40,7 +41,10 @@ def main(cfg: DictConfig) -> None:
             raise MTBIError(f"The step {name!r} failed; its message is above. The same command continues from here.")
         timings[name] = round(time.time() - begin, 1)
 
-    step("prepare speech and word times", "prepare_data", f"output_dir={root}", f"sources={_inline([cfg.sentences])}")
+    step(
+        "prepare speech and word times", "prepare_data", f"output_dir={root}",
+        *(f"{k}={_inline(v)}" for k, v in cfg.prepare.items()),
+    )  # fmt: skip
     step("cache encoder features", "cache_features", f"manifests={_inline(list(cuts.values()))}")
     step(
         "text LLM answers (targets)", "generate_targets", f"output_dir={targets}", f"cuts={_inline(cuts)}",
@@ -52,14 +56,16 @@ def main(cfg: DictConfig) -> None:
         f"data.validation_ds.datasets.held_out.input_cfg.0.cuts_path={answered['held_out']}",
         *(f"{k}={_inline(v)}" for k, v in cfg.train.items()),
     )  # fmt: skip
-    scored = {s: answered[s] for s in SPLITS if s != "train"}
+    scored = {s: answered[s] for s in cfg.evaluated_splits}
     step("evaluate", "evaluate", f"run={run}", f"cuts={_inline(scored)}", "cached_features=true")
-    if not hf.exists():
+    trained = run / "imitation" / "trained.safetensors"
+    if not (nemo.exists() and hf.exists()) or trained.stat().st_mtime > nemo.stat().st_mtime:
+        shutil.rmtree(hf, ignore_errors=True)
         step("export", "export", f"run={run}", f"nemo={nemo}", f"hf={hf}")
     summary = summarize(run, nemo, hf, time.time() - start + float(cfg.seconds_before), timings)
     jsonl.write_json(root / "summary.json", summary)
     print_table(summary)
-    wav = sorted((root / "audio").glob("*.wav"))[0]
+    wav = json.loads(Path(cuts[splits[1]]).open().readline())["recording"]["sources"][0]["source"]
     announce("Files", {
         "summary": root / "summary.json", "evaluation": run / "evaluation" / "results.md",
         "picture": run / "evaluation" / "results.png", "model (.nemo)": nemo, "model (Hugging Face)": hf,
@@ -102,23 +108,23 @@ def summarize(run: Path, nemo: Path, hf: Path, seconds: float, timings: dict[str
         "step_seconds": timings,
         "peak_memory_gib": round(peak, 2),
         "train_examples_seen": seen["examples"],
-        "held_out": figures(results["held_out"]),
-        "unseen_voice": figures(results["unseen_voice"]),
+        **{split: figures(manifest) for split, manifest in results.items()},
         "export": {"nemo": str(nemo), "hf": str(hf), "round_trip_max_abs_diff": export["round_trip_max_abs_diff"]},
     }
 
 
 def print_table(summary: dict[str, Any]) -> None:
     """The summary for a person."""
-    print(f"\n{'':38s}{'held out':>12s}{'unseen voice':>14s}")
-    rows = [(f"{key.replace('_', ' ')}, {name}", key, name) for key in ("token_agreement", "kl_per_token", "repeat_wer")
-            for name in summary["held_out"][key]]  # fmt: skip
-    for title, key, name in rows:
-        print(f"{title:38s}{summary['held_out'][key][name]:12.3f}{summary['unseen_voice'][key][name]:14.3f}")
+    splits = [k for k, v in summary.items() if isinstance(v, dict) and "token_agreement" in v]
+    print(f"\n{'':38s}" + "".join(f"{s.replace('_', ' '):>14s}" for s in splits))
+    for key in ("token_agreement", "kl_per_token", "repeat_wer"):
+        for name in summary[splits[0]][key]:
+            figures = "".join(f"{summary[s][key][name]:14.3f}" for s in splits)
+            print(f"{key.replace('_', ' ') + ', ' + name:38s}{figures}")
     for name, seconds in summary["step_seconds"].items():
-        print(f"{name + ' (s)':38s}{seconds:12.0f}")
+        print(f"{name + ' (s)':38s}{seconds:14.0f}")
     print(
-        f"{'all steps (s)':38s}{summary['wall_seconds']:12.0f}\n{'peak memory (GiB)':38s}{summary['peak_memory_gib']:12.1f}"
+        f"{'all steps (s)':38s}{summary['wall_seconds']:14.0f}\n{'peak memory (GiB)':38s}{summary['peak_memory_gib']:14.1f}"
     )
 
 

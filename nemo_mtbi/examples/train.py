@@ -4,15 +4,17 @@ import sys
 
 from omegaconf import DictConfig
 
+from nemo_mtbi.config import ModelConfig
 from nemo_mtbi.examples._launcher import announce, launcher
 
 
-@launcher("train")
+@launcher("train", {"speech_llm/schema": ModelConfig})
 def main(cfg: DictConfig) -> None:
     from nemo_mtbi import models  # noqa: F401  registers the plugin with NeMo
-    from nemo_mtbi.training.stages import set_threads, train
+    from nemo_mtbi.training.cpu import tune
+    from nemo_mtbi.training.stages import train
 
-    set_threads(cfg.threads)
+    tune(cfg.threads)
     try:
         run = train(cfg)
     except KeyboardInterrupt as stop:

@@ -25,7 +25,14 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS, NEMO_CONFIG = "config.json", "model.safetensors", "model_config.yaml"
 # Settings of training that mean nothing to a user of the model.
-TRAINING_KEYS = ("optimizer", "lr_scheduler", "alignment_stage", "ctc_vocabulary", "max_bad_steps", "prefix_cache_tokens")
+TRAINING_KEYS = (
+    "optimizer",
+    "lr_scheduler",
+    "alignment_stage",
+    "ctc_vocabulary",
+    "max_bad_steps",
+    "prefix_cache_tokens",
+)
 
 
 def exported_config(model: "MTBISALM") -> dict[str, Any]:
@@ -129,7 +136,7 @@ def load_directory(cls: "type[MTBISALM]", folder: Path, map_location: str = "cpu
             names = set(weights.keys())
     except SafetensorError as error:
         raise CheckpointError(f"{folder / WEIGHTS} is truncated or no safetensors file ({error}).") from error
-    model = cls.from_pretrained(str(folder), map_location=map_location, strict=False)
+    model = cls._from_checked_directory(folder, map_location)
     tied = {n for n in ("llm.lm_head.weight",) if model.llm.config.tie_word_embeddings}
     missing = set(model.state_dict()) - names - tied
     if missing:

@@ -21,7 +21,8 @@ from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.losses.divergence import DIVERGENCES, Divergence
 from nemo_mtbi.losses.vocabulary import WHOLE_VOCABULARY, VocabularyShard
 
-CHUNK_BYTES = 64 * 2**20  # one fp32 (rows, V) tensor of a chunk; a handful of them are alive at a time
+# One fp32 (rows, V) tensor of a chunk; a handful of them are alive at a time. On CPUs smaller chunks stay near the caches.
+CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}
 # Log-probabilities of impossible entries (vocabulary padding, an empty rest bucket), finite so that 0 * log 0 is 0.
 LOG_P_FLOOR, LOG_Q_FLOOR = -100.0, -1e4
 
@@ -132,7 +133,7 @@ def imitation_loss(
         teacher_head: the teacher's output layer; the student's own (detached) if not given.
         cached_teacher: top-k log-probabilities stored with the targets (offline teacher).
         token_weights: (R,) per-token weights, e.g. per-task weights.
-        chunk_rows: rows through ``lm_head`` at a time; by default as many as fit in 64 MiB of fp32 logits.
+        chunk_rows: rows through ``lm_head`` at a time; by default as many as fit in CHUNK_BYTES of fp32 logits.
 
     Raises:
         ConfigError: w_kl > 0 without a teacher, or two teachers.
@@ -144,7 +145,9 @@ def imitation_loss(
         token_weights = torch.ones(rows, device=hidden.device)
     if teacher_head is None and teacher_hidden is not None:
         teacher_head = Head(head.weight.detach(), _detach(head.bias), head.scale, head.softcap, head.shard)
-    chunk_rows = chunk_rows or max(1, CHUNK_BYTES // (4 * head.weight.shape[0]))
+    chunk_rows = chunk_rows or max(
+        1, CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"]) // (4 * head.weight.shape[0])
+    )
     settings = _Settings(
         objective, head.scale, head.softcap, head.shard, response_ids, token_weights, teacher_hidden, teacher_head,
         cached_teacher, chunk_rows,
@@ -187,6 +190,7 @@ class _FusedImitation(torch.autograd.Function):
             ce[part], kl[part], agreed[part], grad_logits = _chunk(logits, s, part, needs_any)
             if not needs_any:
                 continue
+            assert grad_logits is not None
             grad_logits *= s.token_weights[part, None]
             if s.softcap is not None:
                 capped = torch.where(torch.isfinite(logits), logits, 0.0) / s.softcap

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from nemo.collections.speechlm2.modules import AudioPerceptionModule
@@ -23,7 +23,7 @@ WHISPER_KEYS = ("input_length", "round_seconds")
 
 
 def setup_perception(model: Any) -> None:
-    """Set ``model.perception`` from ``model.cfg`` and ``model.llm``; with ``pretrained_weights`` the encoder's weights are loaded.
+    """Set ``model.perception`` from ``model.cfg`` and ``model.llm``; the encoder's weights with ``pretrained_weights``.
 
     The connector's ``feat_in``, ``output_dim`` and (CTC) ``vocab_size`` are filled in from the encoder, the LLM and the
     token set, where the configuration leaves them out.
@@ -161,7 +161,7 @@ class FrozenEncoder:
         self.perception: Any = None
         setup_perception(self)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.perception = self.perception.to(self.device).eval()
+        self.perception = cast(AudioPerceptionModule, self.perception).to(self.device).eval()
         trained = [re.compile(p) for p in config.prevent_freeze_params]
         frozen = [re.compile(p) for p in config.freeze_params]
         for name, parameter in self.perception.named_parameters():

@@ -62,7 +62,7 @@ class GenerationMixin:
         return sorted(i for i in ids if i is not None)
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         prompts: list[list[dict[str, Any]]],
         audios: Tensor | None = None,

@@ -78,6 +78,7 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
     """
 
     def __init__(self, cfg: dict[str, Any]) -> None:
+        cfg = {key: value for key, value in cfg.items() if value is not None}  # NeMo asks whether a key is there
         config = model_config(cfg)
         # SALM.__init__ would load every encoder as a NeMo ASR model and the LLM in fp32, so its steps are taken here.
         LightningModule.__init__(self)
@@ -129,7 +130,7 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
 
     # -- set-up ---------------------------------------------------------------------------------------------------
 
-    def freeze(self) -> None:  # type: ignore[override]
+    def freeze(self) -> None:
         """Freeze what ``freeze_params`` names, now rather than with the optimizer, so evaluation tools see it too."""
         import re
 
@@ -174,7 +175,8 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
 
     def connect(self, features: Tensor, lengths: Tensor) -> SpeechEmbeddings:
         """Connector. features (B, T, D), lengths (B,) -> :class:`SpeechEmbeddings` in the connector's precision."""
-        features = features.to(next(self.perception.modality_adapter.parameters(), features).dtype)
+        trained = [*self.perception.modality_adapter.parameters(), *self.perception.proj.parameters()]
+        features = features.to(trained[0].dtype if trained else torch.float32)
         connector = connector_of(self.perception)
         if connector is not None:
             return connector.connect(features, lengths)
@@ -345,7 +347,7 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         self._window_count = torch.tensor(float(count), device=self.device) + (
             0 if self._window_count is None else self._window_count
         )
-        self.seen["examples"] += len(examples)
+        self.seen["alignment_examples" if self.stage == "alignment" else "examples"] += len(examples)
         self.log("loss", metrics.pop("loss"), on_step=True, prog_bar=True, batch_size=len(examples))
         self.log_dict(metrics, on_step=True, batch_size=len(examples))
         return {"loss": total}
@@ -376,7 +378,7 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
                 parameter.grad = None
             if self.bad_steps > self.config.max_bad_steps:
                 raise RuntimeError(
-                    f"{self.bad_steps} steps had a non-finite loss or gradient (model.max_bad_steps={self.config.max_bad_steps}). "
+                    f"{self.bad_steps} steps had a non-finite loss or gradient; max_bad_steps={self.config.max_bad_steps}. "
                     "Lower the learning rate, or look at the examples of the last steps."
                 )
 
@@ -447,6 +449,28 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         path = Path(path)
         return (load_directory if path.is_dir() else load_nemo)(cls, path, map_location)
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, map_location: str = "cpu", **hub: Any
+    ) -> "MTBISALM":
+        """Open an exported directory, or one that was pushed to a hub; ``hub`` goes to ``snapshot_download``.
+
+        The checks are those of :meth:`restore_from`: every weight there, safetensors only, no code from the model.
+        """
+        from huggingface_hub import snapshot_download
+
+        from nemo_mtbi.export.archive import load_directory
+
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+            folder = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=patterns, **hub))
+        return load_directory(cls, folder, map_location)
+
+    @classmethod
+    def _from_checked_directory(cls, folder: Path, map_location: str) -> "MTBISALM":
+        return super().from_pretrained(str(folder), map_location=map_location, strict=False)
+
     def save_to(self, path: str | Path) -> Path:
         """Write one self-contained ``.nemo`` file."""
         from nemo_mtbi.export.archive import save_nemo
@@ -455,7 +479,11 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
 
     def seen_manifest(self) -> dict[str, Any]:
         """How many examples and response tokens of each task and prompt were trained on (this rank)."""
-        manifest: dict[str, Any] = {"examples": self.seen["examples"], "tasks": {}}
+        manifest: dict[str, Any] = {
+            "examples": self.seen["examples"],
+            "alignment_examples": self.seen["alignment_examples"],
+            "tasks": {},
+        }
         for key, value in self.seen.items():
             if key.count("/") == 2:
                 task, prompt, kind = key.split("/")

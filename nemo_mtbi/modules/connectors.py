@@ -162,6 +162,9 @@ class CTCCompressConnector(Connector):
     """
 
     needs_token_embeddings = True
+    token_ids: Tensor
+    table: Tensor
+    table_rms: Tensor
 
     def __init__(
         self,

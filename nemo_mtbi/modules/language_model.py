@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -41,7 +41,7 @@ def hidden_states(llm: nn.Module, inputs_embeds: Tensor, prefix: Prefix | None =
     model = causal_lm(llm).model
     if prefix is None:
         return model(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
-    batch, width, _ = inputs_embeds.shape
+    width = inputs_embeds.shape[1]
     columns = prefix.layers[0][0].shape[2]
     position = torch.arange(columns + width, device=inputs_embeds.device)
     mask = (position >= columns - prefix.lengths[:, None]).long()
@@ -88,7 +88,7 @@ class PrefixStore:
             for index, row in enumerate(missing):
                 have[row] = [
                     (layer.keys[index, :, : len(row)].clone(), layer.values[index, :, : len(row)].clone())
-                    for layer in cache.layers
+                    for layer in cast(list[Any], cache.layers)
                 ]
         self.kept.update(have)
         tokens = sum(map(len, self.kept))
@@ -152,16 +152,34 @@ def teacher_hidden_states(
     device = next(embed_tokens.parameters()).device
     skip = prefix_lengths if store is not None and prefix_lengths is not None else [0] * len(prompts)
     rest = [p[n:] + r[:-1] for p, r, n in zip(prompts, responses, skip, strict=True)]
-    ids, _ = pad_right(rest, device)
-    with without_adapters(llm):
-        prefix = None
-        if store is not None:
-            prefix = store.get(llm, embed_tokens, [p[:n] for p, n in zip(prompts, skip, strict=True)])
-        hidden = hidden_states(llm, embed_tokens(ids), prefix)
-    width = ids.shape[1]
-    rows = [
-        i * width + len(tokens) - len(r) + j
-        for i, (tokens, r) in enumerate(zip(rest, responses, strict=True))
-        for j in range(len(r))
-    ]
-    return hidden.flatten(0, 1)[torch.tensor(rows, device=device)]
+    parts: dict[int, Tensor] = {}
+    for group in length_groups([len(tokens) for tokens in rest]):
+        ids, _ = pad_right([rest[i] for i in group], device)
+        with without_adapters(llm):
+            prefix = None
+            if store is not None:
+                prefix = store.get(llm, embed_tokens, [prompts[i][: skip[i]] for i in group])
+            hidden = hidden_states(llm, embed_tokens(ids), prefix)
+        for row, i in enumerate(group):
+            parts[i] = hidden[row, len(rest[i]) - len(responses[i]) : len(rest[i])]
+    return torch.cat([parts[i] for i in range(len(rest))])
+
+
+def length_groups(lengths: list[int], waste: float = 0.05, smallest: int = 4) -> list[list[int]]:
+    """Split rows into groups of similar length, so that padding stays below ``waste`` of a group's positions.
+
+    Rows go from long to short; a group is closed when the next row would bring its padding over the limit and it has at
+    least ``smallest`` rows.
+    """
+    groups: list[list[int]] = []
+    valid = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        group = groups[-1] if groups else []
+        longest = lengths[group[0]] if group else 0
+        if group and (len(group) < smallest or valid + lengths[index] >= (1 - waste) * longest * (len(group) + 1)):
+            group.append(index)
+            valid += lengths[index]
+        else:
+            groups.append([index])
+            valid = lengths[index]
+    return groups

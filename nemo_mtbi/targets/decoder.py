@@ -9,7 +9,7 @@ Letters: B rows, T cache columns, P prompt columns, V vocabulary, K kept teacher
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -151,7 +151,7 @@ class RefillDecoder:
                 row.top_ids.append(keep[index])
                 row.top_log_probs.append(log_probs[index])
             row.done = best[index] in self.stop_ids or len(row.tokens) >= row.request.max_new_tokens
-        return [(layer.keys, layer.values) for layer in past.layers], mask
+        return [(layer.keys, layer.values) for layer in cast(list[Any], past.layers)], mask
 
     def _answer(self, row: _Row) -> Answer:
         finished = row.tokens[-1] in self.stop_ids

@@ -1,7 +1,7 @@
 """Engines that write the text LLM's answers. An engine takes rendered prompts and returns token ids."""
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -30,7 +30,7 @@ class HFEngine:
     def __init__(self, name: str, dtype: str = "bfloat16", batch_size: int = 128, device: str | None = None) -> None:
         from transformers import AutoModelForCausalLM
 
-        llm = AutoModelForCausalLM.from_pretrained(resolve_pretrained(name), dtype=getattr(torch, dtype))
+        llm: Any = AutoModelForCausalLM.from_pretrained(resolve_pretrained(name), dtype=getattr(torch, dtype))
         self.llm = llm.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval().requires_grad_(False)
         self.batch_size = batch_size
         stop = self.llm.generation_config.eos_token_id

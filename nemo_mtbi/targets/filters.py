@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from nemo_mtbi.errors import ConfigError
 
 REFUSAL = re.compile(
-    r"\b(as an ai|i am an ai|i'?m an ai|language model|i(?: am|'m) sorry|i apologi[sz]e|i can(?:no|')t (?:assist|help|provide|see|hear|listen)"
-    r"|unable to (?:assist|help|provide|access)|please provide (?:the|me|a|more)|no (?:text|transcript|audio) (?:was|is|has been) provided)\b",
+    r"\b(as an ai|i am an ai|i'?m an ai|language model|i(?: am|'m) sorry|i apologi[sz]e"
+    r"|i can(?:no|')t (?:assist|help|provide|see|hear|listen)|unable to (?:assist|help|provide|access)"
+    r"|please provide (?:the|me|a|more)|no (?:text|transcript|audio) (?:was|is|has been) provided)\b",
     re.IGNORECASE,
 )
 LOOP_NGRAM, LOOP_REPEATS = 4, 3

@@ -14,7 +14,7 @@ import json
 import random
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from nemo_mtbi.data.rendering import PromptRenderer, Spoken
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.pretrained.fingerprint import fingerprint
 from nemo_mtbi.pretrained.offline import resolve_pretrained
+from nemo_mtbi.targets.config import TargetsConfig
 from nemo_mtbi.targets.decoder import Answer, Request
 from nemo_mtbi.targets.engine import HFEngine
 from nemo_mtbi.targets.filters import Candidate, choose_filters
@@ -41,45 +42,6 @@ from nemo_mtbi.targets.record import TARGETS_FIELD, TEACHER_IDS_FIELD, TEACHER_L
 from nemo_mtbi.tasks.library import Task, load_library, render_template, select_tasks
 
 LIBRARIES = ("nemo_toolkit", "transformers", "torch", "lhotse")
-
-
-@dataclass
-class TargetsConfig:
-    """``conf/targets.yaml``.
-
-    Attributes:
-        cuts: manifests to answer, by output name.
-        output_dir: where everything goes.
-        llm, dtype, batch_size: the text LLM and how it runs.
-        prompt_format, speech_position: as in training.
-        task_names: tasks (None: all of the train group); task_folders adds the user's own.
-        prompt_split: ``seen``, ``held_out`` or ``all``; ``splits`` overrides it by output name.
-        languages: of the prompts.
-        prompts_per_task: wordings drawn for each cut and task (0: all of the split).
-        tasks_per_cut: how many tasks are drawn for each cut, by output name (default: all of them).
-        top_k: teacher log-probabilities kept for each response token (0: none), at ``temperature``.
-        filters: names of :mod:`nemo_mtbi.targets.filters`.
-        seed: of the draws.
-    """
-
-    cuts: dict[str, str]
-    output_dir: str
-    llm: str
-    dtype: str = "bfloat16"
-    batch_size: int = 128
-    prompt_format: str = "chat_template"
-    speech_position: str = "after"
-    task_names: list[str] | None = None
-    task_folders: list[str] | None = None
-    prompt_split: str = "seen"
-    splits: dict[str, str] = field(default_factory=dict)
-    languages: list[str] = field(default_factory=lambda: ["en"])
-    prompts_per_task: int = 1
-    tasks_per_cut: dict[str, int] = field(default_factory=dict)
-    top_k: int = 0
-    temperature: float = 1.0
-    filters: list[str] = field(default_factory=lambda: ["empty", "refusal", "truncated", "repetition"])
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,6 +60,10 @@ class TargetGenerator:
     """Runs the stage for a :class:`TargetsConfig`."""
 
     def __init__(self, config: TargetsConfig) -> None:
+        if not config.cuts:
+            raise ConfigError(
+                "Name the manifests to answer: cuts={train: cuts.train.jsonl, held_out: cuts.held_out.jsonl}."
+            )
         self.config = config
         self.filters = choose_filters(config.filters)
         self.tasks = select_tasks(load_library(config.task_folders), config.task_names)
@@ -124,57 +90,77 @@ class TargetGenerator:
         counts: Counter[str] = Counter()
         for name, path in self.config.cuts.items():
             cuts = list(CutSet.from_file(path))
-            jobs = [job for cut in cuts for job in self.jobs(cut, name)]
-            answers = self._answer(jobs, name)
+            values = self._prepare(cuts, name)
+            jobs = [job for cut in cuts for job in self.jobs(cut, name, values)]
+            answers = self._answer([j.request for j in jobs], f"answers ({name})")
             written[name] = self._write(name, cuts, jobs, answers, rejected, counts)
         jsonl.write_json(self.folder / "manifest.json", self._manifest(rejected, counts, time.time() - start))
         return written
 
-    def jobs(self, cut: Cut, name: str) -> list[Job]:
+    def tasks_of(self, cut: Cut, name: str) -> list[Task]:
+        """Tasks drawn for one cut, seeded by its id."""
+        count = min(self.config.tasks_per_cut.get(name, len(self.tasks)), len(self.tasks))
+        return random.Random(f"{self.config.seed}/{cut.id}").sample(self.tasks, count)
+
+    def _prepare(self, cuts: list[Cut], name: str) -> dict[tuple[str, str], dict[str, Any]]:
+        """Values of the prompts' placeholders for each (cut, task): drawn ones, and answers to the preparing turns."""
+        values: dict[tuple[str, str], dict[str, Any]] = {}
+        waiting: list[tuple[Cut, Task]] = []
+        for cut in cuts:
+            for task in self.tasks_of(cut, name):
+                rng = random.Random(f"{self.config.seed}/{cut.id}/{task.name}/values")
+                values[cut.id, task.name] = {k: rng.choice(v) for k, v in task.variables.items()} | {
+                    "choices": task.choices
+                }
+                if task.prepare:
+                    waiting.append((cut, task))
+        for turn in range(max((len(t.prepare) for _, t in waiting), default=0)):
+            asked = [(c, t, t.prepare[turn]) for c, t in waiting if turn < len(t.prepare)]
+            requests = [
+                self._request(render_template(s.prompt, values[c.id, t.name]), require_transcript(c), s.max_new_tokens)
+                for c, t, s in asked
+            ]
+            answers = self._answer(requests, f"preparing turns ({name})")
+            for (cut, task, step), request in zip(asked, requests, strict=True):
+                values[cut.id, task.name][step.variable] = one_line(answers[request.key]["response"])
+        return values
+
+    def jobs(self, cut: Cut, name: str, values: dict[tuple[str, str], dict[str, Any]]) -> list[Job]:
         """Prompts drawn for one cut, seeded by its id."""
-        text = transcript(cut)
-        if not text:
-            raise DataError(f"Cut {cut.id} has no transcript. prepare_data.py leaves such cuts out.")
+        text = require_transcript(cut)
         split = self.config.splits.get(name, self.config.prompt_split)
-        count = self.config.tasks_per_cut.get(name, len(self.tasks))
-        drawn = random.Random(f"{self.config.seed}/{cut.id}").sample(self.tasks, min(count, len(self.tasks)))
         jobs = []
-        for task in drawn:
-            if task.prepare:
-                raise ConfigError(
-                    f"Task {task.name} needs a prepared question, which this version does not generate yet."
-                )
+        for task in self.tasks_of(cut, name):
             prompts = task.select(split, self.config.languages)
             rng = random.Random(f"{self.config.seed}/{cut.id}/{task.name}")
             count = self.config.prompts_per_task or len(prompts)
             for prompt in rng.sample(prompts, min(count, len(prompts))):
-                jobs.append(self._job(cut, text, task, prompt.id, prompt.text, rng))
+                filled = render_template(prompt.text, values[cut.id, task.name])
+                request = self._request(filled, text, task.max_new_tokens)
+                jobs.append(Job(request, cut.id, text, task.name, prompt.id, filled))
         return jobs
 
-    def _job(self, cut: Cut, text: str, task: Task, prompt_id: str, template: str, rng: random.Random) -> Job:
-        values: dict[str, Any] = {k: rng.choice(v) for k, v in task.variables.items()} | {"choices": task.choices}
-        prompt = render_template(template, values)
+    def _request(self, prompt: str, text: str, max_new_tokens: int) -> Request:
         message = user_message(prompt, Spoken(text), self.config.speech_position)
         ids = self.renderer.render([message]).ids
         # Everything that decides a greedy answer: the tokens of the prompt, the model, the budget.
-        content = json.dumps([ids, self.teacher, self.config.dtype, task.max_new_tokens])
-        key = hashlib.blake2b(content.encode(), digest_size=12).hexdigest()
-        return Job(Request(key, ids, task.max_new_tokens), cut.id, text, task.name, prompt_id, prompt)
+        content = json.dumps([ids, self.teacher, self.config.dtype, max_new_tokens])
+        return Request(hashlib.blake2b(content.encode(), digest_size=12).hexdigest(), ids, max_new_tokens)
 
-    def _answer(self, jobs: list[Job], name: str) -> dict[str, dict[str, Any]]:
+    def _answer(self, requests: list[Request], title: str) -> dict[str, dict[str, Any]]:
         """Answers by key, generating those that ``responses.jsonl`` lacks."""
         path = self.folder / "responses.jsonl"
         jsonl.repair(path)
         done = {r["key"]: r for r in jsonl.read(path)}
         wanted_k = (self.config.top_k, self.config.temperature)
         have = {k for k, r in done.items() if self.config.top_k == 0 or r.get("top_k") == list(wanted_k)}
-        missing = list({j.request.key: j.request for j in jobs if j.request.key not in have}.values())
+        missing = list({r.key: r for r in requests if r.key not in have}.values())
         if missing:
             self.engine = self.engine or HFEngine(self.config.llm, self.config.dtype, self.config.batch_size)
             with (
                 jsonl.Appender(path) as out,
                 RawChunkyWriter(self.folder / "teacher" / f"{self.teacher[:12]}.bin") as arrays,
-                tqdm(total=len(missing), desc=f"answers ({name})", unit="answer", smoothing=0.1) as bar,
+                tqdm(total=len(missing), desc=title, unit="answer", smoothing=0.1) as bar,
             ):
                 for answer in self.engine.generate(missing, self.config.top_k, self.config.temperature):
                     record = self._record(answer, arrays)
@@ -227,10 +213,20 @@ class TargetGenerator:
                         })  # fmt: skip
                         continue
                     begin = sum(len(t.response_ids) for t in kept) if self.config.top_k else -1
-                    kept.append(Target(
-                        job.request.key, job.task, job.prompt_id, job.prompt, record["response"], record["response_ids"],
-                        record["finished"], [], begin, self.config.temperature,
-                    ))  # fmt: skip
+                    kept.append(
+                        Target(
+                            key=job.request.key,
+                            task=job.task,
+                            prompt_id=job.prompt_id,
+                            prompt=job.prompt,
+                            response=record["response"],
+                            response_ids=record["response_ids"],
+                            finished=record["finished"],
+                            rendering=Target.rendering_of(self.config.prompt_format, self.config.speech_position),
+                            teacher_begin=begin,
+                            teacher_temperature=self.config.temperature,
+                        )
+                    )
                     counts[f"{job.task}/{job.prompt_id}"] += 1
                     counts["response_tokens"] += len(record["response_ids"])
                     if self.config.top_k:
@@ -285,6 +281,9 @@ class TargetGenerator:
                 "prompt_format": self.config.prompt_format,
             },
             "decoding": {"method": "greedy", "dtype": self.config.dtype},
+            "settings": {
+                k: v for k, v in asdict(self.config).items() if k not in ("cuts", "output_dir", "llm", "dtype")
+            },
             "top_k": self.config.top_k,
             "temperature": self.config.temperature,
             "targets": sum(counts.values()),
@@ -294,3 +293,21 @@ class TargetGenerator:
             "wall_seconds": round(seconds, 1),
             "versions": {name: version(name) for name in LIBRARIES},
         }
+
+
+def require_transcript(cut: Cut) -> str:
+    """The transcript.
+
+    Raises:
+        DataError: there is none.
+    """
+    text = transcript(cut)
+    if not text:
+        raise DataError(f"Cut {cut.id} has no transcript. prepare_data.py leaves such cuts out.")
+    return text
+
+
+def one_line(text: str) -> str:
+    """A prepared answer as it can stand inside a prompt: its first line without quotation marks."""
+    lines = text.strip().splitlines()
+    return lines[0].strip().strip("\"'“”").strip() if lines else ""

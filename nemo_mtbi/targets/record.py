@@ -18,6 +18,7 @@ class Target:
         response: the answer's text.
         response_ids: its tokens as generated, end-of-turn included if the LLM ended its turn.
         finished: the LLM ended its turn within the token budget.
+        rendering: prompt format and speech position that the answer was given under.
         history: earlier messages of the dialog, each {"role", "content"}.
         teacher_begin: first row of this answer in the cut's arrays of teacher top-k log-probabilities; -1 if none.
         teacher_temperature: temperature of those log-probabilities.
@@ -30,9 +31,14 @@ class Target:
     response: str
     response_ids: list[int]
     finished: bool = True
+    rendering: str = ""
     history: list[dict[str, str]] = field(default_factory=list)
     teacher_begin: int = -1
     teacher_temperature: float = 1.0
+
+    @staticmethod
+    def rendering_of(prompt_format: str, speech_position: str) -> str:
+        return f"{prompt_format}/{speech_position}"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

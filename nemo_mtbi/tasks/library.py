@@ -1,5 +1,6 @@
 """The task library: YAML files under ``conf/tasks`` (or a folder of the user's) to prompts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,8 @@ def load_task(path: Path) -> Task:
             f"Task file {path}: name must be {path.stem!r}, group one of {GROUPS}, form.kind one of {FORMS}, and there must "
             f"be prompts (got name={task.name!r}, group={task.group!r}, form={task.form}, {len(task.prompts)} prompts)."
         )
+    if slashed := [p.id for p in task.prompts if "/" in p.id]:
+        raise ConfigError(f"Task file {path}: prompt id {slashed[0]!r} must not hold a slash.")
     values: dict[str, Any] = {k: v[0] for k, v in task.variables.items()} | {"choices": task.choices}
     values |= {s.variable: "..." for s in task.prepare}
     for template in [p.text for p in task.prompts] + [s.prompt for s in task.prepare]:
@@ -99,10 +102,10 @@ def load_task(path: Path) -> Task:
     return task
 
 
-def load_library(folders: list[str | Path] | None = None) -> dict[str, Task]:
-    """All tasks of the folders, by name; a later folder replaces tasks of an earlier one."""
+def load_library(folders: Sequence[str | Path] | None = None) -> dict[str, Task]:
+    """The shipped tasks and those of further folders, by name; a task of a later folder replaces one of the same name."""
     library: dict[str, Task] = {}
-    for folder in folders or [DEFAULT_FOLDER]:
+    for folder in [DEFAULT_FOLDER, *(folders or [])]:
         files = sorted(Path(folder).glob("*.yaml"))
         if not files:
             raise ConfigError(f"No task file (*.yaml) in {folder}.")

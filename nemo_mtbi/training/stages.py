@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from nemo.collections.common.data.lhotse.cutset import read_cutset_from_config
 from nemo.collections.common.tokenizers import AutoTokenizer
 from nemo.collections.speechlm2.data import DataModule
@@ -35,7 +34,7 @@ def train(cfg: DictConfig) -> RunDirectory:
     missing = OmegaConf.missing_keys(cfg)
     if missing:
         raise ConfigError(f"These keys need a value: {', '.join(sorted(missing))}.")
-    cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    cfg = DictConfig(OmegaConf.to_container(cfg, resolve=True))
     config = model_config(cfg.model)
     check_data(cfg.data, config)
     run = RunDirectory(cfg.output_dir)
@@ -103,7 +102,7 @@ def stage_config(cfg: DictConfig, name: str) -> DictConfig:
 
 def data_module(data_cfg: DictConfig, model: MTBISALM) -> DataModule:
     """NeMo's data module over our dataset; options that follow from the model are filled in."""
-    cfg = OmegaConf.create(OmegaConf.to_container(data_cfg, resolve=True))
+    cfg = DictConfig(OmegaConf.to_container(data_cfg, resolve=True))
     cached = cfg.pop("cached_features")
     connector = connector_of(model.perception)
     compresses = connector is not None and connector.needs_token_embeddings
@@ -115,6 +114,7 @@ def data_module(data_cfg: DictConfig, model: MTBISALM) -> DataModule:
             cfg[section].sample_rate = model.sampling_rate
             for entry in _entries(cfg[section]):
                 entry.speech_position = model.config.speech_position
+                entry.shared_prefix = model.prefixes is not None
     imitation = model.config.imitation
     dataset = MTBIDataset(
         model.tokenizer, model.cfg.prompt_format, cached_features=cached,
@@ -157,6 +157,8 @@ def ctc_tokens(cfg: DictConfig, config: ModelConfig, run: RunDirectory) -> list[
     if not str(cfg.model.perception.modality_adapter._target_).endswith(CTC_TARGET):
         return None
     file = run.root / "ctc_tokens.json"
+    if cfg.init_from is not None and (RunDirectory(cfg.init_from).root / "ctc_tokens.json").is_file():
+        file = RunDirectory(cfg.init_from).root / "ctc_tokens.json"  # the connector that training starts from
     if file.is_file():
         return json.loads(file.read_text())
     tokenizer = AutoTokenizer(resolve_pretrained(config.pretrained_llm), use_fast=True).tokenizer
@@ -175,9 +177,3 @@ def _transcripts(cfg: DictConfig) -> Iterator[str]:
         cuts, _ = read_cutset_from_config({**reader, "force_finite": True, "metadata_only": True})
         for cut in tqdm(cuts, desc="CTC vocabulary", unit="cut"):
             yield transcript(cut)
-
-
-def set_threads(count: int | None) -> None:
-    """Number of CPU threads of PyTorch (None: its own choice)."""
-    if count is not None:
-        torch.set_num_threads(count)

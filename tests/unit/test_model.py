@@ -40,7 +40,9 @@ def make_batch(model, count, seed=0):
         words = [Word(3 + i, 4 + i, 0.2 * i, 0.2 * i + 0.15) for i in range(4)]
         answer = [*torch.randint(100, 4000, (2 + index % 4,), generator=generator).tolist(), 2]
         examples.append(
-            Example(f"utt{index}", 0, "repeat", f"p{index}", prompt, timeline(words, SECONDS), answer, SECONDS, "one two")
+            Example(
+                f"utt{index}", 0, "repeat", f"p{index}", prompt, timeline(words, SECONDS), answer, SECONDS, "one two"
+            )
         )
     audio = 0.1 * torch.randn(count, round(SECONDS * 16000), generator=generator)
     return {"examples": examples, "audios": audio, "audio_lens": torch.full((count,), audio.shape[1])}
@@ -50,7 +52,13 @@ def split(batch, sizes):
     parts, begin = [], 0
     for size in sizes:
         rows = slice(begin, begin + size)
-        parts.append({"examples": batch["examples"][rows], "audios": batch["audios"][rows], "audio_lens": batch["audio_lens"][rows]})
+        parts.append(
+            {
+                "examples": batch["examples"][rows],
+                "audios": batch["audios"][rows],
+                "audio_lens": batch["audio_lens"][rows],
+            }
+        )
         begin += size
     return parts
 
@@ -113,7 +121,9 @@ def test_ce_and_gradients_equal_nemo_salm(tiny_config):
         model.zero_grad(set_to_none=True)
         inputs = SALM.prepare_inputs(model, salm_batch)
         logits = SALM.forward(model, inputs["input_embeds"], inputs["attention_mask"])["logits"]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), inputs["target_ids"].flatten(), ignore_index=-100)
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), inputs["target_ids"].flatten(), ignore_index=-100
+        )
         loss.backward()
     finally:
         del model.__class__.text_pad_id
@@ -173,7 +183,9 @@ def test_kept_prompt_beginnings_change_nothing(tiny_config):
 
 
 def test_waveform_interleaving_encodes_the_pieces(tiny_config):
-    model = build(tiny_config, interleaving={"probability": 1.0, "text_share": 0.5, "span_words": 1, "level": "waveform"})
+    model = build(
+        tiny_config, interleaving={"probability": 1.0, "text_share": 0.5, "span_words": 1, "level": "waveform"}
+    )
     batch = make_batch(model, 4)
     student = model.student(batch, interleave=True)
     assert student.speech.embeddings.shape[0] >= 4 and torch.isfinite(student.hidden).all()
@@ -249,7 +261,12 @@ def test_damaged_and_foreign_archives_are_refused(exported, tmp_path):
     (tmp_path / "text.nemo").write_text("hello")
     with tarfile.open(tmp_path / "asr.nemo", "w") as tar:
         tar.add(hf / "config.json", "model_config.yaml")
-    for name, message in (("cut", "damaged|truncated"), ("text", "damaged"), ("asr", "another kind"), ("none", "no file")):
+    for name, message in (
+        ("cut", "damaged|truncated"),
+        ("text", "damaged"),
+        ("asr", "another kind"),
+        ("none", "no file"),
+    ):
         with pytest.raises(CheckpointError, match=message):
             load_nemo(MTBISALM, tmp_path / f"{name}.nemo")
     with pytest.raises(CheckpointError, match="not empty"):

@@ -1,0 +1,221 @@
+"""One training step against NeMo's SALM, a plain CE + KL step, and the frozen LLM's own forward + backward.
+
+    python benchmarks/train_step.py [--quick] [--json FILE]
+
+Same model (SmolLM2-135M and Whisper tiny.en shapes, a stacking connector), same batch, same response tokens: 8 utterances
+of 5 s, 111 positions, 24 response tokens. Variants take turns within one run; ratios are of medians.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+BATCH, SECONDS, PROMPT, RESPONSE, FACTOR = 8, 5.0, 38, 24, 5
+BEFORE, AFTER = 30, 8  # prompt tokens before and after the speech
+POSITIONS = PROMPT + 50 + RESPONSE - 1
+MEMORY_TOKENS, MEMORY_VOCABULARY, MEMORY_HIDDEN = 4096, 150_000, 576
+
+
+def build(dtype: str) -> Any:
+    from nemo_mtbi.models import MTBISALM
+
+    return MTBISALM({
+        "pretrained_llm": "offline:smollm2-135m-instruct", "pretrained_asr": "offline:whisper-tiny.en",
+        "prompt_format": "chatml", "llm_dtype": dtype, "encoder_dtype": "float32",
+        "perception": {
+            "input_length": "own", "round_seconds": 1.0,
+            "modality_adapter": {"_target_": "nemo_mtbi.modules.connectors.StackMLPConnector", "factor": FACTOR},
+        },
+        "interleaving": {"probability": 0.0}, "imitation": {"teacher": "cached"},
+    })  # fmt: skip
+
+
+def make_batch(model: Any) -> dict[str, Any]:
+    from nemo_mtbi.data.dataset import Example
+    from nemo_mtbi.data.interleaving import Word, timeline
+
+    g = torch.Generator().manual_seed(0)
+    examples = []
+    shared = torch.randint(100, 40_000, (BEFORE,), generator=g).tolist()
+    for i in range(BATCH):
+        spoken = torch.randint(100, 40_000, (14,), generator=g).tolist()
+        ids = shared + spoken + torch.randint(100, 40_000, (AFTER,), generator=g).tolist()
+        words = [Word(BEFORE + j, BEFORE + j + 1) for j in range(14)]
+        answer = torch.randint(100, 40_000, (RESPONSE,), generator=g).tolist()
+        examples.append(Example(f"u{i}", 0, "t", "p", ids, timeline(words, SECONDS), answer, SECONDS, "x"))
+    samples = round(SECONDS * model.sampling_rate)
+    return {
+        "examples": examples,
+        "audios": 0.1 * torch.randn(BATCH, samples, generator=g),
+        "audio_lens": torch.full((BATCH,), samples),
+        "teacher_ids": torch.randint(100, 40_000, (BATCH * RESPONSE, 16), generator=g),
+        "teacher_log_probs": torch.randn(BATCH * RESPONSE, 16, generator=g).log_softmax(-1) - 0.2,
+    }
+
+
+def variants(model: Any) -> dict[str, Callable[[], None]]:
+    """Each runs one forward and backward pass."""
+    from nemo.collections.speechlm2.models.salm import SALM
+
+    from nemo_mtbi.models.assembly import plan_batch
+    from nemo_mtbi.modules.language_model import PrefixStore, hidden_states
+
+    model.train()
+    model.llm.eval()
+    model.log = model.log_dict = lambda *a, **k: None
+    type(model).text_pad_id = property(lambda self: 0)  # SmolLM2's pad is its end-of-turn, which SALM would mask
+    batch = make_batch(model)
+    features, lengths = model.encode(batch["audios"], batch["audio_lens"])
+    cached = {k: v for k, v in batch.items() if not k.startswith("audio")}
+    cached |= {"encoder_features": features, "encoder_feature_lens": lengths}
+    salm_batch = {**batch, **salm_inputs(model, batch)}
+    store = PrefixStore(4096)
+
+    def ours(data: dict[str, Any], teacher: str, prefixes: Any) -> Callable[[], None]:
+        def step() -> None:
+            model.prefixes, model.config.imitation.teacher = prefixes, teacher
+            model.training_step(data, 0)["loss"].backward()
+
+        return step
+
+    def salm_ce() -> None:
+        SALM.training_step(model, salm_batch, 0)["loss"].backward()
+
+    def plain_ce_kl() -> None:
+        inputs = SALM.prepare_inputs(model, salm_batch)
+        logits = SALM.forward(model, inputs["input_embeds"], inputs["attention_mask"])["logits"].float()
+        targets = inputs["target_ids"]
+        rows = targets != -100
+        with torch.no_grad():
+            ids = torch.tensor([e.prompt_ids + e.response_ids[:-1] for e in batch["examples"]])
+            teacher = SALM.forward(model, model.embed_tokens(ids))["logits"].float()[:, -RESPONSE:].flatten(0, 1)
+        student = logits[rows]
+        kl = (teacher.softmax(-1) * (teacher.log_softmax(-1) - student.log_softmax(-1))).sum()
+        ce = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100)
+        (ce + kl).backward()
+
+    speech = model.connect(features, lengths)
+    packed, _ = model.lay_out(
+        plan_batch(batch["examples"], None, 0), [e.response_ids for e in batch["examples"]], speech, [SECONDS] * BATCH
+    )
+    assert packed.shape[1] == POSITIONS, packed.shape
+    packed = packed.detach().requires_grad_()
+
+    def llm_body() -> None:
+        hidden_states(model.llm, packed).sum().backward()
+
+    return {
+        "llm_body": llm_body,
+        "salm_ce": salm_ce,
+        "plain_ce_kl_online": plain_ce_kl,
+        "ours_online_teacher": ours(batch, "online", None),
+        "ours_online_teacher_kept_prompts": ours(batch, "online", store),
+        "ours": ours(batch, "cached", None),
+        "ours_kept_prompts": ours(batch, "cached", store),
+        "ours_cached_features": ours(cached, "cached", None),
+        "ours_cached_features_kept_prompts": ours(cached, "cached", store),
+    }
+
+
+def salm_inputs(model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    tag = model.audio_locator_tag_id
+    rows = [[*e.prompt_ids[:BEFORE], tag, *e.prompt_ids[-AFTER:], *e.response_ids] for e in batch["examples"]]
+    mask = [[False] * (PROMPT + 1) + [True] * RESPONSE for _ in rows]
+    return {"input_ids": torch.tensor(rows), "loss_mask": torch.tensor(mask)}
+
+
+def measure(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """Median seconds of each variant; they take turns, after one warm-up round."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for index in range(rounds + 1):
+        for name, step in steps.items():
+            begin = time.perf_counter()
+            step()
+            if index:
+                times[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def loss_peak(kind: str, tokens: int) -> float:
+    """Peak memory (GiB) of the loss above its inputs, in a process of its own."""
+    command = [sys.executable, __file__, "--loss-peak", kind, "--tokens", str(tokens)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def print_loss_peak(kind: str, tokens: int) -> None:
+    from nemo_mtbi.losses.imitation import Head, ImitationObjective, imitation_loss
+
+    hidden = torch.randn(tokens, MEMORY_HIDDEN).requires_grad_()
+    teacher, weight = torch.randn(tokens, MEMORY_HIDDEN), torch.randn(MEMORY_VOCABULARY, MEMORY_HIDDEN)
+    ids = torch.randint(MEMORY_VOCABULARY, (tokens,))
+    (hidden[:2] @ weight.t()).sum()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if kind == "fused":
+        imitation_loss(hidden, Head(weight), ids, ImitationObjective(), teacher_hidden=teacher).loss.backward()
+    else:
+        z, zt = hidden @ weight.t(), teacher @ weight.t()
+        kl = (zt.softmax(-1) * (zt.log_softmax(-1) - z.log_softmax(-1))).sum()
+        (cross_entropy(z, ids, reduction="sum") + kl).backward()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, bf16 only, smaller memory test")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--loss-peak", choices=["fused", "plain"], help=argparse.SUPPRESS)
+    parser.add_argument("--tokens", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.loss_peak:
+        print_loss_peak(args.loss_peak, args.tokens)
+        return
+    from nemo_mtbi.training.cpu import tune
+
+    tune(2)
+    result: dict[str, Any] = {"command": " ".join(["python", *sys.argv]), "torch": torch.__version__}
+    for dtype in ["bfloat16"] if args.quick else ["float32", "bfloat16"]:
+        model = build(dtype)
+        t = measure(variants(model), 3 if args.quick else 7)
+        del model
+        result[dtype] = {
+            "seconds": {k: round(v, 4) for k, v in t.items()},
+            "examples_per_s": {k: round(BATCH / v, 2) for k, v in t.items()},
+            "examples_per_s_vs_salm_ce": round(t["salm_ce"] / t["ours"], 3),
+            "examples_per_s_vs_salm_ce_kept_prompts": round(t["salm_ce"] / t["ours_kept_prompts"], 3),
+            "examples_per_s_vs_salm_ce_cached_features": round(
+                t["salm_ce"] / t["ours_cached_features_kept_prompts"], 3
+            ),
+            "examples_per_s_vs_plain_ce_kl": round(t["plain_ce_kl_online"] / t["ours_online_teacher"], 3),
+            "examples_per_s_vs_plain_ce_kl_kept_prompts": round(
+                t["plain_ce_kl_online"] / t["ours_online_teacher_kept_prompts"], 3
+            ),
+            "step_vs_frozen_llm_limit": round(t["ours_cached_features"] / t["llm_body"], 3),
+            "step_vs_frozen_llm_limit_kept_prompts": round(t["ours_cached_features_kept_prompts"] / t["llm_body"], 3),
+        }
+    tokens = 512 if args.quick else MEMORY_TOKENS
+    peaks = {kind: loss_peak(kind, tokens) for kind in ("fused", "plain")}
+    result |= {
+        "loss_memory": {
+            "tokens": tokens,
+            "vocabulary": MEMORY_VOCABULARY,
+            "gib": {k: round(v, 3) for k, v in peaks.items()},
+        },
+        "loss_memory_vs_plain": round(peaks["fused"] / peaks["plain"], 4),
+    }
+    print(json.dumps(result, indent=2))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

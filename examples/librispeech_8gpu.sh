@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# LibriSpeech on one node with 8 GPUs: Whisper large-v3 + Qwen2.5-7B-Instruct, 960 h, data-parallel training.
+# Needs access to the corpora and the models; every step continues where it was when it is run again.
+set -euo pipefail
+D=${D:-runs/librispeech}
+CORPUS=${CORPUS:?folder of LibriSpeech, as lhotse prepare librispeech expects it}
+LLM=${LLM:-Qwen/Qwen2.5-7B-Instruct}
+ASR=${ASR:-openai/whisper-large-v3}
+
+python -m nemo_mtbi.examples.prepare_data output_dir="$D" \
+  "sources=[{kind: lhotse_recipe, name: librispeech, path: '$CORPUS', language: en}]"
+python -m nemo_mtbi.examples.cache_features "manifests=[$D/cuts.train.jsonl, $D/cuts.held_out.jsonl]" \
+  model.pretrained_asr="$ASR" model.perception.input_length=trained model.encoder_dtype=bfloat16
+python -m nemo_mtbi.examples.generate_targets output_dir="$D/targets" llm="$LLM" batch_size=256 top_k=32 \
+  "cuts={train: $D/cuts.train.jsonl, held_out: $D/cuts.held_out.jsonl}"
+python -m nemo_mtbi.examples.train output_dir="$D/train" data.cached_features=true \
+  model.pretrained_llm="$LLM" model.pretrained_asr="$ASR" model.prompt_format=chat_template \
+  model.perception.input_length=trained model.encoder_dtype=bfloat16 model.imitation.teacher=cached \
+  data.train_ds.input_cfg.0.cuts_path="$D/targets/train.jsonl" \
+  data.validation_ds.datasets.held_out.input_cfg.0.cuts_path="$D/targets/held_out.jsonl" \
+  trainer.devices=8 +trainer.strategy=ddp_find_unused_parameters_true trainer.max_steps=20000 \
+  alignment_stage.trainer.max_steps=5000 data.train_ds.num_workers=4
+python -m nemo_mtbi.examples.evaluate run="$D/train" cached_features=true "cuts={held_out: $D/targets/held_out.jsonl}"
+python -m nemo_mtbi.examples.export run="$D/train" nemo="$D/model.nemo" hf="$D/hf"

@@ -1,0 +1,161 @@
+"""The real launchers in processes of their own, from audio files to an answer, on tiny models; and their errors."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+
+from nemo_mtbi.examples._launcher import CONF
+
+pytestmark = pytest.mark.functional
+WORDS = "one two three four five six seven eight nine ten".split()
+
+
+def launch(name, *overrides, ok=True, cwd=None):
+    run = subprocess.run(
+        [sys.executable, "-m", f"nemo_mtbi.examples.{name}", *map(str, overrides)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+    )
+    assert (run.returncode == 0) == ok, run.stdout[-2000:] + run.stderr[-4000:]
+    return run.stdout + run.stderr
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("story")
+
+
+@pytest.fixture(scope="module")
+def corpus(root):
+    """Noise bursts as speech: 14 utterances of 7 speakers."""
+    rng = np.random.default_rng(0)
+    lines = ["path\ttranscript\tspeaker"]
+    for i in range(14):
+        text = " ".join(rng.choice(WORDS, 4))
+        soundfile.write(root / f"{i}.wav", 0.1 * rng.standard_normal(16000 + 800 * i), 16000)
+        lines.append(f"{i}.wav\t{text}\tspeaker{i % 7}")
+    (root / "t.tsv").write_text("\n".join(lines) + "\n")
+    return root / "t.tsv"
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llm, tiny_whisper):
+    return [
+        f"model.pretrained_llm={tiny_llm}", f"model.pretrained_asr={tiny_whisper}", "model.llm_dtype=float32",
+        "model.perception.modality_adapter.d_model=32", "+model.perception.modality_adapter.heads=4",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def prepared(root, corpus):
+    launch(
+        "prepare_data", f"output_dir={root}/data", f"sources=[{{kind: tsv, path: {corpus}}}]", "aligner=none",
+        "split.shares={train: 0.6, held_out: 0.4}",
+    )  # fmt: skip
+    return root / "data"
+
+
+@pytest.fixture(scope="module")
+def cached(prepared, model):
+    manifests = sorted(str(p) for p in prepared.glob("cuts.*.jsonl"))
+    out = launch("cache_features", f"manifests=[{','.join(manifests)}]", *model)
+    assert "0 in the cache, 0 left out" in out
+    out = launch("cache_features", f"manifests=[{','.join(manifests)}]", *model)
+    assert "0 encoded" in out
+    return prepared
+
+
+@pytest.fixture(scope="module")
+def targets(root, cached, tiny_llm):
+    launch(
+        "generate_targets", f"output_dir={root}/targets", f"llm={tiny_llm}", "dtype=float32", "prompt_format=chatml",
+        f"cuts={{train: {cached}/cuts.train.jsonl, held_out: {cached}/cuts.held_out.jsonl}}", "task_names=[repeat,about]",
+        "top_k=4", "filters=[empty]",
+    )  # fmt: skip
+    return root / "targets"
+
+
+def train_overrides(root, targets, name, *more):
+    return [
+        f"output_dir={root}/{name}", f"data.train_ds.input_cfg.0.cuts_path={targets}/train.jsonl",
+        f"data.validation_ds.datasets.held_out.input_cfg.0.cuts_path={targets}/held_out.jsonl",
+        "data.cached_features=true", "trainer.max_steps=4", "trainer.val_check_interval=2",
+        "alignment_stage.trainer.max_steps=2", "data.train_ds.batch_size=4", "model.imitation.teacher=cached",
+        "exp_manager.checkpoint_callback_params.every_n_train_steps=2", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(root, targets, model):
+    launch("train", *model, *train_overrides(root, targets, "run"))
+    return root / "run"
+
+
+def test_training_writes_what_the_docs_say(trained):
+    for name in ("untrained", "alignment", "imitation"):
+        assert (trained / name / "trained.safetensors").stat().st_size < 2**20
+    seen = json.loads((trained / "seen.json").read_text())
+    counts = [p["examples"] for t in seen["tasks"].values() for p in t.values()]
+    assert sum(counts) > 0 and set(seen["tasks"]) <= {"repeat", "about"}
+    assert list((trained / "imitation").glob("events.out.tfevents*"))
+
+
+def test_evaluation_export_and_an_answer(root, trained, targets):
+    launch("evaluate", f"run={trained}", f"cuts={{held_out: {targets}/held_out.jsonl}}", "cached_features=true")
+    results = json.loads((trained / "evaluation" / "results.json").read_text())["results"]["held_out"]
+    assert set(results) == {"text_topline", "cascade", "untrained", "alignment", "imitation"}
+    assert results["text_topline"]["token_agreement"] == 1.0
+    assert abs(results["text_topline"]["kl_per_token"]) < 1e-5 and results["text_topline"]["repeat_wer"] == 0.0
+    assert (trained / "evaluation" / "results.png").stat().st_size > 5000
+    out = launch("export", f"run={trained}", f"nemo={root}/m.nemo", f"hf={root}/hf")
+    assert json.loads((trained / "export.json").read_text())["round_trip_max_abs_diff"] == 0
+    assert f"model={root}/m.nemo" in out
+    for source in ("m.nemo", "hf"):
+        launch("generate", f"model={root}/{source}", f"audio={root}/3.wav", "prompt=What is this?", "max_new_tokens=4")
+    (root / "bad.wav").write_text("no audio")
+    out = launch(
+        "generate", f"model={root}/m.nemo", f"audio=[{root}/3.wav,{root}/bad.wav]", "prompt=What?", "max_new_tokens=3",
+        f"output={root}/answers.jsonl",
+    )  # fmt: skip
+    assert "left out" in out and len((root / "answers.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "name, overrides, message",
+    [
+        (
+            "prepare_data",
+            ["output_dir={root}/x", "sources=[{{kind: tsv, path: absent.tsv}}]"],
+            "absent.tsv does not exist",
+        ),
+        ("prepare_data", ["output_dir={root}/x", "sources=[{{kind: tsv, pth: a}}]"], "pth"),
+        ("generate", ["model={root}/absent.nemo", "audio={root}/3.wav", "prompt=Hi"], "no file"),
+        ("generate", ["model={root}/m.nemo", "audio={root}/absent.wav", "prompt=Hi"], "no audio file"),
+        ("export", ["run={root}/absent"], "no trained model"),
+    ],
+)
+def test_user_errors_are_one_message_and_exit_code_1(root, corpus, name, overrides, message):
+    out = launch(name, *(o.format(root=root) for o in overrides), ok=False)
+    assert message in out and "Traceback" not in out
+
+
+def test_training_errors_come_before_any_weight_is_loaded(root, targets, model):
+    overrides = train_overrides(root, targets, "bad")
+    for change, message in (
+        ("data.train_ds.input_cfg.0.cuts_path=/nowhere.jsonl", "no manifest /nowhere.jsonl"),
+        ("model.imitation.divergence=l2", "divergence"),
+        ("+model.imitation.w_kll=1", "w_kll"),
+    ):
+        out = launch("train", *model, *overrides, change, "model.pretrained_llm=/not/there", ok=False)
+        assert message in out and "Traceback" not in out
+
+
+@pytest.mark.parametrize("file", sorted(CONF.glob("*.yaml")), ids=lambda f: f.stem)
+def test_every_yaml_opens_with_its_launch_command(file):
+    first = file.read_text().splitlines()[0]
+    assert first.startswith("# python -m nemo_mtbi.examples.") or first.startswith("# Not launched by itself")

@@ -207,7 +207,9 @@ class Preparation:
         if any(source.type in ("memory", "shar") for source in cut.recording.sources):
             path = self.folder / "audio" / f"{cut.id.replace('/', '-')}.flac"
             path.parent.mkdir(parents=True, exist_ok=True)
-            return cut.save_audio(str(path))
+            cut = cut.save_audio(str(path))
+            # Shar notes where a cut came from as a Path, which is no JSON.
+            cut.custom = {k: str(v) if isinstance(v, Path) else v for k, v in (cut.custom or {}).items()}
         return cut
 
     def _samples(self, cut: Cut) -> np.ndarray:

@@ -137,7 +137,8 @@ def load_directory(cls: "type[MTBISALM]", folder: Path, map_location: str = "cpu
     except SafetensorError as error:
         raise CheckpointError(f"{folder / WEIGHTS} is truncated or no safetensors file ({error}).") from error
     model = cls._from_checked_directory(folder, map_location)
-    tied = {n for n in ("llm.lm_head.weight",) if model.llm.config.tie_word_embeddings}
+    tie = causal_lm(model.llm).config.tie_word_embeddings
+    tied = {n for n in model.state_dict() if tie and n.endswith("lm_head.weight")}
     missing = set(model.state_dict()) - names - tied
     if missing:
         raise CheckpointError(

@@ -18,6 +18,7 @@ class TargetsConfig:
         prompt_split: ``seen``, ``held_out`` or ``all``; ``splits`` overrides it by output name.
         languages: of the prompts.
         prompts_per_task: wordings drawn for each cut and task (0: all of the split).
+        max_new_tokens: upper limit on the tasks' own budgets; longer answers are truncated, and filtered by that name.
         tasks_per_cut: how many tasks are drawn for each cut, by output name (default: all of them).
         top_k: teacher log-probabilities kept for each response token (0: none), at ``temperature``.
         filters: names of :mod:`nemo_mtbi.targets.filters`.
@@ -37,6 +38,7 @@ class TargetsConfig:
     splits: dict[str, str] = field(default_factory=dict)
     languages: list[str] = field(default_factory=lambda: ["en"])
     prompts_per_task: int = 1
+    max_new_tokens: int | None = None
     tasks_per_cut: dict[str, int] = field(default_factory=dict)
     top_k: int = 0
     temperature: float = 1.0

@@ -129,6 +129,7 @@ class TargetGenerator:
         """Prompts drawn for one cut, seeded by its id."""
         text = require_transcript(cut)
         split = self.config.splits.get(name, self.config.prompt_split)
+        limit = self.config.max_new_tokens or max(t.max_new_tokens for t in self.tasks)
         jobs = []
         for task in self.tasks_of(cut, name):
             prompts = task.select(split, self.config.languages)
@@ -136,7 +137,7 @@ class TargetGenerator:
             count = self.config.prompts_per_task or len(prompts)
             for prompt in rng.sample(prompts, min(count, len(prompts))):
                 filled = render_template(prompt.text, values[cut.id, task.name])
-                request = self._request(filled, text, task.max_new_tokens)
+                request = self._request(filled, text, min(task.max_new_tokens, limit))
                 jobs.append(Job(request, cut.id, text, task.name, prompt.id, filled))
         return jobs
 

@@ -79,10 +79,9 @@ def load_task(path: Path) -> Task:
     """
     try:
         raw = yaml.safe_load(path.read_text())
+        wordings = raw.pop("prompts", {})
         prompts = [
-            Prompt(p["id"], p["text"], split, p.get("language", "en"))
-            for split in SPLITS
-            for p in raw.pop("prompts", {}).get(split, [])
+            Prompt(p["id"], p["text"], split, p.get("language", "en")) for split in SPLITS for p in wordings.get(split, [])
         ]
         steps = [PrepareStep(**s) for s in raw.pop("prepare", [])]
         task = Task(prompts=prompts, prepare=steps, **raw)

@@ -6,7 +6,8 @@ import sys
 import torch
 
 # glibc's mallopt parameters (malloc.h)
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+LARGEST_THRESHOLD = 32 * 2**20  # glibc accepts no more; larger blocks stay mapped, which also limits fragmentation
 
 
 def tune(threads: int | None = None) -> None:
@@ -22,6 +23,6 @@ def tune(threads: int | None = None) -> None:
             mallopt = ctypes.CDLL("libc.so.6").mallopt
         except (OSError, AttributeError):  # musl and others
             return
-        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(M_TOP_PAD, 2**27)

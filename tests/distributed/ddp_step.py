@@ -7,14 +7,14 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 
 class Batches(torch.utils.data.Dataset):
     """Rank r of n gets every n-th example, so ranks hold different numbers of response tokens."""
 
     def __init__(self, model, ranks, rank):
-        from unit.test_model import make_batch
+        from tests.unit.test_model import make_batch
 
         batch = make_batch(model, 6)
         keep = list(range(rank, 6, ranks))

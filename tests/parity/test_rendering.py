@@ -68,7 +68,7 @@ def test_pure_speech_is_what_inference_renders(tokenizer, name, position):
     if (
         name == "llama3"
     ):  # its special tokens are plain text to SmolLM2's tokenizer, which merges them with their neighbours
-        with pytest.raises(ConfigError, match="differently in training and at inference"):
+        with pytest.raises((ConfigError, DataError), match="training and (at )?inference"):
             require_same_rendering(own, "<|audio|>", position)
         return
     require_same_rendering(own, "<|audio|>", position)

@@ -68,7 +68,7 @@ def timeline(words: list[Word], duration_seconds: float) -> list[Unit]:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Piecewise-linear factor on the probability of interleaving over training steps, e.g. ``{0: 1.0, 2000: 0.2}``; constant outside."""
+    """Piecewise-linear factor on the probability of interleaving over training steps, e.g. ``{0: 1.0, 2000: 0.2}``."""
 
     points: dict[int, float] = field(default_factory=lambda: {0: 1.0})
 

@@ -142,7 +142,7 @@ class Preparation:
                 )
             # A changed transcript is prepared again, and a skipped utterance is tried again.
             stale = {
-                e.id for e in entries if e.id in done and ("skipped" in done[e.id] or done[e.id]["text"] != e.text)
+                e.id for e in entries if e.id in done and ("skipped" in done[e.id] or done[e.id].get("text") != e.text)
             }
             todo = [e for e in entries if e.id not in done or e.id in stale]
             for entry in tqdm(todo, desc="prepare", unit="utt", disable=not todo):

@@ -2,10 +2,14 @@
 
 import hashlib
 import random
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+import soundfile
+from lhotse import Recording
 from lhotse.cut import Cut
 from tqdm import tqdm
 
@@ -25,6 +29,8 @@ class SentenceOptions:
         count: sentences drawn from the built-in grammar (``path: everyday``); a text file gives all of its lines.
         held_out: sentences of the ``held_out`` split.
         renditions: different voices for each training sentence.
+        speeds: factors of Lhotse's speed perturbation (pitch changes with it), one drawn for each utterance.
+        snr_db: signal-to-noise ratios of white noise mixed in by Lhotse, one drawn for each utterance; null is no noise.
         seed: of the draws.
     """
 
@@ -33,6 +39,8 @@ class SentenceOptions:
     count: int = 1000
     held_out: int = 60
     renditions: int = 1
+    speeds: list[float] = field(default_factory=lambda: [1.0])
+    snr_db: list[float | None] = field(default_factory=lambda: [None])
     seed: int = 0
 
 
@@ -67,11 +75,36 @@ def read_sentences(config: SourceConfig, output_dir: Path) -> Iterator[Entry]:
                 bar.update()
     for text, voice, split in plan:
         path = _path(folder, text, voice)
+        draw = random.Random(f"{options.seed}/{path.stem}/{split}")
+        speed, snr = draw.choice(options.speeds), draw.choice(options.snr_db)
+        entry_id = path.stem + ("" if speed == 1 else f"-sp{speed}") + ("" if snr is None else f"-snr{snr}")
 
-        def load(path: Path = path, text: str = text, voice: Voice = voice) -> Cut:
-            return utterance_cut(path.stem, path, text, voice.name, config.language or "en")
+        def load(
+            path: Path = path, text: str = text, voice: Voice = voice, name: str = entry_id, speed: float = speed,
+            snr: float | None = snr,
+        ) -> Cut:  # fmt: skip
+            audio = path if name == path.stem else augmented(path, path.with_name(f"{name}.flac"), speed, snr)
+            return utterance_cut(name, audio, text, voice.name, config.language or "en")
 
-        yield Entry(path.stem, load, voice.name, text, split)
+        yield Entry(entry_id, load, voice.name, text, split)
+
+
+def augmented(source: Path, target: Path, speed: float, snr: float | None) -> Path:
+    """``source`` with Lhotse's speed perturbation and white noise at ``snr`` dB, as a FLAC file; made once."""
+    if not target.exists():
+        cut = Recording.from_file(source).to_cut()
+        if speed != 1:
+            cut = cut.perturb_speed(speed)
+        if snr is not None:
+            samples = np.random.default_rng(0).standard_normal(cut.num_samples).astype(np.float32)
+            with tempfile.TemporaryDirectory() as folder:
+                soundfile.write(Path(folder) / "noise.wav", 0.1 * samples, cut.sampling_rate)
+                noise = Recording.from_file(Path(folder) / "noise.wav").to_cut()
+                cut = cut.mix(noise, snr=snr).move_to_memory(audio_format="wav")
+        temporary = target.with_name(f".{target.stem}.part.flac")
+        cut.save_audio(str(temporary))
+        temporary.replace(target)
+    return target
 
 
 def _sentences(config: SourceConfig, options: SentenceOptions) -> list[str]:

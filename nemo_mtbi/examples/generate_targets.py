@@ -15,7 +15,10 @@ def main(cfg: DictConfig) -> None:
     tune()
     generator = TargetGenerator(typed(TargetsConfig, cfg))
     written = generator.run()
-    announce("Cuts with targets", {**written, "manifest": generator.folder / "manifest.json"})
+    announce(
+        "Cuts with targets",
+        {**written, "manifest": generator.folder / "manifest.json", "report": generator.folder / "report.html"},
+    )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ class TrainableCheckpoint:
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in names}
         checkpoint[KEY] = {
             "references": self.references,  # type: ignore[attr-defined]
-            "seen": dict(self.seen),
+            "seen": dict(self.all_seen()),
             "bad_steps": self.bad_steps,
             "stage": self.stage,  # type: ignore[attr-defined]
         }
@@ -49,5 +49,6 @@ class TrainableCheckpoint:
                 f"The checkpoint lacks {len(missing)} trained tensors, e.g. {sorted(missing)[0]}: "
                 "model.perception or model.lora differ from those it was trained with."
             )
-        self.seen = Counter(own["seen"])
+        # The record is a sum over ranks, so one of them goes on with it.
+        self.seen = Counter(own["seen"]) if self.global_rank == 0 else Counter()  # type: ignore[attr-defined]
         self.bad_steps = own["bad_steps"]

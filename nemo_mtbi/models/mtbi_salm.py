@@ -477,14 +477,24 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
 
         return save_nemo(self, Path(path))
 
+    def all_seen(self) -> Counter[str]:
+        """The record of what was trained on, summed over the data-parallel ranks."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return self.seen
+        group = self.data_parallel_group()
+        parts: list[Any] = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(parts, dict(self.seen), group=group)
+        return sum((Counter(p) for p in parts), Counter())
+
     def seen_manifest(self) -> dict[str, Any]:
-        """How many examples and response tokens of each task and prompt were trained on (this rank)."""
+        """How many examples and response tokens of each task and prompt were trained on, over all ranks."""
+        seen = self.all_seen()
         manifest: dict[str, Any] = {
-            "examples": self.seen["examples"],
-            "alignment_examples": self.seen["alignment_examples"],
+            "examples": seen["examples"],
+            "alignment_examples": seen["alignment_examples"],
             "tasks": {},
         }
-        for key, value in self.seen.items():
+        for key, value in seen.items():
             if key.count("/") == 2:
                 task, prompt, kind = key.split("/")
                 manifest["tasks"].setdefault(task, {}).setdefault(prompt, {})[kind] = value

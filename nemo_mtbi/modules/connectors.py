@@ -158,6 +158,8 @@ class CTCCompressConnector(Connector):
         d_model, layers, heads: size of the transformer.
         conv_layers: strided convolutions before it (2: 12.5 frames/s from 50).
         dropout: of the transformer.
+        time_masks, time_mask_frames: in training, so many spans of up to so many encoder frames are set to zero (as
+            SpecAugment does, but behind the frozen encoder, so that its features can be cached).
         vocab_size: number of LLM tokens that CTC can emit; their ids are set by :meth:`set_vocabulary`.
     """
 
@@ -176,8 +178,11 @@ class CTCCompressConnector(Connector):
         heads: int = 8,
         conv_layers: int = 2,
         dropout: float = 0.1,
+        time_masks: int = 2,
+        time_mask_frames: int = 20,
     ) -> None:
         super().__init__()
+        self.time_masks, self.time_mask_frames = time_masks, time_mask_frames
         if vocab_size < 1:
             raise ConfigError(f"vocab_size={vocab_size}: a CTC connector needs the tokens of the training transcripts.")
         self.norm_in = nn.LayerNorm(feat_in)
@@ -224,12 +229,28 @@ class CTCCompressConnector(Connector):
         return self._ctc_log_probs(hidden), lengths
 
     def _frames(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        hidden, lengths = self.subsample(self.norm_in(features), lengths)
+        features = self.norm_in(features)
+        if self.training:
+            features = self._mask_spans(features, lengths)
+        hidden, lengths = self.subsample(features, lengths)
         mask = frame_mask(lengths, hidden.shape[1])
         hidden = hidden * mask[..., None]
         hidden = hidden + nn.functional.gelu(self.position(hidden.transpose(1, 2))).transpose(1, 2)
         hidden = self.transformer(hidden, src_key_padding_mask=~mask)
         return self.norm_out(hidden), lengths
+
+    def _mask_spans(self, features: Tensor, lengths: Tensor) -> Tensor:
+        """Zero random spans of (B, T, D); at most half of an utterance can be lost."""
+        keep = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
+        position = torch.arange(features.shape[1], device=features.device)
+        longest = torch.minimum(
+            lengths // (2 * max(1, self.time_masks)), torch.full_like(lengths, self.time_mask_frames)
+        )
+        for _ in range(self.time_masks):
+            size = torch.rand(len(lengths), device=features.device) * (longest + 1)
+            begin = torch.rand(len(lengths), device=features.device) * (lengths - size).clamp_min(0)
+            keep &= ~((position >= begin[:, None].floor()) & (position < (begin + size.floor())[:, None].floor()))
+        return features * keep[..., None]
 
     def _ctc_log_probs(self, hidden: Tensor) -> Tensor:
         tokens = self.project(hidden) @ (self.table / self.table_rms).t() + self.token_bias

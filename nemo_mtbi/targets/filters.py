@@ -2,9 +2,12 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.tasks.forms import form_error
+from nemo_mtbi.tasks.library import Task
 
 REFUSAL = re.compile(
     r"\b(as an ai|i am an ai|i'?m an ai|language model|i(?: am|'m) sorry|i apologi[sz]e"
@@ -17,13 +20,14 @@ LOOP_NGRAM, LOOP_REPEATS = 4, 3
 
 @dataclass(frozen=True)
 class Candidate:
-    """What filters may look at."""
+    """What filters may look at. ``values`` are those that filled the prompt's placeholders."""
 
-    task: str
+    task: Task
     transcript: str
     response: str
     response_ids: list[int]
     finished: bool
+    values: dict[str, Any] = field(default_factory=dict)
 
 
 def empty(c: Candidate) -> str | None:
@@ -52,11 +56,17 @@ def repetition(c: Candidate) -> str | None:
     return None
 
 
+def form(c: Candidate) -> str | None:
+    """The answer has the form that its task asks for (one word, a list, a language, ...)."""
+    return form_error(c.response, c.task, c.values)
+
+
 FILTERS: dict[str, Callable[[Candidate], str | None]] = {
     "empty": empty,
     "refusal": refusal,
     "truncated": truncated,
     "repetition": repetition,
+    "form": form,
 }
 
 

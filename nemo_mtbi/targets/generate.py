@@ -6,7 +6,7 @@ Files under ``output_dir``:
 - ``teacher/*.bin``: top-k log-probabilities (Lhotse arrays), if ``top_k`` > 0.
 - ``rejected.jsonl``: answers that a filter rejected, with the reason.
 - ``<name>.jsonl``: the input cuts with ``custom["targets"]``, for ``input_cfg`` type ``mtbi``.
-- ``manifest.json``: what was generated, with what, and the counts.
+- ``manifest.json``: what was generated, with what, and the counts; ``report.html``: the same to look at, with examples.
 """
 
 import hashlib
@@ -39,6 +39,7 @@ from nemo_mtbi.targets.decoder import Answer, Request
 from nemo_mtbi.targets.engine import HFEngine
 from nemo_mtbi.targets.filters import Candidate, choose_filters
 from nemo_mtbi.targets.record import TARGETS_FIELD, TEACHER_IDS_FIELD, TEACHER_LOG_PROBS_FIELD, Target
+from nemo_mtbi.targets.report import write_report
 from nemo_mtbi.tasks.library import Task, load_library, render_template, select_tasks
 
 LIBRARIES = ("nemo_toolkit", "transformers", "torch", "lhotse")
@@ -54,6 +55,7 @@ class Job:
     task: str
     prompt_id: str
     prompt: str
+    values: dict[str, Any]
 
 
 class TargetGenerator:
@@ -66,7 +68,8 @@ class TargetGenerator:
             )
         self.config = config
         self.filters = choose_filters(config.filters)
-        self.tasks = select_tasks(load_library(config.task_folders), config.task_names)
+        self.tasks: list[Task] = select_tasks(load_library(config.task_folders), config.task_names)
+        self.by_name = {t.name: t for t in self.tasks}
         for path in config.cuts.values():
             check_manifest(path)
         llm = resolve_pretrained(config.llm)
@@ -94,7 +97,9 @@ class TargetGenerator:
             jobs = [job for cut in cuts for job in self.jobs(cut, name, values)]
             answers = self._answer([j.request for j in jobs], f"answers ({name})")
             written[name] = self._write(name, cuts, jobs, answers, rejected, counts)
-        jsonl.write_json(self.folder / "manifest.json", self._manifest(rejected, counts, time.time() - start))
+        manifest = self._manifest(rejected, counts, time.time() - start)
+        jsonl.write_json(self.folder / "manifest.json", manifest)
+        write_report(self.folder / "report.html", manifest, written, self.folder / "rejected.jsonl")
         return written
 
     def tasks_of(self, cut: Cut, name: str) -> list[Task]:
@@ -138,7 +143,7 @@ class TargetGenerator:
             for prompt in rng.sample(prompts, min(count, len(prompts))):
                 filled = render_template(prompt.text, values[cut.id, task.name])
                 request = self._request(filled, text, min(task.max_new_tokens, limit))
-                jobs.append(Job(request, cut.id, text, task.name, prompt.id, filled))
+                jobs.append(Job(request, cut.id, text, task.name, prompt.id, filled, values[cut.id, task.name]))
         return jobs
 
     def _request(self, prompt: str, text: str, max_new_tokens: int) -> Request:
@@ -246,7 +251,14 @@ class TargetGenerator:
         return path
 
     def _reject(self, job: Job, record: dict[str, Any]) -> tuple[str, str] | None:
-        candidate = Candidate(job.task, job.transcript, record["response"], record["response_ids"], record["finished"])
+        candidate = Candidate(
+            self.by_name[job.task],
+            job.transcript,
+            record["response"],
+            record["response_ids"],
+            record["finished"],
+            job.values,
+        )
         for filter_name, check in self.filters:
             if (why := check(candidate)) is not None:
                 return filter_name, why

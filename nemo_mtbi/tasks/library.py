@@ -81,7 +81,9 @@ def load_task(path: Path) -> Task:
         raw = yaml.safe_load(path.read_text())
         wordings = raw.pop("prompts", {})
         prompts = [
-            Prompt(p["id"], p["text"], split, p.get("language", "en")) for split in SPLITS for p in wordings.get(split, [])
+            Prompt(p["id"], p["text"], split, p.get("language", "en"))
+            for split in SPLITS
+            for p in wordings.get(split, [])
         ]
         steps = [PrepareStep(**s) for s in raw.pop("prepare", [])]
         task = Task(prompts=prompts, prepare=steps, **raw)

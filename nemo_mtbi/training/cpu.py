@@ -13,8 +13,8 @@ LARGEST_THRESHOLD = 32 * 2**20  # glibc accepts no more; larger blocks stay mapp
 def tune(threads: int | None = None) -> None:
     """Number of PyTorch threads (None: its own choice), and a heap that keeps what it has.
 
-    Large temporaries are otherwise mapped, page-faulted and unmapped at every operation, which costs a third of a training
-    step on two cores (``benchmarks/train_step.py`` prints the figure). GPU memory is not concerned.
+    Large temporaries are otherwise mapped, page-faulted and unmapped at every operation, which takes a good part of the loss's
+    time. GPU memory is not concerned.
     """
     if threads is not None:
         torch.set_num_threads(threads)

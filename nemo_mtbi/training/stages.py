@@ -76,9 +76,10 @@ def run_stage(cfg: DictConfig, model: MTBISALM, run: RunDirectory, name: str) ->
     trainer.fit(model, data)
     if trainer.interrupted or trainer.global_step < trainer.max_steps:
         raise KeyboardInterrupt(f"Stage {name} stopped at step {trainer.global_step}; the same command continues it.")
+    seen = model.seen_manifest()
     if trainer.is_global_zero:
         run.save_weights(model, name)
-        jsonl.write_json(run.root / "seen.json", model.seen_manifest())
+        jsonl.write_json(run.root / "seen.json", seen)
     logging.info(f"Stage {name} wrote {run.weights(name)}")
 
 

@@ -175,6 +175,41 @@ def test_textgrids(tmp_path):
     assert [(i.symbol, i.start, round(i.end, 3)) for i in items] == [("hello", 0.4, 0.9), ("world", 1.0, 1.6)]
 
 
+def test_lhotse_recipe(tmp_path):
+    chapter = tmp_path / "LibriSpeech" / "dev-clean" / "84" / "121123"
+    chapter.mkdir(parents=True)
+    soundfile.write(chapter / "84-121123-0000.flac", 0.1 * np.ones(16000), 16000)
+    (chapter / "84-121123-0000.txt").write_text("")
+    (chapter / "84-121123.trans.txt").write_text("84-121123-0000 GO DO YOU HEAR\n")
+    source = SourceConfig(
+        "lhotse_recipe", str(tmp_path / "LibriSpeech"), "librispeech", options={"dataset_parts": "dev-clean"}
+    )
+    cut = cuts_of(Preparation(config(tmp_path, source)).run())[0]
+    assert (cut.supervisions[0].text, cut.supervisions[0].speaker) == ("GO DO YOU HEAR", "84")
+
+
+def test_sentences_with_speed_and_noise(tmp_path):
+    pytest.importorskip("py_nanotts")
+    (tmp_path / "s.txt").write_text("Open the window.\nWhere is my hat?\nTwo eggs, please.\n")
+    options = {
+        "voices": ["pico:en-US"],
+        "unseen_voices": ["pico:en-GB"],
+        "held_out": 1,
+        "speeds": [1.25],
+        "snr_db": [5.0],
+    }
+    source = SourceConfig("sentences", str(tmp_path / "s.txt"), options=options)
+    written = Preparation(config(tmp_path, source, aligner="pocketsphinx")).run()
+    assert set(written) == {"train", "held_out", "unseen_voice"}
+    cut = cuts_of(written)[0]
+    assert cut.id.endswith("-sp1.25-snr5.0") and cut.supervisions[0].alignment["word"]
+    plain = soundfile.info(tmp_path / "out" / "audio" / f"{cut.id.split('-sp')[0]}.wav").duration
+    assert cut.duration == pytest.approx(plain / 1.25, abs=0.01)
+    clean = soundfile.read(tmp_path / "out" / "audio" / f"{cut.id.split('-sp')[0]}.wav")[0]
+    noisy = cut.load_audio()[0]
+    assert np.abs(noisy[:400]).mean() > 3 * np.abs(clean[:400]).mean()  # the leading silence is not silent any more
+
+
 def test_match_words_on_empty_alignment():
     assert [w.start_seconds for w in match_words(["a", "b"], ())] == [None, None]
 

@@ -47,7 +47,11 @@ ADAPTERS = {
 def test_nemo_encoder_with_our_connector_and_nemos(tiny_config, nemo_asr, tmp_path, adapter):
     from .test_model import gradients, make_batch
 
-    config = {**copy.deepcopy(tiny_config), "pretrained_asr": nemo_asr, "perception": {"modality_adapter": ADAPTERS[adapter]}}
+    config = {
+        **copy.deepcopy(tiny_config),
+        "pretrained_asr": nemo_asr,
+        "perception": {"modality_adapter": ADAPTERS[adapter]},
+    }
     if adapter == "nemo":
         config["freeze_params"] = [r"^embed_tokens\..+$", r"^llm\..+$", r"^perception\.encoder.+$"]
     model = MTBISALM(config)
@@ -65,7 +69,11 @@ def test_export_with_nemo_parts_opens_in_stock_salm(tiny_config, nemo_asr, tmp_p
 
     from nemo_mtbi.export.archive import save_directory
 
-    config = {**copy.deepcopy(tiny_config), "pretrained_asr": nemo_asr, "perception": {"modality_adapter": ADAPTERS["nemo"]}}
+    config = {
+        **copy.deepcopy(tiny_config),
+        "pretrained_asr": nemo_asr,
+        "perception": {"modality_adapter": ADAPTERS["nemo"]},
+    }
     ours = MTBISALM(config).eval()
     stock = SALM.from_pretrained(str(save_directory(ours, tmp_path / "hf"))).eval()
     audio, length = 0.1 * torch.randn(1, 20000), torch.tensor([20000])
@@ -98,14 +106,18 @@ def test_pocketsphinx_says_why_it_cannot_align():
     with pytest.raises(Unalignable, match="dictionary"):
         aligner.align(np.zeros(16000, np.float32), "xqzzy brrtl")
     with pytest.raises(Unalignable):
-        aligner.align(np.zeros(800, np.float32), "a sentence that is far too long for so little audio, as anyone can see")
+        aligner.align(
+            np.zeros(800, np.float32), "a sentence that is far too long for so little audio, as anyone can see"
+        )
 
 
 def test_lora_is_trained_and_the_teacher_is_without_it(tiny_config, tmp_path):
     from .test_model import gradients, make_batch
 
     lora = {"task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
-    model = MTBISALM({**copy.deepcopy(tiny_config), "lora": lora, "interleaving": {"probability": 1.0, "text_share": 1.0}})
+    model = MTBISALM(
+        {**copy.deepcopy(tiny_config), "lora": lora, "interleaving": {"probability": 1.0, "text_share": 1.0}}
+    )
     assert model.prefixes is None  # the prompts' keys and values change with the adapters
     batch = make_batch(model, 3)
     assert any("lora_" in n for n in gradients(model, [batch]))

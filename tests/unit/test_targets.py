@@ -13,6 +13,7 @@ from nemo_mtbi.targets.config import TargetsConfig
 from nemo_mtbi.targets.filters import Candidate, choose_filters, empty, refusal, repetition, truncated
 from nemo_mtbi.targets.generate import TargetGenerator, one_line
 from nemo_mtbi.targets.record import Target
+from nemo_mtbi.tasks.forms import form_error
 from nemo_mtbi.tasks.library import FORMS, load_library, load_task, render_template, select_tasks
 
 pytestmark = pytest.mark.unit
@@ -61,7 +62,7 @@ def test_unknown_tasks_are_refused():
 
 
 def candidate(response, transcript="the cat sat on the mat", finished=True):
-    return Candidate("about", transcript, response, [1, 2, 3], finished)
+    return Candidate(load_library()["about"], transcript, response, [1, 2, 3], finished)
 
 
 def test_filters():
@@ -75,6 +76,31 @@ def test_filters():
     )
     with pytest.raises(ConfigError, match="Unknown filter polite"):
         choose_filters(["empty", "polite"])
+
+
+@pytest.mark.parametrize(
+    "task, good, bad",
+    [
+        ("sentiment", ["Positive.", "It is negative"], ["happy", "positive or negative", ""]),
+        ("entailment", ["Yes.", "No, it does not."], ["maybe", "yes and no"]),
+        ("keywords", ["cat, mat, house", "1. cat\n2. mat\n3. hat"], ["a cat on a mat", "cat, mat"]),
+        ("title", ["The Cat on the Mat"], ["a b c d e f g h i"]),
+        ("question_generation", ["Where is the cat?", '"Who is it?"'], ["The cat.", "? no"]),
+        ("translation", ["Die Katze ist auf der Matte."], ["The cat is on the mat."]),
+        ("repeat", ["anything at all"], []),
+    ],
+)
+def test_answer_forms(task, good, bad):
+    chosen = load_library()[task]
+    values = {"language": "German"}
+    assert [form_error(t, chosen, values) for t in good] == [None] * len(good)
+    assert all(form_error(t, chosen, values) for t in bad)
+
+
+def test_the_form_filter_is_off_by_default_and_works_by_name():
+    assert "form" not in TargetsConfig().filters
+    ((_, check),) = choose_filters(["form"])
+    assert check(Candidate(load_library()["sentiment"], "x", "who knows", [1], True))
 
 
 def write_cuts(path, count, text=lambda i: f"sentence number {i} is here"):

@@ -1,0 +1,60 @@
+"""Show examples: transcript, word times, prompts, answers, and what interleaving makes of them. See conf/inspect.yaml."""
+
+from omegaconf import DictConfig
+
+from nemo_mtbi.examples._launcher import launcher
+
+
+@launcher("inspect")
+def main(cfg: DictConfig) -> None:
+    from itertools import islice
+
+    from lhotse import CutSet
+
+    from nemo_mtbi.data.conversation import check_manifest, spoken_part
+    from nemo_mtbi.errors import DataError
+    from nemo_mtbi.targets.record import TARGETS_FIELD, Target
+
+    check_manifest(cfg.cuts)
+    cuts = CutSet.from_file(cfg.cuts)
+    chosen = [c for c in cuts if c.id == cfg.id] if cfg.id else list(islice(cuts, cfg.count))
+    if not chosen:
+        raise DataError(f"{cfg.cuts} has no cut {cfg.id!r}.")
+    for cut in chosen:
+        source = cut.recording.sources[0].source if cut.has_recording else "-"
+        spoken = spoken_part(cut)
+        print(f"\n=== {cut.id}  {cut.duration:.2f} s  {source}")
+        print(spoken.transcript)
+        if spoken.words:
+            print("  " + "  ".join(f"{w.text} {w.start_seconds:.2f}-{w.end_seconds:.2f}" for w in spoken.words))
+        for target in (Target(**t) for t in (cut.custom or {}).get(TARGETS_FIELD, [])):
+            print(
+                f"  [{target.task}] {target.prompt}\n    -> {target.response}{'' if target.finished else '  (truncated)'}"
+            )
+        for visit in range(cfg.visits):
+            print(f"  interleaved, visit {visit}: {interleaved_view(cut, cfg, visit)}")
+
+
+def interleaved_view(cut, cfg: DictConfig, visit: int) -> str:  # type: ignore[no-untyped-def]
+    """The utterance as one plan gives it to the LLM: words as text, speech as [start-end]."""
+    from nemo_mtbi.config import InterleavingConfig
+    from nemo_mtbi.data.conversation import spoken_part
+    from nemo_mtbi.data.interleaving import SpeechSpan, Word, merge, timeline
+    from nemo_mtbi.data.rendering import match_words
+    from nemo_mtbi.examples._launcher import typed
+
+    spoken = spoken_part(cut)
+    texts = spoken.transcript.split()
+    timed = match_words(texts, spoken.words)
+    words = [Word(i, i + 1, t.start_seconds, t.end_seconds) for i, t in enumerate(timed)]
+    units = timeline(words, cut.duration)
+    plan = typed(InterleavingConfig, cfg.interleaving).policy().plan(units, cut.id, visit, 0)
+    parts = [
+        f"[{p.start_seconds:.2f}-{p.end_seconds:.2f} s]" if isinstance(p, SpeechSpan) else " ".join(texts[p[0] : p[1]])
+        for p in merge(units, plan, 0)
+    ]
+    return " ".join(parts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""One self-contained HTML page about a run of target generation: counts, lengths, examples, rejected answers."""
+
+import base64
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+
+from nemo_mtbi.data import jsonl
+
+EXAMPLES, REJECTED_EXAMPLES = 4, 20
+
+_TEMPLATE = Path(__file__).with_name("report.html.j2")
+
+
+def write_report(path: Path, manifest: dict[str, Any], written: dict[str, Path], rejected: Path) -> None:
+    """Write the page.
+
+    Args:
+        path: of the HTML file.
+        manifest: what ``manifest.json`` holds.
+        written: manifests with targets.
+        rejected: ``rejected.jsonl``.
+    """
+    lengths: dict[str, list[int]] = {}
+    shown: dict[str, list[dict[str, str]]] = {}
+    for transcript, target in _targets(written):
+        lengths.setdefault(target["task"], []).append(len(target["response_ids"]))
+        examples = shown.setdefault(target["task"], [])
+        if len(examples) < EXAMPLES:
+            examples.append({k: target[k] for k in ("task", "prompt", "response")} | {"transcript": transcript})
+    side = []
+    for record in jsonl.read(rejected):
+        if len(side) == REJECTED_EXAMPLES:
+            break
+        side.append(record)
+    page = Environment(autoescape=True).from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+        m=manifest, rejected_total=sum(manifest["rejected"].values()), picture=_histogram(lengths), rejected=side,
+        examples=[e for task in sorted(shown) for e in shown[task]],
+    )  # fmt: skip
+    jsonl.write_text(path, page)
+
+
+def _targets(written: dict[str, Path]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for path in written.values():
+        with open(path, encoding="utf-8") as stream:
+            for line in stream:
+                cut = json.loads(line)
+                transcript = " ".join(s.get("text", "") for s in cut["supervisions"])
+                for target in cut["custom"].get("targets", []):
+                    yield transcript, target
+
+
+def _histogram(lengths: dict[str, list[int]]) -> str:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 3))
+    names = sorted(lengths)
+    axis.hist([lengths[n] for n in names], bins=24, stacked=True, label=names)
+    axis.set_xlabel("response tokens")
+    axis.set_ylabel("answers")
+    axis.legend(fontsize=7, ncols=2)
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    plt.close(figure)
+    return base64.b64encode(buffer.getvalue()).decode()

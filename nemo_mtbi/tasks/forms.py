@@ -1,0 +1,168 @@
+"""Answer forms checked by rule: does an answer have the form that its prompt asked for?"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from nemo_mtbi.tasks.library import Task, render_template
+
+_EDGE = " \t\n.,;:!?\"'()[]*-"
+
+
+def words(text: str) -> list[str]:
+    """Words of an answer, without punctuation around them."""
+    return [w for w in (part.strip(_EDGE) for part in text.split()) if w]
+
+
+def items(text: str) -> list[str]:
+    """Items of a list answer: lines, or parts between commas or semicolons; numbers and bullets are dropped."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    parts = lines if len(lines) > 1 else re.split(r"[,;]", text)
+    return [p for p in (re.sub(r"^\s*(?:\d+[.)]|[-*•])\s*", "", part).strip(_EDGE) for part in parts) if p]
+
+
+def _one_word(text: str, task: Task, values: dict[str, Any]) -> str | None:
+    return None if len(words(text)) == 1 else f"{len(words(text))} words instead of one"
+
+
+def _choice(text: str, task: Task, values: dict[str, Any]) -> str | None:
+    found = choose(text, task.choices)
+    return None if found is not None else f"none of {', '.join(task.choices)}, or more than one"
+
+
+def _yes_no(text: str, task: Task, values: dict[str, Any]) -> str | None:
+    return None if choose(text, ["yes", "no"]) is not None else "neither yes nor no, or both"
+
+
+def _list(text: str, task: Task, values: dict[str, Any]) -> str | None:
+    least = int(task.form.get("min_items", 2))
+    return None if len(items(text)) >= least else f"{len(items(text))} items instead of at least {least}"
+
+
+def _max_words(text: str, task: Task, values: dict[str, Any]) -> str | None:
+    most = int(task.form["value"])
+    return None if len(words(text)) <= most else f"{len(words(text))} words instead of at most {most}"
+
+
+def _min_words(text: str, task: Task, values: dict[str, Any]) -> str | None:
+    least = int(task.form["value"])
+    return None if len(words(text)) >= least else f"{len(words(text))} words instead of at least {least}"
+
+
+def _question(text: str, task: Task, values: dict[str, Any]) -> str | None:
+    return None if text.rstrip(" \"'").endswith("?") else "no question mark at the end"
+
+
+# Frequent function words tell these languages apart well enough to see that a translation was asked for and not given.
+MARKERS = {
+    "German": {
+        "der",
+        "die",
+        "das",
+        "und",
+        "ist",
+        "nicht",
+        "ich",
+        "ein",
+        "eine",
+        "zu",
+        "den",
+        "mit",
+        "auf",
+        "es",
+        "sie",
+        "wir",
+    },
+    "French": {
+        "le",
+        "la",
+        "les",
+        "et",
+        "est",
+        "pas",
+        "je",
+        "un",
+        "une",
+        "de",
+        "des",
+        "que",
+        "il",
+        "elle",
+        "nous",
+        "vous",
+        "dans",
+    },
+    "Spanish": {
+        "el",
+        "la",
+        "los",
+        "y",
+        "es",
+        "no",
+        "yo",
+        "un",
+        "una",
+        "de",
+        "que",
+        "en",
+        "por",
+        "con",
+        "se",
+        "su",
+        "del",
+    },
+    "English": {
+        "the",
+        "and",
+        "is",
+        "not",
+        "i",
+        "a",
+        "an",
+        "of",
+        "to",
+        "in",
+        "that",
+        "it",
+        "you",
+        "we",
+        "on",
+        "with",
+        "was",
+    },
+}
+
+
+def _language(text: str, task: Task, values: dict[str, Any]) -> str | None:
+    wanted = render_template(str(task.form["value"]), values)
+    if wanted not in MARKERS:
+        return None  # unknown language: not judged
+    counts = {name: sum(w.lower() in markers for w in words(text)) for name, markers in MARKERS.items()}
+    best = max(counts.values())
+    if best == 0 or counts[wanted] == best:
+        return None
+    return f"reads like {max(counts, key=lambda n: counts[n])}, not {wanted}"
+
+
+CHECKS: dict[str, Callable[[str, Task, dict[str, Any]], str | None]] = {
+    "any": lambda text, task, values: None,
+    "one_word": _one_word,
+    "choice": _choice,
+    "yes_no": _yes_no,
+    "list": _list,
+    "max_words": _max_words,
+    "min_words": _min_words,
+    "question": _question,
+    "language": _language,
+}
+
+
+def form_error(text: str, task: Task, values: dict[str, Any] | None = None) -> str | None:
+    """Why an answer lacks the form of its task; None if it has it. ``values`` fill placeholders of the form."""
+    return CHECKS[task.form["kind"]](text, task, values or {})
+
+
+def choose(text: str, choices: list[str]) -> str | None:
+    """The one choice that an answer names (as a word, whatever the case); None if it names none or several."""
+    found = [c for c in choices if re.search(rf"\b{re.escape(c)}\b", text, re.IGNORECASE)]
+    return found[0] if len(found) == 1 else None

@@ -23,6 +23,8 @@ from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.targets.record import TARGETS_FIELD, Target
 
 INPUT_TYPE = "mtbi"
+# What the alignment stage reads of every cut: it needs the transcript alone, so cuts without answers serve it too.
+NO_TARGET = Target("", "alignment", "none", "Repeat.", "", [0])
 
 
 @dataclass
@@ -61,10 +63,10 @@ class MTBIConversation(NeMoMultimodalConversation):
         """The only spoken turn's cut."""
         return self.list_cuts()[0]
 
-    def messages(self) -> list[Message]:
-        """The dialog up to the answer, with the speech as transcript and word times."""
+    def messages(self, spoken: Spoken | None = None) -> list[Message]:
+        """The dialog up to the answer, with the speech as transcript and word times (or as another transcript)."""
         assert self.target is not None
-        spoken = spoken_part(self.cut)
+        spoken = spoken or spoken_part(self.cut)
         history = [{"role": m["role"], "content": [m["content"]]} for m in self.target.history]
         return [*history, user_message(self.target.prompt, spoken, self.speech_position)]
 
@@ -128,6 +130,7 @@ class ConversationIterator:
         self.token_equivalent_duration = config.get("token_equivalent_duration")
         self.speech_position = config.get("speech_position", "after")
         self.shared_prefix = config.get("shared_prefix", False)
+        self.every_cut = config.get("every_cut", False)
         self.finite = config.get("force_finite", False)
 
     def __iter__(self) -> Iterator[MTBIConversation]:
@@ -148,7 +151,8 @@ class ConversationIterator:
 
     def conversations(self, cut: Cut, visit: int) -> Iterator[MTBIConversation]:
         targets = [Target(**t) for t in (cut.custom or {}).get(TARGETS_FIELD, [])]
-        for index, target in enumerate(self.selection.select(cut.id, targets, visit)):
+        chosen = [NO_TARGET] if self.every_cut else self.selection.select(cut.id, targets, visit)
+        for index, target in enumerate(chosen):
             # Cut ids must be unique within a batch; the same cut may come with several targets.
             own = cut if index == 0 else cut.with_id(f"{cut.id}#{index}")
             text = transcript(cut)
@@ -169,7 +173,7 @@ class ConversationIterator:
 
 KNOWN_KEYS = {
     "type", "cuts_path", "shar_path", "weight", "tags", "tasks", "task_temperature", "every_target", "seed",
-    "speech_position", "shared_prefix",
+    "speech_position", "shared_prefix", "every_cut",
 }  # fmt: skip
 
 

@@ -27,8 +27,12 @@ class CTCVocabulary:
 
     def encode(self, transcript: str) -> list[int]:
         """CTC classes of a transcript; characters that no kept token covers are left out."""
+        return self.classes_of(self.tokenizer(transcript, add_special_tokens=False)["input_ids"])
+
+    def classes_of(self, tokens: Iterable[int]) -> list[int]:
+        """CTC classes of LLM tokens."""
         classes: list[int] = []
-        for token in self.tokenizer(transcript, add_special_tokens=False)["input_ids"]:
+        for token in tokens:
             own = self.classes.get(token)
             classes += [own] if own is not None else self._spell(token)
         return classes

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from lhotse import CutSet
 from lhotse.dataset import AudioSamples
+from nemo.collections.common.data.lhotse.dataloader import resample
 from nemo.collections.common.data.lhotse.text_adapters import collate_conversation_audio_fault_tolerant
 from nemo.collections.common.prompts import PromptFormatter
 from nemo.utils import logging
@@ -61,6 +62,8 @@ class MTBIDataset(torch.utils.data.Dataset):
         cached_features: read encoder features instead of audio.
         teacher_temperature: temperature that cached teacher log-probabilities must have; None to ignore them.
         encoder_key: hash of the encoder that cached features must come from.
+        llm_key: fingerprint of the LLM whose answers the targets must be; empty to take any.
+        sampling_rate: of the returned audio; other rates are resampled.
     """
 
     def __init__(
@@ -71,12 +74,16 @@ class MTBIDataset(torch.utils.data.Dataset):
         cached_features: bool = False,
         teacher_temperature: float | None = None,
         encoder_key: str | None = None,
+        llm_key: str = "",
+        sampling_rate: int = 16_000,
     ) -> None:
         self.renderer = PromptRenderer(tokenizer, PromptFormatter.resolve(prompt_format))
         self.prompt_format = prompt_format
         self.cached_features = cached_features
         self.teacher_temperature = teacher_temperature
         self.encoder_key = encoder_key
+        self.llm_key = llm_key
+        self.sampling_rate = sampling_rate
         self.load_audio = AudioSamples(fault_tolerant=True, mono_downmix=True)
 
     def __getitem__(self, conversations: CutSet) -> dict[str, Any] | None:
@@ -87,6 +94,7 @@ class MTBIDataset(torch.utils.data.Dataset):
             batch["encoder_features"] = torch.nn.utils.rnn.pad_sequence(features, batch_first=True)
             batch["encoder_feature_lens"] = torch.tensor([len(f) for f in features])
         else:
+            items = [resample(c, self.sampling_rate) for c in items]
             audios, lengths, kept = collate_conversation_audio_fault_tolerant(CutSet(items), self.load_audio)
             items = list(kept)
             if not items:
@@ -102,11 +110,11 @@ class MTBIDataset(torch.utils.data.Dataset):
     def _example(self, conversation: MTBIConversation) -> Example:
         target = conversation.target
         assert target is not None
-        own = Target.rendering_of(self.prompt_format, conversation.speech_position)
-        if target.rendering and target.rendering != own:
+        own = Target.rendering_of(self.prompt_format, conversation.speech_position, self.llm_key)
+        if self.llm_key and target.rendering and target.rendering != own:
             raise DataError(
-                f"The answers of {conversation.id} were given under {target.rendering} (prompt format / speech position), "
-                f"training uses {own}. Set model.prompt_format and model.speech_position to the former."
+                f"The answer of {conversation.id} was given under {target.rendering} (prompt format / speech position / LLM), "
+                f"this model has {own}. Use the same in both, or generate the targets again."
             )
         rendered = conversation.rendered or self.renderer.render(conversation.messages())
         duration = conversation.cut.duration
@@ -129,10 +137,12 @@ class MTBIDataset(torch.utils.data.Dataset):
             rows = slice(target.teacher_begin, target.teacher_begin + len(target.response_ids))
             ids.append(np.asarray(item.cut.load_custom(TEACHER_IDS_FIELD)[rows], dtype=np.int64))
             log_probs.append(np.asarray(item.cut.load_custom(TEACHER_LOG_PROBS_FIELD)[rows], dtype=np.float32))
-            if len(ids[-1]) != len(target.response_ids):
+            # Greedy answers: each response token is among its row's entries. Rows of another answer would not hold it.
+            fits = len(ids[-1]) == len(target.response_ids)
+            if not fits or not (ids[-1] == np.asarray(target.response_ids)[:, None]).any(1).all():
                 raise DataError(
-                    f"{item.id} has {len(target.response_ids)} response tokens, but {len(ids[-1])} rows of teacher "
-                    "log-probabilities. The target files are inconsistent: generate them again."
+                    f"The teacher log-probabilities of {item.id} ({len(ids[-1])} rows) belong to another answer than its "
+                    f"{len(target.response_ids)} response tokens. The target files are inconsistent: generate them again."
                 )
         return {
             "teacher_ids": torch.from_numpy(np.concatenate(ids)),

@@ -93,7 +93,7 @@ class InterleavingPolicy:
     Attributes:
         probability: share of the examples that are interleaved; the others are plain behavior imitation.
         text_share: expected share of words given as text in an interleaved example. 0: none, 1: all.
-        span_words: mean number of words in a text span.
+        span_words: mean number of words in a text span; more where the share needs it.
         span_distribution: ``geometric``, ``uniform`` (1 .. 2 * mean - 1) or ``fixed``.
         level: ``embedding`` encodes the whole utterance once and slices the connector's output; ``waveform`` cuts the
             audio and encodes each piece by itself.
@@ -140,7 +140,10 @@ class InterleavingPolicy:
         if self.text_share == 1:
             return [True] * len(units)
         speech = self.span_words * (1 - self.text_share) / self.text_share
-        mean = {True: self.span_words, False: min(max(1.0, speech), 1e6)}
+        text = self.span_words
+        if speech < 1:  # a speech span has at least one word, so text spans must be longer
+            speech, text = 1.0, self.text_share / (1 - self.text_share)
+        mean = {True: min(text, 1e6), False: min(speech, 1e6)}
         is_text = rng.random() < self.text_share
         plan: list[bool] = []
         remaining = self._span(rng, mean[is_text])

@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from nemo_mtbi.data.conversation import ConversationIterator, MTBIConversation, TargetSelection, transcript
 from nemo_mtbi.data.dataset import Example, MTBIDataset
-from nemo_mtbi.data.messages import user_message
 from nemo_mtbi.data.rendering import Spoken
 from nemo_mtbi.losses.imitation import ImitationObjective, imitation_loss
 from nemo_mtbi.models.mtbi_salm import MTBISALM
@@ -87,7 +86,12 @@ class Evaluation:
         }  # fmt: skip
         stream = ConversationIterator(cuts, TargetSelection(every_target=True), OmegaConf.create(options))
         self.dataset = MTBIDataset(
-            model.tokenizer, model.cfg.prompt_format, cached_features=cached_features, encoder_key=model.encoder_key
+            model.tokenizer,
+            model.cfg.prompt_format,
+            cached_features=cached_features,
+            encoder_key=model.encoder_key,
+            llm_key=model.references["llm"],
+            sampling_rate=model.sampling_rate,
         )
         self.conversations: list[MTBIConversation] = list(stream)
         self.conversations.sort(key=lambda c: len(c.target.response_ids) if c.target else 0)
@@ -134,12 +138,9 @@ class Evaluation:
         return scores
 
     def _prompt(self, conversation: MTBIConversation, transcripts: dict[str, str] | None) -> list[int]:
-        target = conversation.target
-        assert target is not None
         text = transcript(conversation.cut) if transcripts is None else transcripts[conversation.source_id]
         spoken = Spoken(text.strip() or EMPTY_TRANSCRIPT)
-        message = user_message(target.prompt, spoken, self.model.config.speech_position)
-        return self.dataset.renderer.render([message]).ids
+        return self.dataset.renderer.render(conversation.messages(spoken)).ids
 
     def _hidden(self, prompts: list[list[int]], examples: list[Example]) -> Tensor:
         return teacher_hidden_states(

@@ -59,7 +59,8 @@ def main(cfg: DictConfig) -> None:
     scored = {s: answered[s] for s in cfg.evaluated_splits}
     step("evaluate", "evaluate", f"run={run}", f"cuts={_inline(scored)}", "cached_features=true")
     trained = run / "imitation" / "trained.safetensors"
-    if not (nemo.exists() and hf.exists()) or trained.stat().st_mtime > nemo.stat().st_mtime:
+    done = nemo.exists() and hf.exists() and (run / "export.json").exists()
+    if not done or trained.stat().st_mtime > nemo.stat().st_mtime:
         shutil.rmtree(hf, ignore_errors=True)
         step("export", "export", f"run={run}", f"nemo={nemo}", f"hf={hf}")
     summary = summarize(run, nemo, hf, time.time() - start + float(cfg.seconds_before), timings)

@@ -26,12 +26,12 @@ def ctc_loss(log_probs: Tensor, lengths: Tensor, targets: list[list[int]]) -> tu
     return loss, int(flat.numel())
 
 
-def word_alignment_loss(speech: Tensor, text: Tensor) -> Tensor:
-    """Sum over words of the squared distance of pooled speech and text embeddings, relative to the text's energy.
+def word_alignment_loss(speech: Tensor, text: Tensor, energy: float) -> Tensor:
+    """Sum over words of the squared distance of pooled speech and text embeddings, in units of the embeddings' energy.
 
     Args:
         speech: (W, H) mean of each word's speech embeddings.
         text: (W, H) mean of each word's token embeddings.
+        energy: mean square of the LLM's embedding table; a constant, so that the sum does not depend on the batch.
     """
-    scale = text.square().mean().clamp_min(1e-8)
-    return ((speech - text).square().mean(-1) / scale).sum()
+    return (speech - text).square().mean(-1).sum() / max(energy, 1e-8)

@@ -137,6 +137,12 @@ def require_fixed_features(perception: AudioPerceptionModule) -> None:
         raise ConfigError("Encoder features cannot be cached: perception.spec_augment changes them at every step.")
 
 
+def input_length_reference(perception_cfg: DictConfig) -> dict[str, str]:
+    """The encoder's input length as a reference that trained weights are bound to; empty for NeMo encoders."""
+    values = [str(perception_cfg.encoder[k]) for k in WHISPER_KEYS if k in perception_cfg.encoder]
+    return {"input_length": "/".join(values)} if values else {}
+
+
 def encoder_key(perception_cfg: DictConfig, fingerprint: str, dtype: str) -> str:
     """Identity of an encoder's features: weights, input length and precision; the key of the feature cache."""
     length = [str(perception_cfg.encoder.get(k)) for k in WHISPER_KEYS if k in perception_cfg.encoder]

@@ -18,6 +18,7 @@ from nemo_mtbi.data.messages import user_message
 from nemo_mtbi.errors import DataError
 from nemo_mtbi.models.assembly import Piece, plan_batch
 from nemo_mtbi.modules.connectors import SpeechEmbeddings
+from nemo_mtbi.modules.language_model import without_adapters
 
 MIN_AUDIO_SECONDS = 0.05
 
@@ -149,7 +150,8 @@ class GenerationMixin:
     @torch.no_grad()
     def answer_text(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
         """Greedy answers of the text LLM to rendered prompts (token ids)."""
-        return self._greedy(*self.generation_inputs([[p] for p in prompts], None, None), max_new_tokens)
+        with without_adapters(self.llm):  # type: ignore[attr-defined]
+            return self._greedy(*self.generation_inputs([[p] for p in prompts], None, None), max_new_tokens)
 
     def _greedy(self, inputs: Tensor, mask: Tensor, max_new_tokens: int) -> list[list[int]]:
         stop = set(self.stop_ids())

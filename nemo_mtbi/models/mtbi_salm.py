@@ -25,12 +25,14 @@ from nemo_mtbi.losses.imitation import CachedTeacher, Head, ImitationLoss, imita
 from nemo_mtbi.losses.vocabulary import WHOLE_VOCABULARY, VocabularyShard
 from nemo_mtbi.models.assembly import Assembled, Piece, assemble, plan_batch
 from nemo_mtbi.models.checkpointing import TrainableCheckpoint
+from nemo_mtbi.models.ctc_order import centers_by_order
 from nemo_mtbi.models.encoder import (
     bind_token_embeddings,
     connector_of,
     encode,
     encoder_frame_seconds,
     encoder_key,
+    input_length_reference,
     setup_perception,
 )
 from nemo_mtbi.models.generation import GenerationMixin
@@ -113,18 +115,27 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         self.interleaving = config.interleaving.policy()
         self.objective = config.imitation.objective()
         self.references = config.references or {
-            "llm": fingerprint(llm_path), "encoder": fingerprint(resolve_pretrained(config.pretrained_asr))
-        }  # fmt: skip
+            "llm": fingerprint(llm_path),
+            "encoder": fingerprint(resolve_pretrained(config.pretrained_asr)),
+            **input_length_reference(self.cfg.perception),
+        }
         self.stage = "imitation"
         self.ctc_vocabulary: CTCVocabulary | None = None
         self.seen: Counter[str] = Counter()
         self.bad_steps = 0
         self._window_count: Tensor | None = None
+        self._embedding_energy: float | None = None
         self._use_fsdp = self._use_tp = False
         self.register_load_state_dict_post_hook(lambda module, _: module.bind_connector())
         self.freeze()
+        frozen_llm = all("lora_" in n or not p.requires_grad for n, p in self.llm.named_parameters())
+        if not (frozen_llm and is_frozen(self.embed_tokens)) and config.imitation.teacher == "online":
+            raise ConfigError(
+                "teacher=online reads the LLM that is being trained here (model.freeze_params leaves some of it trainable). "
+                "Use teacher=cached, or train LoRA adapters instead (model.lora), which the teacher does without."
+            )
         # With LoRA the LLM changes, and so do the keys and values of the prompts.
-        keep = config.prefix_cache_tokens if is_frozen(self.llm) else 0
+        keep = config.prefix_cache_tokens if is_frozen(self.llm) and is_frozen(self.embed_tokens) else 0
         self.prefixes = PrefixStore(keep) if keep else None
         self.bind_connector()
 
@@ -208,6 +219,9 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
                 raise ConfigError("interleaving.level=waveform encodes pieces of the audio; set cached_features=false.")
             pieces, batch, seconds = cut_speech_spans(pieces, batch, self.sampling_rate)
         speech = self.connect(*self.batch_features(batch))
+        by_order = interleave and self.interleaving.level == "embedding"
+        if by_order and speech.classes is not None and self.ctc_vocabulary is not None:
+            speech.centers = centers_by_order(examples, speech, self.ctc_vocabulary, self.frame_seconds)
         prefix = None
         if self.prefixes is not None:
             prefix = self.prefixes.get(self.llm, self.embed_tokens, [row[0] for row in pieces])  # type: ignore[misc]
@@ -277,9 +291,15 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
             loss = loss + w_ctc * ctc
         if w_align > 0:
             spoken, text = self._pooled_words(examples, speech)
-            loss = loss + w_align * word_alignment_loss(spoken, text)
+            loss = loss + w_align * word_alignment_loss(spoken, text, self.embedding_energy())
             count = count or len(text)
         return loss, count
+
+    def embedding_energy(self) -> float:
+        """Mean square of the LLM's token embeddings, the unit of the word-level alignment term."""
+        if self._embedding_energy is None:
+            self._embedding_energy = float(self.embed_tokens.weight.detach().float().square().mean())
+        return self._embedding_energy
 
     def alignment_speech(self, batch: dict[str, Any]) -> SpeechEmbeddings:
         """What the alignment stage needs of the connector: CTC posteriors alone unless words are pooled too."""

@@ -21,6 +21,7 @@ class SpeechEmbeddings:
         centers: (B, P) time of each position in encoder frames, non-decreasing; slices speech by word times.
         ctc_log_probs: (B, P', V_ctc + 1) of a CTC connector, blank first; None otherwise.
         ctc_lengths: (B,) valid rows of ``ctc_log_probs``.
+        classes: (B, P) the CTC class of each position; None without CTC.
     """
 
     embeddings: Tensor
@@ -28,6 +29,7 @@ class SpeechEmbeddings:
     centers: Tensor
     ctc_log_probs: Tensor | None = None
     ctc_lengths: Tensor | None = None
+    classes: Tensor | None = None
 
 
 class Connector(nn.Module):
@@ -145,7 +147,7 @@ class CTCCompressConnector(Connector):
 
     With ``h`` the (normalized) hidden frames and ``E`` the LLM's embeddings of ``token_ids``::
 
-        posteriors = softmax([blank(h), project(h) E'^T + b])     E' = E / rms(E)
+        posteriors = softmax([blank(h), s project(h) E'^T + b])     E' = E / (rms(E) sqrt(H)), s is learned
         position   = mean over a run of frames with the same non-blank argmax, weighted by 1 - P(blank), of
                      sum_v P(v | not blank) E_v  +  residual(h)   residual is zero-initialized
 
@@ -178,7 +180,7 @@ class CTCCompressConnector(Connector):
         heads: int = 8,
         conv_layers: int = 2,
         dropout: float = 0.1,
-        time_masks: int = 2,
+        time_masks: int = 0,
         time_mask_frames: int = 20,
     ) -> None:
         super().__init__()
@@ -198,6 +200,7 @@ class CTCCompressConnector(Connector):
         self.project = nn.Linear(d_model, output_dim)
         self.blank = nn.Linear(d_model, 1)
         self.token_bias = nn.Parameter(torch.zeros(vocab_size))
+        self.logit_scale = nn.Parameter(torch.ones(()))
         self.residual = nn.Linear(d_model, output_dim)
         nn.init.zeros_(self.residual.weight)
         nn.init.zeros_(self.residual.bias)
@@ -219,9 +222,9 @@ class CTCCompressConnector(Connector):
     def connect(self, features: Tensor, lengths: Tensor) -> SpeechEmbeddings:
         hidden, lengths = self._frames(features, lengths)
         log_probs = self._ctc_log_probs(hidden)
-        embeddings, counts, centers = self._compress(hidden, log_probs, lengths)
+        embeddings, counts, centers, classes = self._compress(hidden, log_probs, lengths)
         centers = (centers + 0.5) * self.subsampling_factor - 0.5
-        return SpeechEmbeddings(embeddings, counts, centers, log_probs, lengths)
+        return SpeechEmbeddings(embeddings, counts, centers, log_probs, lengths, classes)
 
     def ctc(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """CTC log-probabilities only (alignment warm start). (B, T, D), (B,) -> (B, P', V_ctc + 1), (B,)."""
@@ -253,11 +256,13 @@ class CTCCompressConnector(Connector):
         return features * keep[..., None]
 
     def _ctc_log_probs(self, hidden: Tensor) -> Tensor:
-        tokens = self.project(hidden) @ (self.table / self.table_rms).t() + self.token_bias
+        # Without the square root the first logits would be sharp and wrong: a few hundred steps to unlearn.
+        scale = self.logit_scale / (self.table_rms * self.table.shape[1] ** 0.5)
+        tokens = self.project(hidden) @ (self.table * scale).t() + self.token_bias
         return torch.cat([self.blank(hidden), tokens], -1).float().log_softmax(-1)
 
-    def _compress(self, hidden: Tensor, log_probs: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """-> embeddings (B, P, H), counts (B,), centers (B, P) in subsampled frames."""
+    def _compress(self, hidden: Tensor, log_probs: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """-> embeddings (B, P, H), counts (B,), centers (B, P) in subsampled frames, classes (B, P)."""
         batch, frames, _ = log_probs.shape
         valid = frame_mask(lengths, frames)
         best = log_probs.argmax(-1)
@@ -290,4 +295,5 @@ class CTCCompressConnector(Connector):
         embeddings = embeddings.view(batch, positions, -1) * used[..., None]
         ones = torch.ones_like(weight)
         centers = (pool(rows[1].to(weight.dtype)) / pool(ones).clamp_min(1)).view(batch, positions)
-        return embeddings, counts, centers
+        classes = best.new_zeros(batch * positions).scatter(0, slot, best[rows]).view(batch, positions)
+        return embeddings, counts, centers, classes

@@ -74,10 +74,11 @@ class TargetGenerator:
             check_manifest(path)
         llm = resolve_pretrained(config.llm)
         self.teacher = fingerprint(llm)
+        self.rendering = Target.rendering_of(config.prompt_format, config.speech_position, self.teacher)
         self.tokenizer = AutoTokenizer(llm, use_fast=True)
         self.renderer = PromptRenderer(self.tokenizer, PromptFormatter.resolve(config.prompt_format))
         self.renderer.render(
-            [user_message("Repeat.", Spoken("a word"), config.speech_position)]
+            [user_message("Repeat.", Spoken("Some words."), config.speech_position)]
         )  # fails early, if at all
         self.folder = Path(config.output_dir)
         self.engine: HFEngine | None = None
@@ -204,7 +205,12 @@ class TargetGenerator:
         path = self.folder / f"{name}.jsonl"
         side = [r for r in jsonl.read(self.folder / "rejected.jsonl") if r["manifest"] != name]
         lines, kept_total = [], 0
-        with RawChunkyWriter(self.folder / "teacher" / f"{name}.bin", mode="wb") as arrays:
+        # A new file for each set of answers: an old manifest never points into rows of other answers.
+        digest = hashlib.blake2b(
+            "".join(j.request.key for j in jobs).encode() + repr(self.config.filters).encode(), digest_size=6
+        )
+        bin_file = self.folder / "teacher" / f"{name}-{digest.hexdigest()}.bin"
+        with RawChunkyWriter(bin_file, mode="wb") as arrays:
             for cut in cuts:
                 kept: list[Target] = []
                 tops: list[tuple[np.ndarray, np.ndarray]] = []
@@ -228,7 +234,7 @@ class TargetGenerator:
                             response=record["response"],
                             response_ids=record["response_ids"],
                             finished=record["finished"],
-                            rendering=Target.rendering_of(self.config.prompt_format, self.config.speech_position),
+                            rendering=self.rendering,
                             teacher_begin=begin,
                             teacher_temperature=self.config.temperature,
                         )
@@ -248,6 +254,9 @@ class TargetGenerator:
             self.folder / "rejected.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in side)
         )
         jsonl.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        for old in bin_file.parent.glob(f"{name}-*.bin"):
+            if old != bin_file:
+                old.unlink()
         return path
 
     def _reject(self, job: Job, record: dict[str, Any]) -> tuple[str, str] | None:

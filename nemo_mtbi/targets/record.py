@@ -18,7 +18,7 @@ class Target:
         response: the answer's text.
         response_ids: its tokens as generated, end-of-turn included if the LLM ended its turn.
         finished: the LLM ended its turn within the token budget.
-        rendering: prompt format and speech position that the answer was given under.
+        rendering: prompt format, speech position and LLM (fingerprint) that the answer was given under.
         history: earlier messages of the dialog, each {"role", "content"}.
         teacher_begin: first row of this answer in the cut's arrays of teacher top-k log-probabilities; -1 if none.
         teacher_temperature: temperature of those log-probabilities.
@@ -37,8 +37,8 @@ class Target:
     teacher_temperature: float = 1.0
 
     @staticmethod
-    def rendering_of(prompt_format: str, speech_position: str) -> str:
-        return f"{prompt_format}/{speech_position}"
+    def rendering_of(prompt_format: str, speech_position: str, llm: str) -> str:
+        return f"{prompt_format}/{speech_position}/{llm[:12]}"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

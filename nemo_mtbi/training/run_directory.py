@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from nemo_mtbi.data import jsonl
-from nemo_mtbi.errors import CheckpointError
+from nemo_mtbi.errors import CheckpointError, ConfigError
 from nemo_mtbi.models.mtbi_salm import MTBISALM
 
 UNTRAINED, ALIGNMENT, IMITATION = "untrained", "alignment", "imitation"
@@ -44,6 +44,19 @@ class RunDirectory:
 
     def save_config(self, model: MTBISALM, cfg: dict[str, Any]) -> None:
         jsonl.write_json(self.root / "model.json", {"model": cfg, "references": model.references})
+
+    def check_same_model(self, model: MTBISALM) -> None:
+        """
+        Raises:
+            ConfigError: stages are finished here with another encoder, LLM or input length.
+        """
+        file = self.root / "model.json"
+        if file.is_file() and any(self.weights(s).is_file() for s in (ALIGNMENT, IMITATION)):
+            before = json.loads(file.read_text())["references"]
+            if before != model.references:
+                raise ConfigError(
+                    f"{self.root} was trained with {before}, now {model.references}. Use another output_dir."
+                )
 
     def save_weights(self, model: MTBISALM, name: str) -> Path:
         """Trained tensors and references, written under a temporary name and renamed."""

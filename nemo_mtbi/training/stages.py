@@ -49,6 +49,7 @@ def train(cfg: DictConfig) -> RunDirectory:
         model.set_ctc_vocabulary(tokens)
     if cfg.data.cached_features:
         require_fixed_features(model.perception)
+    run.check_same_model(model)
     run.save_config(model, model_cfg)
     if not run.weights(UNTRAINED).is_file():
         run.save_weights(model, UNTRAINED)
@@ -113,14 +114,19 @@ def data_module(data_cfg: DictConfig, model: MTBISALM) -> DataModule:
             cfg[section].audio_locator_tag = model.audio_locator_tag
             cfg[section].token_equivalent_duration = None if compresses else model.token_equivalent_duration
             cfg[section].sample_rate = model.sampling_rate
+            if any("shar_path" in entry for entry in _entries(cfg[section])):
+                cfg[section].shard_seed = "randomized"  # an integer would give every rank and worker the same shards
             for entry in _entries(cfg[section]):
                 entry.speech_position = model.config.speech_position
                 entry.shared_prefix = model.prefixes is not None
+                entry.every_cut = model.stage == ALIGNMENT
     imitation = model.config.imitation
     dataset = MTBIDataset(
         model.tokenizer, model.cfg.prompt_format, cached_features=cached,
         teacher_temperature=imitation.temperature if imitation.teacher == "cached" and imitation.w_kl > 0 else None,
         encoder_key=model.encoder_key,
+        llm_key=model.references["llm"],
+        sampling_rate=model.sampling_rate,
     )  # fmt: skip
     require_same_rendering(dataset.renderer, model.audio_locator_tag, model.config.speech_position)
     return DataModule(cfg, tokenizer=model.tokenizer, dataset=dataset)

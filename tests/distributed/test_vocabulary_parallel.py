@@ -15,7 +15,10 @@ PADDED = 39  # 13 rows a rank; the last two of rank 2 are padding
 
 def data():
     g = torch.Generator().manual_seed(0)
-    hidden, teacher = torch.randn(R, H, generator=g, dtype=torch.float64), torch.randn(R, H, generator=g, dtype=torch.float64)
+    hidden, teacher = (
+        torch.randn(R, H, generator=g, dtype=torch.float64),
+        torch.randn(R, H, generator=g, dtype=torch.float64),
+    )
     weight = torch.zeros(PADDED, H, dtype=torch.float64)
     weight[:V] = torch.randn(V, H, generator=g, dtype=torch.float64)
     return hidden.requires_grad_(), teacher, weight, torch.randint(V, (R,), generator=g)
@@ -31,7 +34,9 @@ def loss_of(hidden, head, ids, teacher, full_weight, kind, divergence, cap):
     return imitation_loss(hidden, head, ids, objective, teacher_hidden=teacher, chunk_rows=4)
 
 
-CASES = [(k, d, c) for k in ("online", "cached") for d in ("forward_kl", "reverse_kl", "jensen_shannon") for c in (None, 2.5)]
+CASES = [
+    (k, d, c) for k in ("online", "cached") for d in ("forward_kl", "reverse_kl", "jensen_shannon") for c in (None, 2.5)
+]
 
 
 def worker(rank, port, results):

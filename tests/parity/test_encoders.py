@@ -125,7 +125,7 @@ def test_ctc_compression_equals_the_plain_loop():
     hidden, length = torch.randn(1, 30, 32), 27
     log_probs = (torch.randn(1, 30, 8) * 3).log_softmax(-1)
     log_probs[0, 5:7] = log_probs[0, 4]  # a run
-    got, counts, centers = connector._compress(hidden, log_probs, torch.tensor([length]))
+    got, counts, centers, classes = connector._compress(hidden, log_probs, torch.tensor([length]))
     runs, previous = [], 0
     for t in range(length):
         best = int(log_probs[0, t].argmax())
@@ -142,6 +142,7 @@ def test_ctc_compression_equals_the_plain_loop():
         state = connector.residual((weight * hidden[0, run]).sum(0) / weight.sum())
         expected.append((weight * soft).sum(0) / weight.sum() + state)
     assert int(counts[0]) == len(runs)
+    assert classes[0].tolist() == [int(log_probs[0, r[0]].argmax()) for r in runs]
     torch.testing.assert_close(got[0], torch.stack(expected), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(centers[0], torch.tensor([sum(r) / len(r) for r in runs]))
 

@@ -1,0 +1,96 @@
+"""Sharded LLMs (Megatron-Core layers, gloo) against the whole model: hidden states, loss, input gradients, greedy text."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.losses.imitation import ImitationObjective, imitation_loss
+from nemo_mtbi.modules.language_model import hidden_states, output_head
+from nemo_mtbi.parallel.sharding import check_divisible, initialize, shard_llm
+
+pytestmark = [pytest.mark.distributed, pytest.mark.parity]
+V = 131  # no multiple of 2 or 4: padded
+SIZE = dict(
+    vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.2, attn_implementation="eager",
+)  # fmt: skip
+MODELS = {
+    "llama": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": False}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"tie_word_embeddings": False}),
+    "gemma2": (Gemma2ForCausalLM, Gemma2Config, {"final_logit_softcapping": 20.0, "query_pre_attn_scalar": 8}),
+}
+
+
+def build(name):
+    torch.manual_seed(0)
+    model, config, extra = MODELS[name]
+    llm = model(config(**{**SIZE, **extra})).eval().requires_grad_(False)
+    for parameter in llm.parameters():  # biases and norms that do something
+        parameter.add_(0.05 * torch.randn_like(parameter))
+    return llm
+
+
+def measure(llm, shard=None):
+    g = torch.Generator().manual_seed(1)
+    embeds = (0.5 * torch.randn(2, 9, 32, generator=g)).requires_grad_()
+    ids = torch.randint(3, V, (6,), generator=g)
+    hidden = hidden_states(llm, embeds)
+    rows = hidden.flatten(0, 1)[[3, 4, 5, 12, 13, 14]]
+    kwargs = {} if shard is None else {"shard": shard}
+    head = output_head(llm, **kwargs)
+    loss = imitation_loss(rows, head, ids, ImitationObjective(), teacher_hidden=rows.detach().roll(1, 0))
+    loss.loss.backward()
+    prompt = torch.randint(3, V, (1, 5), generator=g)
+    text = llm.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False)
+    return hidden.detach(), loss.loss.detach(), embeds.grad, text
+
+
+def worker(rank, size, port, results):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    initialize(size)
+    out = {}
+    for name in MODELS:
+        llm = build(name)
+        shard = shard_llm(llm)
+        out[name] = (*measure(llm, shard), sum(p.numel() for p in llm.parameters()))
+    results[rank] = out
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_sharded_equals_whole(size):
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(worker, (size, 29520 + size, results), nprocs=size)
+        got = dict(results)
+    for name in MODELS:
+        whole = build(name)
+        expected = measure(whole)
+        count = sum(p.numel() for p in whole.parameters())
+        for rank in range(size):
+            *values, own = got[rank][name]
+            for value, reference in zip(values[:3], expected[:3], strict=True):
+                torch.testing.assert_close(value, reference, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+            assert torch.equal(values[3], expected[3]), name
+            assert own < count * (1 / size + 0.15)  # norms, and key/value heads fewer than ranks, are on every rank
+
+
+def test_sizes_that_do_not_divide_are_named():
+    config = LlamaConfig(num_attention_heads=9, num_key_value_heads=3, hidden_size=576, intermediate_size=1536)
+    check_divisible(config, 3)
+    with pytest.raises(ConfigError, match=r"9 attention heads, 3 key/value heads.*Sizes that do: 1, 3"):
+        check_divisible(config, 2)

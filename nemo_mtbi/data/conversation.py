@@ -130,11 +130,12 @@ class ConversationIterator:
         self.token_equivalent_duration = config.get("token_equivalent_duration")
         self.speech_position = config.get("speech_position", "after")
         self.shared_prefix = config.get("shared_prefix", False)
+        self.first_visit = config.get("first_visit", 0)
         self.every_cut = config.get("every_cut", False)
         self.finite = config.get("force_finite", False)
 
     def __iter__(self) -> Iterator[MTBIConversation]:
-        for visit in itertools.count():
+        for visit in itertools.count(self.first_visit):
             yielded = False
             for cut in self.cuts:
                 for conversation in self.conversations(cut, visit):
@@ -173,7 +174,7 @@ class ConversationIterator:
 
 KNOWN_KEYS = {
     "type", "cuts_path", "shar_path", "weight", "tags", "tasks", "task_temperature", "every_target", "seed",
-    "speech_position", "shared_prefix", "every_cut",
+    "speech_position", "shared_prefix", "every_cut", "first_visit",
 }  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """Show examples: transcript, word times, prompts, answers, and what interleaving makes of them. See conf/inspect.yaml."""
 
+from typing import Any
+
 from omegaconf import DictConfig
 
 from nemo_mtbi.examples._launcher import launcher
@@ -35,7 +37,7 @@ def main(cfg: DictConfig) -> None:
             print(f"  interleaved, visit {visit}: {interleaved_view(cut, cfg, visit)}")
 
 
-def interleaved_view(cut, cfg: DictConfig, visit: int) -> str:  # type: ignore[no-untyped-def]
+def interleaved_view(cut: Any, cfg: DictConfig, visit: int) -> str:
     """The utterance as one plan gives it to the LLM: words as text, speech as [start-end]."""
     from nemo_mtbi.config import InterleavingConfig
     from nemo_mtbi.data.conversation import spoken_part

@@ -24,7 +24,7 @@ class TrainableCheckpoint:
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in names}
         checkpoint[KEY] = {
             "references": self.references,  # type: ignore[attr-defined]
-            "seen": dict(self.all_seen()),
+            "seen": dict(self.all_seen()),  # type: ignore[attr-defined]
             "bad_steps": self.bad_steps,
             "stage": self.stage,  # type: ignore[attr-defined]
         }

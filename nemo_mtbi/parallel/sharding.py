@@ -26,14 +26,14 @@ REPLICATED = ("replicated_with_grad_allreduce", "replicated", "colwise_gather_ou
 class ColumnLinear(ColumnParallelLinear):
     """``ColumnParallelLinear`` that returns the output alone, as ``nn.Linear`` does. (..., in) -> (..., out / ranks)."""
 
-    def forward(self, input_: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, input_: Tensor) -> Tensor:
         return super().forward(input_)[0]
 
 
 class RowLinear(RowParallelLinear):
     """``RowParallelLinear`` that returns the output alone. (..., in / ranks) -> (..., out), summed over the ranks."""
 
-    def forward(self, input_: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, input_: Tensor) -> Tensor:
         return super().forward(input_)[0]
 
 
@@ -155,7 +155,8 @@ def _shard_linear(
     module: nn.Linear, style: str, leaf: str, hf: Any, config: ModelParallelConfig, rank: int, size: int
 ) -> nn.Module:
     bias = module.bias
-    weight, local_bias = module.weight, bias
+    weight: Tensor = module.weight
+    local_bias: Tensor | None = bias
     if style == COLUMN:
         kv = getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads
         outputs = module.out_features

@@ -32,7 +32,7 @@ def write_report(path: Path, manifest: dict[str, Any], written: dict[str, Path],
         examples = shown.setdefault(target["task"], [])
         if len(examples) < EXAMPLES:
             examples.append({k: target[k] for k in ("task", "prompt", "response")} | {"transcript": transcript})
-    side = []
+    side: list[dict[str, Any]] = []
     for record in jsonl.read(rejected):
         if len(side) == REJECTED_EXAMPLES:
             break

@@ -1,6 +1,7 @@
 """The two training stages: CTC alignment of the connector (optional), then behavior imitation."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,8 @@ def run_stage(cfg: DictConfig, model: MTBISALM, run: RunDirectory, name: str) ->
         model.cfg.optimizer, model.cfg.lr_scheduler = stage.optimizer, stage.lr_scheduler
     trainer = pl.Trainer(**resolve_trainer_cfg(stage.trainer))
     exp_manager(trainer, stage.exp_manager)
-    data = data_module(stage.data, model)
+    # The place in the data is not part of a checkpoint: a resumed stage draws anew instead of repeating its first batches.
+    data = data_module(stage.data, model, resumed_at=last_step(Path(stage.exp_manager.explicit_log_dir)))
     trainer.fit(model, data)
     if trainer.interrupted or trainer.global_step < trainer.max_steps:
         raise KeyboardInterrupt(f"Stage {name} stopped at step {trainer.global_step}; the same command continues it.")
@@ -102,8 +104,20 @@ def stage_config(cfg: DictConfig, name: str) -> DictConfig:
     return stage
 
 
-def data_module(data_cfg: DictConfig, model: MTBISALM) -> DataModule:
-    """NeMo's data module over our dataset; options that follow from the model are filled in."""
+def last_step(log_dir: Path) -> int:
+    """Step of the newest checkpoint of a stage; 0 if there is none."""
+    steps = [
+        int(m.group(1)) for f in (log_dir / "checkpoints").glob("*.ckpt") if (m := re.search(r"step=(\d+)", f.name))
+    ]
+    return max(steps, default=0)
+
+
+def data_module(data_cfg: DictConfig, model: MTBISALM, resumed_at: int = 0) -> DataModule:
+    """NeMo's data module over our dataset; options that follow from the model are filled in.
+
+    Args:
+        resumed_at: step at which training goes on; moves the seed of the order and the visit numbers of the draws.
+    """
     cfg = DictConfig(OmegaConf.to_container(data_cfg, resolve=True))
     cached = cfg.pop("cached_features")
     connector = connector_of(model.perception)
@@ -128,6 +142,11 @@ def data_module(data_cfg: DictConfig, model: MTBISALM) -> DataModule:
         llm_key=model.references["llm"],
         sampling_rate=model.sampling_rate,
     )  # fmt: skip
+    if resumed_at and "train_ds" in cfg:
+        if isinstance(cfg.train_ds.get("shard_seed"), int):
+            cfg.train_ds.shard_seed += resumed_at
+        for entry in _entries(cfg.train_ds):
+            entry.first_visit = resumed_at
     require_same_rendering(dataset.renderer, model.audio_locator_tag, model.config.speech_position)
     return DataModule(cfg, tokenizer=model.tokenizer, dataset=dataset)
 

@@ -149,7 +149,7 @@ class CTCCompressConnector(Connector):
 
         posteriors = softmax([blank(h), s project(h) E'^T + b])     E' = E / (rms(E) sqrt(H)), s is learned
         position   = mean over a run of frames with the same non-blank argmax, weighted by 1 - P(blank), of
-                     sum_v P(v | not blank) E_v  +  residual(h)   residual is zero-initialized
+                     sum_v P(v | not blank) E_v  +  rms(E) residual(h)   residual is zero-initialized
 
     The blank runs are dropped. Gradients of the LLM reach the posteriors through the weighted sums and the residual.
     The CTC vocabulary is the token set of the training transcripts, so cost does not grow with the LLM's vocabulary.
@@ -290,7 +290,8 @@ class CTCCompressConnector(Connector):
         total = pool(weight).clamp_min(1e-6)
         posteriors = pool(probs[:, 1:]) / total[:, None]  # weight * P(v | not blank) = P(v)
         states = pool(hidden[rows] * weight[:, None].to(hidden.dtype)) / total[:, None].to(hidden.dtype)
-        embeddings = posteriors.to(self.table.dtype) @ self.table + self.residual(states)
+        # In units of the embeddings, so that an optimizer step of the residual is small against them.
+        embeddings = posteriors.to(self.table.dtype) @ self.table + self.residual(states) * self.table_rms
         used = frame_mask(counts, positions)
         embeddings = embeddings.view(batch, positions, -1) * used[..., None]
         ones = torch.ones_like(weight)

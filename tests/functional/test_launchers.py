@@ -128,7 +128,7 @@ def test_evaluation_export_and_an_answer(root, trained, targets):
     )  # padded and refilled batches round differently: near ties may flip
     assert (trained / "evaluation" / "results.png").stat().st_size > 5000
     out = launch("export", f"run={trained}", f"nemo={root}/m.nemo", f"hf={root}/hf")
-    assert json.loads((trained / "export.json").read_text())["round_trip_max_abs_diff"] == 0
+    assert json.loads((trained / "export.json").read_text())["round_trip_max_abs_diff"] < 1e-5
     assert f"model={root}/m.nemo" in out
     for source in ("m.nemo", "hf"):
         launch("generate", f"model={root}/{source}", f"audio={root}/3.wav", "prompt=What is this?", "max_new_tokens=4")

@@ -130,4 +130,4 @@ def test_lora_is_trained_and_the_teacher_is_without_it(tiny_config, tmp_path):
     run.save_weights(model, "imitation")
     assert any("lora_B" in n for n in model.trainable_names())
     again = MTBISALM.restore_from(save_nemo(model, tmp_path / "lora.nemo"))
-    assert max_abs_logit_difference(model, again) == 0
+    assert max_abs_logit_difference(model, again) < 1e-5

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from nemo_mtbi.data import jsonl
 from nemo_mtbi.data.array_storage import RawChunkyWriter
+from nemo_mtbi.data.audio import mono_samples
 from nemo_mtbi.data.conversation import check_manifest
 from nemo_mtbi.data.feature_cache import FEATURES_FIELD, KEY_FIELD, features_key
 from nemo_mtbi.models.encoder import FrozenEncoder
@@ -98,10 +99,7 @@ def _encode(encoder: FrozenEncoder, cuts: list[Cut], report: CacheReport) -> Ite
     kept: list[Cut] = []
     for cut in cuts:
         try:
-            audio = (
-                cut if cut.sampling_rate == encoder.sampling_rate else cut.resample(encoder.sampling_rate)
-            ).load_audio()
-            waveforms.append(np.ascontiguousarray(audio.mean(0)))
+            waveforms.append(mono_samples(cut, encoder.sampling_rate))
             kept.append(cut)
         except Exception as error:  # one broken recording must not stop the run
             report.skipped += 1

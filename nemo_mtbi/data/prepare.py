@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from nemo_mtbi.data import jsonl
 from nemo_mtbi.data.alignment import ALIGNER_RATE, Aligner, Unalignable, build_aligner
+from nemo_mtbi.data.audio import mono_samples
 from nemo_mtbi.data.rendering import TimedWord
 from nemo_mtbi.data.sentences import read_sentences
 from nemo_mtbi.data.sources import READERS, Entry, SourceConfig
@@ -213,8 +214,7 @@ class Preparation:
         return cut
 
     def _samples(self, cut: Cut) -> np.ndarray:
-        samples = cut.resample(ALIGNER_RATE).load_audio() if cut.sampling_rate != ALIGNER_RATE else cut.load_audio()
-        mono = np.ascontiguousarray(samples.mean(0), dtype=np.float32)
+        mono = mono_samples(cut, ALIGNER_RATE)
         if not len(mono):
             raise ValueError("no samples")
         return mono
@@ -244,7 +244,7 @@ class Preparation:
             stats["speakers"] = sorted({*stats["speakers"], *speakers})
             if record.get("unaligned"):
                 unaligned[record["unaligned"]] += 1
-            lines.setdefault(split, []).append(json.dumps(record["cut"], ensure_ascii=False) + "\n")
+            lines.setdefault(split, []).append(jsonl.dumps(record["cut"]) + "\n")
         report |= {
             "skipped": sum(skipped.values()), "skipped_reasons": dict(skipped.most_common()),
             "without_word_times": sum(unaligned.values()), "without_word_times_reasons": dict(unaligned.most_common(50)),

@@ -9,6 +9,7 @@ from lhotse.cut import Cut
 from tqdm import tqdm
 
 from nemo_mtbi.data import jsonl
+from nemo_mtbi.data.audio import mono_samples
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.models.encoder import is_whisper
 from nemo_mtbi.pretrained.fingerprint import fingerprint
@@ -71,6 +72,6 @@ class WhisperASR:
 
 
 def _windows(cut: Cut) -> list[tuple[str, np.ndarray]]:
-    samples = (cut if cut.sampling_rate == RATE else cut.resample(RATE)).load_audio().mean(0)
+    samples = mono_samples(cut, RATE)
     size = WINDOW_SECONDS * RATE
     return [(cut.id, samples[i : i + size]) for i in range(0, max(1, len(samples)), size)]

@@ -1,6 +1,7 @@
 """Builds the speech side: NeMo's ``AudioPerceptionModule`` around a Whisper or a NeMo ASR encoder and a connector."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,7 +13,7 @@ from nemo.collections.speechlm2.parts.pretrained import setup_speech_encoder
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor, nn
 
-from nemo_mtbi.config import model_config, plain
+from nemo_mtbi.config import ModelConfig, model_config, plain
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.modules.connectors import Connector
 from nemo_mtbi.modules.whisper import SUBSAMPLING
@@ -126,6 +127,15 @@ def encode(perception: AudioPerceptionModule, audios: Tensor, audio_lens: Tensor
     return features.transpose(1, 2), lengths
 
 
+def freeze(parameters: Iterable[tuple[str, nn.Parameter]], config: ModelConfig) -> None:
+    """Freeze what ``freeze_params`` matches and ``prevent_freeze_params`` does not; LoRA adapters stay trainable."""
+    frozen = [re.compile(p) for p in config.freeze_params]
+    kept = [re.compile(p) for p in config.prevent_freeze_params]
+    for name, parameter in parameters:
+        if "lora_" not in name and any(p.match(name) for p in frozen) and not any(p.match(name) for p in kept):
+            parameter.requires_grad_(False)
+
+
 def require_fixed_features(perception: AudioPerceptionModule) -> None:
     """
     Raises:
@@ -137,16 +147,19 @@ def require_fixed_features(perception: AudioPerceptionModule) -> None:
         raise ConfigError("Encoder features cannot be cached: perception.spec_augment changes them at every step.")
 
 
+def _input_length(perception_cfg: DictConfig) -> list[str]:
+    return [str(perception_cfg.encoder[k]) for k in WHISPER_KEYS if k in perception_cfg.encoder]
+
+
 def input_length_reference(perception_cfg: DictConfig) -> dict[str, str]:
     """The encoder's input length as a reference that trained weights are bound to; empty for NeMo encoders."""
-    values = [str(perception_cfg.encoder[k]) for k in WHISPER_KEYS if k in perception_cfg.encoder]
+    values = _input_length(perception_cfg)
     return {"input_length": "/".join(values)} if values else {}
 
 
 def encoder_key(perception_cfg: DictConfig, fingerprint: str, dtype: str) -> str:
     """Identity of an encoder's features: weights, input length and precision; the key of the feature cache."""
-    length = [str(perception_cfg.encoder.get(k)) for k in WHISPER_KEYS if k in perception_cfg.encoder]
-    return "-".join([fingerprint, *length, dtype])
+    return "-".join([fingerprint, *_input_length(perception_cfg), dtype])
 
 
 class FrozenEncoder:
@@ -168,12 +181,7 @@ class FrozenEncoder:
         setup_perception(self)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.perception = cast(AudioPerceptionModule, self.perception).to(self.device).eval()
-        trained = [re.compile(p) for p in config.prevent_freeze_params]
-        frozen = [re.compile(p) for p in config.freeze_params]
-        for name, parameter in self.perception.named_parameters():
-            full = f"perception.{name}"
-            if any(p.match(full) for p in frozen) and not any(p.match(full) for p in trained):
-                parameter.requires_grad_(False)
+        freeze(self.perception.named_parameters(prefix="perception"), config)
         require_fixed_features(self.perception)
         self.perception.encoder.to(getattr(torch, config.encoder_dtype))
         self.key = encoder_key(

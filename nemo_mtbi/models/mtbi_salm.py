@@ -32,6 +32,7 @@ from nemo_mtbi.models.encoder import (
     encode,
     encoder_frame_seconds,
     encoder_key,
+    freeze,
     input_length_reference,
     setup_perception,
 )
@@ -127,7 +128,8 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         self._embedding_energy: float | None = None
         self._use_fsdp = self._use_tp = False
         self.register_load_state_dict_post_hook(lambda module, _: module.bind_connector())
-        self.freeze()
+        # Now rather than with the optimizer, so that evaluation tools see it too.
+        freeze(self.named_parameters(), config)
         frozen_llm = all("lora_" in n or not p.requires_grad for n, p in self.llm.named_parameters())
         if not (frozen_llm and is_frozen(self.embed_tokens)) and config.imitation.teacher == "online":
             raise ConfigError(
@@ -140,16 +142,6 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         self.bind_connector()
 
     # -- set-up ---------------------------------------------------------------------------------------------------
-
-    def freeze(self) -> None:
-        """Freeze what ``freeze_params`` names, now rather than with the optimizer, so evaluation tools see it too."""
-        import re
-
-        frozen = [re.compile(p) for p in self.config.freeze_params]
-        kept = [re.compile(p) for p in self.config.prevent_freeze_params]
-        for name, parameter in self.named_parameters():
-            if "lora_" not in name and any(p.match(name) for p in frozen) and not any(p.match(name) for p in kept):
-                parameter.requires_grad_(False)
 
     def set_ctc_vocabulary(self, token_ids: list[int]) -> None:
         """Give a CTC connector the tokens of the training transcripts (see ``data/ctc_vocabulary.py``)."""

@@ -250,10 +250,8 @@ class TargetGenerator:
                 f"No answer is left for {name}: {len(jobs)} were generated and all rejected ({dict(rejected)}). "
                 f"Look at {self.folder / 'rejected.jsonl'}, then change the filters, the tasks or the LLM."
             )
-        jsonl.write_text(
-            self.folder / "rejected.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in side)
-        )
-        jsonl.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        jsonl.write_text(self.folder / "rejected.jsonl", "".join(jsonl.dumps(r) + "\n" for r in side))
+        jsonl.write_text(path, "".join(jsonl.dumps(line) + "\n" for line in lines))
         for old in bin_file.parent.glob(f"{name}-*.bin"):
             if old != bin_file:
                 old.unlink()

@@ -26,7 +26,7 @@ def main(cfg: DictConfig) -> None:
         check_manifest(path)
     run, output = RunDirectory(cfg.run), Path(cfg.output_dir or Path(cfg.run) / "evaluation")
     stages = [name for name in cfg.stages if run.weights(name).is_file()]
-    model = run.load_model().to("cuda" if torch.cuda.is_available() else "cpu")
+    model = run.load_model(llm_dtype=cfg.llm_dtype).to("cuda" if torch.cuda.is_available() else "cpu")
     results: dict[str, dict] = {}
     for manifest, path in cfg.cuts.items():
         evaluation = Evaluation(model, CutSet.from_file(path), cfg.cached_features, cfg.batch_size)

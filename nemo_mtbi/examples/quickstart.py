@@ -57,7 +57,10 @@ def main(cfg: DictConfig) -> None:
         *(f"{k}={_inline(v)}" for k, v in cfg.train.items()),
     )  # fmt: skip
     scored = {s: answered[s] for s in cfg.evaluated_splits}
-    step("evaluate", "evaluate", f"run={run}", f"cuts={_inline(scored)}", "cached_features=true")
+    step(
+        "evaluate", "evaluate", f"run={run}", f"cuts={_inline(scored)}", "cached_features=true",
+        *(f"{k}={_inline(v)}" for k, v in cfg.evaluate.items()),
+    )  # fmt: skip
     trained = run / "imitation" / "trained.safetensors"
     done = nemo.exists() and hf.exists() and (run / "export.json").exists()
     if not done or trained.stat().st_mtime > nemo.stat().st_mtime:

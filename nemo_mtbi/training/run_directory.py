@@ -76,13 +76,14 @@ class RunDirectory:
         """
         load_trained(model, self.weights(name))
 
-    def load_model(self, name: str | None = None) -> MTBISALM:
-        """The model of a stage (default: the furthest)."""
+    def load_model(self, name: str | None = None, llm_dtype: str | None = None) -> MTBISALM:
+        """The model of a stage (default: the furthest); ``llm_dtype`` overrides the one that it was trained with."""
         name = name or self.last_stage()
         file = self.root / "model.json"
         if not file.is_file():
             raise CheckpointError(f"{self.root} is not a training run: there is no model.json.")
-        model = MTBISALM(json.loads(file.read_text())["model"])
+        cfg = json.loads(file.read_text())["model"]
+        model = MTBISALM(cfg | ({"llm_dtype": llm_dtype} if llm_dtype else {}))
         self.load_weights(model, name)
         return model.eval()
 

@@ -4,6 +4,10 @@
 
 Same model (SmolLM2-135M and Whisper tiny.en shapes, a stacking connector), same batch, same response tokens: 8 utterances
 of 5 s, 111 positions, 24 response tokens. Variants take turns within one run; ratios are of medians.
+
+Two processes take turns: one as NeMo leaves it, and one with our launchers' heap settings (``training/cpu.py``), which speed
+up SALM too. ``examples_per_s_vs_salm_ce`` compares our defaults (heap settings, keys and values of prompt beginnings kept, cached
+teacher) with SALM as its own launcher runs it; ``_same_heap`` gives SALM our heap, ``_all_positions`` no kept prompts to us.
 """
 
 import argparse
@@ -20,6 +24,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 BATCH, SECONDS, PROMPT, RESPONSE, FACTOR = 8, 5.0, 38, 24, 5
+REPLY = "reply: "
 BEFORE, AFTER = 30, 8  # prompt tokens before and after the speech
 POSITIONS = PROMPT + 50 + RESPONSE - 1
 MEMORY_TOKENS, MEMORY_VOCABULARY, MEMORY_HIDDEN = 4096, 150_000, 576
@@ -133,16 +138,61 @@ def salm_inputs(model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.tensor(rows), "loss_mask": torch.tensor(mask)}
 
 
-def measure(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Median seconds of each variant; they take turns, after one warm-up round."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
+class Worker:
+    """A process that holds a model and times its variants when asked."""
+
+    def __init__(self, dtype: str, tuned: bool) -> None:
+        command = [sys.executable, __file__, "--worker", dtype, *(["--tuned"] if tuned else [])]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.names: list[str] = json.loads(self._reply())
+
+    def seconds(self, name: str) -> float:
+        """Of one step of a variant."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(name + "\n")
+        self.process.stdin.flush()
+        return float(json.loads(self._reply()))
+
+    def _reply(self) -> str:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith(REPLY):
+                return line.removeprefix(REPLY)
+        raise SystemExit("a worker process died; its message is above")
+
+
+def serve(dtype: str, tuned: bool) -> None:
+    """The worker's side: variant names come in, seconds go out."""
+    if tuned:
+        from nemo_mtbi.training.cpu import tune
+
+        tune(2)
+    torch.set_num_threads(2)
+    steps = variants(build(dtype))
+    if not tuned:
+        steps = {name: steps[name] for name in ("llm_body", "salm_ce", "plain_ce_kl_online")}
+    print(REPLY + json.dumps(list(steps)), flush=True)
+    for line in sys.stdin:
+        step = steps[line.strip()]
+        begin = time.perf_counter()
+        step()
+        print(REPLY + json.dumps(time.perf_counter() - begin), flush=True)
+
+
+def measure(dtype: str, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Median seconds of each variant with NeMo's and with our heap; all take turns, after one warm-up round."""
+    workers = [Worker(dtype, tuned) for tuned in (False, True)]
+    times: list[dict[str, list[float]]] = [{name: [] for name in w.names} for w in workers]
     for index in range(rounds + 1):
-        for name, step in steps.items():
-            begin = time.perf_counter()
-            step()
-            if index:
-                times[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in times.items()}
+        for worker, own in zip(workers, times, strict=True):
+            for name in worker.names:
+                seconds = worker.seconds(name)
+                if index:
+                    own[name].append(seconds)
+    for worker in workers:
+        worker.process.terminate()
+    plain, tuned = ({name: statistics.median(v) for name, v in own.items()} for own in times)
+    return plain, tuned
 
 
 def loss_peak(kind: str, tokens: int) -> float:
@@ -181,33 +231,35 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="measured turns of each variant")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--loss-peak", choices=["fused", "plain"], help=argparse.SUPPRESS)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--tuned", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--tokens", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.loss_peak:
         print_loss_peak(args.loss_peak, args.tokens)
         return
-    from nemo_mtbi.training.cpu import tune
-
-    tune(2)
+    if args.worker:
+        serve(args.worker, args.tuned)
+        return
     result: dict[str, Any] = {"command": " ".join(["python", *sys.argv]), "torch": torch.__version__}
     for dtype in ["bfloat16"] if args.quick else ["float32", "bfloat16"]:
-        model = build(dtype)
-        t = measure(variants(model), min(2, args.rounds) if args.quick else args.rounds)
-        del model
+        plain, t = measure(dtype, min(2, args.rounds) if args.quick else args.rounds)
+        ratios = {
+            "examples_per_s_vs_salm_ce": plain["salm_ce"] / t["ours_kept_prompts"],
+            "examples_per_s_vs_salm_ce_cached_features": plain["salm_ce"] / t["ours_cached_features_kept_prompts"],
+            "examples_per_s_vs_salm_ce_same_heap": t["salm_ce"] / t["ours_kept_prompts"],
+            "examples_per_s_vs_salm_ce_same_heap_all_positions": t["salm_ce"] / t["ours"],
+            "examples_per_s_vs_plain_ce_kl": plain["plain_ce_kl_online"] / t["ours_online_teacher_kept_prompts"],
+            "examples_per_s_vs_plain_ce_kl_same_heap": t["plain_ce_kl_online"] / t["ours_online_teacher_kept_prompts"],
+            "examples_per_s_vs_plain_ce_kl_same_heap_all_positions": t["plain_ce_kl_online"] / t["ours_online_teacher"],
+            "step_vs_frozen_llm_limit": t["ours_cached_features"] / t["llm_body"],
+            "step_vs_frozen_llm_limit_kept_prompts": t["ours_cached_features_kept_prompts"] / t["llm_body"],
+            "salm_ce_vs_frozen_llm": plain["salm_ce"] / plain["llm_body"],
+        }
         result[dtype] = {
+            "seconds_nemo_heap": {k: round(v, 4) for k, v in plain.items()},
             "seconds": {k: round(v, 4) for k, v in t.items()},
-            "examples_per_s": {k: round(BATCH / v, 2) for k, v in t.items()},
-            "examples_per_s_vs_salm_ce": round(t["salm_ce"] / t["ours"], 3),
-            "examples_per_s_vs_salm_ce_kept_prompts": round(t["salm_ce"] / t["ours_kept_prompts"], 3),
-            "examples_per_s_vs_salm_ce_cached_features": round(
-                t["salm_ce"] / t["ours_cached_features_kept_prompts"], 3
-            ),
-            "examples_per_s_vs_plain_ce_kl": round(t["plain_ce_kl_online"] / t["ours_online_teacher"], 3),
-            "examples_per_s_vs_plain_ce_kl_kept_prompts": round(
-                t["plain_ce_kl_online"] / t["ours_online_teacher_kept_prompts"], 3
-            ),
-            "step_vs_frozen_llm_limit": round(t["ours_cached_features"] / t["llm_body"], 3),
-            "step_vs_frozen_llm_limit_kept_prompts": round(t["ours_cached_features_kept_prompts"] / t["llm_body"], 3),
+            **{k: round(v, 3) for k, v in ratios.items()},
         }
     tokens = 512 if args.quick else MEMORY_TOKENS
     peaks = {kind: loss_peak(kind, tokens) for kind in ("fused", "plain")}

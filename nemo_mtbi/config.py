@@ -82,6 +82,7 @@ class ModelConfig:
         speech_position: the speech stands ``after`` or ``before`` the task prompt.
         llm_dtype, encoder_dtype: storage and compute type of the frozen parts; the connector stays float32.
         prefix_cache_tokens: tokens of prompt beginnings whose keys and values are kept (0: none); see PrefixStore.
+        tensor_model_parallel_size: ranks that hold the LLM together; ``trainer.tensor_model_parallel_size`` sets it.
         max_bad_steps: stop after this many optimizer steps skipped for a non-finite loss or gradient.
     """
 
@@ -107,6 +108,7 @@ class ModelConfig:
     lora: Any = None
     trust_remote_code: bool = False
     prefix_cache_tokens: int = 4096
+    tensor_model_parallel_size: int = 1
     max_bad_steps: int = 20
     # Written by an export, read by from_pretrained / restore_from (as in NeMo's SALM).
     tokenizer_path: str | None = None
@@ -142,6 +144,8 @@ def model_config(cfg: DictConfig | dict[str, Any]) -> ModelConfig:
         problems.append(f"model.imitation.teacher={config.imitation.teacher!r}: use {', '.join(TEACHERS)}")
     if config.imitation.teacher == "none" and config.imitation.w_kl > 0:
         problems.append("model.imitation: w_kl > 0 needs teacher=online or cached")
+    if config.tensor_model_parallel_size > 1 and config.lora is not None:
+        problems.append("model.lora is not supported with trainer.tensor_model_parallel_size > 1")
     terms = config.imitation.w_ctc > 0 or config.imitation.w_align > 0
     if config.interleaving.level == "waveform" and config.interleaving.probability > 0 and terms:
         problems.append("model.interleaving.level=waveform cuts the audio, so imitation.w_ctc and w_align must be 0")

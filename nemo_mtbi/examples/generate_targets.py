@@ -1,5 +1,7 @@
 """The text LLM's answers to task prompts on the transcripts. See conf/targets.yaml and docs/targets.md."""
 
+from pathlib import Path
+
 from omegaconf import DictConfig
 
 from nemo_mtbi.examples._launcher import announce, launcher, typed
@@ -9,16 +11,16 @@ from nemo_mtbi.targets.config import TargetsConfig
 @launcher("targets", {"targets_schema": TargetsConfig})
 def main(cfg: DictConfig) -> None:
     from nemo_mtbi import models  # noqa: F401  registers the prompt formats
-    from nemo_mtbi.targets.generate import TargetGenerator
+    from nemo_mtbi.targets import workers
     from nemo_mtbi.training.cpu import tune
 
     tune()
-    generator = TargetGenerator(typed(TargetsConfig, cfg))
-    written = generator.run()
-    announce(
-        "Cuts with targets",
-        {**written, "manifest": generator.folder / "manifest.json", "report": generator.folder / "report.html"},
-    )
+    config = typed(TargetsConfig, cfg)
+    written = workers.run(config)
+    folder = Path(config.output_dir)
+    announce("Cuts with targets", {
+        **written, "manifest": folder / "manifest.json", "report": folder / "report.html", "rejected": folder / "rejected",
+    })  # fmt: skip
 
 
 if __name__ == "__main__":

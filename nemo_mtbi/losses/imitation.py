@@ -184,18 +184,20 @@ class _FusedImitation(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=accumulate) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=accumulate) if needs_bias and bias is not None else None
+        direct = needs_any and _is_direct(s)
         for begin in range(0, rows, s.chunk_rows):
             part = slice(begin, begin + s.chunk_rows)
             logits = s.shard.mask_padding(_logits(hidden[part], weight, bias, s.scale, s.softcap))
-            ce[part], kl[part], agreed[part], grad_logits = _chunk(logits, s, part, needs_any)
-            if not needs_any:
+            chunk = _direct_chunk(logits, s, part) if direct else _chunk(logits, s, part, needs_any)
+            ce[part], kl[part], agreed[part], grad_logits = chunk
+            if grad_logits is None:
                 continue
-            assert grad_logits is not None
-            grad_logits *= s.token_weights[part, None]
-            if s.softcap is not None:
-                capped = torch.where(torch.isfinite(logits), logits, 0.0) / s.softcap
-                grad_logits *= 1 - capped * capped
-            grad_logits *= s.scale
+            if not direct:
+                grad_logits *= s.token_weights[part, None]
+                if s.softcap is not None:
+                    capped = torch.where(torch.isfinite(logits), logits, 0.0) / s.softcap
+                    grad_logits *= 1 - capped * capped
+                grad_logits *= s.scale
             grad = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = grad @ weight
@@ -227,7 +229,7 @@ def _chunk(logits: Tensor, s: _Settings, part: slice, needs_grad: bool) -> tuple
     target = shard.gather(logits, ids[:, None])[:, 0]
     log_z = shard.logsumexp(logits)
     ce = log_z - target
-    agreed = shard.argmax(logits) == ids  # not target >= max: low-precision logits tie
+    agreed = shard.peak(logits)[1] == ids  # not target >= max: low-precision logits tie
     grad = None
     if needs_grad:
         grad = (logits - log_z[:, None]).exp_().mul_(objective.w_ce)
@@ -250,6 +252,95 @@ def _chunk(logits: Tensor, s: _Settings, part: slice, needs_grad: bool) -> tuple
     if grad is not None and grad_kl is not None:
         grad += grad_kl.mul_(objective.w_kl * temperature)  # T^2 of the objective times 1/T of the chain rule
     return ce, kl * temperature**2, agreed, grad
+
+
+def _is_direct(s: _Settings) -> bool:
+    """Whether :func:`_direct_chunk` knows this objective: the default one, and all divergences of a cached teacher."""
+    o = s.objective
+    known = o.w_kl == 0 or s.cached_teacher is not None or o.divergence == "forward_kl"
+    return known and o.temperature == 1 and s.softcap is None
+
+
+def _direct_chunk(logits: Tensor, s: _Settings, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What :func:`_chunk` gives, weighted and scaled, with one exponential an entry: ``e = exp(logits - peak)``, in place.
+
+    The gradient with respect to a logit is ``e`` times a factor of its row, but for the K cached entries and the target.
+    """
+    shard, o, ids = s.shard, s.objective, s.response_ids[part]
+    weights = s.token_weights[part].to(logits.dtype) * s.scale
+    target = shard.gather(logits, ids[:, None])[:, 0]
+    peak, best = shard.peak(logits)
+    agreed = best == ids
+    if o.w_kl > 0 and s.cached_teacher is not None:
+        log_z, kl, grad = _direct_cached(logits, peak, s, part, weights)
+    elif o.w_kl > 0:
+        assert s.teacher_hidden is not None and s.teacher_head is not None
+        teacher = s.teacher_head.logits(s.teacher_hidden[part])
+        log_z, kl, grad = _direct_full(logits, peak, teacher, s, weights)
+    else:
+        grad = logits.sub_(peak[:, None]).exp_()
+        z = shard.sum(grad.sum(-1))
+        log_z, kl = peak + z.log(), torch.zeros_like(z)
+        grad.mul_((weights * o.w_ce / z)[:, None])
+    if o.w_ce > 0:
+        columns, here = shard.local(ids[:, None], grad.shape[-1])
+        grad.scatter_add_(-1, columns, -(o.w_ce * weights)[:, None] * here.to(grad.dtype))
+    return log_z - target, kl, agreed, grad
+
+
+def _direct_cached(
+    logits: Tensor, peak: Tensor, s: _Settings, part: slice, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> log Z (rows,), divergence (rows,), gradient of both terms but for the target's own entry (rows, V_local)."""
+    assert s.cached_teacher is not None
+    shard, o = s.shard, s.objective
+    top_ids, log_p = _teacher_buckets(s.cached_teacher, part, logits.dtype)
+    top = shard.gather(logits, top_ids)
+    columns, here = shard.local(top_ids, logits.shape[-1])
+    e = logits.sub_(peak[:, None]).exp_()
+    # "amin": ids of other shards are clamped onto local columns and must not undo a removal there.
+    e.scatter_reduce_(-1, columns, torch.where(here, 0.0, torch.inf).to(e.dtype), "amin")
+    e_top = (top - peak[:, None]).exp()
+    rest = shard.sum(e.sum(-1)).clamp_min(torch.finfo(e.dtype).tiny)
+    z = rest + e_top.sum(-1)
+    log_z = peak + z.log()
+    log_q = torch.cat([top, (peak + rest.log())[:, None]], -1) - log_z[:, None]
+    terms, a = DIVERGENCES[o.divergence](log_p, log_q.clamp_min(LOG_Q_FLOOR))
+    through_z = (o.w_ce - o.w_kl * a.sum(-1)) / z
+    e.mul_((weights * (o.w_kl * a[:, -1] / rest + through_z))[:, None])
+    own = weights[:, None] * (o.w_kl * a[:, :-1] + through_z[:, None] * e_top)
+    e.scatter_add_(-1, columns, own * here.to(e.dtype))
+    return log_z, terms.sum(-1), e
+
+
+def _direct_full(
+    logits: Tensor, peak: Tensor, teacher: Tensor, s: _Settings, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with a whole teacher's distribution (``teacher``: its logits, overwritten) and the forward KL."""
+    shard, o = s.shard, s.objective
+    teacher_peak, _ = shard.peak(teacher)
+    e_teacher = (teacher - teacher_peak[:, None]).exp_()
+    z_teacher = shard.sum(e_teacher.sum(-1))
+    difference = teacher.sub_(logits)
+    if shard.valid_rows is not None:
+        difference[:, shard.valid_rows :] = 0.0
+    e = logits.sub_(peak[:, None]).exp_()
+    z = shard.sum(e.sum(-1))
+    log_z, log_z_teacher = peak + z.log(), teacher_peak + z_teacher.log()
+    difference += (log_z - log_z_teacher)[:, None]
+    kl = shard.sum(torch.einsum("rv,rv->r", e_teacher, difference)) / z_teacher
+    e.mul_((weights * (o.w_ce + o.w_kl) / z)[:, None])
+    e.sub_(e_teacher.mul_((weights * o.w_kl / z_teacher)[:, None]))
+    return log_z, kl, e
+
+
+def _teacher_buckets(cached: CachedTeacher, part: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Ids (rows, K) and log-probabilities (rows, K + 1) of the cached entries and the rest bucket."""
+    log_p = cached.log_probs[part].to(dtype)
+    mass = log_p.exp().sum(-1, keepdim=True)
+    log_p = log_p - mass.clamp_min(1).log()  # rounding to float16 may push the sum over one
+    rest = (1 - mass).clamp_min(0).log().clamp_min(LOG_P_FLOOR)  # an empty rest: no mass, but finite
+    return cached.token_ids[part], torch.cat([log_p, rest], -1)
 
 
 def _full_divergence(
@@ -275,17 +366,14 @@ def _cached_divergence(
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Divergence (rows,) over the K cached entries and the rest bucket, and its gradient (rows, V_local)."""
-    ids, log_p = cached.token_ids[part], cached.log_probs[part].to(student.dtype)
-    mass = log_p.exp().sum(-1, keepdim=True)
-    log_p = log_p - mass.clamp_min(1).log()  # rounding to float16 may push the sum over one
-    log_p_rest = (1 - mass).clamp_min(0).log().clamp_min(LOG_P_FLOOR)  # an empty rest: no mass, but finite
+    ids, log_p = _teacher_buckets(cached, part, student.dtype)
     columns, here = shard.local(ids, student.shape[-1])
     # "amin": ids of other shards are clamped onto local columns and must not undo a removal there.
     rest = student.scatter_reduce(-1, columns, torch.where(here, -torch.inf, torch.inf).to(student.dtype), "amin")
     log_z_rest = shard.logsumexp(rest)[:, None]
     log_q = torch.cat([shard.gather(student, ids), log_z_rest], -1) - log_z[:, None]
     log_q = log_q.clamp_min(LOG_Q_FLOOR)
-    terms, a = divergence(torch.cat([log_p, log_p_rest], -1), log_q)
+    terms, a = divergence(log_p, log_q)
     if not needs_grad:
         return terms.sum(-1), None
     # d/d logits of the rest bucket spreads over its members by their softmax within the rest.

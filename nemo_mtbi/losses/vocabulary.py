@@ -37,15 +37,15 @@ class VocabularyShard:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return tensor
 
-    def argmax(self, logits: Tensor) -> Tensor:
-        """Token id of the largest logit, the lowest id among equals. logits (R, V_local) -> (R,)."""
+    def peak(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The largest logit and its token id, the lowest id among equals. logits (R, V_local) -> (R,), (R,)."""
         peak, column = logits.max(-1)
         if self.group is None:
-            return column + self.first_id
+            return peak, column + self.first_id
         best = self.max(peak.clone())
         ids = torch.where(peak == best, column + self.first_id, torch.iinfo(torch.long).max)
         dist.all_reduce(ids, op=dist.ReduceOp.MIN, group=self.group)
-        return ids
+        return best, ids
 
     def mask_padding(self, logits: Tensor) -> Tensor:
         """Give the padding rows of the vocabulary probability zero, in place. logits: (R, V_local)."""

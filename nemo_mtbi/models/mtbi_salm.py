@@ -1,5 +1,6 @@
 """MTBISALM: NeMo's SALM trained by behavior imitation with speech-text interleaving (arXiv 2505.18644)."""
 
+import hashlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from nemo.collections.speechlm2.parts.pretrained import load_pretrained_hf
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
+from transformers import AutoConfig
 
 from nemo_mtbi.config import model_config
 from nemo_mtbi.data.ctc_vocabulary import CTCVocabulary
@@ -46,8 +48,16 @@ from nemo_mtbi.modules.language_model import (
     output_head,
     teacher_hidden_states,
 )
+from nemo_mtbi.parallel.sharding import empty_llm, load_shards, shard_llm
 from nemo_mtbi.pretrained.fingerprint import fingerprint
 from nemo_mtbi.pretrained.offline import resolve_pretrained
+
+
+def seed_step(*parts: Any) -> None:
+    """Seed PyTorch from what identifies a step."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=7).digest()
+    torch.manual_seed(int.from_bytes(digest, "big"))
+
 
 STAGES = ("alignment", "imitation")
 
@@ -103,9 +113,11 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
             config.tokenizer_path or llm_path, use_fast=True, trust_remote_code=config.trust_remote_code
         )
         self.tokenizer.add_special_tokens({"additional_special_tokens": [self.audio_locator_tag]})
-        self.llm = load_pretrained_hf(
-            llm_path, config.pretrained_weights, getattr(torch, config.llm_dtype), config.trust_remote_code
-        )
+        self.llm_path, llm_dtype = llm_path, getattr(torch, config.llm_dtype)
+        if config.tensor_model_parallel_size > 1:  # read in configure_model, when the ranks know each other
+            self.llm = empty_llm(AutoConfig.from_pretrained(llm_path), llm_dtype)
+        else:
+            self.llm = load_pretrained_hf(llm_path, config.pretrained_weights, llm_dtype, config.trust_remote_code)
         self.embed_tokens = self.llm.model.embed_tokens
         del self.llm.model.embed_tokens
         maybe_install_lora(self)
@@ -121,6 +133,7 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
             **input_length_reference(self.cfg.perception),
         }
         self.stage = "imitation"
+        self.seed = 0
         self.ctc_vocabulary: CTCVocabulary | None = None
         self.seen: Counter[str] = Counter()
         self.bad_steps = 0
@@ -154,7 +167,8 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         """Refresh what is derived from the LLM's weights; runs after every load."""
         if self.prefixes is not None:
             self.prefixes.clear()
-        bind_token_embeddings(self.perception, self.embed_tokens)
+        if not any(p.is_meta for p in self.embed_tokens.parameters()):
+            bind_token_embeddings(self.perception, self.embed_tokens)
         connector = connector_of(self.perception)
         if connector is not None and connector.needs_token_embeddings:
             self.ctc_vocabulary = CTCVocabulary(connector.token_ids.tolist(), self.tokenizer.tokenizer)  # type: ignore[operator]
@@ -328,6 +342,12 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Dropout depends on the step and the data-parallel rank alone, so a resumed run repeats what it would have done."""
+        mesh = self.device_mesh
+        rank = self.global_rank if mesh is None else mesh["data_parallel"].get_local_rank()
+        seed_step(self.seed, self.stage, self.global_step, batch_idx % self.trainer.accumulate_grad_batches, rank)
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """One micro-batch. The returned loss is a *sum*; gradients are normalized in :meth:`on_before_optimizer_step`."""
         for module in (self.perception.preprocessor, self.perception.encoder, self.llm):
@@ -443,7 +463,20 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         loss.backward(*args, **kwargs)
 
     def configure_model(self) -> None:
-        """Nothing to do without tensor parallelism; SALM's own (DTensor) is replaced by nemo_mtbi.parallel."""
+        """Give this rank its shard of the LLM, read from the files; nothing to do without tensor parallelism.
+
+        SALM's own tensor parallelism (DTensor) is replaced by :mod:`nemo_mtbi.parallel`.
+        """
+        if self.config.tensor_model_parallel_size == 1 or self.vocabulary_shard.group is not None:
+            return
+        self.llm.model.embed_tokens = self.embed_tokens
+        self.vocabulary_shard = shard_llm(self.llm)
+        load_shards(
+            self.llm, self.llm_path, self.device if self._trainer is None else self.trainer.strategy.root_device
+        )
+        self.embed_tokens = self.llm.model.embed_tokens
+        del self.llm.model.embed_tokens
+        self.bind_connector()
 
     @property
     def oomptimizer_schema(self) -> dict[str, Any]:

@@ -6,14 +6,18 @@ objective (:mod:`nemo_mtbi.losses.imitation`) takes them so. No NeMo import in h
 """
 
 import fnmatch
+import json
 import logging
 import math
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import ModelParallelConfig, parallel_state
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from nemo_mtbi.errors import ConfigError
@@ -103,6 +107,63 @@ def check_divisible(config: Any, size: int) -> None:
         )
 
 
+def empty_llm(config: Any, dtype: torch.dtype) -> Any:
+    """A ``...ForCausalLM`` whose parameters take no memory yet (``meta``); buffers are real. For :func:`load_shards`."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def load_shards(llm: nn.Module, folder: str | Path, device: torch.device) -> None:
+    """Read this rank's parts of all ``meta`` parameters from the safetensors files of a Hugging Face directory.
+
+    A part is read straight from the file, so no rank ever holds a whole weight that is spread.
+
+    Raises:
+        ConfigError: the directory has no safetensors, or a weight is missing there.
+    """
+    files = _weight_files(Path(folder))
+    loaded: dict[int, nn.Parameter] = {}  # tied parameters stay one
+    for module_name, module in llm.named_modules():
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.is_meta:
+                continue
+            name = f"{module_name}.{leaf}" if module_name else leaf
+            if id(parameter) not in loaded:
+                loaded[id(parameter)] = _read(files, name, parameter, device)
+            setattr(module, leaf, loaded[id(parameter)])
+
+
+def _weight_files(folder: Path) -> dict[str, Path]:
+    """Weight name -> file that holds it."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        raise ConfigError(f"{folder} has no safetensors weights; tensor parallelism reads no other format.")
+    with safe_open(single, "pt") as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def _read(files: dict[str, Path], name: str, parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
+    if name not in files:
+        raise ConfigError(f"The LLM's files lack the weight {name} ({len(files)} others are there).")
+    part: Part | None = getattr(parameter, "tensor_part", None)
+    with safe_open(files[name], "pt") as file:
+        if part is None:
+            value = file.get_tensor(name)
+        else:
+            whole = file.get_slice(name)
+            value = part.of(whole, whole.get_shape()[part.dim])
+    new = nn.Parameter(value.to(device, parameter.dtype), requires_grad=parameter.requires_grad)
+    if part is not None:
+        new.tensor_part = part  # type: ignore[attr-defined]
+    return new
+
+
 def shard_llm(llm: Any) -> VocabularyShard:
     """Replace the layers of a loaded ``...ForCausalLM`` by this rank's shards, in place.
 
@@ -147,44 +208,61 @@ def shard_llm(llm: Any) -> VocabularyShard:
     return _shard_vocabulary(llm, config, group, rank, size)
 
 
-def _slice(tensor: Tensor, dim: int, rank: int, size: int) -> Tensor:
-    return tensor.detach().chunk(size, dim)[rank].clone()
+@dataclass(frozen=True)
+class Part:
+    """The part of a whole weight that a rank holds: ``size`` entries of dimension ``dim`` from ``begin``, then zeros.
+
+    Kept on the parameter as ``tensor_part``, so that it can be read from a checkpoint without the rest.
+    """
+
+    dim: int
+    begin: int
+    size: int
+
+    def of(self, whole: Any, length: int) -> Tensor:
+        """The part of a tensor, or of a slice of a safetensors file, whose dimension ``dim`` is ``length`` long."""
+        end = min(self.begin + self.size, length)
+        begin = min(self.begin, end)
+        part = whole[begin:end] if self.dim == 0 else whole[:, begin:end]
+        if end - begin == self.size:
+            return part.clone()
+        shape = list(part.shape)
+        shape[self.dim] = self.size - (end - begin)
+        return torch.cat([part, part.new_zeros(shape)], self.dim)
+
+    def parameter(self, whole: Tensor) -> nn.Parameter:
+        """This part of a loaded (or not yet loaded, ``meta``) parameter."""
+        new = nn.Parameter(self.of(whole.detach(), whole.shape[self.dim]), requires_grad=whole.requires_grad)
+        new.tensor_part = self  # type: ignore[attr-defined]
+        return new
 
 
 def _shard_linear(
     module: nn.Linear, style: str, leaf: str, hf: Any, config: ModelParallelConfig, rank: int, size: int
 ) -> nn.Module:
     bias = module.bias
-    weight: Tensor = module.weight
-    local_bias: Tensor | None = bias
     if style == COLUMN:
         kv = getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads
-        outputs = module.out_features
-        if leaf in ("k_proj", "v_proj") and kv < size:
-            # Fewer key/value heads than ranks: each head is kept on several ranks.
-            weight = _slice(weight, 0, rank // (size // kv), kv)
-            local_bias = _slice(bias, 0, rank // (size // kv), kv) if bias is not None else None
-            outputs = weight.shape[0] * size
-        else:
-            weight = _slice(weight, 0, rank, size)
-            local_bias = _slice(bias, 0, rank, size) if bias is not None else None
+        # Fewer key/value heads than ranks: each head is kept on several ranks.
+        parts, index = (kv, rank // (size // kv)) if leaf in ("k_proj", "v_proj") and kv < size else (size, rank)
+        rows = module.out_features // parts
+        part = Part(0, index * rows, rows)
         new: Any = ColumnLinear(
-            module.in_features,
-            outputs,
-            config=config,
-            init_method=lambda _: None,
-            bias=bias is not None,
+            module.in_features, rows * size, config=config, init_method=lambda _: None, bias=bias is not None,
             gather_output=False,
-        )
+        )  # fmt: skip
+        if bias is not None:
+            new.bias = part.parameter(bias)
     else:
-        weight = _slice(weight, 1, rank, size)
+        columns = module.in_features // size
+        part = Part(1, rank * columns, columns)
         new = RowLinear(
             module.in_features, module.out_features, config=config, init_method=lambda _: None, bias=bias is not None,
             input_is_parallel=True, skip_bias_add=False,
         )  # fmt: skip
-    new.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
-    if bias is not None and local_bias is not None:
-        new.bias = nn.Parameter(local_bias.detach().clone(), requires_grad=bias.requires_grad)
+        if bias is not None:
+            new.bias = bias
+    new.weight = part.parameter(module.weight)
     return new
 
 
@@ -194,20 +272,15 @@ def _shard_vocabulary(llm: Any, config: ModelParallelConfig, group: Any, rank: i
     rows = math.ceil(vocabulary / size)
     shard = VocabularyShard(rank * rows, max(0, min(rows, vocabulary - rank * rows)), group)
 
-    def local(weight: Tensor) -> Tensor:
-        padded = weight.new_zeros(rows, *weight.shape[1:])
-        part = weight.detach()[rank * rows : (rank + 1) * rows]
-        padded[: part.shape[0]] = part
-        return padded
-
+    part = Part(0, rank * rows, rows)
     new = ScaledVocabParallelEmbedding(
         rows * size, embedding.weight.shape[1], init_method=lambda _: None, config=config,
         scale=float(getattr(embedding, "embed_scale", 1.0)),
     )  # fmt: skip
-    new.weight = nn.Parameter(local(embedding.weight), requires_grad=embedding.weight.requires_grad)
+    new.weight = part.parameter(embedding.weight)
     tied = head.weight is embedding.weight
-    weight = new.weight if tied else nn.Parameter(local(head.weight), requires_grad=head.weight.requires_grad)
-    bias = None if head.bias is None else nn.Parameter(local(head.bias), requires_grad=head.bias.requires_grad)
+    weight = new.weight if tied else part.parameter(head.weight)
+    bias = None if head.bias is None else part.parameter(head.bias)
     llm.set_input_embeddings(new)
     llm.lm_head = VocabularyHead(weight, bias, vocabulary, shard)
     return shard

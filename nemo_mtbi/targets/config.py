@@ -4,6 +4,33 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+ENGINES = ("hf", "openai")
+
+
+@dataclass
+class OpenAIConfig:
+    """An OpenAI-compatible server that runs ``TargetsConfig.llm`` (vLLM, NIM, SGLang, llama.cpp, ``transformers serve``).
+
+    Attributes:
+        base_url: of the server, up to and including ``/v1``.
+        model: its name on the server.
+        concurrency: requests in flight.
+        max_retries: of a request, with the client's exponential back-off; a server's ``Retry-After`` is obeyed.
+        timeout_seconds: of one request.
+        requests_per_minute: upper limit, if any.
+        api_key_variable: environment variable that holds the key; the key itself is never a setting.
+        send_token_ids: send token ids instead of text, for servers that take them (vLLM, SGLang, llama.cpp).
+    """
+
+    base_url: str = "http://127.0.0.1:8000/v1"
+    model: str = MISSING
+    concurrency: int = 16
+    max_retries: int = 6
+    timeout_seconds: float = 300.0
+    requests_per_minute: float | None = None
+    api_key_variable: str = "OPENAI_API_KEY"
+    send_token_ids: bool = False
+
 
 @dataclass
 class TargetsConfig:
@@ -12,24 +39,35 @@ class TargetsConfig:
     Attributes:
         cuts: manifests to answer, by output name.
         output_dir: where everything goes.
-        llm, dtype, batch_size: the text LLM and how it runs.
+        llm: the text LLM; with ``engine=openai``, where its tokenizer is read from.
+        engine: ``hf`` (Transformers in this process) or ``openai`` (a server, see :class:`OpenAIConfig`).
+        dtype, batch_size: how ``hf`` runs it.
+        workers: processes on this machine (with CUDA: one a GPU). The same command on other machines adds theirs.
+        shard_cuts: cuts of one unit of work.
         prompt_format, speech_position: as in training.
         task_names: tasks (None: all of the train group); task_folders adds the user's own.
         prompt_split: ``seen``, ``held_out`` or ``all``; ``splits`` overrides it by output name.
         languages: of the prompts.
         prompts_per_task: wordings drawn for each cut and task (0: all of the split).
         max_new_tokens: upper limit on the tasks' own budgets; longer answers are truncated, and filtered by that name.
-        tasks_per_cut: how many tasks are drawn for each cut, by output name (default: all of them).
+        tasks_per_cut: how many tasks are drawn for each cut, by output name (default: all); 0.5: one for half of the cuts.
         top_k: teacher log-probabilities kept for each response token (0: none), at ``temperature``.
         filters: names of :mod:`nemo_mtbi.targets.filters`.
+        max_total_tokens: prompt and response together, for the filter ``too_long``; set it to the training budget.
+        max_duplicates: equal answers to one wording that the filter ``near_duplicate`` lets through.
+        shar_dir: where to write Lhotse Shar too, with audio (``shar_audio``: its format) and ``shar_size`` cuts a shard.
         seed: of the draws.
     """
 
     cuts: dict[str, str] = field(default_factory=dict)
     output_dir: str = MISSING
     llm: str = MISSING
+    engine: str = "hf"
+    openai: OpenAIConfig = field(default_factory=OpenAIConfig)
     dtype: str = "bfloat16"
     batch_size: int = 128
+    workers: int = 1
+    shard_cuts: int = 1000
     prompt_format: str = "chat_template"
     speech_position: str = "after"
     task_names: list[str] | None = None
@@ -39,8 +77,13 @@ class TargetsConfig:
     languages: list[str] = field(default_factory=lambda: ["en"])
     prompts_per_task: int = 1
     max_new_tokens: int | None = None
-    tasks_per_cut: dict[str, int] = field(default_factory=dict)
+    tasks_per_cut: dict[str, float] = field(default_factory=dict)
     top_k: int = 0
     temperature: float = 1.0
     filters: list[str] = field(default_factory=lambda: ["empty", "refusal", "truncated", "repetition"])
+    max_total_tokens: int | None = None
+    max_duplicates: int = 3
+    shar_dir: str | None = None
+    shar_audio: str = "flac"
+    shar_size: int = 1000
     seed: int = 0

@@ -10,7 +10,12 @@ from nemo_mtbi.targets.decoder import Answer, RefillDecoder, Request
 
 
 class Engine(Protocol):
-    """What generate_targets needs of an engine."""
+    """What generate_targets needs of an engine.
+
+    ``independent``: an answer does not depend, to the last bit, on the other requests of the same call.
+    """
+
+    independent: bool
 
     def generate(self, requests: Sequence[Request], top_k: int = 0, temperature: float = 1.0) -> Iterator[Answer]:
         """Answers in any order, as they get ready, with the teacher's top-k if asked for."""
@@ -26,6 +31,8 @@ class HFEngine:
         batch_size: rows decoded together.
         device: where to run; CUDA if there is one.
     """
+
+    independent = False
 
     def __init__(self, name: str, dtype: str = "bfloat16", batch_size: int = 128, device: str | None = None) -> None:
         from transformers import AutoModelForCausalLM

@@ -1,8 +1,11 @@
 """Reasons to reject an answer of the text LLM, each by name. A filter returns why it rejects, or None."""
 
+import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from nemo_mtbi.errors import ConfigError
@@ -16,11 +19,19 @@ REFUSAL = re.compile(
     re.IGNORECASE,
 )
 LOOP_NGRAM, LOOP_REPEATS = 4, 3
+MIN_LANGUAGE_WORDS, MIN_LANGUAGE_PROBABILITY = 6, 0.95
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What filters may look at. ``values`` are those that filled the prompt's placeholders."""
+    """What filters may look at.
+
+    Attributes:
+        values: those that filled the prompt's placeholders.
+        prompt_tokens: length of the rendered prompt, transcript included.
+        languages: ISO 639-1 codes that an answer may be in: the prompt's and the speech's.
+        max_total_tokens: budget of prompt and response.
+    """
 
     task: Task
     transcript: str
@@ -28,6 +39,12 @@ class Candidate:
     response_ids: list[int]
     finished: bool
     values: dict[str, Any] = field(default_factory=dict)
+    prompt_tokens: int = 0
+    languages: tuple[str, ...] = ()
+    max_total_tokens: int | None = None
+
+
+Filter = Callable[[Candidate], str | None]
 
 
 def empty(c: Candidate) -> str | None:
@@ -61,22 +78,82 @@ def form(c: Candidate) -> str | None:
     return form_error(c.response, c.task, c.values)
 
 
-FILTERS: dict[str, Callable[[Candidate], str | None]] = {
+def language(c: Candidate) -> str | None:
+    """Another language than the prompt's, the speech's and the one asked for; answers too short to tell pass."""
+    words = c.response.split()
+    if len(words) < MIN_LANGUAGE_WORDS:
+        return None
+    allowed = set(c.languages)
+    if c.task.form["kind"] == "language":
+        return None  # judged by the form of the task
+    found, probability = _language_identifier().classify(c.response)
+    if found in allowed or probability < MIN_LANGUAGE_PROBABILITY:
+        return None
+    return f"reads like {found} (probability {probability:.2f}), not {' or '.join(sorted(allowed))}"
+
+
+@lru_cache
+def _language_identifier() -> Any:
+    try:
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+    except ImportError as error:
+        raise ConfigError("The filter 'language' needs py3langid: pip install 'nemo-mtbi[targets]'.") from error
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+
+def too_long(c: Candidate) -> str | None:
+    """Prompt and response together exceed the training budget (``max_total_tokens``)."""
+    total = c.prompt_tokens + len(c.response_ids)
+    if c.max_total_tokens is None or total <= c.max_total_tokens:
+        return None
+    return f"{total} tokens with the prompt, more than {c.max_total_tokens}"
+
+
+FILTERS: dict[str, Filter] = {
     "empty": empty,
     "refusal": refusal,
     "truncated": truncated,
     "repetition": repetition,
     "form": form,
+    "language": language,
+    "too_long": too_long,
 }
+NEAR_DUPLICATE = "near_duplicate"  # looks at all answers to a wording, so it runs when shards are merged
 
 
-def choose_filters(names: list[str]) -> list[tuple[str, Callable[[Candidate], str | None]]]:
-    """Filters by name, in the given order.
+class NearDuplicates:
+    """Finds answers to the same wording that say the same: equal words whatever their order, case, digits and punctuation.
+
+    Answers that are meant to be equal (a choice, yes or no, one word) are not judged.
+
+    Args:
+        allowed: answers of the same words that pass.
+    """
+
+    FREE_FORMS = frozenset({"choice", "yes_no", "one_word"})
+
+    def __init__(self, allowed: int) -> None:
+        self.allowed = allowed
+        self.counts: Counter[int] = Counter()
+
+    def check(self, task: Task, prompt_id: str, response: str) -> str | None:
+        """Reason to reject the next answer, in order of the manifest; None if it passes."""
+        if task.form["kind"] in self.FREE_FORMS:
+            return None
+        words = " ".join(sorted(set(re.findall(r"[^\W\d_]+", response.lower()))))
+        key = int.from_bytes(hashlib.blake2b(f"{prompt_id}/{words}".encode(), digest_size=8).digest())
+        self.counts[key] += 1
+        return f"the same words as {self.allowed} others" if self.counts[key] > self.allowed else None
+
+
+def choose_filters(names: list[str]) -> list[tuple[str, Filter]]:
+    """Filters of single answers by name, in the given order (``near_duplicate`` is none of them).
 
     Raises:
         ConfigError: an unknown name.
     """
-    unknown = [n for n in names if n not in FILTERS]
+    unknown = [n for n in names if n not in FILTERS and n != NEAR_DUPLICATE]
     if unknown:
-        raise ConfigError(f"Unknown filter {', '.join(unknown)}. Known filters: {', '.join(FILTERS)}.")
-    return [(n, FILTERS[n]) for n in names]
+        known = ", ".join([*FILTERS, NEAR_DUPLICATE])
+        raise ConfigError(f"Unknown filter {', '.join(unknown)}. Known filters: {known}.")
+    return [(n, FILTERS[n]) for n in names if n in FILTERS]

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,14 @@ EXAMPLES, REJECTED_EXAMPLES = 4, 20
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
-def write_report(path: Path, manifest: dict[str, Any], written: dict[str, Path], rejected: Path) -> None:
+def write_report(path: Path, manifest: dict[str, Any], written: dict[str, Path], rejected: list[Path]) -> None:
     """Write the page.
 
     Args:
         path: of the HTML file.
         manifest: what ``manifest.json`` holds.
         written: manifests with targets.
-        rejected: ``rejected.jsonl``.
+        rejected: side files of rejected answers.
     """
     lengths: dict[str, list[int]] = {}
     shown: dict[str, list[dict[str, str]]] = {}
@@ -32,11 +33,7 @@ def write_report(path: Path, manifest: dict[str, Any], written: dict[str, Path],
         examples = shown.setdefault(target["task"], [])
         if len(examples) < EXAMPLES:
             examples.append({k: target[k] for k in ("task", "prompt", "response")} | {"transcript": transcript})
-    side: list[dict[str, Any]] = []
-    for record in jsonl.read(rejected):
-        if len(side) == REJECTED_EXAMPLES:
-            break
-        side.append(record)
+    side = list(islice((record for path in rejected for record in jsonl.read(path)), REJECTED_EXAMPLES))
     page = Environment(autoescape=True).from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         m=manifest, rejected_total=sum(manifest["rejected"].values()), picture=_histogram(lengths), rejected=side,
         examples=[e for task in sorted(shown) for e in shown[task]],

@@ -1,12 +1,13 @@
 """The two training stages: CTC alignment of the connector (optional), then behavior imitation."""
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy
 from nemo.collections.common.data.lhotse.cutset import read_cutset_from_config
 from nemo.collections.common.tokenizers import AutoTokenizer
 from nemo.collections.speechlm2.data import DataModule
@@ -24,7 +25,9 @@ from nemo_mtbi.data.messages import require_same_rendering
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.models.encoder import connector_of, require_fixed_features
 from nemo_mtbi.models.mtbi_salm import MTBISALM, container
+from nemo_mtbi.parallel.strategy import TensorParallelStrategy
 from nemo_mtbi.pretrained.offline import resolve_pretrained
+from nemo_mtbi.training.resume import AtomicCheckpointIO, Preemption, settle_checkpoints, skip_batches
 from nemo_mtbi.training.run_directory import ALIGNMENT, IMITATION, UNTRAINED, RunDirectory
 
 CTC_TARGET = "CTCCompressConnector"
@@ -45,13 +48,14 @@ def train(cfg: DictConfig) -> RunDirectory:
     model_cfg.setdefault("freeze_params", config.freeze_params)
     if tokens is not None:
         model_cfg["perception"]["modality_adapter"]["vocab_size"] = len(tokens)
+    model_cfg["tensor_model_parallel_size"] = cfg.trainer.get("tensor_model_parallel_size", 1)
     model = MTBISALM(json.loads(json.dumps(model_cfg)))
     if tokens is not None:
         model.set_ctc_vocabulary(tokens)
     if cfg.data.cached_features:
         require_fixed_features(model.perception)
     run.check_same_model(model)
-    run.save_config(model, model_cfg)
+    run.save_config(model, {k: v for k, v in model_cfg.items() if k != "tensor_model_parallel_size"})
     if not run.weights(UNTRAINED).is_file():
         run.save_weights(model, UNTRAINED)
     if cfg.init_from is not None:
@@ -72,11 +76,11 @@ def run_stage(cfg: DictConfig, model: MTBISALM, run: RunDirectory, name: str) ->
     model.stage = name
     with open_dict(model.cfg):
         model.cfg.optimizer, model.cfg.lr_scheduler = stage.optimizer, stage.lr_scheduler
-    trainer = pl.Trainer(**resolve_trainer_cfg(stage.trainer))
+    step = settle_checkpoints(Path(stage.exp_manager.explicit_log_dir))
+    trainer = build_trainer(stage.trainer, name)
     exp_manager(trainer, stage.exp_manager)
-    # The place in the data is not part of a checkpoint: a resumed stage draws anew instead of repeating its first batches.
-    data = data_module(stage.data, model, resumed_at=last_step(Path(stage.exp_manager.explicit_log_dir)))
-    trainer.fit(model, data)
+    model.seed = cfg.seed
+    trainer.fit(model, data_module(stage.data, model, step, stage.trainer.accumulate_grad_batches))
     if trainer.interrupted or trainer.global_step < trainer.max_steps:
         raise KeyboardInterrupt(f"Stage {name} stopped at step {trainer.global_step}; the same command continues it.")
     seen = model.seen_manifest()
@@ -84,6 +88,25 @@ def run_stage(cfg: DictConfig, model: MTBISALM, run: RunDirectory, name: str) ->
         run.save_weights(model, name)
         jsonl.write_json(run.root / "seen.json", seen)
     logging.info(f"Stage {name} wrote {run.weights(name)}")
+
+
+def build_trainer(cfg: DictConfig, name: str) -> pl.Trainer:
+    """Lightning's trainer with our strategy, atomic checkpoints and the handling of SIGTERM."""
+    options: Any = resolve_trainer_cfg(cfg)
+    size = options.pop("tensor_model_parallel_size", 1)
+    # The alignment stage leaves the part of the connector that only the LLM reads without a gradient.
+    unused = name == ALIGNMENT
+    several = options.get("num_nodes", 1) > 1 or str(options.get("devices", 1)) not in ("1", "auto")
+    if options.get("strategy", "auto") == "auto":
+        if size > 1:
+            options["strategy"] = TensorParallelStrategy(size, find_unused_parameters=unused)
+        elif several or torch.cuda.device_count() > 1:
+            options["strategy"] = DDPStrategy(find_unused_parameters=unused)
+    elif size > 1:
+        raise ConfigError("trainer.tensor_model_parallel_size > 1 chooses the strategy; leave trainer.strategy out.")
+    options["plugins"] = [*options.get("plugins", []), AtomicCheckpointIO()]
+    options["callbacks"] = [*options.get("callbacks", []), Preemption()]
+    return pl.Trainer(**options)
 
 
 def stage_config(cfg: DictConfig, name: str) -> DictConfig:
@@ -104,19 +127,22 @@ def stage_config(cfg: DictConfig, name: str) -> DictConfig:
     return stage
 
 
-def last_step(log_dir: Path) -> int:
-    """Step of the newest checkpoint of a stage; 0 if there is none."""
-    steps = [
-        int(m.group(1)) for f in (log_dir / "checkpoints").glob("*.ckpt") if (m := re.search(r"step=(\d+)", f.name))
-    ]
-    return max(steps, default=0)
+class ResumableData(DataModule):
+    """NeMo's data module, whose training data goes on after ``skip`` batches."""
+
+    skip = 0
+
+    def train_dataloader(self) -> Any:
+        return skip_batches(super().train_dataloader(), self.skip)
 
 
-def data_module(data_cfg: DictConfig, model: MTBISALM, resumed_at: int = 0) -> DataModule:
+def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulated: int = 1) -> DataModule:
     """NeMo's data module over our dataset; options that follow from the model are filled in.
 
     Args:
-        resumed_at: step at which training goes on; moves the seed of the order and the visit numbers of the draws.
+        step: optimizer step at which training goes on, after ``accumulated`` batches each. Manifests are drawn up to that
+            place again, without reading audio, so training goes on with the very next batch. Shar is read in random order
+            of its shards: there other seeds and visit numbers draw anew instead of repeating the beginning.
     """
     cfg = DictConfig(OmegaConf.to_container(data_cfg, resolve=True))
     cached = cfg.pop("cached_features")
@@ -142,13 +168,14 @@ def data_module(data_cfg: DictConfig, model: MTBISALM, resumed_at: int = 0) -> D
         llm_key=model.references["llm"],
         sampling_rate=model.sampling_rate,
     )  # fmt: skip
-    if resumed_at and "train_ds" in cfg:
-        if isinstance(cfg.train_ds.get("shard_seed"), int):
-            cfg.train_ds.shard_seed += resumed_at
+    tarred = any("shar_path" in entry for entry in _entries(cfg.get("train_ds") or OmegaConf.create()))
+    if tarred:
         for entry in _entries(cfg.train_ds):
-            entry.first_visit = resumed_at
+            entry.first_visit = step
     require_same_rendering(dataset.renderer, model.audio_locator_tag, model.config.speech_position)
-    return DataModule(cfg, tokenizer=model.tokenizer, dataset=dataset)
+    data = ResumableData(cfg, tokenizer=model.tokenizer, dataset=dataset)
+    data.skip = 0 if tarred else step * accumulated
+    return data
 
 
 def _entries(section: DictConfig) -> Iterator[DictConfig]:

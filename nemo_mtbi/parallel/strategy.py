@@ -1,0 +1,55 @@
+"""Lightning's DDP over the data-parallel ranks of a Megatron-Core layout (tensor x data parallel)."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from megatron.core import parallel_state
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from nemo_mtbi.parallel.sharding import initialize
+
+
+class TensorParallelStrategy(DDPStrategy):
+    """Every ``tensor_model_parallel_size`` consecutive ranks hold one LLM together and see the same batches.
+
+    Gradients of what is trained (replicated on all ranks of a tensor-parallel group, with equal gradients) are averaged over
+    the data-parallel group only. Nothing that is trained is sharded: the connector is small, so an FSDP-style
+    sharding of it would save nothing.
+
+    Args:
+        tensor_model_parallel_size: ranks of one LLM.
+        ddp: arguments of ``DDPStrategy``.
+
+    Raises:
+        ConfigError: the number of processes is no multiple of ``tensor_model_parallel_size``.
+    """
+
+    def __init__(self, tensor_model_parallel_size: int, **ddp: Any) -> None:
+        super().__init__(**ddp)
+        self.tensor_model_parallel_size = tensor_model_parallel_size
+        self.device_mesh: DeviceMesh | None = None
+
+    def setup_environment(self) -> None:
+        """Process groups, then the mesh that NeMo's data module and its batch broadcast read."""
+        super().setup_environment()
+        initialize(self.tensor_model_parallel_size)
+        size = self.tensor_model_parallel_size
+        self.device_mesh = init_device_mesh(
+            self.root_device.type, (self.world_size // size, size), mesh_dim_names=("data_parallel", "tp")
+        )
+        assert self.lightning_module is not None
+        self.lightning_module._device_mesh = self.device_mesh
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        assert self.device_mesh is not None
+        group = self.device_mesh["data_parallel"]
+        return {"num_replicas": group.size(), "rank": group.get_local_rank()}
+
+    def _setup_model(self, model: torch.nn.Module) -> Any:
+        assert self.device_mesh is not None
+        self._ddp_kwargs["process_group"] = parallel_state.get_data_parallel_group()
+        wrapped = super()._setup_model(model)
+        wrapped.device_mesh = self.device_mesh  # NeMo's DataModule looks for it there
+        return wrapped

@@ -1,0 +1,156 @@
+"""Answers on disk, by content key: one append-only file a shard, and an index over all of them.
+
+A line of ``<shard>.answers.jsonl`` is ``{"answers": [record, ...]}``, written at once: complete or absent. Engines whose
+answers depend on their company in a batch (bfloat16, and the last bit of float32) write whole chunks of a fixed composition, so
+that a killed and continued run computes what an uninterrupted one computes, to the last bit.
+"""
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from nemo_mtbi.data import jsonl
+from nemo_mtbi.data.array_storage import RawChunkyReader, RawChunkyWriter
+from nemo_mtbi.targets.decoder import Answer
+
+Record = dict[str, Any]
+
+
+class AnswerFile:
+    """Answers of one shard; open while a worker holds the shard."""
+
+    def __init__(self, path: Path, top_k: int, temperature: float) -> None:
+        self.path, self.top_k, self.temperature = path, top_k, temperature
+        self.arrays_path = path.with_suffix(".bin")
+        self.records: dict[str, Record] = {}
+        self.appender = jsonl.Appender(path)  # repairs an incomplete last line
+        for line in jsonl.read(path):
+            self.records.update((r["key"], r) for r in line["answers"])
+        self.arrays = RawChunkyWriter(self.arrays_path) if top_k else None
+
+    def has(self, key: str) -> bool:
+        """There is an answer, with the teacher's top-k if that is wanted."""
+        record = self.records.get(key)
+        return record is not None and usable(record, self.top_k, self.temperature)
+
+    def add(self, answers: list[tuple[Answer, str]]) -> None:
+        """Append answers with their decoded texts, as one line."""
+        self._append([self._record(answer, text) for answer, text in answers])
+
+    def copy(self, records: list[tuple[Record, Path]]) -> None:
+        """Append records of another answer file, top-k included."""
+        copied = []
+        for record, folder in records:
+            record = dict(record)
+            if self.arrays is not None:
+                record["teacher"] = [self.arrays.write("", array) for array in load_top_k(record, folder)]
+                record["arrays"] = self.arrays_path.name
+            copied.append(record)
+        if copied:
+            self._append(copied)
+
+    def top_k_of(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, k) ids and log-probabilities of one answer."""
+        return load_top_k(self.records[key], self.path.parent)
+
+    def _append(self, records: list[Record]) -> None:
+        if self.arrays is not None:
+            self.arrays.flush()
+        self.appender.write({"answers": records})
+        self.records.update((r["key"], r) for r in records)
+
+    def _record(self, answer: Answer, text: str) -> Record:
+        record: Record = {
+            "key": answer.key,
+            "response_ids": answer.response_ids,
+            "finished": answer.finished,
+            "response": text,
+        }
+        if self.arrays is not None and answer.top_ids is not None and answer.top_log_probs is not None:
+            record["top_k"] = [self.top_k, self.temperature]
+            record["arrays"] = self.arrays_path.name
+            record["teacher"] = [self.arrays.write("", answer.top_ids), self.arrays.write("", answer.top_log_probs)]
+        return record
+
+    def __enter__(self) -> "AnswerFile":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.appender.file.close()
+        if self.arrays is not None:
+            self.arrays.close()
+
+
+def usable(record: Record, top_k: int, temperature: float) -> bool:
+    """A record serves where no top-k is wanted, or this one."""
+    return top_k == 0 or record.get("top_k") == [top_k, temperature]
+
+
+def load_top_k(record: Record, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    reader = RawChunkyReader(folder / record["arrays"])
+    return reader.read(record["teacher"][0]), reader.read(record["teacher"][1])
+
+
+class AnswerIndex:
+    """Where the answer to a key is, over all shards of an output folder; finds answers again when cuts move between shards.
+
+    An SQLite file that one process at a time brings up to date (only bytes that it has not seen) and any number read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._read: tuple[str, int, dict[str, Record]] | None = None  # the last line: neighbours are asked for together
+        files = [f for f in sorted(folder.glob("*/*.answers.jsonl")) if f.stat().st_size]
+        self.connection: sqlite3.Connection | None = None
+        if not files:
+            return
+        with FileLock(folder / "index.lock"):
+            self.connection = sqlite3.connect(folder / "index.sqlite")
+            self.connection.execute("create table if not exists files (path text primary key, size integer)")
+            self.connection.execute("create table if not exists answers (key text, path text, offset integer)")
+            self.connection.execute("create index if not exists by_key on answers (key)")
+            for file in files:
+                self._update(file)
+            self.connection.commit()
+
+    def _update(self, file: Path) -> None:
+        assert self.connection is not None
+        name, size = str(file.relative_to(self.folder)), file.stat().st_size
+        row = self.connection.execute("select size from files where path = ?", (name,)).fetchone()
+        seen = row[0] if row else 0
+        if size == seen:
+            return
+        rows = []
+        with open(file, "rb") as stream:
+            offset = stream.seek(seen)
+            for line in stream:
+                if not line.endswith(b"\n"):
+                    break
+                rows += [(r["key"], name, offset) for r in json.loads(line)["answers"]]
+                offset += len(line)
+        self.connection.executemany("insert into answers values (?, ?, ?)", rows)
+        self.connection.execute("insert or replace into files values (?, ?)", (name, offset))
+
+    def find(self, keys: list[str], top_k: int, temperature: float) -> Iterator[tuple[Record, Path]]:
+        """Records of those keys that are known, each with its folder."""
+        if self.connection is None:
+            return
+        for key in keys:
+            for name, offset in self.connection.execute("select path, offset from answers where key = ?", (key,)):
+                record = self._line(name, offset).get(key)
+                if record is not None and usable(record, top_k, temperature):
+                    yield record, (self.folder / name).parent
+                    break
+
+    def _line(self, name: str, offset: int) -> dict[str, Record]:
+        if self._read is None or self._read[:2] != (name, offset):
+            with open(self.folder / name, "rb") as stream:
+                stream.seek(offset)
+                answers = json.loads(stream.readline())["answers"]
+            self._read = (name, offset, {r["key"]: r for r in answers})
+        return self._read[2]

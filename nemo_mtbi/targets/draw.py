@@ -1,0 +1,125 @@
+"""Which prompts a cut is asked: tasks and wordings drawn by its id, rendered as in training."""
+
+import hashlib
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lhotse.cut import Cut
+from nemo.collections.common.prompts import PromptFormatter
+from nemo.collections.common.tokenizers import AutoTokenizer
+
+from nemo_mtbi.data.conversation import transcript
+from nemo_mtbi.data.messages import user_message
+from nemo_mtbi.data.rendering import PromptRenderer, Spoken
+from nemo_mtbi.pretrained.fingerprint import fingerprint
+from nemo_mtbi.pretrained.offline import resolve_pretrained
+from nemo_mtbi.targets.config import TargetsConfig
+from nemo_mtbi.targets.decoder import Request
+from nemo_mtbi.targets.record import Target
+from nemo_mtbi.tasks.library import Task, load_library, render_template, select_tasks
+
+Values = dict[tuple[str, str], dict[str, Any]]  # by (cut id, task)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One answer to get: its request and what the target will say about it."""
+
+    request: Request
+    cut_id: str
+    transcript: str
+    task: str
+    prompt_id: str
+    prompt: str
+    languages: tuple[str, ...]
+    values: dict[str, Any]
+
+
+class PromptDrawer:
+    """Draws jobs for cuts. Draws depend on the seed, the cut's id and the task, not on the order of the cuts.
+
+    Raises:
+        ConfigError: an unknown task, or a tokenizer without the prompt format.
+    """
+
+    def __init__(self, config: TargetsConfig) -> None:
+        self.config = config
+        self.tasks: list[Task] = select_tasks(load_library(config.task_folders), config.task_names)
+        self.by_name = {t.name: t for t in self.tasks}
+        self.llm = resolve_pretrained(config.llm)
+        self.teacher = fingerprint(self.llm)
+        self.rendering = Target.rendering_of(config.prompt_format, config.speech_position, self.teacher)
+        self.tokenizer = AutoTokenizer(self.llm, use_fast=True)
+        self.renderer = PromptRenderer(self.tokenizer, PromptFormatter.resolve(config.prompt_format))
+        probe = user_message("Repeat.", Spoken("Some words."), config.speech_position)
+        self.renderer.render([probe])  # fails early, if at all
+
+    def tasks_of(self, cut: Cut, name: str) -> list[Task]:
+        """Tasks drawn for one cut."""
+        wanted = self.config.tasks_per_cut.get(name, len(self.tasks))
+        rng = random.Random(f"{self.config.seed}/{cut.id}")
+        count = int(wanted) + (rng.random() < wanted % 1 if wanted % 1 else 0)
+        return rng.sample(self.tasks, min(count, len(self.tasks)))
+
+    def prepare(self, cuts: list[Cut], name: str, answer: Callable[[list[Request]], dict[str, str]]) -> Values:
+        """Values of the prompts' placeholders: drawn ones, and answers to the preparing turns.
+
+        Args:
+            answer: gives the text LLM's answers to requests, by key.
+        """
+        values: Values = {}
+        waiting: list[tuple[Cut, Task]] = []
+        for cut in filter(transcript, cuts):
+            for task in self.tasks_of(cut, name):
+                rng = random.Random(f"{self.config.seed}/{cut.id}/{task.name}/values")
+                drawn = {k: rng.choice(v) for k, v in task.variables.items()}
+                values[cut.id, task.name] = drawn | {"choices": task.choices}
+                if task.prepare:
+                    waiting.append((cut, task))
+        for turn in range(max((len(t.prepare) for _, t in waiting), default=0)):
+            asked = [(c, t, t.prepare[turn]) for c, t in waiting if turn < len(t.prepare)]
+            requests = [
+                self.request(render_template(s.prompt, values[c.id, t.name]), transcript(c), s.max_new_tokens)
+                for c, t, s in asked
+            ]
+            answers = answer(requests)
+            for (cut, task, step), request in zip(asked, requests, strict=True):
+                values[cut.id, task.name][step.variable] = one_line(answers.get(request.key, ""))
+        return values
+
+    def jobs(self, cut: Cut, name: str, values: Values) -> list[Job]:
+        """The prompts that one cut is asked; none if it has no transcript."""
+        text = transcript(cut)
+        if not text:
+            return []
+        split = self.config.splits.get(name, self.config.prompt_split)
+        limit = self.config.max_new_tokens or max(t.max_new_tokens for t in self.tasks)
+        spoken = [s.language for s in cut.supervisions if s.language]
+        jobs = []
+        for task in self.tasks_of(cut, name):
+            prompts = task.select(split, self.config.languages)
+            rng = random.Random(f"{self.config.seed}/{cut.id}/{task.name}")
+            count = self.config.prompts_per_task or len(prompts)
+            for prompt in rng.sample(prompts, min(count, len(prompts))):
+                own = values[cut.id, task.name]
+                filled = render_template(prompt.text, own)
+                request = self.request(filled, text, min(task.max_new_tokens, limit))
+                languages = tuple(dict.fromkeys([prompt.language, *spoken]))
+                jobs.append(Job(request, cut.id, text, task.name, prompt.id, filled, languages, own))
+        return jobs
+
+    def request(self, prompt: str, text: str, max_new_tokens: int) -> Request:
+        """A rendered prompt under its content key: a hash of everything that decides a greedy answer."""
+        ids = self.renderer.render([user_message(prompt, Spoken(text), self.config.speech_position)]).ids
+        decoded_by: Any = self.config.dtype if self.config.engine == "hf" else ["openai", self.config.openai.model]
+        content = json.dumps([ids, self.teacher, decoded_by, max_new_tokens])
+        return Request(hashlib.blake2b(content.encode(), digest_size=12).hexdigest(), ids, max_new_tokens)
+
+
+def one_line(text: str) -> str:
+    """A prepared answer as it can stand inside a prompt: its first line without quotation marks."""
+    lines = text.strip().splitlines()
+    return lines[0].strip().strip("\"'“”").strip() if lines else ""

@@ -1,0 +1,171 @@
+"""Finished shards to one manifest with targets, the side file of rejected answers, and the counts of the run."""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TextIO
+
+from filelock import FileLock
+from lhotse import CutSet
+
+from nemo_mtbi.data import jsonl
+from nemo_mtbi.errors import DataError
+from nemo_mtbi.targets.config import TargetsConfig
+from nemo_mtbi.targets.draw import PromptDrawer
+from nemo_mtbi.targets.filters import NEAR_DUPLICATE, NearDuplicates
+from nemo_mtbi.targets.plan import Shard
+from nemo_mtbi.targets.record import TARGETS_FIELD, TEACHER_IDS_FIELD, TEACHER_LOG_PROBS_FIELD
+from nemo_mtbi.targets.shards import ShardStatus, ShardWriter, rejected_record
+
+LIBRARIES = ("nemo_toolkit", "transformers", "torch", "lhotse", "megatron-core")
+BYTES_PER_ENTRY = 6  # int32 id and float16 log-probability
+
+
+def merge_manifest(name: str, shards: list[Shard], writer: ShardWriter, config: TargetsConfig) -> dict[str, Any]:
+    """Write ``<name>.jsonl`` (and Shar) and ``rejected/<name>.jsonl`` from finished shards; nothing if they are current.
+
+    Returns:
+        counts: ``kept``, ``response_tokens``, ``seconds``, ``prompts`` and ``rejected``.
+
+    Raises:
+        DataError: no answer is left.
+    """
+    folder = Path(config.output_dir)
+    statuses = [status for s in shards if (status := writer.status(s)) is not None]
+    assert len(statuses) == len(shards)
+    near = NEAR_DUPLICATE in config.filters
+    digest = hashlib.blake2b(
+        json.dumps([[s.digest for s in statuses], near and config.max_duplicates, config.shar_dir]).encode(),
+        digest_size=12,
+    )
+    state, output = folder / "shards" / name / "merged.json", folder / f"{name}.jsonl"
+    with FileLock(folder / "shards" / name / "merge.lock"):
+        if state.is_file() and output.is_file():
+            merged = json.loads(state.read_text())
+            if merged["digest"] == digest.hexdigest():
+                return merged["counts"]
+        counts = _counts(statuses)
+        with _replacing(folder / "rejected" / f"{name}.jsonl") as side, _replacing(output) as out:
+            duplicates = NearDuplicates(config.max_duplicates)
+            for shard in shards:
+                paths = writer.paths(shard)
+                side.writelines(_lines(paths["rejected.jsonl"]))
+                for line in _lines(paths["cuts.jsonl"]):
+                    out.write(_without_duplicates(line, name, duplicates, writer, side, counts) if near else line)
+            if counts["kept"] == 0:
+                raise DataError(
+                    f"No answer is left for {name}: all were rejected ({counts['rejected']}). Look at "
+                    f"{folder / 'shards' / name}/*.rejected.jsonl, then change the filters, the tasks or the LLM."
+                )
+        if config.shar_dir is not None:
+            write_shar(output, Path(config.shar_dir) / name, config)
+        jsonl.write_json(state, {"digest": digest.hexdigest(), "counts": counts})
+    return counts
+
+
+def _counts(statuses: list[ShardStatus]) -> dict[str, Any]:
+    prompts: Counter[str] = Counter()
+    rejected: Counter[str] = Counter()
+    for status in statuses:
+        prompts.update(status.prompts)
+        rejected.update(status.rejected)
+    return {
+        "kept": sum(s.kept for s in statuses), "response_tokens": sum(s.response_tokens for s in statuses),
+        "seconds": round(sum(s.seconds for s in statuses), 1), "prompts": dict(prompts), "rejected": dict(rejected),
+    }  # fmt: skip
+
+
+def _without_duplicates(
+    line: str, name: str, duplicates: NearDuplicates, writer: ShardWriter, side: TextIO, counts: dict[str, Any]
+) -> str:
+    cut = json.loads(line)
+    kept = []
+    for target in cut["custom"][TARGETS_FIELD]:
+        task = writer.drawer.by_name[target["task"]]
+        reason = duplicates.check(task, target["prompt_id"], target["response"])
+        if reason is None:
+            kept.append(target)
+            continue
+        record = rejected_record(name, cut["id"], task.name, target["prompt_id"], NEAR_DUPLICATE, reason, target)
+        side.write(jsonl.dumps(record) + "\n")
+        counts["rejected"][NEAR_DUPLICATE] = counts["rejected"].get(NEAR_DUPLICATE, 0) + 1
+        counts["prompts"][f"{task.name}/{target['prompt_id']}"] -= 1
+        counts["kept"] -= 1
+        counts["response_tokens"] -= len(target["response_ids"])
+    cut["custom"][TARGETS_FIELD] = kept
+    return jsonl.dumps(cut) + "\n"
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with open(path, encoding="utf-8") as stream:
+        yield from stream
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[TextIO]:
+    """A text file that takes its name only when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as stream:
+            yield stream
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_shar(manifest: Path, folder: Path, config: TargetsConfig) -> None:
+    """Lhotse Shar with audio, targets and the teacher's top-k, for training on a cluster. Cuts without targets stay out."""
+    cuts = CutSet.from_file(manifest).filter(lambda cut: bool(cut.custom[TARGETS_FIELD]))
+    fields = {"recording": config.shar_audio}
+    if config.top_k:
+        fields |= {TEACHER_IDS_FIELD: "numpy", TEACHER_LOG_PROBS_FIELD: "numpy"}
+    folder.mkdir(parents=True, exist_ok=True)
+    cuts.to_shar(folder, fields, shard_size=config.shar_size, verbose=True)
+
+
+def run_manifest(config: TargetsConfig, drawer: PromptDrawer, counts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What ``manifest.json`` records: everything that the targets depend on, and what came of it."""
+    from dataclasses import asdict
+
+    hf = drawer.tokenizer.tokenizer
+    prompts: dict[str, dict[str, int]] = {}
+    rejected: Counter[str] = Counter()
+    for of_manifest in counts.values():
+        rejected.update(of_manifest["rejected"])
+        for key, number in sorted(of_manifest["prompts"].items()):
+            task, prompt = key.split("/")
+            prompts.setdefault(task, {})[prompt] = prompts.get(task, {}).get(prompt, 0) + number
+    return {
+        "teacher": {"name": config.llm, "fingerprint": drawer.teacher, "prompt_format": config.prompt_format},
+        "tokenizer": {
+            "class": type(hf).__name__,
+            "vocabulary": len(hf),
+            "digest": _digest(hf.backend_tokenizer.to_str()),
+            "chat_template_digest": _digest(str(hf.chat_template)) if hf.chat_template else None,
+        },
+        "decoding": {"method": "greedy", "engine": config.engine, "dtype": config.dtype}
+        | ({"server": config.openai.base_url, "model": config.openai.model} if config.engine == "openai" else {}),
+        "settings": {
+            k: v for k, v in asdict(config).items() if k not in ("cuts", "output_dir", "llm", "dtype", "engine", "openai")
+        },
+        "top_k": config.top_k,
+        "temperature": config.temperature,
+        "teacher_mib_per_million_tokens": round(config.top_k * BYTES_PER_ENTRY * 1e6 / 2**20, 1),
+        "targets": sum(c["kept"] for c in counts.values()),
+        "response_tokens": sum(c["response_tokens"] for c in counts.values()),
+        "targets_by_task_and_prompt": prompts,
+        "by_manifest": {name: {k: c[k] for k in ("kept", "response_tokens", "rejected")} for name, c in counts.items()},
+        "rejected": dict(rejected),
+        "worker_seconds": round(sum(c["seconds"] for c in counts.values()), 1),
+        "versions": {name: version(name) for name in LIBRARIES},
+    }  # fmt: skip
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()

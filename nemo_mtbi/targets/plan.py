@@ -1,0 +1,100 @@
+"""A manifest as shards: ranges of lines that workers take one at a time, found without holding the manifest in memory."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from filelock import FileLock
+from lhotse import CutSet
+from lhotse.cut import Cut
+from lhotse.serialization import deserialize_item
+from tqdm import tqdm
+
+from nemo_mtbi.data import jsonl
+from nemo_mtbi.errors import DataError
+
+
+@dataclass(frozen=True)
+class Shard:
+    """``lines`` manifest lines from byte ``offset`` of ``path``; ``digest`` is of their bytes."""
+
+    name: str
+    index: int
+    path: str
+    offset: int
+    lines: int
+    digest: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.index:06d}"
+
+    def cuts(self) -> Iterator[Cut]:
+        """
+        Raises:
+            DataError: a line is not a cut.
+        """
+        with open(self.path, "rb") as stream:
+            stream.seek(self.offset)
+            for number in range(self.lines):
+                line = stream.readline()
+                try:
+                    item = deserialize_item(json.loads(line))
+                except Exception as error:
+                    raise DataError(
+                        f"Cut {number} after byte {self.offset} of {self.path} cannot be read ({type(error).__name__}: {error})."
+                    ) from error
+                if not isinstance(item, Cut):
+                    raise DataError(f"{self.path} holds a {type(item).__name__}, not cuts.")
+                yield item
+
+
+def plan_manifest(name: str, manifest: str, folder: Path, shard_cuts: int) -> list[Shard]:
+    """Shards of a manifest; kept in ``<folder>/plan.json`` and made anew when the manifest or ``shard_cuts`` changes.
+
+    One pass over the bytes: nothing is parsed. A compressed manifest is written out to ``<folder>/input.jsonl`` first.
+    """
+    source = Path(manifest)
+    status = source.stat()
+    identity = {
+        "input": str(source.resolve()),
+        "size": status.st_size,
+        "time": status.st_mtime_ns,
+        "shard_cuts": shard_cuts,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "plan.json"
+    with FileLock(folder / "plan.lock"):
+        if file.is_file():
+            plan = json.loads(file.read_text())
+            if plan["identity"] == identity:
+                return [Shard(**s) for s in plan["shards"]]
+        lines = source
+        if not manifest.endswith(".jsonl"):
+            lines = folder / "input.jsonl"
+            CutSet.from_file(manifest).to_file(lines)
+        shards = list(_shards(name, lines, shard_cuts))
+        jsonl.write_json(file, {"identity": identity, "shards": [asdict(s) for s in shards]})
+    return shards
+
+
+def _shards(name: str, path: Path, shard_cuts: int) -> Iterator[Shard]:
+    index = begin = offset = lines = 0
+    digest = hashlib.blake2b(digest_size=12)
+    with (
+        open(path, "rb") as stream,
+        tqdm(total=path.stat().st_size, desc=f"plan ({name})", unit="B", unit_scale=True) as bar,
+    ):
+        for line in stream:
+            digest.update(line)
+            offset += len(line)
+            lines += 1
+            if lines == shard_cuts:
+                yield Shard(name, index, str(path), begin, lines, digest.hexdigest())
+                bar.update(offset - begin)
+                index, begin, lines, digest = index + 1, offset, 0, hashlib.blake2b(digest_size=12)
+        if lines:
+            yield Shard(name, index, str(path), begin, lines, digest.hexdigest())
+            bar.update(offset - begin)

@@ -1,0 +1,252 @@
+"""One unit of work: the cuts of a shard with their answers. Any number of processes may work on the same output folder."""
+
+import hashlib
+import json
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lhotse.cut import Cut
+from tqdm import tqdm
+
+from nemo_mtbi.data import jsonl
+from nemo_mtbi.data.array_storage import RawChunkyWriter
+from nemo_mtbi.data.conversation import transcript
+from nemo_mtbi.targets.answers import AnswerFile, AnswerIndex, Record
+from nemo_mtbi.targets.config import TargetsConfig
+from nemo_mtbi.targets.decoder import Answer, Request
+from nemo_mtbi.targets.draw import Job, PromptDrawer
+from nemo_mtbi.targets.engine import Engine
+from nemo_mtbi.targets.filters import Candidate, choose_filters
+from nemo_mtbi.targets.plan import Shard
+from nemo_mtbi.targets.record import TARGETS_FIELD, TEACHER_IDS_FIELD, TEACHER_LOG_PROBS_FIELD, Target
+
+CHUNK = 1024  # requests that an engine gets together
+# Settings that change how answers are come by, and not what is written.
+OPERATIONAL = ("cuts", "output_dir", "batch_size", "workers", "shard_cuts", "openai", "max_duplicates", "shar_dir",
+               "shar_audio", "shar_size")  # fmt: skip
+# Rejected without a filter: prompts that the LLM has no room for, and cuts that nothing can be asked about.
+CONTEXT, NO_TRANSCRIPT = "context", "no_transcript"
+
+
+@dataclass
+class ShardStatus:
+    """What a finished shard holds; ``digest`` is of the input lines and of everything that decides the output."""
+
+    digest: str
+    kept: int = 0
+    response_tokens: int = 0
+    seconds: float = 0.0
+    prompts: dict[str, int] = field(default_factory=dict)
+    rejected: dict[str, int] = field(default_factory=dict)
+
+
+class ShardWriter:
+    """Answers shards and writes their cuts.
+
+    Args:
+        config, drawer: what is asked.
+        engine: makes the engine when the first answer is missing.
+        index: answers of other shards and earlier runs.
+        position: line of the progress bar on the terminal.
+    """
+
+    def __init__(
+        self, config: TargetsConfig, drawer: PromptDrawer, engine: "LazyEngine", index: AnswerIndex, position: int = 0
+    ) -> None:
+        self.config, self.drawer, self.engine, self.index, self.position = config, drawer, engine, index, position
+        self.filters = choose_filters(config.filters)
+        self.folder = Path(config.output_dir)
+        settings = {k: v for k, v in asdict(config).items() if k not in OPERATIONAL}
+        tasks = [asdict(t) for t in drawer.tasks]
+        self.settings = json.dumps([settings, tasks, drawer.teacher, config.engine == "openai" and config.openai.model])
+
+    def digest(self, shard: Shard) -> str:
+        return hashlib.blake2b((shard.digest + self.settings).encode(), digest_size=12).hexdigest()
+
+    def paths(self, shard: Shard) -> dict[str, Path]:
+        stem = self.folder / "shards" / shard.name / shard.label
+        kinds = ("answers.jsonl", "cuts.jsonl", "rejected.jsonl", "json", "lock")
+        return {kind: stem.with_name(f"{shard.label}.{kind}") for kind in kinds}
+
+    def status(self, shard: Shard) -> ShardStatus | None:
+        """The status of a shard that is finished with these settings and this input; None otherwise."""
+        file = self.paths(shard)["json"]
+        if not file.is_file():
+            return None
+        status = ShardStatus(**json.loads(file.read_text()))
+        return status if status.digest == self.digest(shard) else None
+
+    def write(self, shard: Shard) -> ShardStatus:
+        """Answer what is missing, then write cuts, rejected answers and status."""
+        start, paths = time.time(), self.paths(shard)
+        cuts = list(shard.cuts())
+        with AnswerFile(paths["answers.jsonl"], self.config.top_k, self.config.temperature) as answers:
+
+            def prepared(requests: list[Request]) -> dict[str, str]:
+                self._answer(self._within_context(requests), answers, f"{shard.name} {shard.label}, preparing turns")
+                return {r.key: answers.records[r.key]["response"] for r in requests if r.key in answers.records}
+
+            values = self.drawer.prepare(cuts, shard.name, prepared)
+            jobs = [job for cut in cuts for job in self.drawer.jobs(cut, shard.name, values)]
+            requests = self._within_context([j.request for j in jobs])
+            self._answer(requests, answers, f"{shard.name} {shard.label}")
+            status = self._write(shard, cuts, jobs, answers)
+        status.seconds = round(time.time() - start, 2)
+        jsonl.write_json(paths["json"], asdict(status))
+        return status
+
+    def _within_context(self, requests: list[Request]) -> list[Request]:
+        limit = self.engine.context_tokens
+        return [r for r in requests if limit is None or len(r.prompt_ids) + r.max_new_tokens <= limit]
+
+    def _answer(self, requests: list[Request], answers: AnswerFile, title: str) -> None:
+        unique = sorted({r.key: r for r in requests}.values(), key=lambda r: (len(r.prompt_ids), r.key))
+        missing = [r.key for r in unique if not answers.has(r.key)]
+        if missing:
+            answers.copy(list(self.index.find(missing, self.config.top_k, self.config.temperature)))
+            missing = [key for key in missing if not answers.has(key)]
+        if not missing:
+            return
+        bar = tqdm(
+            total=len(missing),
+            desc=title,
+            unit="answer",
+            smoothing=0.1,
+            position=self.position,
+            leave=self.position == 0,
+        )
+        with bar:
+            # Chunks are cut from all requests: a continued run batches what is left as the first one did.
+            for begin in range(0, len(unique), CHUNK):
+                chunk = [r for r in unique[begin : begin + CHUNK] if not answers.has(r.key)]
+                if not chunk:
+                    continue
+                finished: list[tuple[Answer, str]] = []
+                engine = self.engine.get()
+                for answer in engine.generate(chunk, self.config.top_k, self.config.temperature):
+                    finished.append((answer, self.decode(answer.response_ids)))
+                    bar.update()
+                    if engine.independent:
+                        answers.add(finished)
+                        finished = []
+                if finished:
+                    answers.add(finished)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.drawer.tokenizer.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    def _write(self, shard: Shard, cuts: list[Cut], jobs: list[Job], answers: AnswerFile) -> ShardStatus:
+        by_cut: dict[str, list[Job]] = {}
+        for job in jobs:
+            by_cut.setdefault(job.cut_id, []).append(job)
+        status = ShardStatus(self.digest(shard))
+        prompts: Counter[str] = Counter()
+        rejected: Counter[str] = Counter()
+        side: list[Record] = []
+        lines: list[dict[str, Any]] = []
+        # A new file for each set of answers: an old manifest never points into rows of other answers.
+        arrays_path = self.folder / "teacher" / f"{shard.name}.{shard.label}-{status.digest[:12]}.bin"
+        for cut in cuts:
+            kept: list[Target] = []
+            if not transcript(cut):
+                rejected[NO_TRANSCRIPT] += 1
+                side.append(
+                    rejected_record(shard.name, cut.id, "", "", NO_TRANSCRIPT, "the cut has no transcript", None)
+                )
+            for job in by_cut.get(cut.id, []):
+                record = answers.records.get(job.request.key)
+                reason = self._reject(job, record)
+                if reason is not None:
+                    rejected[reason[0]] += 1
+                    side.append(rejected_record(shard.name, cut.id, job.task, job.prompt_id, *reason, record))
+                    continue
+                assert record is not None
+                begin = sum(len(t.response_ids) for t in kept) if self.config.top_k else -1
+                kept.append(self._target(job, record, begin))
+                prompts[f"{job.task}/{job.prompt_id}"] += 1
+                status.response_tokens += len(record["response_ids"])
+            status.kept += len(kept)
+            lines.append(cut.to_dict())
+            lines[-1]["custom"] = {**lines[-1].get("custom", {}), TARGETS_FIELD: [t.to_dict() for t in kept]}
+        if self.config.top_k:
+            self._write_top_k(arrays_path, cuts, lines, answers)
+        paths = self.paths(shard)
+        status.prompts, status.rejected = dict(prompts), dict(rejected)
+        jsonl.write_text(paths["rejected.jsonl"], "".join(jsonl.dumps(r) + "\n" for r in side))
+        jsonl.write_text(paths["cuts.jsonl"], "".join(jsonl.dumps(line) + "\n" for line in lines))
+        for old in arrays_path.parent.glob(f"{shard.name}.{shard.label}-*.bin"):
+            if old != arrays_path:
+                old.unlink()
+        return status
+
+    def _target(self, job: Job, record: Record, begin: int) -> Target:
+        return Target(
+            key=job.request.key, task=job.task, prompt_id=job.prompt_id, prompt=job.prompt, response=record["response"],
+            response_ids=record["response_ids"], finished=record["finished"], rendering=self.drawer.rendering,
+            teacher_begin=begin, teacher_temperature=self.config.temperature,
+        )  # fmt: skip
+
+    def _write_top_k(self, path: Path, cuts: list[Cut], lines: list[dict[str, Any]], answers: AnswerFile) -> None:
+        temporary = path.with_name(f".{path.name}")
+        with RawChunkyWriter(temporary, mode="wb") as arrays:
+            arrays.storage_path_ = str(path)
+            for cut, line in zip(cuts, lines, strict=True):
+                tops = [answers.top_k_of(t["key"]) for t in line["custom"][TARGETS_FIELD]]
+                for field_name, part in ((TEACHER_IDS_FIELD, 0), (TEACHER_LOG_PROBS_FIELD, 1)):
+                    if tops:
+                        value = np.concatenate([t[part] for t in tops])
+                        line["custom"][field_name] = arrays.store_array(f"{cut.id}-{field_name}", value).to_dict()
+        temporary.replace(path)
+
+    def _reject(self, job: Job, record: Record | None) -> tuple[str, str] | None:
+        if record is None:
+            return CONTEXT, f"prompt of {len(job.request.prompt_ids)} tokens and {job.request.max_new_tokens} new ones"
+        candidate = Candidate(
+            task=self.drawer.by_name[job.task], transcript=job.transcript, response=record["response"],
+            response_ids=record["response_ids"], finished=record["finished"], values=job.values,
+            prompt_tokens=len(job.request.prompt_ids), languages=job.languages,
+            max_total_tokens=self.config.max_total_tokens,
+        )  # fmt: skip
+        for filter_name, check in self.filters:
+            if (why := check(candidate)) is not None:
+                return filter_name, why
+        return None
+
+
+def rejected_record(
+    manifest: str, cut: str, task: str, prompt_id: str, name: str, reason: str, record: Record | None
+) -> Record:
+    """One line of ``rejected.jsonl``."""
+    return {
+        "manifest": manifest, "cut": cut, "task": task, "prompt_id": prompt_id, "filter": name, "reason": reason,
+        "response": record["response"] if record else "",
+    }  # fmt: skip
+
+
+class LazyEngine:
+    """An engine that loads its LLM only if an answer is missing."""
+
+    def __init__(self, config: TargetsConfig, drawer: PromptDrawer) -> None:
+        from transformers import AutoConfig
+
+        self.config, self.drawer = config, drawer
+        self.engine: Engine | None = None
+        self.context_tokens: int | None = getattr(
+            AutoConfig.from_pretrained(drawer.llm), "max_position_embeddings", None
+        )
+
+    def get(self) -> Engine:
+        if self.engine is None:
+            if self.config.engine == "openai":
+                from nemo_mtbi.targets.openai_engine import OpenAIEngine
+
+                self.engine = OpenAIEngine(self.config.openai, self.drawer.tokenizer.tokenizer, self.drawer.llm)
+            else:
+                from nemo_mtbi.targets.engine import HFEngine
+
+                self.engine = HFEngine(self.config.llm, self.config.dtype, self.config.batch_size)
+        return self.engine

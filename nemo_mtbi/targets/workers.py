@@ -1,0 +1,59 @@
+"""Several worker processes on one machine; with CUDA, each on a GPU of its own."""
+
+import multiprocessing.context
+import os
+import sys
+from pathlib import Path
+
+from nemo_mtbi.errors import DataError, MTBIError
+from nemo_mtbi.targets.config import TargetsConfig
+
+
+def run(config: TargetsConfig) -> dict[str, Path]:
+    """Generate targets with ``config.workers`` processes and merge; returns the written manifests by name.
+
+    Raises:
+        DataError: workers died and their shards are not finished.
+    """
+    from nemo_mtbi.targets.generate import TargetGenerator
+
+    generator = TargetGenerator(config)  # the plan and the index are made once, and errors come from one process
+    if config.workers == 1:
+        return generator.run()
+    context = worker_context()
+    processes = [context.Process(target=work, args=(config, rank), daemon=True) for rank in range(config.workers)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    codes = [p.exitcode for p in processes]
+    if any(generator.writer.status(s) is None for shards in generator.shards.values() for s in shards):
+        raise DataError(f"Workers ended with {codes} before all shards were finished. The same command continues.")
+    if any(codes):
+        print(f"Workers ended with {codes}; the others finished their shards.", file=sys.stderr)
+    return generator.merge()
+
+
+def worker_context() -> multiprocessing.context.ForkServerContext:
+    """Processes that start with everything imported (NeMo takes 10 s) and nothing computed (no threads, no CUDA)."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["nemo_mtbi.models", "nemo_mtbi.targets.generate"])
+    return context
+
+
+def work(config: TargetsConfig, rank: int) -> None:
+    """One worker process."""
+    import torch
+
+    from nemo_mtbi import models  # noqa: F401  registers the prompt formats
+    from nemo_mtbi.targets.generate import TargetGenerator
+    from nemo_mtbi.training.cpu import tune
+
+    if torch.cuda.device_count():
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+    tune(max(1, (os.cpu_count() or 1) // config.workers))
+    try:
+        TargetGenerator(config, position=rank).work()
+    except MTBIError as error:
+        print(f"\nError in worker {rank}: {error}", file=sys.stderr)
+        sys.exit(1)

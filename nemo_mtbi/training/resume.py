@@ -1,0 +1,124 @@
+"""Training that survives interruption: atomic checkpoints, SIGTERM, and a resumed run that goes on as if nothing had happened."""
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.plugins import TorchCheckpointIO
+from nemo.collections.common.data.lhotse.broadcasting import BroadcastingDataLoader
+from nemo.utils import logging
+from nemo.utils.callbacks import NeMoModelCheckpoint
+from nemo.utils.exp_manager import _flush_in_flight_batch_progress
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint under a temporary name and renames it: a file with a checkpoint's name is complete."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        if "://" in str(path):  # object stores show only complete objects
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        super().save_checkpoint(checkpoint, temporary, storage_options)
+        with open(temporary, "rb") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+
+
+class Preemption(pl.Callback):
+    """SIGTERM (as SLURM sends it before it takes the machine): finish the step, write the last checkpoint, exit with 0.
+
+    NeMo's own callback does this on GPUs only. All ranks leave together, whichever was told.
+    """
+
+    def __init__(self) -> None:
+        self.noticed = False
+        self.previous: Any = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.previous = signal.signal(signal.SIGTERM, self._notice)
+
+    def _notice(self, *_: Any) -> None:
+        self.noticed = True
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        if not trainer.strategy.reduce_boolean_decision(self.noticed, all=False):
+            return
+        callback = trainer.checkpoint_callback
+        assert isinstance(callback, NeMoModelCheckpoint)
+        _flush_in_flight_batch_progress(trainer)
+        callback._save_last_checkpoint(trainer, callback._monitor_candidates(trainer))
+        logging.warning(f"SIGTERM: stopped after step {trainer.global_step}; the same command continues from there.")
+        sys.exit(0)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.previous is not None:
+            signal.signal(signal.SIGTERM, self.previous)
+
+
+def settle_checkpoints(log_dir: Path) -> int:
+    """Bring a stage's checkpoints into the state that NeMo resumes from, after a kill at any time.
+
+    All ranks of a job may do this at once. Unfinished files go, and of several ``*last.ckpt`` (an older one is removed after
+    the newer is complete) the newest stays.
+
+    Returns:
+        The step to go on from; 0 if there is no checkpoint.
+    """
+    folder = log_dir / "checkpoints"
+    for marker in folder.glob("*-unfinished"):
+        marker.with_name(marker.name.removesuffix("-unfinished") + ".ckpt").unlink(missing_ok=True)
+        marker.unlink(missing_ok=True)
+    for partial in folder.glob(".*.ckpt.*"):
+        partial.unlink(missing_ok=True)
+    last = sorted(folder.glob("*last.ckpt"), key=step_of)
+    for older in last[:-1]:
+        older.unlink(missing_ok=True)
+    return step_of(last[-1]) if last else 0
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps of a checkpoint by its name (``...step=20...``)."""
+    match = re.search(r"step=(\d+)", checkpoint.name)
+    return int(match.group(1)) if match else 0
+
+
+class SkippingSampler:
+    """A Lhotse sampler that leaves out its first ``skip`` mini-batches: metadata is drawn, audio is not read."""
+
+    def __init__(self, sampler: Any, skip: int) -> None:
+        self.sampler, self.skip = sampler, skip
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = iter(self.sampler)
+        skip, self.skip = self.skip, 0
+        for _ in tqdm(range(skip), desc="finding the place in the data", unit="batch", disable=skip < 100):
+            next(batches)
+        yield from batches
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.sampler, name)
+
+
+def skip_batches(loader: BroadcastingDataLoader, skip: int) -> BroadcastingDataLoader:
+    """The training data loader without its first ``skip`` batches. A rank that gets its batches from another has no source."""
+    source: DataLoader | None = loader._source
+    if not skip or source is None:
+        return loader
+    loader._source = DataLoader(
+        source.dataset, sampler=SkippingSampler(source.sampler, skip), batch_size=None, num_workers=source.num_workers,
+        pin_memory=source.pin_memory,
+    )  # fmt: skip
+    return loader

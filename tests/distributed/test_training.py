@@ -1,0 +1,168 @@
+"""The training launcher on several processes (gloo) and killed at random moments, against one uninterrupted process."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from nemo_mtbi.targets.config import TargetsConfig
+from nemo_mtbi.targets.generate import TargetGenerator
+
+pytestmark = pytest.mark.distributed
+WORDS = "one two three four five six seven eight nine ten".split()
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("training")
+
+
+@pytest.fixture(scope="module")
+def manifests(root, tiny_llm):
+    """24 noise utterances with word-less transcripts and the tiny LLM's answers."""
+    import numpy as np
+    import soundfile
+
+    rng = np.random.default_rng(0)
+    cuts = []
+    for i in range(24):
+        file = root / f"{i}.wav"
+        soundfile.write(file, 0.1 * rng.standard_normal(16000 + 800 * (i % 5)), 16000)
+        recording = Recording.from_file(file)
+        text = " ".join(rng.choice(WORDS, 4))
+        supervision = SupervisionSegment(f"u{i}", recording.id, 0, recording.duration, text=text, speaker="s")
+        cuts.append(MonoCut(f"u{i}", 0, recording.duration, 0, recording=recording, supervisions=[supervision]))
+    CutSet(cuts).to_file(root / "cuts.jsonl")
+    config = TargetsConfig(
+        cuts={"train": str(root / "cuts.jsonl")}, output_dir=str(root / "targets"), llm=tiny_llm, dtype="float32",
+        prompt_format="chatml", task_names=["repeat", "about"], filters=["empty"], max_new_tokens=6,
+    )  # fmt: skip
+    return TargetGenerator(config).run()["train"]
+
+
+@pytest.fixture(scope="module")
+def overrides(manifests, tiny_llm, tiny_whisper):
+    return [
+        f"data.train_ds.input_cfg.0.cuts_path={manifests}", "data.train_ds.batch_size=4", "threads=1",
+        f"data.validation_ds.datasets.held_out.input_cfg.0.cuts_path={manifests}", "data.train_ds.use_bucketing=false",
+        f"model.pretrained_llm={tiny_llm}", f"model.pretrained_asr={tiny_whisper}", "model.llm_dtype=float32",
+        "model.perception.modality_adapter.d_model=32", "+model.perception.modality_adapter.heads=4",
+        "alignment_stage.enabled=false", f"trainer.max_steps={STEPS}", "trainer.val_check_interval=10",
+        "trainer.log_every_n_steps=1", "trainer.accelerator=cpu", "model.optimizer.lr=1e-3",
+        "exp_manager.checkpoint_callback_params.every_n_train_steps=2",
+    ]  # fmt: skip
+
+
+def command(output, overrides, *more):
+    return [sys.executable, "-m", "nemo_mtbi.examples.train", f"output_dir={output}", *overrides, *more]
+
+
+def start(output, overrides, *more):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command(output, overrides, *more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, text=True
+    )
+
+
+def train(output, overrides, *more):
+    process = start(output, overrides, *more)
+    out = process.communicate(timeout=600)[0]
+    assert process.returncode == 0, out[-4000:]
+    return load_file(output / "imitation" / "trained.safetensors")
+
+
+def curve(output, tag="loss"):
+    events = EventAccumulator(str(output / "imitation"))
+    events.Reload()
+    return [(e.step, e.value) for e in events.Scalars(tag)]
+
+
+@pytest.fixture(scope="module")
+def whole(root, overrides):
+    """One uninterrupted process; two batches a step, as two data-parallel ranks take them."""
+    return train(root / "whole", overrides, "trainer.accumulate_grad_batches=2")
+
+
+def assert_same(got, expected, tolerance):
+    assert got.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("tp2", ["trainer.devices=2", "trainer.tensor_model_parallel_size=2", "trainer.accumulate_grad_batches=2"]),
+        ("tp2dp2", ["trainer.devices=4", "trainer.tensor_model_parallel_size=2"]),
+    ],
+)
+def test_layouts_train_alike(root, overrides, whole, name, options):
+    got = train(root / name, overrides, *options)
+    assert_same(got, whole, 1e-4)
+    assert [s for s, _ in curve(root / name)]
+    for tag in ("val_kl", "val_loss"):
+        for (a, x), (b, y) in zip(curve(root / name, tag), curve(root / "whole", tag), strict=True):
+            assert a == b and x == pytest.approx(y, rel=1e-4)
+
+
+def wait_for_checkpoint(process, output):
+    """Until a checkpoint is there that was not there before, or the process has ended."""
+    folder = output / "imitation" / "checkpoints"
+    before = {f.name for f in folder.glob("*last.ckpt")}
+    while process.poll() is None and {f.name for f in folder.glob("*last.ckpt")} <= before:
+        time.sleep(0.02)
+
+
+def test_another_layout_resumes(root, overrides, whole):
+    """SIGTERM at TP 2 x DP 2; the rest on one process."""
+    output = root / "moved"
+    process = start(output, overrides, "trainer.devices=4", "trainer.tensor_model_parallel_size=2")
+    wait_for_checkpoint(process, output)
+    process.terminate()
+    out = process.communicate(timeout=600)[0]
+    assert process.returncode == 0, out[-4000:]
+    assert not (output / "imitation" / "trained.safetensors").exists()
+    assert_same(train(output, overrides, "trainer.accumulate_grad_batches=2"), whole, 1e-4)
+
+
+def interrupt(output, overrides, kills, rng, signals):
+    """Run, killed at random moments after the first step, until it ends by itself."""
+    done = 0
+    while True:
+        process = start(output, overrides, "trainer.accumulate_grad_batches=2")
+        if done < kills:
+            wait_for_checkpoint(process, output)
+            time.sleep(rng.uniform(0.0, 0.4))
+            chosen = rng.choice(signals)
+            if process.poll() is None:
+                process.send_signal(chosen)
+                done += 1
+        out = process.communicate(timeout=600)[0]
+        if (output / "imitation" / "trained.safetensors").is_file():
+            assert process.returncode == 0, out[-4000:]
+            return done
+        assert process.returncode in (0, -signal.SIGKILL), out[-4000:]
+
+
+def test_killed_and_resumed_is_uninterrupted(root, overrides, whole):
+    done = interrupt(root / "killed", overrides, 2, random.Random(0), [signal.SIGTERM, signal.SIGKILL])
+    assert done
+    assert_same(load_file(root / "killed" / "imitation" / "trained.safetensors"), whole, 0.0)
+
+
+@pytest.mark.slow
+def test_twenty_kills(root, overrides):
+    more = [*overrides, "trainer.max_steps=120", "trainer.val_check_interval=60"]
+    expected = train(root / "long", more, "trainer.accumulate_grad_batches=2")
+    done = interrupt(root / "killed20", more, 20, random.Random(1), [signal.SIGTERM, signal.SIGKILL])
+    assert done >= 15
+    assert_same(load_file(root / "killed20" / "imitation" / "trained.safetensors"), expected, 0.0)

@@ -343,10 +343,12 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
     # -- steps ----------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Dropout depends on the step and the data-parallel rank alone, so a resumed run repeats what it would have done."""
-        mesh = self.device_mesh
-        rank = self.global_rank if mesh is None else mesh["data_parallel"].get_local_rank()
-        seed_step(self.seed, self.stage, self.global_step, batch_idx % self.trainer.accumulate_grad_batches, rank)
+        """Dropout depends on the step and the place of the batch in it alone: not on the layout, nor on interruptions."""
+        group = self.data_parallel_group() if torch.distributed.is_initialized() else None
+        rank = torch.distributed.get_rank(group) if torch.distributed.is_initialized() else 0
+        ranks = torch.distributed.get_world_size(group) if torch.distributed.is_initialized() else 1
+        place = batch_idx % self.trainer.accumulate_grad_batches * ranks + rank
+        seed_step(self.seed, self.stage, self.global_step, place)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """One micro-batch. The returned loss is a *sum*; gradients are normalized in :meth:`on_before_optimizer_step`."""

@@ -113,7 +113,9 @@ def empty_llm(config: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        llm = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    llm.tie_weights()  # the context makes a parameter of its own at every place
+    return llm
 
 
 def load_shards(llm: nn.Module, folder: str | Path, device: torch.device) -> None:

@@ -11,6 +11,7 @@ from lhotse.cut import Cut
 from nemo.collections.common.prompts import PromptFormatter
 from nemo.collections.common.tokenizers import AutoTokenizer
 
+from nemo_mtbi import registration as registration  # the prompt formats
 from nemo_mtbi.data.conversation import transcript
 from nemo_mtbi.data.messages import user_message
 from nemo_mtbi.data.rendering import PromptRenderer, Spoken

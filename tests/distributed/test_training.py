@@ -56,7 +56,7 @@ def overrides(manifests, tiny_llm, tiny_whisper):
         f"data.validation_ds.datasets.held_out.input_cfg.0.cuts_path={manifests}", "data.train_ds.use_bucketing=false",
         f"model.pretrained_llm={tiny_llm}", f"model.pretrained_asr={tiny_whisper}", "model.llm_dtype=float32",
         "model.perception.modality_adapter.d_model=32", "+model.perception.modality_adapter.heads=4",
-        "alignment_stage.enabled=false", f"trainer.max_steps={STEPS}", "trainer.val_check_interval=10",
+        "alignment_stage.enabled=false", f"trainer.max_steps={STEPS}", "trainer.val_check_interval=20",
         "trainer.log_every_n_steps=1", "trainer.accelerator=cpu", "model.optimizer.lr=1e-3",
         "exp_manager.checkpoint_callback_params.every_n_train_steps=2",
     ]  # fmt: skip
@@ -102,7 +102,7 @@ def assert_same(got, expected, tolerance):
     "name, options",
     [
         ("tp2", ["trainer.devices=2", "trainer.tensor_model_parallel_size=2", "trainer.accumulate_grad_batches=2"]),
-        ("tp2dp2", ["trainer.devices=4", "trainer.tensor_model_parallel_size=2"]),
+        ("tp2dp2", ["trainer.devices=4", "trainer.tensor_model_parallel_size=2", "trainer.val_check_interval=10"]),
     ],
 )
 def test_layouts_train_alike(root, overrides, whole, name, options):

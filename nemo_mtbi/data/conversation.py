@@ -92,7 +92,8 @@ class TargetSelection:
 
     Attributes:
         tasks: sampling weight of each task; None: every task that the data holds, equally.
-        temperature: tasks are drawn with probability proportional to weight ** temperature.
+        temperature: tasks are drawn with probability proportional to weight ** temperature: among those of a cut, and by
+            passing over cuts whose tasks weigh less than the heaviest one (cuts that have a single task each).
         every_target: yield all targets at every visit instead of one (evaluation).
         seed: decides the draw together with the cut's id and the visit number.
     """
@@ -114,10 +115,24 @@ class TargetSelection:
             return [t for group in by_task.values() for t in group]
         rng = random.Random(f"{self.seed}/{cut_id}/{visit}")
         names = sorted(by_task)
-        weights = [1.0 if self.tasks is None else self.tasks[name] ** self.temperature for name in names]
+        weights = [self._weight(name) for name in names]
+        heaviest = max(map(self._weight, self.tasks)) if self.tasks else 1.0
+        if (
+            sum(weights) < heaviest
+            and random.Random(f"{self.seed}/{cut_id}/{visit}/pass").random() >= sum(weights) / heaviest
+        ):
+            return []
         wordings = by_task[rng.choices(names, weights)[0]]
         order = random.Random(f"{self.seed}/{cut_id}").sample(range(len(wordings)), len(wordings))
         return [wordings[order[visit % len(order)]]]
+
+    def has_any(self, cut: Cut) -> bool:
+        """Whether a cut has a target of these tasks at all."""
+        targets = (cut.custom or {}).get(TARGETS_FIELD, [])
+        return any(self.tasks is None or self.tasks.get(t["task"], 0) > 0 for t in targets)
+
+    def _weight(self, task: str) -> float:
+        return 1.0 if self.tasks is None else self.tasks[task] ** self.temperature
 
 
 class ConversationIterator:
@@ -136,12 +151,11 @@ class ConversationIterator:
 
     def __iter__(self) -> Iterator[MTBIConversation]:
         for visit in itertools.count(self.first_visit):
-            yielded = False
+            usable = False
             for cut in self.cuts:
-                for conversation in self.conversations(cut, visit):
-                    yielded = True
-                    yield conversation
-            if not yielded:
+                usable = usable or self.every_cut or self.selection.has_any(cut)
+                yield from self.conversations(cut, visit)
+            if not usable:
                 raise DataError(
                     "No cut has a target for the requested tasks "
                     f"({'all' if self.selection.tasks is None else ', '.join(self.selection.tasks)}). "

@@ -5,6 +5,7 @@ embedding by ``VocabParallelEmbedding``, its output layer by the matching rows. 
 objective (:mod:`nemo_mtbi.losses.imitation`) takes them so. No NeMo import in here.
 """
 
+import copy
 import fnmatch
 import json
 import logging
@@ -24,6 +25,12 @@ from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.losses.vocabulary import VocabularyShard
 
 COLUMN, ROW = "colwise", "rowwise"
+FUSED = {
+    ("qkv_proj", "colwise_gather_output"): COLUMN,
+    ("gate_up_proj", "colwise_gather_output"): COLUMN,
+    ("o_proj", "rowwise_split_input"): ROW,
+    ("down_proj", "rowwise_split_input"): ROW,
+}
 REPLICATED = ("replicated_with_grad_allreduce", "replicated", "colwise_gather_output", "rowwise_split_input")
 
 
@@ -196,6 +203,8 @@ def shard_llm(llm: Any) -> VocabularyShard:
         if not isinstance(module, nn.Linear) or name == "lm_head":
             continue
         style = next((s for pattern, s in plan.items() if fnmatch.fnmatchcase(name, pattern)), None)
+        # Transformers keeps fused projections whole, because a plain cut would mix their blocks; ours keeps them apart.
+        style = FUSED.get((name.rpartition(".")[2], style), style)
         if style in (COLUMN, ROW):
             parent, _, leaf = name.rpartition(".")
             setattr(llm.get_submodule(parent), leaf, _shard_linear(module, style, leaf, llm.config, config, rank, size))
@@ -203,34 +212,43 @@ def shard_llm(llm: Any) -> VocabularyShard:
             logging.getLogger(__name__).warning(
                 "%s has no tensor-parallel plan (%s): replicated on every rank", name, style
             )
-    for module in llm.modules():
-        if hasattr(module, "num_key_value_groups"):
-            kv = llm.config.num_key_value_heads
-            module.num_key_value_groups = (llm.config.num_attention_heads // size) // max(1, kv // size)
+    _local_heads(llm, size)
     return _shard_vocabulary(llm, config, group, rank, size)
 
 
 @dataclass(frozen=True)
 class Part:
-    """The part of a whole weight that a rank holds: ``size`` entries of dimension ``dim`` from ``begin``, then zeros.
+    """The part of a whole weight that a rank holds: ranges of dimension ``dim``, then zeros up to ``size`` entries.
 
     Kept on the parameter as ``tensor_part``, so that it can be read from a checkpoint without the rest.
     """
 
     dim: int
-    begin: int
+    ranges: tuple[tuple[int, int], ...]
     size: int
+
+    @staticmethod
+    def of_blocks(dim: int, blocks: list[int], parts: list[tuple[int, int]]) -> "Part":
+        """Of a weight made of ``blocks`` one after another, of each the share ``(index, of how many)``."""
+        ranges, begin = [], 0
+        for block, (index, count) in zip(blocks, parts, strict=True):
+            share = block // count
+            ranges.append((begin + index * share, begin + (index + 1) * share))
+            begin += block
+        return Part(dim, tuple(ranges), sum(e - b for b, e in ranges))
 
     def of(self, whole: Any, length: int) -> Tensor:
         """The part of a tensor, or of a slice of a safetensors file, whose dimension ``dim`` is ``length`` long."""
-        end = min(self.begin + self.size, length)
-        begin = min(self.begin, end)
-        part = whole[begin:end] if self.dim == 0 else whole[:, begin:end]
-        if end - begin == self.size:
-            return part.clone()
-        shape = list(part.shape)
-        shape[self.dim] = self.size - (end - begin)
-        return torch.cat([part, part.new_zeros(shape)], self.dim)
+        pieces = []
+        for begin, end in self.ranges:
+            begin, end = min(begin, length), min(end, length)
+            pieces.append(whole[begin:end] if self.dim == 0 else whole[:, begin:end])
+        missing = self.size - sum(p.shape[self.dim] for p in pieces)
+        if missing:
+            shape = list(pieces[0].shape)
+            shape[self.dim] = missing
+            pieces.append(pieces[0].new_zeros(shape))
+        return torch.cat(pieces, self.dim)
 
     def parameter(self, whole: Tensor) -> nn.Parameter:
         """This part of a loaded (or not yet loaded, ``meta``) parameter."""
@@ -244,20 +262,15 @@ def _shard_linear(
 ) -> nn.Module:
     bias = module.bias
     if style == COLUMN:
-        kv = getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads
-        # Fewer key/value heads than ranks: each head is kept on several ranks.
-        parts, index = (kv, rank // (size // kv)) if leaf in ("k_proj", "v_proj") and kv < size else (size, rank)
-        rows = module.out_features // parts
-        part = Part(0, index * rows, rows)
+        part = _column_part(module, leaf, hf, rank, size)
         new: Any = ColumnLinear(
-            module.in_features, rows * size, config=config, init_method=lambda _: None, bias=bias is not None,
+            module.in_features, part.size * size, config=config, init_method=lambda _: None, bias=bias is not None,
             gather_output=False,
         )  # fmt: skip
         if bias is not None:
             new.bias = part.parameter(bias)
     else:
-        columns = module.in_features // size
-        part = Part(1, rank * columns, columns)
+        part = Part.of_blocks(1, [module.in_features], [(rank, size)])
         new = RowLinear(
             module.in_features, module.out_features, config=config, init_method=lambda _: None, bias=bias is not None,
             input_is_parallel=True, skip_bias_add=False,
@@ -268,13 +281,40 @@ def _shard_linear(
     return new
 
 
+def _column_part(module: nn.Linear, leaf: str, hf: Any, rank: int, size: int) -> Part:
+    """Rows of a column-parallel layer; fused ones are cut block by block."""
+    heads = hf.num_attention_heads
+    kv = getattr(hf, "num_key_value_heads", None) or heads
+    # Fewer key/value heads than ranks: each head is kept on several ranks.
+    own, key_value = (rank, size), ((rank, size) if kv >= size else (rank // (size // kv), kv))
+    if leaf == "qkv_proj":
+        head = module.out_features // (heads + 2 * kv)
+        return Part.of_blocks(0, [heads * head, kv * head, kv * head], [own, key_value, key_value])
+    if leaf == "gate_up_proj":
+        return Part.of_blocks(0, [module.out_features // 2] * 2, [own, own])
+    return Part.of_blocks(0, [module.out_features], [key_value if leaf in ("k_proj", "v_proj") else own])
+
+
+def _local_heads(llm: Any, size: int) -> None:
+    """Tell attention modules how many heads they hold now."""
+    heads, kv = llm.config.num_attention_heads, getattr(llm.config, "num_key_value_heads", None)
+    local = copy.copy(llm.config)
+    local.num_attention_heads = heads // size
+    local.num_key_value_heads = max(1, (kv or heads) // size)
+    for module in llm.modules():
+        if hasattr(module, "num_key_value_groups"):
+            module.num_key_value_groups = local.num_attention_heads // local.num_key_value_heads
+            if hasattr(module, "qkv_proj"):  # it cuts the fused projection by these
+                module.config, module.num_key_value_heads = local, local.num_key_value_heads
+
+
 def _shard_vocabulary(llm: Any, config: ModelParallelConfig, group: Any, rank: int, size: int) -> VocabularyShard:
     embedding, head = llm.get_input_embeddings(), llm.get_output_embeddings()
     vocabulary = embedding.weight.shape[0]
     rows = math.ceil(vocabulary / size)
     shard = VocabularyShard(rank * rows, max(0, min(rows, vocabulary - rank * rows)), group)
 
-    part = Part(0, rank * rows, rows)
+    part = Part(0, ((rank * rows, (rank + 1) * rows),), rows)
     new = ScaledVocabParallelEmbedding(
         rows * size, embedding.weight.shape[1], init_method=lambda _: None, config=config,
         scale=float(getattr(embedding, "embed_scale", 1.0)),

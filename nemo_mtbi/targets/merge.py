@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -120,13 +121,19 @@ def _replacing(path: Path) -> Iterator[TextIO]:
 
 
 def write_shar(manifest: Path, folder: Path, config: TargetsConfig) -> None:
-    """Lhotse Shar with audio, targets and the teacher's top-k, for training on a cluster. Cuts without targets stay out."""
+    """Lhotse Shar with audio, targets and the teacher's top-k, for training on a cluster. Cuts without targets stay out.
+
+    A recording that cannot be read is left out with a warning. The folder takes its name when it is complete.
+    """
     cuts = CutSet.from_file(manifest).filter(lambda cut: bool(cut.custom[TARGETS_FIELD]))
     fields = {"recording": config.shar_audio}
     if config.top_k:
         fields |= {TEACHER_IDS_FIELD: "numpy", TEACHER_LOG_PROBS_FIELD: "numpy"}
-    folder.mkdir(parents=True, exist_ok=True)
-    cuts.to_shar(folder, fields, shard_size=config.shar_size, verbose=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary.mkdir(parents=True)
+    cuts.to_shar(temporary, fields, shard_size=config.shar_size, verbose=True, fault_tolerant=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.replace(folder)
 
 
 def run_manifest(config: TargetsConfig, drawer: PromptDrawer, counts: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from nemo_mtbi.models.encoder import connector_of, require_fixed_features
 from nemo_mtbi.models.mtbi_salm import MTBISALM, container
 from nemo_mtbi.parallel.strategy import TensorParallelStrategy
 from nemo_mtbi.pretrained.offline import resolve_pretrained
+from nemo_mtbi.training.accelerators import fused_optimizer
 from nemo_mtbi.training.resume import AtomicCheckpointIO, Preemption, settle_checkpoints, skip_batches
 from nemo_mtbi.training.run_directory import ALIGNMENT, IMITATION, UNTRAINED, RunDirectory
 
@@ -75,7 +76,7 @@ def run_stage(cfg: DictConfig, model: MTBISALM, run: RunDirectory, name: str) ->
     stage = stage_config(cfg, name)
     model.stage = name
     with open_dict(model.cfg):
-        model.cfg.optimizer, model.cfg.lr_scheduler = stage.optimizer, stage.lr_scheduler
+        model.cfg.optimizer, model.cfg.lr_scheduler = fused_optimizer(stage.optimizer), stage.lr_scheduler
     step = settle_checkpoints(Path(stage.exp_manager.explicit_log_dir))
     trainer = build_trainer(stage.trainer, name)
     exp_manager(trainer, stage.exp_manager)

@@ -5,10 +5,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -18,7 +24,7 @@ from transformers import (
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.losses.imitation import ImitationObjective, imitation_loss
 from nemo_mtbi.modules.language_model import hidden_states, output_head
-from nemo_mtbi.parallel.sharding import check_divisible, initialize, shard_llm
+from nemo_mtbi.parallel.sharding import check_divisible, empty_llm, initialize, load_shards, shard_llm
 
 pytestmark = [pytest.mark.distributed, pytest.mark.parity]
 V = 131  # no multiple of 2 or 4: padded
@@ -30,6 +36,7 @@ MODELS = {
     "llama": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": False}),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"tie_word_embeddings": False}),
+    "phi3": (Phi3ForCausalLM, Phi3Config, {"tie_word_embeddings": False}),
     "gemma2": (Gemma2ForCausalLM, Gemma2Config, {"final_logit_softcapping": 20.0, "query_pre_attn_scalar": 8}),
 }
 
@@ -94,3 +101,42 @@ def test_sizes_that_do_not_divide_are_named():
     check_divisible(config, 3)
     with pytest.raises(ConfigError, match=r"9 attention heads, 3 key/value heads.*Sizes that do: 1, 3"):
         check_divisible(config, 2)
+
+
+def generate(llm, tokenizer, **options):
+    prompt = "<|im_start|>user\nName three fruits.<|im_end|>\n<|im_start|>assistant\n"
+    ids = tokenizer(prompt, return_tensors="pt")
+    out = llm.generate(**ids, max_new_tokens=16, pad_token_id=2, **options)
+    return tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
+
+
+def smollm2_worker(rank, size, port, folder, results):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    initialize(size)
+    llm = empty_llm(AutoConfig.from_pretrained(folder), torch.float32)
+    llm.generation_config = GenerationConfig.from_pretrained(folder)
+    shard_llm(llm)
+    load_shards(llm, folder, torch.device("cpu"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    held = sum(p.numel() for p in llm.parameters())
+    results[rank] = (
+        generate(llm, tokenizer, do_sample=False),
+        generate(llm, tokenizer, do_sample=False, num_beams=3),
+        held,
+    )
+    dist.destroy_process_group()
+
+
+def test_smollm2_read_shard_by_shard_on_three_ranks_says_the_same(smollm2):
+    """The real model, from its files: greedy and beam search, and each rank's share of the parameters."""
+    llm = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    expected = (generate(llm, tokenizer, do_sample=False), generate(llm, tokenizer, do_sample=False, num_beams=3))
+    count = sum(p.numel() for p in llm.parameters())
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(smollm2_worker, (3, 29533, smollm2, results), nprocs=3)
+        for greedy, beam, held in results.values():
+            assert (greedy, beam) == expected
+            assert held <= count * (1 / 3 + 0.05)

@@ -21,6 +21,8 @@ from nemo_mtbi.data.sources import utterance_cut
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.losses.alignment import ctc_loss, word_alignment_loss
 from nemo_mtbi.models.encoder import FrozenEncoder
+from nemo_mtbi.targets.config import TargetsConfig
+from nemo_mtbi.targets.generate import TargetGenerator
 from nemo_mtbi.targets.record import Target
 
 pytestmark = pytest.mark.unit
@@ -54,6 +56,15 @@ def test_every_visit_brings_another_wording_and_the_seed_decides():
     )
     assert len(TargetSelection(every_target=True).select("c", TARGETS, 0)) == 12
     assert TargetSelection({"sing": 1.0}).select("c", TARGETS, 0) == []
+
+
+def test_task_weights_hold_across_cuts_with_one_task_each():
+    selection = TargetSelection({"repeat": 4.0, "about": 1.0})
+    counts: Counter[str] = Counter()
+    for cut in range(200):
+        own = [t for t in TARGETS if t.task == ("repeat" if cut % 2 else "about")]
+        counts.update(t.task for visit in range(10) for t in selection.select(f"c{cut}", own, visit))
+    assert counts["repeat"] == 1000 and counts["repeat"] / counts["about"] == pytest.approx(4.0, rel=0.2)
 
 
 @pytest.fixture
@@ -91,6 +102,30 @@ def test_same_cut_with_several_targets_in_one_batch(manifest, smollm2):
     dataset = MTBIDataset(AutoTokenizer(smollm2, use_fast=True), "chatml")
     batch = dataset[CutSet(conversations(manifest, every_target=True))]
     assert len(batch["examples"]) == 6 == batch["audios"].shape[0]
+
+
+def test_targets_as_shar_give_the_same_batches(manifest, tiny_llm, tmp_path):
+    """Audio, targets and the teacher's top-k from Lhotse Shar as from the manifest; a broken recording stays out."""
+    config = TargetsConfig(
+        cuts={"train": str(manifest)}, output_dir=str(tmp_path / "targets"), llm=tiny_llm, dtype="float32",
+        prompt_format="chatml", task_names=["repeat", "about"], filters=["empty"], max_new_tokens=6, top_k=4,
+        shar_dir=str(tmp_path / "shar"), shar_size=2,
+    )  # fmt: skip
+    (tmp_path / "1.wav").write_text("no audio")
+    written = TargetGenerator(config).run()["train"]
+
+    def batch(**source):
+        entry = {"every_target": True, "audio_locator_tag": "<|audio|>", "force_finite": True, **source}
+        items = list(read_mtbi(OmegaConf.create(entry))[0])
+        dataset = MTBIDataset(AutoTokenizer(tiny_llm, use_fast=True), "chatml", teacher_temperature=1.0)
+        return dataset[CutSet(sorted(items, key=lambda c: c.id))]
+
+    from_manifest, from_shar = batch(cuts_path=str(written)), batch(shar_path=str(tmp_path / "shar" / "train"))
+    assert [e.id for e in from_shar["examples"]] == [e.id for e in from_manifest["examples"]]
+    assert len(from_shar["examples"]) == 4
+    for key in ("audio_lens", "teacher_ids", "teacher_log_probs"):
+        assert torch.equal(from_shar[key], from_manifest[key]), key
+    assert torch.allclose(from_shar["audios"], from_manifest["audios"], atol=1e-4)
 
 
 def encoder_config(tiny_config, **perception):
@@ -218,3 +253,21 @@ def test_alignment_losses():
     whole = float(word_alignment_loss(torch.zeros(6, 8), text, 0.5))
     parts = sum(float(word_alignment_loss(torch.zeros(3, 8), t, 0.5)) for t in text.split(3))
     assert whole == pytest.approx(parts) == pytest.approx(float(text.square().mean(-1).sum()) / 0.5)
+
+
+def test_another_apex_is_not_taken_for_nvidias(tmp_path, monkeypatch):
+    from nemo_mtbi.training.accelerators import fused_optimizer, nvidia_apex
+
+    nvidia_apex.cache_clear()
+    assert not nvidia_apex()
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    nvidia_apex.cache_clear()
+    assert not nvidia_apex()
+    (tmp_path / "amp_C.py").write_text("")
+    nvidia_apex.cache_clear()
+    assert nvidia_apex()
+    nvidia_apex.cache_clear()
+    adam = OmegaConf.create({"_target_": "torch.optim.AdamW", "lr": 1.0})
+    assert fused_optimizer(adam) == adam  # no CUDA here

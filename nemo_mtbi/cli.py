@@ -1,0 +1,66 @@
+"""``mtbi COMMAND [key=value ...]``: the launchers under one name. Nothing heavy is imported before a launcher needs it."""
+
+import importlib
+import sys
+from pathlib import Path
+
+from nemo_mtbi.version import __version__
+
+CONF = Path(__file__).parent / "conf"
+# command: (launcher module, its YAML, what it does)
+COMMANDS = {
+    "prepare": ("prepare_data", "prepare", "speech or sentences to Lhotse cuts with word times"),
+    "cache": ("cache_features", "cache_features", "run the frozen encoder once over all cuts"),
+    "targets": ("generate_targets", "targets", "let the text LLM answer task prompts on the transcripts"),
+    "inspect": ("inspect_targets", "inspect", "show transcripts, word times, prompts and answers"),
+    "train": ("train", "train", "align the connector, then imitate the text LLM"),
+    "evaluate": ("evaluate", "evaluate", "compare a run with the text LLM and the cascade"),
+    "export": ("export", "export", "write a .nemo file and a Hugging Face directory"),
+    "generate": ("generate", "generate", "ask a model about recordings"),
+    "quickstart": ("quickstart", "quickstart", "all of the above on this machine, offline"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code: 0, 1 after a message, 2 for an unknown command, 130 after Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    if command in ("-V", "--version"):
+        print(f"nemo_mtbi {__version__}")
+        return 0
+    if command not in COMMANDS:
+        print(f"Error: unknown command {command!r}. Commands: {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    module, config, _ = COMMANDS[command]
+    if any(a in ("-h", "--help") for a in rest):
+        print(command_help(command, config))
+        return 0
+    sys.argv = [f"mtbi {command}", *rest]
+    try:
+        importlib.import_module(f"nemo_mtbi.examples.{module}").main()
+    except KeyboardInterrupt:
+        print("\nStopped. The same command continues.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def usage() -> str:
+    """All commands, on one screen."""
+    lines = [f"  {name:12s}{text}" for name, (_, _, text) in COMMANDS.items()]
+    return "\n".join([
+        "usage: mtbi COMMAND [key=value ...]", "", *lines, "",
+        "mtbi COMMAND --help   what it takes", "mtbi COMMAND --cfg job   all values, with yours filled in",
+    ])  # fmt: skip
+
+
+def command_help(command: str, config: str) -> str:
+    """The YAML of a command, as it is: its comments say what the keys mean."""
+    text = (CONF / f"{config}.yaml").read_text(encoding="utf-8").rstrip()
+    return f"mtbi {command} [key=value ...]   ({COMMANDS[command][2]})\nKeys, as in {CONF / config}.yaml:\n\n{text}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -13,7 +13,7 @@ class OpenAIConfig:
 
     Attributes:
         base_url: of the server, up to and including ``/v1``.
-        model: its name on the server.
+        model: its name on the server, if that is not ``llm``.
         concurrency: requests in flight.
         max_retries: of a request, with the client's exponential back-off; a server's ``Retry-After`` is obeyed.
         timeout_seconds: of one request.
@@ -23,7 +23,7 @@ class OpenAIConfig:
     """
 
     base_url: str = "http://127.0.0.1:8000/v1"
-    model: str = MISSING
+    model: str | None = None
     concurrency: int = 16
     max_retries: int = 6
     timeout_seconds: float = 300.0

@@ -35,7 +35,8 @@ class OpenAIEngine:
             import openai
         except ImportError as error:
             raise ConfigError("engine=openai needs the client: pip install 'nemo-mtbi[targets]'.") from error
-        self.config, self.tokenizer, self.errors = config, tokenizer, openai
+        assert config.model is not None
+        self.config, self.model, self.tokenizer, self.errors = config, config.model, tokenizer, openai
         self.client = openai.OpenAI(
             base_url=config.base_url,
             api_key=os.environ.get(config.api_key_variable, "none"),
@@ -74,10 +75,10 @@ class OpenAIEngine:
     def _answer(self, request: Request) -> Answer:
         self._wait_for_turn()
         e = self.errors
-        where = f"{self.config.base_url} (model {self.config.model})"
+        where = f"{self.config.base_url} (model {self.model})"
         try:
             reply = self.client.completions.create(
-                model=self.config.model,
+                model=self.model,
                 prompt=request.prompt_ids if self.config.send_token_ids else self._text(request.prompt_ids),
                 max_tokens=request.max_new_tokens,
                 temperature=0.0,

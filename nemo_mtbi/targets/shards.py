@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -244,7 +244,8 @@ class LazyEngine:
             if self.config.engine == "openai":
                 from nemo_mtbi.targets.openai_engine import OpenAIEngine
 
-                self.engine = OpenAIEngine(self.config.openai, self.drawer.tokenizer.tokenizer, self.drawer.llm)
+                server = replace(self.config.openai, model=self.config.openai.model or self.config.llm)
+                self.engine = OpenAIEngine(server, self.drawer.tokenizer.tokenizer, self.drawer.llm)
             else:
                 from nemo_mtbi.targets.engine import HFEngine
 

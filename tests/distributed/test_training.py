@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
@@ -132,6 +133,17 @@ def test_another_layout_resumes(root, overrides, whole):
     assert process.returncode == 0, out[-4000:]
     assert not (output / "imitation" / "trained.safetensors").exists()
     assert_same(train(output, overrides, "trainer.accumulate_grad_batches=2"), whole, 1e-4)
+
+
+def test_a_rank_that_dies_ends_the_job(root, overrides):
+    output = root / "dead_rank"
+    process = start(output, overrides, "trainer.devices=2", "trainer.tensor_model_parallel_size=2")
+    wait_for_checkpoint(process, output)
+    ranks = [c for c in psutil.Process(process.pid).children() if "nemo_mtbi.examples.train" in " ".join(c.cmdline())]
+    assert len(ranks) == 1
+    ranks[0].kill()
+    out = process.communicate(timeout=120)[0]
+    assert process.returncode != 0, out[-2000:]
 
 
 def interrupt(output, overrides, kills, rng, signals):

@@ -204,7 +204,8 @@ def shard_llm(llm: Any) -> VocabularyShard:
             continue
         style = next((s for pattern, s in plan.items() if fnmatch.fnmatchcase(name, pattern)), None)
         # Transformers keeps fused projections whole, because a plain cut would mix their blocks; ours keeps them apart.
-        style = FUSED.get((name.rpartition(".")[2], style), style)
+        if style is not None:
+            style = FUSED.get((name.rpartition(".")[2], style), style)
         if style in (COLUMN, ROW):
             parent, _, leaf = name.rpartition(".")
             setattr(llm.get_submodule(parent), leaf, _shard_linear(module, style, leaf, llm.config, config, rank, size))

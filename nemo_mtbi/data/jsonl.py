@@ -1,10 +1,13 @@
 """Line-oriented result files that survive a crash: every line is complete or absent."""
 
+import errno
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from nemo_mtbi.errors import DataError
 
 
 def repair(path: Path) -> None:
@@ -35,8 +38,11 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
     """Lines of a file as dictionaries; nothing if it does not exist."""
     if path.exists():
         with open(path, encoding="utf-8") as stream:
-            for line in stream:
-                yield json.loads(line)
+            for number, line in enumerate(stream, 1):
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise DataError(f"{path}, line {number} is no JSON ({error}). Remove that line.") from error
 
 
 class Appender:
@@ -48,7 +54,9 @@ class Appender:
         self.file = open(path, "ab", buffering=0)
 
     def write(self, record: dict[str, Any]) -> None:
-        self.file.write((dumps(record) + "\n").encode())
+        line = (dumps(record) + "\n").encode()
+        if self.file.write(line) != len(line):  # a full disk may take a part without an error
+            raise OSError(errno.ENOSPC, "only a part of a line could be written", self.file.name)
 
     def __enter__(self) -> "Appender":
         return self

@@ -49,6 +49,7 @@ from nemo_mtbi.modules.language_model import (
     teacher_hidden_states,
 )
 from nemo_mtbi.parallel.sharding import empty_llm, load_shards, shard_llm
+from nemo_mtbi.parallel.strategy import TensorParallelStrategy
 from nemo_mtbi.pretrained.fingerprint import fingerprint
 from nemo_mtbi.pretrained.offline import resolve_pretrained
 
@@ -115,7 +116,9 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         self.tokenizer.add_special_tokens({"additional_special_tokens": [self.audio_locator_tag]})
         self.llm_path, llm_dtype = llm_path, getattr(torch, config.llm_dtype)
         if config.tensor_model_parallel_size > 1:  # read in configure_model, when the ranks know each other
-            self.llm = empty_llm(AutoConfig.from_pretrained(llm_path), llm_dtype)
+            self.llm = empty_llm(
+                AutoConfig.from_pretrained(llm_path, trust_remote_code=config.trust_remote_code), llm_dtype
+            )
         else:
             self.llm = load_pretrained_hf(llm_path, config.pretrained_weights, llm_dtype, config.trust_remote_code)
         self.embed_tokens = self.llm.model.embed_tokens
@@ -143,6 +146,12 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         self.register_load_state_dict_post_hook(lambda module, _: module.bind_connector())
         # Now rather than with the optimizer, so that evaluation tools see it too.
         freeze(self.named_parameters(), config)
+        trained = [n for n, p in self.named_parameters() if p.requires_grad and n.startswith(("llm.", "embed_tokens."))]
+        if trained and config.tensor_model_parallel_size > 1:
+            raise ConfigError(
+                f"model.freeze_params leaves {trained[0]} trainable; with trainer.tensor_model_parallel_size > 1 the LLM must "
+                "be frozen."
+            )
         frozen_llm = all("lora_" in n or not p.requires_grad for n, p in self.llm.named_parameters())
         if not (frozen_llm and is_frozen(self.embed_tokens)) and config.imitation.teacher == "online":
             raise ConfigError(
@@ -403,6 +412,8 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         for parameter in parameters:
             parameter.grad *= scale.to(parameter.grad.dtype)
+        if isinstance(self.trainer.strategy, TensorParallelStrategy):
+            self.trainer.strategy.equalize_gradients(parameters)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         self.log("gradient_norm", norm, on_step=True, batch_size=1)
         if not torch.isfinite(norm):
@@ -422,11 +433,13 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         return None if mesh is None else mesh["data_parallel"].get_group()
 
     def on_validation_epoch_start(self) -> None:
+        # Every data set from the start: a rank whose batches were all unreadable must take part in the sums too.
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(4, dtype=torch.float64))
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Sums over response tokens of pure speech (no interleaving), so that epoch means weigh every token alike."""
         for name, dataset_batch in batch.items():
+            self._sums[name] += 0.0
             if dataset_batch is None:
                 continue
             if self.stage == "alignment":

@@ -303,7 +303,8 @@ def _local_heads(llm: Any, size: int) -> None:
     local.num_attention_heads = heads // size
     local.num_key_value_heads = max(1, (kv or heads) // size)
     for module in llm.modules():
-        if hasattr(module, "num_key_value_groups"):
+        projection = getattr(module, "q_proj", getattr(module, "qkv_proj", None))
+        if hasattr(module, "num_key_value_groups") and isinstance(projection, ColumnLinear):
             module.num_key_value_groups = local.num_attention_heads // local.num_key_value_heads
             if hasattr(module, "qkv_proj"):  # it cuts the fused projection by these
                 module.config, module.num_key_value_heads = local, local.num_key_value_heads

@@ -4,7 +4,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
 SAMPLE_BYTES, SAMPLES = 1 << 16, 64
 
@@ -14,14 +14,13 @@ def fingerprint(path: str | Path) -> str:
 
     Files up to 4 MiB are read whole; of larger ones 64 blocks of 64 KiB, so a 70B model takes a second. A changed
     tensor that lies between the samples goes unnoticed; a different model, revision or export does not.
-    A hub name stands for its snapshot in the local cache; where there is none, the name is hashed.
+    Of a hub name the revision is hashed, which does not depend on the files that are in the cache so far; without cache and
+    network, the name.
     """
     root = Path(path)
     if not root.exists():
-        cached = try_to_load_from_cache(str(path), "config.json")
-        if not isinstance(cached, str):
-            return hashlib.blake2b(str(path).encode(), digest_size=16).hexdigest()
-        root = Path(cached).parent
+        identity = f"{path}@{_revision(str(path))}"
+        return hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
     files = (
         [root] if root.is_file() else sorted(f for f in root.iterdir() if f.suffix in (".safetensors", ".json", ".bin"))
     )
@@ -37,3 +36,14 @@ def fingerprint(path: str | Path) -> str:
                 stream.seek(index * (size - SAMPLE_BYTES) // (SAMPLES - 1), os.SEEK_SET)
                 digest.update(stream.read(SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def _revision(name: str) -> str:
+    """Commit of a hub name's snapshot in the cache, fetched if there is none; empty without a network."""
+    cached = try_to_load_from_cache(name, "config.json")
+    if not isinstance(cached, str):
+        try:
+            cached = hf_hub_download(name, "config.json")
+        except Exception:  # no such name, no network: loading the model says so
+            return ""
+    return Path(cached).parent.name

@@ -1,8 +1,8 @@
 """Answers on disk, by content key: one append-only file a shard, and an index over all of them.
 
-A line of ``<shard>.answers.jsonl`` is ``{"answers": [record, ...]}``, written at once: complete or absent. Engines whose
-answers depend on their company in a batch (bfloat16, and the last bit of float32) write whole chunks of a fixed composition, so
-that a killed and continued run computes what an uninterrupted one computes, to the last bit.
+A line of ``<shard>.answers.jsonl`` is ``{"run": id, "answers": [record, ...]}``, written at once: complete or absent. Engines
+whose answers depend on their company in a batch (bfloat16, and the last bit of float32) write whole chunks of a fixed
+composition, so that a killed and continued run computes what an uninterrupted one computes, to the last bit.
 """
 
 import json
@@ -22,10 +22,10 @@ Record = dict[str, Any]
 
 
 class AnswerFile:
-    """Answers of one shard; open while a worker holds the shard."""
+    """Answers of one shard; open while a worker holds the shard. ``run`` identifies input and settings of the run."""
 
-    def __init__(self, path: Path, top_k: int, temperature: float) -> None:
-        self.path, self.top_k, self.temperature = path, top_k, temperature
+    def __init__(self, path: Path, top_k: int, temperature: float, run: str) -> None:
+        self.path, self.top_k, self.temperature, self.run = path, top_k, temperature, run
         self.arrays_path = path.with_suffix(".bin")
         self.records: dict[str, Record] = {}
         self.appender = jsonl.Appender(path)  # repairs an incomplete last line
@@ -45,10 +45,15 @@ class AnswerFile:
     def copy(self, records: list[tuple[Record, Path]]) -> None:
         """Append records of another answer file, top-k included."""
         copied = []
-        for record, folder in records:
-            record = dict(record)
-            if self.arrays is not None:
-                record["teacher"] = [self.arrays.write("", array) for array in load_top_k(record, folder)]
+        for source, folder in records:
+            record = source
+            record = {k: v for k, v in record.items() if k not in ("top_k", "arrays", "teacher")} | {
+                "top_k": record.get("top_k")
+            }
+            if self.arrays is None:
+                del record["top_k"]  # its arrays stay where they are
+            else:
+                record["teacher"] = [self.arrays.write("", array) for array in load_top_k(source, folder)]
                 record["arrays"] = self.arrays_path.name
             copied.append(record)
         if copied:
@@ -61,7 +66,7 @@ class AnswerFile:
     def _append(self, records: list[Record]) -> None:
         if self.arrays is not None:
             self.arrays.flush()
-        self.appender.write({"answers": records})
+        self.appender.write({"run": self.run, "answers": records})
         self.records.update((r["key"], r) for r in records)
 
     def _record(self, answer: Answer, text: str) -> Record:
@@ -100,23 +105,26 @@ class AnswerIndex:
     """Where the answer to a key is, over all shards of an output folder; finds answers again when cuts move between shards.
 
     An SQLite file that one process at a time brings up to date (only bytes that it has not seen) and any number read.
+    Answers of the own run are left out: whether another shard is ahead must not change what a batch is made of.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, run: str) -> None:
+        self.folder, self.run = folder, run
         self._read: tuple[str, int, dict[str, Record]] | None = None  # the last line: neighbours are asked for together
         files = [f for f in sorted(folder.glob("*/*.answers.jsonl")) if f.stat().st_size]
         self.connection: sqlite3.Connection | None = None
         if not files:
             return
         with FileLock(folder / "index.lock"):
-            self.connection = sqlite3.connect(folder / "index.sqlite")
+            self.connection = sqlite3.connect(folder / "index.sqlite", timeout=3600)
             self.connection.execute("create table if not exists files (path text primary key, size integer)")
-            self.connection.execute("create table if not exists answers (key text, path text, offset integer)")
+            self.connection.execute(
+                "create table if not exists answers (key text, path text, offset integer, run text)"
+            )
             self.connection.execute("create index if not exists by_key on answers (key)")
             for file in files:
                 self._update(file)
-            self.connection.commit()
+                self.connection.commit()
 
     def _update(self, file: Path) -> None:
         assert self.connection is not None
@@ -125,15 +133,19 @@ class AnswerIndex:
         seen = row[0] if row else 0
         if size == seen:
             return
+        if size < seen:
+            self.connection.execute("delete from answers where path = ?", (name,))
+            seen = 0
         rows = []
         with open(file, "rb") as stream:
             offset = stream.seek(seen)
             for line in stream:
                 if not line.endswith(b"\n"):
                     break
-                rows += [(r["key"], name, offset) for r in json.loads(line)["answers"]]
+                content = json.loads(line)
+                rows += [(r["key"], name, offset, content["run"]) for r in content["answers"]]
                 offset += len(line)
-        self.connection.executemany("insert into answers values (?, ?, ?)", rows)
+        self.connection.executemany("insert into answers values (?, ?, ?, ?)", rows)
         self.connection.execute("insert or replace into files values (?, ?)", (name, offset))
 
     def find(self, keys: list[str], top_k: int, temperature: float) -> Iterator[tuple[Record, Path]]:
@@ -141,7 +153,12 @@ class AnswerIndex:
         if self.connection is None:
             return
         for key in keys:
-            for name, offset in self.connection.execute("select path, offset from answers where key = ?", (key,)):
+            places = self.connection.execute(
+                "select path, offset from answers where key = ? and run != ?", (key, self.run)
+            )
+            for name, offset in places:
+                if not (self.folder / name).is_file():
+                    continue
                 record = self._line(name, offset).get(key)
                 if record is not None and usable(record, top_k, temperature):
                     yield record, (self.folder / name).parent

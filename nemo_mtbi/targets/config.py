@@ -14,11 +14,12 @@ class OpenAIConfig:
     Attributes:
         base_url: of the server, up to and including ``/v1``.
         model: its name on the server, if that is not ``llm``.
-        concurrency: requests in flight.
-        max_retries: of a request, with the client's exponential back-off; a server's ``Retry-After`` is obeyed.
+        concurrency: requests in flight, of each worker.
+        max_retries: of a request, with the client's exponential back-off; a ``Retry-After`` of up to two minutes is obeyed.
         timeout_seconds: of one request.
-        requests_per_minute: upper limit, if any.
+        requests_per_minute: upper limit of each worker, if any; retries come on top.
         api_key_variable: environment variable that holds the key; the key itself is never a setting.
+        context_tokens: longest prompt with answer that the server takes (``--max-model-len``), if less than the LLM's own.
         send_token_ids: send token ids instead of text, for servers that take them (vLLM, SGLang, llama.cpp).
     """
 
@@ -29,6 +30,7 @@ class OpenAIConfig:
     timeout_seconds: float = 300.0
     requests_per_minute: float | None = None
     api_key_variable: str = "OPENAI_API_KEY"
+    context_tokens: int | None = None
     send_token_ids: bool = False
 
 

@@ -15,13 +15,15 @@ from nemo_mtbi import registration as registration  # the prompt formats
 from nemo_mtbi.data.conversation import transcript
 from nemo_mtbi.data.messages import user_message
 from nemo_mtbi.data.rendering import PromptRenderer, Spoken
+from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.pretrained.fingerprint import fingerprint
 from nemo_mtbi.pretrained.offline import resolve_pretrained
 from nemo_mtbi.targets.config import TargetsConfig
 from nemo_mtbi.targets.decoder import Request
 from nemo_mtbi.targets.record import Target
-from nemo_mtbi.tasks.library import Task, load_library, render_template, select_tasks
+from nemo_mtbi.tasks.library import PrepareStep, Task, load_library, render_template, select_tasks
 
+PROBLEM = "_problem"
 Values = dict[tuple[str, str], dict[str, Any]]  # by (cut id, task)
 
 
@@ -37,6 +39,7 @@ class Job:
     prompt: str
     languages: tuple[str, ...]
     values: dict[str, Any]
+    problem: tuple[str, str] | None = None  # name and reason, if it cannot be asked
 
 
 class PromptDrawer:
@@ -55,6 +58,13 @@ class PromptDrawer:
         self.rendering = Target.rendering_of(config.prompt_format, config.speech_position, self.teacher)
         self.tokenizer = AutoTokenizer(self.llm, use_fast=True)
         self.renderer = PromptRenderer(self.tokenizer, PromptFormatter.resolve(config.prompt_format))
+        splits = {config.prompt_split, *config.splits.values()}
+        for task in self.tasks:
+            if empty := [s for s in sorted(splits) if not task.select(s, config.languages)]:
+                raise ConfigError(
+                    f"Task {task.name} has no prompt in split {empty[0]!r} and languages {', '.join(config.languages)}. "
+                    "Splits are seen, held_out and all; add languages, or choose other tasks."
+                )
         probe = user_message("Repeat.", Spoken("Some words."), config.speech_position)
         self.renderer.render([probe])  # fails early, if at all
 
@@ -82,14 +92,21 @@ class PromptDrawer:
                     waiting.append((cut, task))
         for turn in range(max((len(t.prepare) for _, t in waiting), default=0)):
             asked = [(c, t, t.prepare[turn]) for c, t in waiting if turn < len(t.prepare)]
-            requests = [
-                self.request(render_template(s.prompt, values[c.id, t.name]), transcript(c), s.max_new_tokens)
-                for c, t, s in asked
-            ]
-            answers = answer(requests)
+            requests = [self._prepared_request(c, t, s, values) for c, t, s in asked]
+            answers = answer([r for r in requests if r.key])
             for (cut, task, step), request in zip(asked, requests, strict=True):
-                values[cut.id, task.name][step.variable] = one_line(answers.get(request.key, ""))
+                line = one_line(answers.get(request.key, ""))
+                values[cut.id, task.name][step.variable] = line
+                if not line:
+                    values[cut.id, task.name][PROBLEM] = f"the turn that prepares {step.variable!r} gave no text"
         return values
+
+    def _prepared_request(self, cut: Cut, task: Task, step: PrepareStep, values: Values) -> Request:
+        try:
+            prompt = render_template(step.prompt, values[cut.id, task.name])
+            return self.request(prompt, transcript(cut), step.max_new_tokens)
+        except DataError:
+            return Request("", [], 0)  # cannot be rendered: its job is rejected for it
 
     def jobs(self, cut: Cut, name: str, values: Values) -> list[Job]:
         """The prompts that one cut is asked; none if it has no transcript."""
@@ -98,7 +115,7 @@ class PromptDrawer:
             return []
         split = self.config.splits.get(name, self.config.prompt_split)
         limit = self.config.max_new_tokens or max(t.max_new_tokens for t in self.tasks)
-        spoken = [s.language for s in cut.supervisions if s.language]
+        spoken = [s.language.split("-")[0].lower() for s in cut.supervisions if s.language]
         jobs = []
         for task in self.tasks_of(cut, name):
             prompts = task.select(split, self.config.languages)
@@ -106,16 +123,23 @@ class PromptDrawer:
             count = self.config.prompts_per_task or len(prompts)
             for prompt in rng.sample(prompts, min(count, len(prompts))):
                 own = values[cut.id, task.name]
+                problem = ("prepare", own[PROBLEM]) if PROBLEM in own else None
                 filled = render_template(prompt.text, own)
-                request = self.request(filled, text, min(task.max_new_tokens, limit))
+                request = Request("", [], 0)
+                if problem is None:
+                    try:
+                        request = self.request(filled, text, min(task.max_new_tokens, limit))
+                    except DataError as error:
+                        problem = ("rendering", str(error))
                 languages = tuple(dict.fromkeys([prompt.language, *spoken]))
-                jobs.append(Job(request, cut.id, text, task.name, prompt.id, filled, languages, own))
+                jobs.append(Job(request, cut.id, text, task.name, prompt.id, filled, languages, own, problem))
         return jobs
 
     def request(self, prompt: str, text: str, max_new_tokens: int) -> Request:
         """A rendered prompt under its content key: a hash of everything that decides a greedy answer."""
         ids = self.renderer.render([user_message(prompt, Spoken(text), self.config.speech_position)]).ids
-        decoded_by: Any = self.config.dtype if self.config.engine == "hf" else ["openai", self.config.openai.model]
+        config = self.config
+        decoded_by: Any = config.dtype if config.engine == "hf" else ["openai", config.openai.model or config.llm]
         content = json.dumps([ids, self.teacher, decoded_by, max_new_tokens])
         return Request(hashlib.blake2b(content.encode(), digest_size=12).hexdigest(), ids, max_new_tokens)
 

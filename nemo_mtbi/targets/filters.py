@@ -156,4 +156,6 @@ def choose_filters(names: list[str]) -> list[tuple[str, Filter]]:
     if unknown:
         known = ", ".join([*FILTERS, NEAR_DUPLICATE])
         raise ConfigError(f"Unknown filter {', '.join(unknown)}. Known filters: {known}.")
+    if "language" in names:
+        _language_identifier()  # a missing package is said now
     return [(n, FILTERS[n]) for n in names if n in FILTERS]

@@ -10,7 +10,14 @@ Files under ``output_dir``:
 """
 
 import errno
+import hashlib
+import json
+import multiprocessing
+import re
+import sqlite3
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -25,10 +32,11 @@ from nemo_mtbi.targets.filters import choose_filters
 from nemo_mtbi.targets.merge import merge_manifest, run_manifest
 from nemo_mtbi.targets.plan import Shard, plan_manifest
 from nemo_mtbi.targets.report import write_report
-from nemo_mtbi.targets.shards import LazyEngine, ShardWriter
+from nemo_mtbi.targets.shards import LazyEngine, ShardWriter, settings_of
 
 POLL_SECONDS = 0.5
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENOLCK)
+DTYPES = ("float32", "bfloat16")
 
 
 class TargetGenerator:
@@ -46,6 +54,7 @@ class TargetGenerator:
         if config.engine not in ENGINES:
             raise ConfigError(f"engine={config.engine!r}: use {' or '.join(ENGINES)}.")
         self.config = config
+        check_values(config)
         choose_filters(config.filters)
         for path in config.cuts.values():
             check_manifest(path)
@@ -56,7 +65,10 @@ class TargetGenerator:
             name: plan_manifest(name, path, self.folder / "shards" / name, config.shard_cuts)
             for name, path in config.cuts.items()
         }
-        self.writer = ShardWriter(config, self.drawer, self.engine, AnswerIndex(self.folder / "shards"), position)
+        plans = json.dumps([[s.digest for s in shards] for shards in self.shards.values()])
+        run = hashlib.blake2b((plans + settings_of(config, self.drawer)).encode(), digest_size=8).hexdigest()
+        index = AnswerIndex(self.folder / "shards", run)
+        self.writer = ShardWriter(config, self.drawer, self.engine, index, position)
 
     def run(self) -> dict[str, Path]:
         """Generate what is missing and merge; returns the written manifests by name.
@@ -64,8 +76,9 @@ class TargetGenerator:
         Raises:
             DataError: no answer is left after filtering.
         """
-        self.work()
-        return self.merge()
+        with explained(self.folder):
+            self.work()
+            return self.merge()
 
     def work(self) -> None:
         """Take shards that nobody holds until all are finished. A shard whose worker died is taken over."""
@@ -73,6 +86,8 @@ class TargetGenerator:
         while waiting := [s for s in waiting if self.writer.status(s) is None]:
             took_one = False
             for shard in waiting:
+                if (parent := multiprocessing.parent_process()) is not None and not parent.is_alive():
+                    return  # the command was killed; another one may have other settings
                 lock = FileLock(self.writer.paths(shard)["lock"], blocking=False)
                 try:
                     with lock:
@@ -81,13 +96,6 @@ class TargetGenerator:
                     took_one = True
                 except Timeout:
                     continue
-                except OSError as error:
-                    if error.errno not in UNWRITABLE:
-                        raise
-                    raise DataError(
-                        f"Cannot write shard {shard.label} of {shard.name} under {self.folder}: {error}. "
-                        "Make room (or fix the path); the same command continues where this one stopped."
-                    ) from error
             if not took_one:
                 time.sleep(POLL_SECONDS)
 
@@ -96,7 +104,57 @@ class TargetGenerator:
         counts = {name: merge_manifest(name, s, self.writer, self.config) for name, s in self.shards.items()}
         written = {name: self.folder / f"{name}.jsonl" for name in self.shards}
         manifest = run_manifest(self.config, self.drawer, counts)
-        jsonl.write_json(self.folder / "manifest.json", manifest)
         rejected = [self.folder / "rejected" / f"{name}.jsonl" for name in self.shards]
-        write_report(self.folder / "report.html", manifest, written, rejected)
+        with FileLock(self.folder / "shards" / "report.lock"):
+            jsonl.write_json(self.folder / "manifest.json", manifest)
+            write_report(self.folder / "report.html", manifest, written, rejected)
         return written
+
+
+def check_values(config: TargetsConfig) -> None:
+    """
+    Raises:
+        ConfigError: lists every value that cannot work.
+    """
+    problems = []
+    for field, least in (("batch_size", 1), ("workers", 1), ("shard_cuts", 1), ("top_k", 0), ("prompts_per_task", 0)):
+        if getattr(config, field) < least:
+            problems.append(f"{field}={getattr(config, field)}: at least {least}")
+    if config.temperature <= 0:
+        problems.append(f"temperature={config.temperature}: must be positive")
+    if config.dtype not in DTYPES:
+        problems.append(f"dtype={config.dtype!r}: use {' or '.join(DTYPES)}")
+    if config.max_new_tokens is not None and config.max_new_tokens < 1:
+        problems.append(f"max_new_tokens={config.max_new_tokens}: at least 1")
+    for field in ("splits", "tasks_per_cut"):
+        if unknown := set(getattr(config, field)) - set(config.cuts):
+            problems.append(f"{field} names {', '.join(sorted(unknown))}, which cuts does not")
+    for name, path in config.cuts.items():
+        if not re.fullmatch(r"[\w.-]+", name):
+            problems.append(f"output name {name!r}: letters, digits, '_', '-' and '.' only")
+        if Path(path).resolve() == (Path(config.output_dir) / f"{name}.jsonl").resolve():
+            problems.append(f"the output {name}.jsonl would replace its own input; choose another output_dir or name")
+    if problems:
+        raise ConfigError("; ".join(problems) + ".")
+
+
+@contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Failures to write, wherever they happen, as messages.
+
+    Raises:
+        DataError: the disk is full, or the folder cannot be written or locked.
+    """
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise DataError(
+            f"{folder}/shards/index.sqlite: {error}. Make room or delete that file; it is made anew."
+        ) from error
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise DataError(
+            f"Cannot write under {folder}: {error}. Make room, or use a folder that can be written and locked (flock); "
+            "the same command continues where this one stopped."
+        ) from error

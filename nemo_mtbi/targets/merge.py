@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any, TextIO
 
 from filelock import FileLock
 from lhotse import CutSet
+from lhotse.cut import Cut
 
 from nemo_mtbi.data import jsonl
 from nemo_mtbi.errors import DataError
@@ -38,20 +38,33 @@ def merge_manifest(name: str, shards: list[Shard], writer: ShardWriter, config: 
     """
     folder = Path(config.output_dir)
     statuses = [status for s in shards if (status := writer.status(s)) is not None]
-    assert len(statuses) == len(shards)
+    if len(statuses) != len(shards):
+        raise DataError(
+            f"{len(shards) - len(statuses)} shards of {name} are not finished with these settings: another command works on "
+            f"{folder}. Run this one again when that one has ended."
+        )
     near = NEAR_DUPLICATE in config.filters
     digest = hashlib.blake2b(
-        json.dumps([[s.digest for s in statuses], near and config.max_duplicates, config.shar_dir]).encode(),
+        json.dumps(
+            [
+                [s.digest for s in statuses],
+                near and config.max_duplicates,
+                config.shar_dir and [config.shar_dir, config.shar_audio, config.shar_size],
+            ]
+        ).encode(),
         digest_size=12,
     )
     state, output = folder / "shards" / name / "merged.json", folder / f"{name}.jsonl"
     with FileLock(folder / "shards" / name / "merge.lock"):
-        if state.is_file() and output.is_file():
+        rejected = folder / "rejected" / f"{name}.jsonl"
+        shar = Path(config.shar_dir) / name if config.shar_dir is not None else None
+        if state.is_file() and output.is_file() and rejected.is_file() and (shar is None or shar.is_dir()):
             merged = json.loads(state.read_text())
             if merged["digest"] == digest.hexdigest():
                 return merged["counts"]
+        state.unlink(missing_ok=True)
         counts = _counts(statuses)
-        with _replacing(folder / "rejected" / f"{name}.jsonl") as side, _replacing(output) as out:
+        with _replacing(rejected) as side, _replacing(output) as out:
             duplicates = NearDuplicates(config.max_duplicates)
             for shard in shards:
                 paths = writer.paths(shard)
@@ -63,8 +76,12 @@ def merge_manifest(name: str, shards: list[Shard], writer: ShardWriter, config: 
                     f"No answer is left for {name}: all were rejected ({counts['rejected']}). Look at "
                     f"{folder / 'shards' / name}/*.rejected.jsonl, then change the filters, the tasks or the LLM."
                 )
-        if config.shar_dir is not None:
-            write_shar(output, Path(config.shar_dir) / name, config)
+        current = {writer.arrays_path(s) for s in shards}
+        for old in (folder / "teacher").glob(f"{name}.[0-9]*-*.bin"):
+            if old not in current:
+                old.unlink()
+        if shar is not None:
+            write_shar(output, shar, rejected, config)
         jsonl.write_json(state, {"digest": digest.hexdigest(), "counts": counts})
     return counts
 
@@ -111,7 +128,7 @@ def _lines(path: Path) -> Iterator[str]:
 def _replacing(path: Path) -> Iterator[TextIO]:
     """A text file that takes its name only when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.partial")
     try:
         with open(temporary, "w", encoding="utf-8") as stream:
             yield stream
@@ -120,18 +137,32 @@ def _replacing(path: Path) -> Iterator[TextIO]:
         temporary.unlink(missing_ok=True)
 
 
-def write_shar(manifest: Path, folder: Path, config: TargetsConfig) -> None:
+def write_shar(manifest: Path, folder: Path, rejected: Path, config: TargetsConfig) -> None:
     """Lhotse Shar with audio, targets and the teacher's top-k, for training on a cluster. Cuts without targets stay out.
 
-    A recording that cannot be read is left out with a warning. The folder takes its name when it is complete.
+    A recording that cannot be read is left out and recorded in the file ``rejected`` under ``audio``. The folder takes its name
+    when it is complete.
     """
-    cuts = CutSet.from_file(manifest).filter(lambda cut: bool(cut.custom[TARGETS_FIELD]))
+
+    def usable(cut: Cut) -> bool:
+        if not cut.custom[TARGETS_FIELD]:
+            return False
+        try:
+            cut.load_audio()
+            return True
+        except Exception as error:  # decoders raise their own types
+            with jsonl.Appender(rejected) as side:
+                side.write(rejected_record(manifest.stem, cut.id, "", "", "audio", str(error).splitlines()[0], None))
+            return False
+
+    cuts = CutSet.from_file(manifest).filter(usable)
     fields = {"recording": config.shar_audio}
     if config.top_k:
         fields |= {TEACHER_IDS_FIELD: "numpy", TEACHER_LOG_PROBS_FIELD: "numpy"}
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    cuts.to_shar(temporary, fields, shard_size=config.shar_size, verbose=True, fault_tolerant=True)
+    cuts.to_shar(temporary, fields, shard_size=config.shar_size, verbose=True)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.replace(folder)
 
@@ -157,7 +188,7 @@ def run_manifest(config: TargetsConfig, drawer: PromptDrawer, counts: dict[str, 
             "chat_template_digest": _digest(str(hf.chat_template)) if hf.chat_template else None,
         },
         "decoding": {"method": "greedy", "engine": config.engine, "dtype": config.dtype}
-        | ({"server": config.openai.base_url, "model": config.openai.model} if config.engine == "openai" else {}),
+        | ({"server": config.openai.base_url, "model": config.openai.model or config.llm} if config.engine == "openai" else {}),
         "settings": {
             k: v for k, v in asdict(config).items() if k not in ("cuts", "output_dir", "llm", "dtype", "engine", "openai")
         },

@@ -89,6 +89,11 @@ class OpenAIEngine:
             ) from error
         except e.NotFoundError as error:
             raise ConfigError(f"{where}: {error}. Check openai.model and openai.base_url (it ends in /v1).") from error
+        except e.BadRequestError as error:
+            raise ConfigError(
+                f"{where} refuses a prompt of {len(request.prompt_ids)} tokens with {request.max_new_tokens} new ones: "
+                f"{error.message}. If it is too long, set openai.context_tokens; such prompts are then rejected and counted."
+            ) from error
         except e.APITimeoutError as error:
             raise DataError(
                 f"{where} did not answer within {self.config.timeout_seconds} s, {self.config.max_retries} retries included. "
@@ -103,6 +108,12 @@ class OpenAIEngine:
                 f"{where} still fails after {self.config.max_retries} retries: HTTP {error.status_code}, {error.message}. "
                 "Lower openai.concurrency or set openai.requests_per_minute; the same command continues."
             ) from error
+        except e.OpenAIError as error:
+            raise DataError(
+                f"{where} sent something that is no completion ({error}). Check openai.base_url."
+            ) from error
+        if not getattr(reply, "choices", None):
+            raise DataError(f"{where} sent no completion ({str(reply)[:200]!r}). Check openai.base_url.")
         choice = reply.choices[0]
         ids = self.tokenizer(choice.text, add_special_tokens=False)["input_ids"]
         finished = choice.finish_reason == "stop"

@@ -9,6 +9,7 @@ from pathlib import Path
 from filelock import FileLock
 from lhotse import CutSet
 from lhotse.cut import Cut
+from lhotse.cut.data import DataCut
 from lhotse.serialization import deserialize_item
 from tqdm import tqdm
 
@@ -36,19 +37,26 @@ class Shard:
         Raises:
             DataError: a line is not a cut.
         """
+        digest = hashlib.blake2b(digest_size=12)
         with open(self.path, "rb") as stream:
             stream.seek(self.offset)
             for number in range(self.lines):
                 line = stream.readline()
+                digest.update(line)
                 try:
                     item = deserialize_item(json.loads(line))
                 except Exception as error:
                     raise DataError(
                         f"Cut {number} after byte {self.offset} of {self.path} cannot be read ({type(error).__name__}: {error})."
                     ) from error
-                if not isinstance(item, Cut):
-                    raise DataError(f"{self.path} holds a {type(item).__name__}, not cuts.")
+                if not isinstance(item, DataCut):
+                    raise DataError(
+                        f"{self.path} holds a {type(item).__name__}; targets need MonoCut or MultiCut. "
+                        "Save mixed cuts as recordings first (CutSet.save_audios)."
+                    )
                 yield item
+        if digest.hexdigest() != self.digest:
+            raise DataError(f"{self.path} has changed since the run began. Run the same command again.")
 
 
 def plan_manifest(name: str, manifest: str, folder: Path, shard_cuts: int) -> list[Shard]:
@@ -56,25 +64,31 @@ def plan_manifest(name: str, manifest: str, folder: Path, shard_cuts: int) -> li
 
     One pass over the bytes: nothing is parsed. A compressed manifest is written out to ``<folder>/input.jsonl`` first.
     """
-    source = Path(manifest)
+    source = Path(manifest).resolve()
+    if not source.is_file():
+        raise DataError(f"{manifest} is no file; generate_targets.py reads manifests from files.")
     status = source.stat()
     identity = {
-        "input": str(source.resolve()),
+        "input": str(source),
         "size": status.st_size,
         "time": status.st_mtime_ns,
         "shard_cuts": shard_cuts,
     }
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "plan.json"
+    lines = source if manifest.endswith(".jsonl") else (folder / "input.jsonl").resolve()
     with FileLock(folder / "plan.lock"):
         if file.is_file():
             plan = json.loads(file.read_text())
             if plan["identity"] == identity:
-                return [Shard(**s) for s in plan["shards"]]
-        lines = source
-        if not manifest.endswith(".jsonl"):
-            lines = folder / "input.jsonl"
-            CutSet.from_file(manifest).to_file(lines)
+                return [Shard(**{**s, "path": str(lines)}) for s in plan["shards"]]
+        if lines != source:
+            partial = folder / "partial.jsonl"
+            try:
+                CutSet.from_file(manifest).to_file(partial)
+            except (EOFError, OSError, ValueError) as error:
+                raise DataError(f"{manifest} cannot be read ({type(error).__name__}: {error}).") from error
+            partial.replace(lines)
         shards = list(_shards(name, lines, shard_cuts))
         jsonl.write_json(file, {"identity": identity, "shards": [asdict(s) for s in shards]})
     return shards

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from nemo_mtbi.data import jsonl
 from nemo_mtbi.data.array_storage import RawChunkyWriter
 from nemo_mtbi.data.conversation import transcript
+from nemo_mtbi.errors import DataError
 from nemo_mtbi.targets.answers import AnswerFile, AnswerIndex, Record
 from nemo_mtbi.targets.config import TargetsConfig
 from nemo_mtbi.targets.decoder import Answer, Request
@@ -44,6 +45,15 @@ class ShardStatus:
     rejected: dict[str, int] = field(default_factory=dict)
 
 
+def settings_of(config: TargetsConfig, drawer: PromptDrawer) -> str:
+    """Everything besides the input that decides what is written."""
+    settings = {k: v for k, v in asdict(config).items() if k not in OPERATIONAL}
+    tasks = [asdict(t) for t in drawer.tasks]
+    template = str(drawer.tokenizer.tokenizer.chat_template)
+    server = config.engine == "openai" and (config.openai.model or config.llm)
+    return json.dumps([settings, tasks, drawer.teacher, template, server])
+
+
 class ShardWriter:
     """Answers shards and writes their cuts.
 
@@ -60,9 +70,7 @@ class ShardWriter:
         self.config, self.drawer, self.engine, self.index, self.position = config, drawer, engine, index, position
         self.filters = choose_filters(config.filters)
         self.folder = Path(config.output_dir)
-        settings = {k: v for k, v in asdict(config).items() if k not in OPERATIONAL}
-        tasks = [asdict(t) for t in drawer.tasks]
-        self.settings = json.dumps([settings, tasks, drawer.teacher, config.engine == "openai" and config.openai.model])
+        self.settings = settings_of(config, drawer)
 
     def digest(self, shard: Shard) -> str:
         return hashlib.blake2b((shard.digest + self.settings).encode(), digest_size=12).hexdigest()
@@ -84,7 +92,10 @@ class ShardWriter:
         """Answer what is missing, then write cuts, rejected answers and status."""
         start, paths = time.time(), self.paths(shard)
         cuts = list(shard.cuts())
-        with AnswerFile(paths["answers.jsonl"], self.config.top_k, self.config.temperature) as answers:
+        if repeated := [i for i, n in Counter(c.id for c in cuts).items() if n > 1]:
+            raise DataError(f"{shard.path} holds the cut {repeated[0]!r} more than once; ids must be unique.")
+        top_k, temperature = self.config.top_k, self.config.temperature
+        with AnswerFile(paths["answers.jsonl"], top_k, temperature, self.index.run) as answers:
 
             def prepared(requests: list[Request]) -> dict[str, str]:
                 self._answer(self._within_context(requests), answers, f"{shard.name} {shard.label}, preparing turns")
@@ -92,8 +103,9 @@ class ShardWriter:
 
             values = self.drawer.prepare(cuts, shard.name, prepared)
             jobs = [job for cut in cuts for job in self.drawer.jobs(cut, shard.name, values)]
-            requests = self._within_context([j.request for j in jobs])
+            requests = self._within_context([j.request for j in jobs if j.problem is None])
             self._answer(requests, answers, f"{shard.name} {shard.label}")
+            paths["json"].unlink(missing_ok=True)  # from here on it does not describe what is there
             status = self._write(shard, cuts, jobs, answers)
         status.seconds = round(time.time() - start, 2)
         jsonl.write_json(paths["json"], asdict(status))
@@ -148,8 +160,6 @@ class ShardWriter:
         rejected: Counter[str] = Counter()
         side: list[Record] = []
         lines: list[dict[str, Any]] = []
-        # A new file for each set of answers: an old manifest never points into rows of other answers.
-        arrays_path = self.folder / "teacher" / f"{shard.name}.{shard.label}-{status.digest[:12]}.bin"
         for cut in cuts:
             kept: list[Target] = []
             if not transcript(cut):
@@ -170,18 +180,22 @@ class ShardWriter:
                 prompts[f"{job.task}/{job.prompt_id}"] += 1
                 status.response_tokens += len(record["response_ids"])
             status.kept += len(kept)
+            for stale in (TEACHER_IDS_FIELD, TEACHER_LOG_PROBS_FIELD):
+                (cut.custom or {}).pop(stale, None)
             lines.append(cut.to_dict())
             lines[-1]["custom"] = {**lines[-1].get("custom", {}), TARGETS_FIELD: [t.to_dict() for t in kept]}
         if self.config.top_k:
-            self._write_top_k(arrays_path, cuts, lines, answers)
+            self._write_top_k(self.arrays_path(shard), cuts, lines, answers)
         paths = self.paths(shard)
         status.prompts, status.rejected = dict(prompts), dict(rejected)
         jsonl.write_text(paths["rejected.jsonl"], "".join(jsonl.dumps(r) + "\n" for r in side))
         jsonl.write_text(paths["cuts.jsonl"], "".join(jsonl.dumps(line) + "\n" for line in lines))
-        for old in arrays_path.parent.glob(f"{shard.name}.{shard.label}-*.bin"):
-            if old != arrays_path:
-                old.unlink()
         return status
+
+    def arrays_path(self, shard: Shard) -> Path:
+        """Top-k of a shard's targets. Other answers go to another file, so the manifest of an earlier run stays readable
+        until the merge replaces it."""
+        return self.folder / "teacher" / f"{shard.name}.{shard.label}-{self.digest(shard)[:12]}.bin"
 
     def _target(self, job: Job, record: Record, begin: int) -> Target:
         return Target(
@@ -203,6 +217,8 @@ class ShardWriter:
         temporary.replace(path)
 
     def _reject(self, job: Job, record: Record | None) -> tuple[str, str] | None:
+        if job.problem is not None:
+            return job.problem
         if record is None:
             return CONTEXT, f"prompt of {len(job.request.prompt_ids)} tokens and {job.request.max_new_tokens} new ones"
         candidate = Candidate(
@@ -236,8 +252,10 @@ class LazyEngine:
         self.config, self.drawer = config, drawer
         self.engine: Engine | None = None
         self.context_tokens: int | None = getattr(
-            AutoConfig.from_pretrained(drawer.llm), "max_position_embeddings", None
+            AutoConfig.from_pretrained(drawer.llm).get_text_config(), "max_position_embeddings", None
         )
+        if config.engine == "openai" and config.openai.context_tokens is not None:
+            self.context_tokens = config.openai.context_tokens
 
     def get(self) -> Engine:
         if self.engine is None:

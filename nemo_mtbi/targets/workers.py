@@ -15,7 +15,7 @@ def run(config: TargetsConfig) -> dict[str, Path]:
     Raises:
         DataError: workers died and their shards are not finished.
     """
-    from nemo_mtbi.targets.generate import TargetGenerator
+    from nemo_mtbi.targets.generate import TargetGenerator, explained
 
     generator = TargetGenerator(config)  # the plan and the index are made once, and errors come from one process
     if config.workers == 1:
@@ -31,7 +31,8 @@ def run(config: TargetsConfig) -> dict[str, Path]:
         raise DataError(f"Workers ended with {codes} before all shards were finished. The same command continues.")
     if any(codes):
         print(f"Workers ended with {codes}; the others finished their shards.", file=sys.stderr)
-    return generator.merge()
+    with explained(generator.folder):
+        return generator.merge()
 
 
 def worker_context() -> multiprocessing.context.ForkServerContext:
@@ -46,14 +47,15 @@ def work(config: TargetsConfig, rank: int) -> None:
     import torch
 
     from nemo_mtbi import models  # noqa: F401  registers the prompt formats
-    from nemo_mtbi.targets.generate import TargetGenerator
+    from nemo_mtbi.targets.generate import TargetGenerator, explained
     from nemo_mtbi.training.cpu import tune
 
     if torch.cuda.device_count():
         torch.cuda.set_device(rank % torch.cuda.device_count())
     tune(max(1, (os.cpu_count() or 1) // config.workers))
     try:
-        TargetGenerator(config, position=rank).work()
+        with explained(Path(config.output_dir)):
+            TargetGenerator(config, position=rank).work()
     except MTBIError as error:
         print(f"\nError in worker {rank}: {error}", file=sys.stderr)
         sys.exit(1)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import StrictUndefined, TemplateError
+from jinja2 import StrictUndefined
 from jinja2.sandbox import SandboxedEnvironment
 
 from nemo_mtbi.errors import ConfigError
@@ -65,7 +65,7 @@ def render_template(template: str, values: dict[str, Any]) -> str:
     """
     try:
         return _ENVIRONMENT.from_string(template).render(values).strip()
-    except TemplateError as error:
+    except Exception as error:  # a template's expressions may raise anything
         raise ConfigError(
             f"Prompt template {template!r}: {error}. Known placeholders: {', '.join(values) or 'none'}."
         ) from error

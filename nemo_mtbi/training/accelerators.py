@@ -25,8 +25,13 @@ def nvidia_apex() -> bool:
     return False
 
 
-def fused_optimizer(optimizer: DictConfig) -> DictConfig:
-    """AdamW's fused variant on CUDA; other optimizers, and settings that say otherwise, stay as they are."""
+def fused_optimizer(optimizer: DictConfig, precision: str) -> DictConfig:
+    """AdamW's fused variant on CUDA; other optimizers, and settings that say otherwise, stay as they are.
+
+    With mixed ``precision`` Lightning refuses to clip gradients of a fused optimizer, so there it is left out.
+    """
+    if precision.endswith("-mixed"):
+        return optimizer
     if optimizer._target_ != ADAMW or "fused" in optimizer or "foreach" in optimizer or not torch.cuda.is_available():
         return optimizer
     own: dict[str, Any] = {str(k): v for k, v in OmegaConf.to_container(optimizer).items()}  # type: ignore[union-attr]

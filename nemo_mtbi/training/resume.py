@@ -63,23 +63,52 @@ class Preemption(pl.Callback):
         logging.warning(f"SIGTERM: stopped after step {trainer.global_step}; the same command continues from there.")
         sys.exit(0)
 
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """A long validation is left at once; the last checkpoint stands."""
+        if trainer.strategy.reduce_boolean_decision(self.noticed, all=False):
+            logging.warning(
+                f"SIGTERM: stopped in the validation at step {trainer.global_step}; the same command continues."
+            )
+            sys.exit(0)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.previous is not None:
             signal.signal(signal.SIGTERM, self.previous)
 
 
+class WholeSteps(pl.Callback):
+    """A resumed run goes on with the first batch of the next optimizer step.
+
+    Checkpoints are written while Lightning's counters stand between two batches (one short at the end of a step, or in the middle
+    of an accumulation after a validation). Gradients are not in a checkpoint, so an unfinished step is done again, whole;
+    the counters, and the training data (:func:`skip_batches`), are set to where it begins.
+    """
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.global_step:
+            return
+        loop = trainer.fit_loop.epoch_loop
+        batches = trainer.global_step * trainer.accumulate_grad_batches
+        counters: tuple[Any, Any] = (loop.batch_progress.current, loop.batch_progress.total)
+        for progress in counters:
+            progress.ready = progress.started = progress.processed = progress.completed = batches
+        loop._batches_that_stepped = trainer.global_step
+        for callback in trainer.checkpoint_callbacks:  # what is resumed from is not written again
+            if isinstance(callback, pl.callbacks.ModelCheckpoint):
+                callback._last_global_step_saved = trainer.global_step
+
+
 def settle_checkpoints(log_dir: Path) -> int:
     """Bring a stage's checkpoints into the state that NeMo resumes from, after a kill at any time.
 
-    All ranks of a job may do this at once. Unfinished files go, and of several ``*last.ckpt`` (an older one is removed after
+    All ranks of a job may do this at once. Partial files go, and of several ``*last.ckpt`` (an older one is removed after
     the newer is complete) the newest stays.
 
     Returns:
         The step to go on from; 0 if there is no checkpoint.
     """
     folder = log_dir / "checkpoints"
-    for marker in folder.glob("*-unfinished"):
-        marker.with_name(marker.name.removesuffix("-unfinished") + ".ckpt").unlink(missing_ok=True)
+    for marker in folder.glob("*-unfinished"):  # NeMo's; with AtomicCheckpointIO a file that is there is complete
         marker.unlink(missing_ok=True)
     for partial in folder.glob(".*.ckpt.*"):
         partial.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from nemo.collections.common.tokenizers import AutoTokenizer
 from nemo.collections.speechlm2.data import DataModule
 from nemo.utils import logging
 from nemo.utils.exp_manager import exp_manager
+from nemo.utils.get_rank import is_global_rank_zero
 from nemo.utils.trainer_utils import resolve_trainer_cfg
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -28,7 +29,7 @@ from nemo_mtbi.models.mtbi_salm import MTBISALM, container
 from nemo_mtbi.parallel.strategy import TensorParallelStrategy
 from nemo_mtbi.pretrained.offline import resolve_pretrained
 from nemo_mtbi.training.accelerators import fused_optimizer
-from nemo_mtbi.training.resume import AtomicCheckpointIO, Preemption, settle_checkpoints, skip_batches
+from nemo_mtbi.training.resume import AtomicCheckpointIO, Preemption, WholeSteps, settle_checkpoints, skip_batches
 from nemo_mtbi.training.run_directory import ALIGNMENT, IMITATION, UNTRAINED, RunDirectory
 
 CTC_TARGET = "CTCCompressConnector"
@@ -56,9 +57,10 @@ def train(cfg: DictConfig) -> RunDirectory:
     if cfg.data.cached_features:
         require_fixed_features(model.perception)
     run.check_same_model(model)
-    run.save_config(model, {k: v for k, v in model_cfg.items() if k != "tensor_model_parallel_size"})
-    if not run.weights(UNTRAINED).is_file():
-        run.save_weights(model, UNTRAINED)
+    if is_global_rank_zero():
+        run.save_config(model, {k: v for k, v in model_cfg.items() if k != "tensor_model_parallel_size"})
+        if not run.weights(UNTRAINED).is_file():
+            run.save_weights(model, UNTRAINED)
     if cfg.init_from is not None:
         RunDirectory(cfg.init_from).load_weights(model, RunDirectory(cfg.init_from).last_stage())
     if cfg.alignment_stage.enabled:
@@ -75,8 +77,9 @@ def run_stage(cfg: DictConfig, model: MTBISALM, run: RunDirectory, name: str) ->
         return
     stage = stage_config(cfg, name)
     model.stage = name
+    optimizer = fused_optimizer(stage.optimizer, str(stage.trainer.get("precision", "32-true")))
     with open_dict(model.cfg):
-        model.cfg.optimizer, model.cfg.lr_scheduler = fused_optimizer(stage.optimizer), stage.lr_scheduler
+        model.cfg.optimizer, model.cfg.lr_scheduler = optimizer, stage.lr_scheduler
     step = settle_checkpoints(Path(stage.exp_manager.explicit_log_dir))
     trainer = build_trainer(stage.trainer, name)
     exp_manager(trainer, stage.exp_manager)
@@ -106,7 +109,7 @@ def build_trainer(cfg: DictConfig, name: str) -> pl.Trainer:
     elif size > 1:
         raise ConfigError("trainer.tensor_model_parallel_size > 1 chooses the strategy; leave trainer.strategy out.")
     options["plugins"] = [*options.get("plugins", []), AtomicCheckpointIO()]
-    options["callbacks"] = [*options.get("callbacks", []), Preemption()]
+    options["callbacks"] = [*options.get("callbacks", []), Preemption(), WholeSteps()]
     return pl.Trainer(**options)
 
 

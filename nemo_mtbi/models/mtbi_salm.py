@@ -48,8 +48,7 @@ from nemo_mtbi.modules.language_model import (
     output_head,
     teacher_hidden_states,
 )
-from nemo_mtbi.parallel.sharding import empty_llm, load_shards, shard_llm
-from nemo_mtbi.parallel.strategy import TensorParallelStrategy
+from nemo_mtbi.parallel.sharding import empty_llm, equalize_gradients, load_shards, shard_llm
 from nemo_mtbi.pretrained.fingerprint import fingerprint
 from nemo_mtbi.pretrained.offline import resolve_pretrained
 
@@ -412,8 +411,8 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         for parameter in parameters:
             parameter.grad *= scale.to(parameter.grad.dtype)
-        if isinstance(self.trainer.strategy, TensorParallelStrategy):
-            self.trainer.strategy.equalize_gradients(parameters)
+        if self.vocabulary_shard.group is not None:
+            equalize_gradients(parameters)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         self.log("gradient_norm", norm, on_step=True, batch_size=1)
         if not torch.isfinite(norm):

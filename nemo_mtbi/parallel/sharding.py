@@ -93,6 +93,16 @@ def initialize(tensor_model_parallel_size: int) -> None:
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_model_parallel_size)
 
 
+def equalize_gradients(parameters: list[nn.Parameter]) -> None:
+    """Give the ranks of a tensor-parallel group the same bits: atomic additions on GPUs round differently on each, and
+    connectors that drift apart would in the end emit different numbers of positions."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    source = parallel_state.get_tensor_model_parallel_src_rank()
+    for gradient in (p.grad for p in parameters):
+        if gradient is not None:
+            dist.broadcast(gradient, source, group=group)
+
+
 def tensor_parallel_plan(llm: nn.Module) -> dict[str, str]:
     """The model's own plan, module name pattern -> style, relative to the ``...ForCausalLM``."""
     own = dict(getattr(llm, "_tp_plan", None) or {})

@@ -41,15 +41,6 @@ class TensorParallelStrategy(DDPStrategy):
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self.device_mesh
 
-    def equalize_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Give the ranks of a tensor-parallel group the same bits: atomic additions on GPUs round differently on each, and
-        connectors that drift apart would in the end emit different numbers of positions."""
-        group = parallel_state.get_tensor_model_parallel_group()
-        source = parallel_state.get_tensor_model_parallel_src_rank()
-        for gradient in (p.grad for p in parameters):
-            if gradient is not None:
-                torch.distributed.broadcast(gradient, source, group=group)
-
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         assert self.device_mesh is not None

@@ -125,17 +125,24 @@ def step_of(checkpoint: Path) -> int:
 
 
 class SkippingSampler:
-    """A Lhotse sampler that leaves out its first ``skip`` mini-batches: metadata is drawn, audio is not read."""
+    """A Lhotse sampler that leaves out its first ``skip`` mini-batches: metadata is drawn, audio is not read.
+
+    At every iteration, because Lightning makes an iterator, and drops it, before the one that it trains with; training data has
+    no second epoch.
+    """
 
     def __init__(self, sampler: Any, skip: int) -> None:
         self.sampler, self.skip = sampler, skip
 
     def __iter__(self) -> Iterator[Any]:
         batches = iter(self.sampler)
-        skip, self.skip = self.skip, 0
-        for _ in tqdm(range(skip), desc="finding the place in the data", unit="batch", disable=skip < 100):
+        for _ in tqdm(range(self.skip), desc="finding the place in the data", unit="batch", disable=self.skip < 100):
             next(batches)
-        yield from batches
+        while True:  # not ``yield from``: a Lhotse sampler is its own iterator, and iter() starts it anew
+            try:
+                yield next(batches)
+            except StopIteration:
+                return
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.sampler, name)

@@ -59,7 +59,7 @@ def overrides(manifests, tiny_llm, tiny_whisper):
         "model.perception.modality_adapter.d_model=32", "+model.perception.modality_adapter.heads=4",
         "alignment_stage.enabled=false", f"trainer.max_steps={STEPS}", "trainer.val_check_interval=20",
         "trainer.log_every_n_steps=1", "trainer.accelerator=cpu", "model.optimizer.lr=1e-3",
-        "exp_manager.checkpoint_callback_params.every_n_train_steps=2",
+        "exp_manager.checkpoint_callback_params.every_n_train_steps=2", "model.prefix_cache_tokens=0",
     ]  # fmt: skip
 
 
@@ -155,7 +155,7 @@ def interrupt(output, overrides, kills, rng, signals):
             wait_for_checkpoint(process, output)
             time.sleep(rng.uniform(0.0, 0.4))
             chosen = rng.choice(signals)
-            if process.poll() is None:
+            if process.poll() is None and not (output / "imitation" / "trained.safetensors").is_file():
                 process.send_signal(chosen)
                 done += 1
         out = process.communicate(timeout=600)[0]

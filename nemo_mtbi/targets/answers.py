@@ -110,21 +110,34 @@ class AnswerIndex:
 
     def __init__(self, folder: Path, run: str) -> None:
         self.folder, self.run = folder, run
+        self.other_runs = self._register()
         self._read: tuple[str, int, dict[str, Record]] | None = None  # the last line: neighbours are asked for together
-        files = [f for f in sorted(folder.glob("*/*.answers.jsonl")) if f.stat().st_size]
         self.connection: sqlite3.Connection | None = None
-        if not files:
-            return
-        with FileLock(folder / "index.lock"):
-            self.connection = sqlite3.connect(folder / "index.sqlite", timeout=3600)
-            self.connection.execute("create table if not exists files (path text primary key, size integer)")
-            self.connection.execute(
-                "create table if not exists answers (key text, path text, offset integer, run text)"
-            )
-            self.connection.execute("create index if not exists by_key on answers (key)")
-            for file in files:
-                self._update(file)
-                self.connection.commit()
+
+    def _register(self) -> bool:
+        """Note this run in ``runs.json``; whether there are answers of others at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / "runs.json"
+        with FileLock(self.folder / "runs.lock"):
+            runs = json.loads(file.read_text()) if file.is_file() else []
+            if self.run not in runs:
+                jsonl.write_json(file, [*runs, self.run])
+        return any(r != self.run for r in runs)
+
+    def _open(self) -> sqlite3.Connection:
+        """The index, brought up to date; made when an answer is first looked for."""
+        if self.connection is None:
+            with FileLock(self.folder / "index.lock"):
+                self.connection = sqlite3.connect(self.folder / "index.sqlite", timeout=3600)
+                self.connection.execute("create table if not exists files (path text primary key, size integer)")
+                self.connection.execute(
+                    "create table if not exists answers (key text, path text, offset integer, run text)"
+                )
+                self.connection.execute("create index if not exists by_key on answers (key)")
+                for file in sorted(self.folder.glob("*/*.answers.jsonl")):
+                    self._update(file)
+                    self.connection.commit()
+        return self.connection
 
     def _update(self, file: Path) -> None:
         assert self.connection is not None
@@ -150,12 +163,11 @@ class AnswerIndex:
 
     def find(self, keys: list[str], top_k: int, temperature: float) -> Iterator[tuple[Record, Path]]:
         """Records of those keys that are known, each with its folder."""
-        if self.connection is None:
+        if not self.other_runs:
             return
+        connection = self._open()
         for key in keys:
-            places = self.connection.execute(
-                "select path, offset from answers where key = ? and run != ?", (key, self.run)
-            )
+            places = connection.execute("select path, offset from answers where key = ? and run != ?", (key, self.run))
             for name, offset in places:
                 if not (self.folder / name).is_file():
                     continue

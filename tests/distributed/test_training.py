@@ -123,6 +123,7 @@ def wait_for_checkpoint(process, output):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_another_layout_resumes(root, overrides, whole):
     """SIGTERM at TP 2 x DP 2; the rest on one process."""
     output = root / "moved"
@@ -135,6 +136,7 @@ def test_another_layout_resumes(root, overrides, whole):
     assert_same(train(output, overrides, "trainer.accumulate_grad_batches=2"), whole, 1e-4)
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_job(root, overrides):
     output = root / "dead_rank"
     process = start(output, overrides, "trainer.devices=2", "trainer.tensor_model_parallel_size=2")

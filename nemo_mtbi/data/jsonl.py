@@ -4,8 +4,9 @@ import errno
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from nemo_mtbi.errors import DataError
 
@@ -72,7 +73,18 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file under a temporary name and rename it."""
+    with replacing(path, str(os.getpid())) as stream:
+        stream.write(text)
+
+
+@contextmanager
+def replacing(path: Path, tag: str) -> Iterator[TextIO]:
+    """A text file that takes its name only when it is complete; ``tag`` ends its temporary name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    temporary = path.with_name(f".{path.name}.{tag}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as stream:
+            yield stream
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -59,9 +59,6 @@ def seed_step(*parts: Any) -> None:
     torch.manual_seed(int.from_bytes(digest, "big"))
 
 
-STAGES = ("alignment", "imitation")
-
-
 @dataclass
 class StudentOutput:
     """What a student's forward pass gives the objective.
@@ -352,9 +349,10 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Dropout depends on the step and the place of the batch in it alone: not on the layout, nor on interruptions."""
-        group = self.data_parallel_group() if torch.distributed.is_initialized() else None
-        rank = torch.distributed.get_rank(group) if torch.distributed.is_initialized() else 0
-        ranks = torch.distributed.get_world_size(group) if torch.distributed.is_initialized() else 1
+        rank, ranks = 0, 1
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            group = self.data_parallel_group()
+            rank, ranks = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
         place = batch_idx % self.trainer.accumulate_grad_batches * ranks + rank
         seed_step(self.seed, self.stage, self.global_step, place)
 
@@ -432,13 +430,14 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         return None if mesh is None else mesh["data_parallel"].get_group()
 
     def on_validation_epoch_start(self) -> None:
-        # Every data set from the start: a rank whose batches were all unreadable must take part in the sums too.
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(4, dtype=torch.float64))
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Sums over response tokens of pure speech (no interleaving), so that epoch means weigh every token alike."""
         for name, dataset_batch in batch.items():
-            self._sums[name] += 0.0
+            self._sums[name] += (
+                0.0  # a rank whose batches are all unreadable takes part in the sums of every data set too
+            )
             if dataset_batch is None:
                 continue
             if self.stage == "alignment":

@@ -19,6 +19,7 @@ from nemo_mtbi.data.array_storage import RawChunkyReader, RawChunkyWriter
 from nemo_mtbi.targets.decoder import Answer
 
 Record = dict[str, Any]
+TOP_K_FIELDS = ("top_k", "arrays", "teacher")
 
 
 class AnswerFile:
@@ -46,15 +47,9 @@ class AnswerFile:
         """Append records of another answer file, top-k included."""
         copied = []
         for source, folder in records:
-            record = source
-            record = {k: v for k, v in record.items() if k not in ("top_k", "arrays", "teacher")} | {
-                "top_k": record.get("top_k")
-            }
-            if self.arrays is None:
-                del record["top_k"]  # its arrays stay where they are
-            else:
-                record["teacher"] = [self.arrays.write("", array) for array in load_top_k(source, folder)]
-                record["arrays"] = self.arrays_path.name
+            record = {k: v for k, v in source.items() if k not in TOP_K_FIELDS}  # its arrays stay where they are
+            if self.arrays is not None:
+                record |= self._top_k_fields(*load_top_k(source, folder))
             copied.append(record)
         if copied:
             self._append(copied)
@@ -77,10 +72,16 @@ class AnswerFile:
             "response": text,
         }
         if self.arrays is not None and answer.top_ids is not None and answer.top_log_probs is not None:
-            record["top_k"] = [self.top_k, self.temperature]
-            record["arrays"] = self.arrays_path.name
-            record["teacher"] = [self.arrays.write("", answer.top_ids), self.arrays.write("", answer.top_log_probs)]
+            record |= self._top_k_fields(answer.top_ids, answer.top_log_probs)
         return record
+
+    def _top_k_fields(self, ids: Any, log_probs: Any) -> Record:
+        """Write (tokens, k) arrays; the fields that point to them."""
+        assert self.arrays is not None
+        return {
+            "top_k": [self.top_k, self.temperature], "arrays": self.arrays_path.name,
+            "teacher": [self.arrays.write("", ids), self.arrays.write("", log_probs)],
+        }  # fmt: skip
 
     def __enter__(self) -> "AnswerFile":
         return self

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from nemo_mtbi.config import DTYPES
 from nemo_mtbi.data import jsonl
 from nemo_mtbi.data.conversation import check_manifest
 from nemo_mtbi.errors import ConfigError, DataError
@@ -36,7 +37,6 @@ from nemo_mtbi.targets.shards import LazyEngine, ShardWriter, settings_of
 
 POLL_SECONDS = 0.5
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENOLCK)
-DTYPES = ("float32", "bfloat16")
 
 
 class TargetGenerator:

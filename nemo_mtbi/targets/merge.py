@@ -5,7 +5,6 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
@@ -64,7 +63,7 @@ def merge_manifest(name: str, shards: list[Shard], writer: ShardWriter, config: 
                 return merged["counts"]
         state.unlink(missing_ok=True)
         counts = _counts(statuses)
-        with _replacing(rejected) as side, _replacing(output) as out:
+        with jsonl.replacing(rejected, "partial") as side, jsonl.replacing(output, "partial") as out:
             duplicates = NearDuplicates(config.max_duplicates)
             for shard in shards:
                 paths = writer.paths(shard)
@@ -122,19 +121,6 @@ def _without_duplicates(
 def _lines(path: Path) -> Iterator[str]:
     with open(path, encoding="utf-8") as stream:
         yield from stream
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[TextIO]:
-    """A text file that takes its name only when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with open(temporary, "w", encoding="utf-8") as stream:
-            yield stream
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_shar(manifest: Path, folder: Path, rejected: Path, config: TargetsConfig) -> None:

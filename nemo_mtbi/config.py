@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
+import torch
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -83,6 +84,9 @@ class ModelConfig:
         llm_dtype, encoder_dtype: storage and compute type of the frozen parts; the connector stays float32.
         prefix_cache_tokens: tokens of prompt beginnings whose keys and values are kept (0: none); see PrefixStore.
         tensor_model_parallel_size: ranks that hold the LLM together; ``trainer.tensor_model_parallel_size`` sets it.
+        sequence_parallel: with tensor parallelism, spread what lies between attention and feed-forward blocks over positions.
+        activation_checkpointing: keep only each layer's input for the backward pass and compute the rest again; turns the
+            kept prompt beginnings off.
         max_bad_steps: stop after this many optimizer steps skipped for a non-finite loss or gradient.
     """
 
@@ -109,6 +113,8 @@ class ModelConfig:
     trust_remote_code: bool = False
     prefix_cache_tokens: int = 4096
     tensor_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    activation_checkpointing: bool = False
     max_bad_steps: int = 20
     # Written by an export, read by from_pretrained / restore_from (as in NeMo's SALM).
     tokenizer_path: str | None = None
@@ -144,8 +150,8 @@ def model_config(cfg: DictConfig | dict[str, Any]) -> ModelConfig:
         problems.append(f"model.imitation.teacher={config.imitation.teacher!r}: use {', '.join(TEACHERS)}")
     if config.imitation.teacher == "none" and config.imitation.w_kl > 0:
         problems.append("model.imitation: w_kl > 0 needs teacher=online or cached")
-    if config.tensor_model_parallel_size > 1 and config.lora is not None:
-        problems.append("model.lora is not supported with trainer.tensor_model_parallel_size > 1")
+    if config.sequence_parallel and config.tensor_model_parallel_size > 1 and not torch.cuda.is_available():
+        problems.append("model.sequence_parallel=true needs GPUs")
     terms = config.imitation.w_ctc > 0 or config.imitation.w_align > 0
     if config.interleaving.level == "waveform" and config.interleaving.probability > 0 and terms:
         problems.append("model.interleaving.level=waveform cuts the audio, so imitation.w_ctc and w_align must be 0")

@@ -1,5 +1,6 @@
 """What all launchers share: Hydra with our configuration tree, errors as messages, and typed configurations."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,8 @@ def launcher(
 
     def decorate(function: Callable[[DictConfig], Any]) -> Callable[[], None]:
         def guarded(cfg: DictConfig) -> None:
+            if os.environ.get("RANK", "0") != "0":
+                os.environ["TQDM_DISABLE"] = "1"  # one progress bar a job
             try:
                 function(cfg)
             except MTBIError as error:

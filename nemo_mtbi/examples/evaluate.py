@@ -11,22 +11,23 @@ from nemo_mtbi.examples._launcher import announce, launcher
 
 @launcher("evaluate")
 def main(cfg: DictConfig) -> None:
-    import torch
     from lhotse import CutSet
 
     from nemo_mtbi.data.conversation import check_manifest
     from nemo_mtbi.evaluation.asr import WhisperASR
     from nemo_mtbi.evaluation.report import write_report
     from nemo_mtbi.evaluation.score import Evaluation
+    from nemo_mtbi.parallel.launch import from_first_rank, is_first_rank, join_ranks
     from nemo_mtbi.training.cpu import tune
     from nemo_mtbi.training.run_directory import UNTRAINED, RunDirectory
 
     tune(cfg.threads)
     for path in cfg.cuts.values():
         check_manifest(path)
+    device = join_ranks(cfg.tensor_model_parallel_size, "evaluate")
     run, output = RunDirectory(cfg.run), Path(cfg.output_dir or Path(cfg.run) / "evaluation")
     stages = [name for name in cfg.stages if run.weights(name).is_file()]
-    model = run.load_model(llm_dtype=cfg.llm_dtype).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = run.load_model(None, cfg.llm_dtype, cfg.tensor_model_parallel_size).to(device)
     results: dict[str, dict] = {}
     for manifest, path in cfg.cuts.items():
         evaluation = Evaluation(model, CutSet.from_file(path), cfg.cached_features, cfg.batch_size)
@@ -35,10 +36,13 @@ def main(cfg: DictConfig) -> None:
             systems["text_topline"] = evaluation.text(f"{manifest}: text topline", None).summary()
         if cfg.cascade:
             asr = WhisperASR(model.config.pretrained_asr, output / "cascade_transcripts.jsonl")
-            systems["cascade"] = evaluation.text(f"{manifest}: cascade", asr.transcribe(evaluation.cuts)).summary()
+            transcripts = from_first_rank(lambda a=asr, e=evaluation: a.transcribe(e.cuts))
+            systems["cascade"] = evaluation.text(f"{manifest}: cascade", transcripts).summary()
         for name in stages:
             run.load_weights(model, name)
             systems[name] = evaluation.speech(f"{manifest}: {name}", generate=name != UNTRAINED).summary()
+    if not is_first_rank():
+        return
     paths = write_report(output, results, shlex.join(["python", "-m", "nemo_mtbi.examples.evaluate", *sys.argv[1:]]))
     print("\n" + paths["md"].read_text())
     announce("Results", dict(paths))

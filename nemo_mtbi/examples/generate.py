@@ -16,11 +16,17 @@ def main(cfg: DictConfig) -> None:
     from nemo_mtbi.errors import DataError
     from nemo_mtbi.models import MTBISALM
     from nemo_mtbi.models.generation import collate_waveforms, load_waveform
+    from nemo_mtbi.parallel.launch import is_first_rank, join_ranks
 
     inputs = list(audio_inputs(cfg.audio))
-    model = MTBISALM.restore_from(cfg.model).to(
-        "cuda" if cfg.device == "auto" and _cuda() else cfg.device.replace("auto", "cpu")
-    )
+    size = cfg.tensor_model_parallel_size
+    device = join_ranks(size, "generate") if cfg.device == "auto" or size > 1 else cfg.device
+    model = MTBISALM.restore_from(cfg.model, tensor_model_parallel_size=size).to(device)
+
+    def show(line: str) -> None:
+        if is_first_rank():
+            print(line, flush=True)
+
     records: list[dict[str, Any]] = []
     failed = 0
     for begin in range(0, len(inputs), cfg.batch_size):
@@ -32,7 +38,7 @@ def main(cfg: DictConfig) -> None:
                 if len(inputs) == 1:
                     raise
                 failed += 1
-                print(f"{path}\t(left out: {error})")
+                show(f"{path}\t(left out: {error})")
         if not loaded:
             continue
         audios, lengths = collate_waveforms([w for _, w in loaded])
@@ -41,8 +47,8 @@ def main(cfg: DictConfig) -> None:
         for (path, _), row in zip(loaded, ids, strict=True):
             answer = model.tokenizer.tokenizer.decode(row, skip_special_tokens=True).strip()
             records.append({"audio": str(path), "prompt": cfg.prompt, "answer": answer})
-            print(answer if len(inputs) == 1 else f"{path}\t{answer}", flush=True)
-    if cfg.output:
+            show(answer if len(inputs) == 1 else f"{path}\t{answer}")
+    if cfg.output and is_first_rank():
         jsonl.write_text(Path(cfg.output), "".join(jsonl.dumps(r) + "\n" for r in records))
         announce(f"{len(records)} answers, {failed} left out", {"answers": cfg.output})
 
@@ -71,12 +77,6 @@ def audio_inputs(audio: Any) -> Iterator[Path]:
                 yield file if file.is_absolute() else path.parent / file
         else:
             yield path
-
-
-def _cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 if __name__ == "__main__":

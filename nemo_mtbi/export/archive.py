@@ -87,7 +87,7 @@ def save_nemo(model: "MTBISALM", path: Path, card: str | None = None) -> Path:
     return path
 
 
-def load_nemo(cls: "type[MTBISALM]", path: Path, map_location: str = "cpu") -> "MTBISALM":
+def load_nemo(cls: "type[MTBISALM]", path: Path, map_location: str = "cpu", ranks: int = 1) -> "MTBISALM":
     """Open a ``.nemo`` archive that :func:`save_nemo` wrote.
 
     Raises:
@@ -112,11 +112,11 @@ def load_nemo(cls: "type[MTBISALM]", path: Path, map_location: str = "cpu") -> "
             raise CheckpointError(
                 f"{path} is damaged or unsafe ({error}); it was not opened. Copy it again."
             ) from error
-        return load_directory(cls, Path(name), map_location)
+        return load_directory(cls, Path(name), map_location, ranks)
 
 
-def load_directory(cls: "type[MTBISALM]", folder: Path, map_location: str = "cpu") -> "MTBISALM":
-    """Open an exported directory; every weight of the model must be in it."""
+def load_directory(cls: "type[MTBISALM]", folder: Path, map_location: str = "cpu", ranks: int = 1) -> "MTBISALM":
+    """Open an exported directory, spread over ``ranks``; every weight of the model must be in it."""
     from safetensors import SafetensorError, safe_open
 
     for file in (CONFIG, WEIGHTS):
@@ -136,10 +136,11 @@ def load_directory(cls: "type[MTBISALM]", folder: Path, map_location: str = "cpu
             names = set(weights.keys())
     except SafetensorError as error:
         raise CheckpointError(f"{folder / WEIGHTS} is truncated or no safetensors file ({error}).") from error
-    model = cls._from_checked_directory(folder, map_location)
+    model = cls._from_checked_directory(folder, map_location, ranks)
     tie = causal_lm(model.llm).config.tie_word_embeddings
     tied = {n for n in model.state_dict() if tie and n.endswith("lm_head.weight")}
-    missing = set(model.state_dict()) - names - tied
+    own = {n for n in model.state_dict() if not n.endswith("_extra_state")}  # Megatron's layers name one that is empty
+    missing = own - names - tied
     if missing:
         raise CheckpointError(
             f"{folder / WEIGHTS} lacks {len(missing)} tensors of the model, e.g. {sorted(missing)[0]}."

@@ -1,9 +1,13 @@
 """Lightning checkpoints that hold what is trained, and references (content hashes) to what is frozen."""
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from nemo_mtbi.errors import CheckpointError
+from nemo_mtbi.parallel.parts import Part, part_of
 
 KEY = "nemo_mtbi"
 
@@ -19,9 +23,35 @@ class TrainableCheckpoint:
         prefix = "perception.modality_adapter."
         return names | {n for n in self.state_dict() if n.startswith(prefix)}  # type: ignore[attr-defined]
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def trained_parts(self) -> dict[str, Part]:
+        """Trained parameters of which this rank holds a part (LoRA under tensor parallelism)."""
+        trained = ((n, part_of(p)) for n, p in self.named_parameters() if p.requires_grad)  # type: ignore[attr-defined]
+        return {name: part for name, part in trained if part is not None}
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Trained tensors, whole, on the CPU. All ranks of a tensor-parallel group call this together."""
         names = self.trainable_names()
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in names}
+        state = {k: v.detach() for k, v in self.state_dict().items() if k in names}  # type: ignore[attr-defined]
+        return {k: v.cpu().contiguous() for k, v in self.whole_state(state).items()}
+
+    def load_trained_state(self, state: dict[str, Tensor]) -> None:
+        """Take this rank's parts of whole trained tensors."""
+        self.load_state_dict(self.own_state(state), strict=False)  # type: ignore[attr-defined]
+
+    def whole_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        parts, group = self.trained_parts(), self.vocabulary_shard.group  # type: ignore[attr-defined]
+        return {k: parts[k].whole(v, group) if k in parts else v for k, v in state.items()}
+
+    def own_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        parts = self.trained_parts()
+        return {k: parts[k].of(v, v.shape[parts[k].dim]) if k in parts else v for k, v in state.items()}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Whole tensors, so that a checkpoint does not depend on the layout; that of the optimizer's states too."""
+        names = self.trainable_names()
+        checkpoint["state_dict"] = self.whole_state({k: v for k, v in checkpoint["state_dict"].items() if k in names})
+        group = self.vocabulary_shard.group  # type: ignore[attr-defined]
+        self._convert_optimizer_states(checkpoint, lambda part, value: part.whole(value, group))
         checkpoint[KEY] = {
             "references": self.references,  # type: ignore[attr-defined]
             "seen": dict(self.all_seen()),  # type: ignore[attr-defined]
@@ -49,6 +79,26 @@ class TrainableCheckpoint:
                 f"The checkpoint lacks {len(missing)} trained tensors, e.g. {sorted(missing)[0]}: "
                 "model.perception or model.lora differ from those it was trained with."
             )
+        checkpoint["state_dict"] = self.own_state(checkpoint["state_dict"])
+        self._convert_optimizer_states(checkpoint, lambda part, value: part.of(value, value.shape[part.dim]))
         # The record is a sum over ranks, so one of them goes on with it.
         self.seen = Counter(own["seen"]) if self.global_rank == 0 else Counter()  # type: ignore[attr-defined]
         self.bad_steps = own["bad_steps"]
+
+    def _convert_optimizer_states(
+        self, checkpoint: dict[str, Any], convert: Callable[[Part, Tensor], Tensor]
+    ) -> None:
+        """Apply ``convert`` to the states of parameters that are spread; the optimizer numbers trained parameters in order."""
+        trained = [p for p in self.parameters() if p.requires_grad]  # type: ignore[attr-defined]
+        if all(part_of(p) is None for p in trained):
+            return
+        for optimizer in checkpoint.get("optimizer_states", []):
+            states = dict(optimizer["state"])  # the optimizer's own dictionaries stay as they are
+            for index, parameter in enumerate(trained):
+                part = part_of(parameter)
+                if part is not None and index in states:
+                    states[index] = {
+                        k: convert(part, v) if isinstance(v, Tensor) and v.ndim == parameter.ndim else v
+                        for k, v in states[index].items()
+                    }
+            optimizer["state"] = states

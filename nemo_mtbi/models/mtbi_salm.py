@@ -10,11 +10,13 @@ import torch
 from lightning import LightningModule
 from nemo.collections.common.tokenizers import AutoTokenizer
 from nemo.collections.speechlm2.models.salm import SALM
+from nemo.collections.speechlm2.parts.hf_hub import LLM_BACKBONE_DIR
 from nemo.collections.speechlm2.parts.lora import maybe_install_lora
 from nemo.collections.speechlm2.parts.optim_setup import is_frozen
 from nemo.collections.speechlm2.parts.pretrained import load_pretrained_hf
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -44,11 +46,14 @@ from nemo_mtbi.modules.connectors import CTCCompressConnector, SpeechEmbeddings,
 from nemo_mtbi.modules.language_model import (
     Prefix,
     PrefixStore,
+    causal_lm,
+    checkpoint_activations,
     hidden_states,
     output_head,
     teacher_hidden_states,
 )
-from nemo_mtbi.parallel.sharding import empty_llm, equalize_gradients, load_shards, shard_llm
+from nemo_mtbi.parallel.parts import gradient_norm, reduce_gradients
+from nemo_mtbi.parallel.sharding import empty_llm, load_shards, materialize_adapters, shard_llm
 from nemo_mtbi.pretrained.fingerprint import fingerprint
 from nemo_mtbi.pretrained.offline import resolve_pretrained
 
@@ -110,7 +115,8 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
             config.tokenizer_path or llm_path, use_fast=True, trust_remote_code=config.trust_remote_code
         )
         self.tokenizer.add_special_tokens({"additional_special_tokens": [self.audio_locator_tag]})
-        self.llm_path, llm_dtype = llm_path, getattr(torch, config.llm_dtype)
+        self.llm_weights: str | Path = llm_path  # where a rank reads its shard
+        llm_dtype = getattr(torch, config.llm_dtype)
         if config.tensor_model_parallel_size > 1:  # read in configure_model, when the ranks know each other
             self.llm = empty_llm(
                 AutoConfig.from_pretrained(llm_path, trust_remote_code=config.trust_remote_code), llm_dtype
@@ -120,6 +126,8 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         self.embed_tokens = self.llm.model.embed_tokens
         del self.llm.model.embed_tokens
         maybe_install_lora(self)
+        if config.tensor_model_parallel_size > 1:
+            materialize_adapters(self.llm)
         setup_perception(self)
         self.perception.encoder.to(getattr(torch, config.encoder_dtype))
         self.frame_seconds = encoder_frame_seconds(self.perception)
@@ -142,11 +150,14 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         self.register_load_state_dict_post_hook(lambda module, _: module.bind_connector())
         # Now rather than with the optimizer, so that evaluation tools see it too.
         freeze(self.named_parameters(), config)
-        trained = [n for n, p in self.named_parameters() if p.requires_grad and n.startswith(("llm.", "embed_tokens."))]
+        trained = [
+            name for name, p in self.named_parameters()
+            if p.requires_grad and name.startswith(("llm.", "embed_tokens.")) and "lora_" not in name
+        ]  # fmt: skip
         if trained and config.tensor_model_parallel_size > 1:
             raise ConfigError(
-                f"model.freeze_params leaves {trained[0]} trainable; with trainer.tensor_model_parallel_size > 1 the LLM must "
-                "be frozen."
+                f"model.freeze_params leaves {trained[0]} trainable; with trainer.tensor_model_parallel_size > 1 only LoRA "
+                "(model.lora) can train in the LLM."
             )
         frozen_llm = all("lora_" in n or not p.requires_grad for n, p in self.llm.named_parameters())
         if not (frozen_llm and is_frozen(self.embed_tokens)) and config.imitation.teacher == "online":
@@ -154,8 +165,10 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
                 "teacher=online reads the LLM that is being trained here (model.freeze_params leaves some of it trainable). "
                 "Use teacher=cached, or train LoRA adapters instead (model.lora), which the teacher does without."
             )
-        # With LoRA the LLM changes, and so do the keys and values of the prompts.
-        keep = config.prefix_cache_tokens if is_frozen(self.llm) and is_frozen(self.embed_tokens) else 0
+        # With LoRA the LLM changes, and so do the keys and values of the prompts; a layer that is computed twice would add its
+        # own to the kept ones twice.
+        frozen = is_frozen(self.llm) and is_frozen(self.embed_tokens) and not config.activation_checkpointing
+        keep = config.prefix_cache_tokens if frozen else 0
         self.prefixes = PrefixStore(keep) if keep else None
         self.bind_connector()
 
@@ -361,6 +374,8 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         for module in (self.perception.preprocessor, self.perception.encoder, self.llm):
             if is_frozen(module):
                 module.eval()
+        if self.config.activation_checkpointing:
+            checkpoint_activations(self.llm)
         examples: list[Example] = batch["examples"]
         if self.stage == "alignment":
             settings = self.config.alignment_stage
@@ -409,9 +424,10 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         for parameter in parameters:
             parameter.grad *= scale.to(parameter.grad.dtype)
-        if self.vocabulary_shard.group is not None:
-            equalize_gradients(parameters)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        group = self.vocabulary_shard.group
+        if group is not None:
+            reduce_gradients(parameters, group, torch.distributed.get_global_rank(group, 0))
+        self._gradient_norm = norm = gradient_norm(parameters, group)
         self.log("gradient_norm", norm, on_step=True, batch_size=1)
         if not torch.isfinite(norm):
             self.bad_steps += 1
@@ -423,6 +439,19 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
                     f"{self.bad_steps} steps had a non-finite loss or gradient; max_bad_steps={self.config.max_bad_steps}. "
                     "Lower the learning rate, or look at the examples of the last steps."
                 )
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm that :meth:`on_before_optimizer_step` has computed, which counts parameters spread over ranks whole."""
+        if not gradient_clip_val or gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self._gradient_norm)
 
     def data_parallel_group(self) -> Any:
         """Process group over which a step's response tokens are counted (None: all ranks)."""
@@ -482,13 +511,14 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         """
         if self.config.tensor_model_parallel_size == 1 or self.vocabulary_shard.group is not None:
             return
-        self.llm.model.embed_tokens = self.embed_tokens
-        self.vocabulary_shard = shard_llm(self.llm)
+        body = causal_lm(self.llm).model
+        body.embed_tokens = self.embed_tokens
+        self.vocabulary_shard = shard_llm(self.llm, self.config.sequence_parallel)
         load_shards(
-            self.llm, self.llm_path, self.device if self._trainer is None else self.trainer.strategy.root_device
+            self.llm, self.llm_weights, self.device if self._trainer is None else self.trainer.strategy.root_device
         )
-        self.embed_tokens = self.llm.model.embed_tokens
-        del self.llm.model.embed_tokens
+        self.embed_tokens = body.embed_tokens
+        del body.embed_tokens
         self.bind_connector()
 
     @property
@@ -496,8 +526,14 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         raise NotImplementedError("Batches of MTBISALM hold planned examples; set data.train_ds.batch_tokens instead.")
 
     @classmethod
-    def restore_from(cls, path: str | Path, map_location: str = "cpu") -> "MTBISALM":
+    def restore_from(
+        cls, path: str | Path, map_location: str = "cpu", tensor_model_parallel_size: int = 1
+    ) -> "MTBISALM":
         """Open a ``.nemo`` file or a directory that ``export.py`` wrote; nothing else is needed.
+
+        Args:
+            tensor_model_parallel_size: ranks that hold the LLM together, in a job that
+                :func:`nemo_mtbi.parallel.launch.join_ranks` has joined.
 
         Raises:
             CheckpointError: missing, damaged, hostile, or another kind of model.
@@ -505,7 +541,8 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         from nemo_mtbi.export.archive import load_directory, load_nemo
 
         path = Path(path)
-        return (load_directory if path.is_dir() else load_nemo)(cls, path, map_location)
+        load = load_directory if path.is_dir() else load_nemo
+        return load(cls, path, map_location, tensor_model_parallel_size)
 
     @classmethod
     def from_pretrained(
@@ -526,8 +563,22 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         return load_directory(cls, folder, map_location)
 
     @classmethod
-    def _from_checked_directory(cls, folder: Path, map_location: str) -> "MTBISALM":
-        return super().from_pretrained(str(folder), map_location=map_location, strict=False)
+    def _from_checked_directory(cls, folder: Path, map_location: str, ranks: int = 1) -> "MTBISALM":
+        if ranks == 1:
+            return super().from_pretrained(str(folder), map_location=map_location, strict=False)
+        cfg = OmegaConf.to_container(OmegaConf.load(folder / "config.json"))
+        assert isinstance(cfg, dict)
+        local = {
+            "pretrained_llm": str(folder / LLM_BACKBONE_DIR), "tokenizer_path": str(folder), "pretrained_weights": False,
+            "tensor_model_parallel_size": ranks,
+        }  # fmt: skip
+        model = cls({**cfg, **local})  # type: ignore[arg-type]
+        model.llm_weights = folder
+        model.configure_model()
+        with safe_open(folder / "model.safetensors", "pt") as weights:
+            rest = [n for n in weights.keys() if "lora_" in n or not n.startswith(("llm.", "embed_tokens."))]
+            model.load_trained_state({name: weights.get_tensor(name) for name in rest})
+        return model
 
     def save_to(self, path: str | Path) -> Path:
         """Write one self-contained ``.nemo`` file."""

@@ -119,6 +119,16 @@ def output_head(llm: nn.Module, shard: VocabularyShard = WHOLE_VOCABULARY) -> He
     return Head(lm.lm_head.weight, lm.lm_head.bias, scale, getattr(config, "final_logit_softcapping", None), shard)
 
 
+def checkpoint_activations(llm: nn.Module) -> None:
+    """Let every layer keep only its input for the backward pass, although the frozen LLM is in evaluation mode."""
+    lm = causal_lm(llm)
+    if not lm.is_activation_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in lm.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True  # of this module alone: dropout inside stays off
+
+
 def without_adapters(llm: nn.Module) -> AbstractContextManager[Any]:
     """The teacher is the LLM without LoRA."""
     return llm.disable_adapter() if isinstance(llm, PeftModel) else nullcontext()

@@ -10,7 +10,7 @@ import fnmatch
 import json
 import logging
 import math
-from dataclasses import dataclass
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,15 @@ import torch
 import torch.distributed as dist
 from megatron.core import ModelParallelConfig, parallel_state
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.losses.vocabulary import VocabularyShard
+from nemo_mtbi.modules.language_model import causal_lm
+from nemo_mtbi.parallel.blocks import SequenceParallel, share_input
+from nemo_mtbi.parallel.parts import Part, part_of
 
 COLUMN, ROW = "colwise", "rowwise"
 FUSED = {
@@ -42,10 +46,16 @@ class ColumnLinear(ColumnParallelLinear):
 
 
 class RowLinear(RowParallelLinear):
-    """``RowParallelLinear`` that returns the output alone. (..., in / ranks) -> (..., out), summed over the ranks."""
+    """``RowParallelLinear`` that returns the output alone. (..., in / ranks) -> (..., out), summed over the ranks, or
+    this rank's summand where ``summed`` is false."""
+
+    summed = True
 
     def forward(self, input_: Tensor) -> Tensor:
-        return super().forward(input_)[0]
+        if self.summed:
+            return super().forward(input_)[0]
+        first = parallel_state.get_tensor_model_parallel_rank() == 0
+        return nn.functional.linear(input_, self.weight, self.bias if first else None)
 
 
 class ScaledVocabParallelEmbedding(VocabParallelEmbedding):
@@ -93,16 +103,6 @@ def initialize(tensor_model_parallel_size: int) -> None:
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_model_parallel_size)
 
 
-def equalize_gradients(parameters: list[nn.Parameter]) -> None:
-    """Give the ranks of a tensor-parallel group the same bits: atomic additions on GPUs round differently on each, and
-    connectors that drift apart would in the end emit different numbers of positions."""
-    group = parallel_state.get_tensor_model_parallel_group()
-    source = parallel_state.get_tensor_model_parallel_src_rank()
-    for gradient in (p.grad for p in parameters):
-        if gradient is not None:
-            dist.broadcast(gradient, source, group=group)
-
-
 def tensor_parallel_plan(llm: nn.Module) -> dict[str, str]:
     """The model's own plan, module name pattern -> style, relative to the ``...ForCausalLM``."""
     own = dict(getattr(llm, "_tp_plan", None) or {})
@@ -135,47 +135,73 @@ def empty_llm(config: Any, dtype: torch.dtype) -> Any:
     return llm
 
 
+def materialize_adapters(llm: nn.Module) -> None:
+    """Initialize the LoRA matrices of a model whose own weights are still ``meta``; they are whole until it is sharded."""
+    for layer in llm.modules():
+        if isinstance(layer, LoraLayer):
+            for name in layer.lora_A:
+                for matrix in (layer.lora_A[name], layer.lora_B[name]):
+                    matrix.to_empty(device="cpu")
+                layer.reset_lora_parameters(name, init_lora_weights=True)
+
+
 def load_shards(llm: nn.Module, folder: str | Path, device: torch.device) -> None:
     """Read this rank's parts of all ``meta`` parameters from the safetensors files of a Hugging Face directory.
 
     A part is read straight from the file, so no rank ever holds a whole weight that is spread.
+
+    Args:
+        llm: ``...ForCausalLM``, or one with LoRA (whose own weights are there already).
+        folder: of the LLM, or of an exported speech LLM.
 
     Raises:
         ConfigError: the directory has no safetensors, or a weight is missing there.
     """
     files = _weight_files(Path(folder))
     loaded: dict[int, nn.Parameter] = {}  # tied parameters stay one
-    for module_name, module in llm.named_modules():
+    for module_name, module in causal_lm(llm).named_modules():
         for leaf, parameter in list(module.named_parameters(recurse=False)):
             if not parameter.is_meta:
                 continue
-            name = f"{module_name}.{leaf}" if module_name else leaf
+            name = f"{module_name}.{leaf}".replace(".base_layer.", ".").lstrip(".")
             if id(parameter) not in loaded:
                 loaded[id(parameter)] = _read(files, name, parameter, device)
             setattr(module, leaf, loaded[id(parameter)])
 
 
-def _weight_files(folder: Path) -> dict[str, Path]:
-    """Weight name -> file that holds it."""
+def _weight_files(folder: Path) -> dict[str, tuple[Path, str]]:
+    """Name of a weight in the LLM -> the file that holds it, and its name there."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        raise ConfigError(f"{folder} has no safetensors weights; tensor parallelism reads no other format.")
-    with safe_open(single, "pt") as file:
-        return dict.fromkeys(file.keys(), single)
+        files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    else:
+        single = folder / "model.safetensors"
+        if not single.is_file():
+            raise ConfigError(f"{folder} has no safetensors weights; tensor parallelism reads no other format.")
+        with safe_open(single, "pt") as file:
+            files = dict.fromkeys(file.keys(), single)
+    return {own_name(name): (file, name) for name, file in files.items()}
 
 
-def _read(files: dict[str, Path], name: str, parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
+def own_name(name: str) -> str:
+    """A weight's name in the LLM; in an exported speech LLM it stands under ``llm``, the embedding beside it."""
+    if name.startswith("embed_tokens."):
+        return f"model.{name}"
+    return name.removeprefix("llm.").removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def _read(
+    files: dict[str, tuple[Path, str]], name: str, parameter: nn.Parameter, device: torch.device
+) -> nn.Parameter:
     if name not in files:
         raise ConfigError(f"The LLM's files lack the weight {name} ({len(files)} others are there).")
-    part: Part | None = getattr(parameter, "tensor_part", None)
-    with safe_open(files[name], "pt") as file:
+    part = part_of(parameter)
+    path, stored = files[name]
+    with safe_open(path, "pt") as file:
         if part is None:
-            value = file.get_tensor(name)
+            value = file.get_tensor(stored)
         else:
-            whole = file.get_slice(name)
+            whole = file.get_slice(stored)
             value = part.of(whole, whole.get_shape()[part.dim])
     new = nn.Parameter(value.to(device, parameter.dtype), requires_grad=parameter.requires_grad)
     if part is not None:
@@ -183,11 +209,12 @@ def _read(files: dict[str, Path], name: str, parameter: nn.Parameter, device: to
     return new
 
 
-def shard_llm(llm: Any) -> VocabularyShard:
-    """Replace the layers of a loaded ``...ForCausalLM`` by this rank's shards, in place.
+def shard_llm(llm: nn.Module, sequence_parallel: bool = False) -> VocabularyShard:
+    """Replace the layers of a ``...ForCausalLM`` by this rank's shards, in place.
 
     Args:
-        llm: a Transformers model with a tensor-parallel plan; :func:`initialize` has been called.
+        llm: a Transformers model with a tensor-parallel plan, with LoRA or without; :func:`initialize` has been called.
+        sequence_parallel: keep the activations between attention and feed-forward blocks spread over positions.
 
     Returns:
         Where this rank's rows of the vocabulary stand, for the objective.
@@ -195,88 +222,135 @@ def shard_llm(llm: Any) -> VocabularyShard:
     Raises:
         ConfigError: the model has no plan, or its sizes cannot be divided.
     """
+    lm = causal_lm(llm)
     group = parallel_state.get_tensor_model_parallel_group()
     size, rank = dist.get_world_size(group), dist.get_rank(group)
-    plan = tensor_parallel_plan(llm)
+    plan = tensor_parallel_plan(lm)
     if not plan:
         raise ConfigError(
-            f"{type(llm).__name__} publishes no tensor-parallel plan (_tp_plan); use tensor_model_parallel_size=1."
+            f"{type(lm).__name__} publishes no tensor-parallel plan (_tp_plan); use tensor_model_parallel_size=1."
         )
-    check_divisible(llm.config, size)
+    check_divisible(lm.config, size)
     config = ModelParallelConfig(
         tensor_model_parallel_size=size,
         use_cpu_initialization=True,
         perform_initialization=False,
-        params_dtype=llm.dtype,
+        params_dtype=lm.dtype,
     )
-    for name, module in list(llm.named_modules()):
-        if not isinstance(module, nn.Linear) or name == "lm_head":
-            continue
-        style = next((s for pattern, s in plan.items() if fnmatch.fnmatchcase(name, pattern)), None)
-        # Transformers keeps fused projections whole, because a plain cut would mix their blocks; ours keeps them apart.
-        if style is not None:
-            style = FUSED.get((name.rpartition(".")[2], style), style)
-        if style in (COLUMN, ROW):
-            parent, _, leaf = name.rpartition(".")
-            setattr(llm.get_submodule(parent), leaf, _shard_linear(module, style, leaf, llm.config, config, rank, size))
-        elif style not in REPLICATED:
-            logging.getLogger(__name__).warning(
-                "%s has no tensor-parallel plan (%s): replicated on every rank", name, style
+    styles = {name: _style(name, plan) for name, module in lm.named_modules() if _is_projection(name, module)}
+    blocks: dict[str, list[str]] = defaultdict(list)
+    for name in styles:
+        blocks[name.rpartition(".")[0]].append(name)
+    for block, names in blocks.items():
+        sharded = [n for n in names if styles[n] is not None]
+        together = len(sharded) == len(names)
+        if sequence_parallel and sharded and not together:
+            raise ConfigError(
+                f"sequence_parallel: {sorted(set(names) - set(sharded))[0]} has no tensor-parallel plan, its neighbours have. "
+                "Set model.sequence_parallel=false."
             )
-    _local_heads(llm, size)
-    return _shard_vocabulary(llm, config, group, rank, size)
+        for name in sharded:
+            _shard_layer(lm, name, styles[name], config, rank, size)
+            if styles[name] == COLUMN and not together:
+                share_input(lm.get_submodule(name))
+            elif styles[name] == ROW and sequence_parallel:
+                _leave_summands(lm.get_submodule(name))
+        if together and not sequence_parallel:
+            share_input(lm.get_submodule(block))
+    if sequence_parallel:
+        SequenceParallel(lm.model, [lm.get_submodule(b) for b, names in blocks.items() if styles[names[0]]], size)
+    _local_heads(lm, size)
+    return _shard_vocabulary(lm, config, group, rank, size)
 
 
-@dataclass(frozen=True)
-class Part:
-    """The part of a whole weight that a rank holds: ranges of dimension ``dim``, then zeros up to ``size`` entries.
+def _is_projection(name: str, module: nn.Module) -> bool:
+    """A linear layer of the LLM, or the LoRA layer around one."""
+    parts = name.split(".")
+    inside_adapter = "base_layer" in parts or "lora_A" in parts or "lora_B" in parts
+    return isinstance(module, nn.Linear | LoraLayer) and not inside_adapter and name != "lm_head"
 
-    Kept on the parameter as ``tensor_part``, so that it can be read from a checkpoint without the rest.
+
+def _style(name: str, plan: dict[str, str]) -> str | None:
+    """``COLUMN``, ``ROW``, or None where the layer stays whole."""
+    style = next((s for pattern, s in plan.items() if fnmatch.fnmatchcase(name, pattern)), None)
+    # Transformers keeps fused projections whole, because a plain cut would mix their blocks; ours keeps them apart.
+    if style is not None:
+        style = FUSED.get((name.rpartition(".")[2], style), style)
+    if style in (COLUMN, ROW):
+        return style
+    if style not in REPLICATED:
+        logging.getLogger(__name__).warning(
+            "%s has no tensor-parallel plan (%s): replicated on every rank", name, style
+        )
+    return None
+
+
+def _leave_summands(layer: nn.Module) -> None:
+    """Let a row-parallel layer, and the LoRA layer around it, leave the sum over the ranks to its block."""
+    for module in layer.modules():
+        if isinstance(module, RowLinear):
+            module.summed = False
+    if isinstance(layer, LoraLayer):
+        for b in layer.lora_B.values():
+            b.weight.partial_gradient = True
+
+
+def _shard_layer(
+    lm: Any, name: str, style: str | None, config: ModelParallelConfig, rank: int, size: int
+) -> None:
+    """Replace one linear layer, under its LoRA layer if it has one."""
+    parent, _, leaf = name.rpartition(".")
+    module = lm.get_submodule(name)
+    base = module.base_layer if isinstance(module, LoraLayer) else module
+    new = _shard_linear(base, style, leaf, lm.config, config, rank, size)
+    if isinstance(module, LoraLayer):
+        module.base_layer = new
+        _shard_adapters(module, name, style, config)
+    else:
+        setattr(lm.get_submodule(parent), leaf, new)
+
+
+def _shard_adapters(layer: LoraLayer, name: str, style: str | None, config: ModelParallelConfig) -> None:
+    """Cut LoRA's matrices with their layer: the rows of B of a column-parallel one, the columns of A of a row-parallel one.
+
+    The other matrix is whole on every rank. That of a column-parallel layer sees only the gradient through this rank's rows.
     """
-
-    dim: int
-    ranges: tuple[tuple[int, int], ...]
-    size: int
-
-    @staticmethod
-    def of_blocks(dim: int, blocks: list[int], parts: list[tuple[int, int]]) -> "Part":
-        """Of a weight made of ``blocks`` one after another, of each the share ``(index, of how many)``."""
-        ranges, begin = [], 0
-        for block, (index, count) in zip(blocks, parts, strict=True):
-            share = block // count
-            ranges.append((begin + index * share, begin + (index + 1) * share))
-            begin += block
-        return Part(dim, tuple(ranges), sum(e - b for b, e in ranges))
-
-    def of(self, whole: Any, length: int) -> Tensor:
-        """The part of a tensor, or of a slice of a safetensors file, whose dimension ``dim`` is ``length`` long."""
-        pieces = []
-        for begin, end in self.ranges:
-            begin, end = min(begin, length), min(end, length)
-            pieces.append(whole[begin:end] if self.dim == 0 else whole[:, begin:end])
-        missing = self.size - sum(p.shape[self.dim] for p in pieces)
-        if missing:
-            shape = list(pieces[0].shape)
-            shape[self.dim] = missing
-            pieces.append(pieces[0].new_zeros(shape))
-        return torch.cat(pieces, self.dim)
-
-    def parameter(self, whole: Tensor) -> nn.Parameter:
-        """This part of a loaded (or not yet loaded, ``meta``) parameter."""
-        new = nn.Parameter(self.of(whole.detach(), whole.shape[self.dim]), requires_grad=whole.requires_grad)
-        new.tensor_part = self  # type: ignore[attr-defined]
-        return new
+    part = part_of(layer.base_layer.weight)
+    assert part is not None
+    if layer.lora_variant or any(layer.lora_bias.values()):
+        raise ConfigError(
+            f"{name}: DoRA and LoRA with biases are not supported with tensor_model_parallel_size > 1; use plain LoRA."
+        )
+    if part.copies > 1 and len(part.ranges) > 1:
+        raise ConfigError(
+            f"{name}: LoRA on a fused projection with fewer key/value heads than ranks is not supported; take a "
+            "tensor_model_parallel_size that divides them, or leave it out of lora.target_modules."
+        )
+    for key, a in layer.lora_A.items():
+        if style == COLUMN:
+            b = layer.lora_B[key]
+            b.weight, b.out_features = part.parameter(b.weight), part.size
+            a.weight.partial_gradient = True
+        else:
+            own = copy.copy(config)
+            own.params_dtype = a.weight.dtype
+            row = RowLinear(
+                a.in_features, a.out_features, config=own, init_method=lambda _: None, bias=False, input_is_parallel=True,
+                skip_bias_add=False,
+            )  # fmt: skip
+            row.weight = part.parameter(a.weight)
+            layer.lora_A[key] = row
 
 
 def _shard_linear(
-    module: nn.Linear, style: str, leaf: str, hf: Any, config: ModelParallelConfig, rank: int, size: int
+    module: nn.Linear, style: str | None, leaf: str, hf: Any, config: ModelParallelConfig, rank: int, size: int
 ) -> nn.Module:
     bias = module.bias
     if style == COLUMN:
         part = _column_part(module, leaf, hf, rank, size)
         new: Any = ColumnLinear(
             module.in_features, part.size * size, config=config, init_method=lambda _: None, bias=bias is not None,
-            gather_output=False,
+            gather_output=False, disable_grad_reduce=True,
         )  # fmt: skip
         if bias is not None:
             new.bias = part.parameter(bias)
@@ -297,13 +371,16 @@ def _column_part(module: nn.Linear, leaf: str, hf: Any, rank: int, size: int) ->
     heads = hf.num_attention_heads
     kv = getattr(hf, "num_key_value_heads", None) or heads
     # Fewer key/value heads than ranks: each head is kept on several ranks.
-    own, key_value = (rank, size), ((rank, size) if kv >= size else (rank // (size // kv), kv))
+    copies = max(1, size // kv)
+    own, key_value = (rank, size), ((rank, size) if kv >= size else (rank // copies, kv))
     if leaf == "qkv_proj":
         head = module.out_features // (heads + 2 * kv)
-        return Part.of_blocks(0, [heads * head, kv * head, kv * head], [own, key_value, key_value])
+        return Part.of_blocks(0, [heads * head, kv * head, kv * head], [own, key_value, key_value], copies)
     if leaf == "gate_up_proj":
         return Part.of_blocks(0, [module.out_features // 2] * 2, [own, own])
-    return Part.of_blocks(0, [module.out_features], [key_value if leaf in ("k_proj", "v_proj") else own])
+    if leaf in ("k_proj", "v_proj"):
+        return Part.of_blocks(0, [module.out_features], [key_value], copies)
+    return Part.of_blocks(0, [module.out_features], [own])
 
 
 def _local_heads(llm: Any, size: int) -> None:
@@ -314,6 +391,7 @@ def _local_heads(llm: Any, size: int) -> None:
     local.num_key_value_heads = max(1, (kv or heads) // size)
     for module in llm.modules():
         projection = getattr(module, "q_proj", getattr(module, "qkv_proj", None))
+        projection = projection.base_layer if isinstance(projection, LoraLayer) else projection
         if hasattr(module, "num_key_value_groups") and isinstance(projection, ColumnLinear):
             module.num_key_value_groups = local.num_attention_heads // local.num_key_value_heads
             if hasattr(module, "qkv_proj"):  # it cuts the fused projection by these

@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from nemo.utils.get_rank import is_global_rank_zero
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -59,11 +60,12 @@ class RunDirectory:
                 )
 
     def save_weights(self, model: MTBISALM, name: str) -> Path:
-        """Trained tensors and references, written under a temporary name and renamed."""
+        """Trained tensors and references, written under a temporary name and renamed. All ranks call this, one writes."""
         path = self.weights(name)
+        state = model.trained_state()
+        if not is_global_rank_zero():
+            return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        names = model.trainable_names()
-        state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if k in names}
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         save_file(state, temporary, metadata={"references": json.dumps(model.references)})
         temporary.replace(path)
@@ -76,14 +78,18 @@ class RunDirectory:
         """
         load_trained(model, self.weights(name))
 
-    def load_model(self, name: str | None = None, llm_dtype: str | None = None) -> MTBISALM:
+    def load_model(
+        self, name: str | None = None, llm_dtype: str | None = None, tensor_model_parallel_size: int = 1
+    ) -> MTBISALM:
         """The model of a stage (default: the furthest); ``llm_dtype`` overrides the one that it was trained with."""
         name = name or self.last_stage()
         file = self.root / "model.json"
         if not file.is_file():
             raise CheckpointError(f"{self.root} is not a training run: there is no model.json.")
         cfg = json.loads(file.read_text())["model"]
-        model = MTBISALM(cfg | ({"llm_dtype": llm_dtype} if llm_dtype else {}))
+        own = {"llm_dtype": llm_dtype, "tensor_model_parallel_size": tensor_model_parallel_size}
+        model = MTBISALM(cfg | {k: v for k, v in own.items() if v})
+        model.configure_model()
         self.load_weights(model, name)
         return model.eval()
 
@@ -107,4 +113,4 @@ def load_trained(model: MTBISALM, path: Path) -> None:
         raise CheckpointError(
             f"{path} does not fit the model: {len(missing)} tensors missing, {len(unexpected)} unexpected."
         )
-    model.load_state_dict(state, strict=False)
+    model.load_trained_state(state)

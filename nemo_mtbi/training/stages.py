@@ -59,8 +59,8 @@ def train(cfg: DictConfig) -> RunDirectory:
     run.check_same_model(model)
     if is_global_rank_zero():
         run.save_config(model, {k: v for k, v in model_cfg.items() if k != "tensor_model_parallel_size"})
-        if not run.weights(UNTRAINED).is_file():
-            run.save_weights(model, UNTRAINED)
+    if not run.weights(UNTRAINED).is_file():
+        run.save_weights(model, UNTRAINED)
     if cfg.init_from is not None:
         RunDirectory(cfg.init_from).load_weights(model, RunDirectory(cfg.init_from).last_stage())
     if cfg.alignment_stage.enabled:
@@ -88,8 +88,8 @@ def run_stage(cfg: DictConfig, model: MTBISALM, run: RunDirectory, name: str) ->
     if trainer.interrupted or trainer.global_step < trainer.max_steps:
         raise KeyboardInterrupt(f"Stage {name} stopped at step {trainer.global_step}; the same command continues it.")
     seen = model.seen_manifest()
+    run.save_weights(model, name)
     if trainer.is_global_zero:
-        run.save_weights(model, name)
         jsonl.write_json(run.root / "seen.json", seen)
     logging.info(f"Stage {name} wrote {run.weights(name)}")
 

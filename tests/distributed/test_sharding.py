@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,6 +25,7 @@ from transformers import (
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.losses.imitation import ImitationObjective, imitation_loss
 from nemo_mtbi.modules.language_model import hidden_states, output_head
+from nemo_mtbi.parallel.parts import gradient_norm, part_of, reduce_gradients
 from nemo_mtbi.parallel.sharding import check_divisible, empty_llm, initialize, load_shards, shard_llm
 
 pytestmark = [pytest.mark.distributed, pytest.mark.parity]
@@ -39,6 +41,7 @@ MODELS = {
     "phi3": (Phi3ForCausalLM, Phi3Config, {"tie_word_embeddings": False}),
     "gemma2": (Gemma2ForCausalLM, Gemma2Config, {"final_logit_softcapping": 20.0, "query_pre_attn_scalar": 8}),
 }
+LORA = ("llama", "qwen3", "phi3")
 
 
 def build(name):
@@ -65,15 +68,56 @@ def measure(llm, shard=None):
     return hidden.detach(), loss.loss.detach(), embeds.grad, text
 
 
-def worker(rank, size, port, results):
+def with_lora(name):
+    """With adapters on every projection that do something."""
+    llm = build(name)
+    targets = {n.rpartition(".")[2] for n, m in llm.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+    llm = get_peft_model(llm, LoraConfig(r=3, lora_alpha=6, target_modules=sorted(targets)))
+    g = torch.Generator().manual_seed(2)
+    for parameter in lora(llm).values():
+        parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=g))
+    return llm
+
+
+def lora(llm):
+    return {n: p for n, p in llm.named_parameters() if "lora_" in n}
+
+
+def measure_lora(name, shard_it=False, sequence_parallel=False):
+    """Hidden states etc., whole gradients of the adapters, and their norm."""
+    llm, shard, group = with_lora(name), None, None
+    if shard_it:
+        shard = shard_llm(llm, sequence_parallel)
+        group = shard.group
+    values = measure(llm, shard)
+    parameters = list(lora(llm).values())
+    if shard_it:
+        reduce_gradients(parameters, group, 0)
+    gradients = {
+        n: p.grad if part_of(p) is None else part_of(p).whole(p.grad, group) for n, p in lora(llm).items()
+    }
+    return values, gradients, gradient_norm(parameters, group)
+
+
+def join(rank, size, port):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     initialize(size)
+
+
+def worker(rank, size, port, results):
+    join(rank, size, port)
+    torch.cuda.current_device = lambda: "cpu"  # where Megatron's gathers of sequence parallelism allocate
     out = {}
     for name in MODELS:
-        llm = build(name)
-        shard = shard_llm(llm)
-        out[name] = (*measure(llm, shard), sum(p.numel() for p in llm.parameters()))
+        for sequence_parallel in (False, True):
+            llm = build(name)
+            shard = shard_llm(llm, sequence_parallel)
+            out[name, sequence_parallel] = (*measure(llm, shard), sum(p.numel() for p in llm.parameters()))
+    for name in LORA:
+        if name != "phi3" or size == 2:
+            for sequence_parallel in (False, True):
+                out["lora", name, sequence_parallel] = measure_lora(name, True, sequence_parallel)
     results[rank] = out
     dist.destroy_process_group()
 
@@ -89,11 +133,30 @@ def test_sharded_equals_whole(size):
         expected = measure(whole)
         count = sum(p.numel() for p in whole.parameters())
         for rank in range(size):
-            *values, own = got[rank][name]
-            for value, reference in zip(values[:3], expected[:3], strict=True):
-                torch.testing.assert_close(value, reference, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-            assert torch.equal(values[3], expected[3]), name
-            assert own < count * (1 / size + 0.15)  # norms, and key/value heads fewer than ranks, are on every rank
+            for sequence_parallel in (False, True):
+                *values, own = got[rank][name, sequence_parallel]
+                assert_same_values(values, expected, name)
+                assert own < count * (1 / size + 0.15)  # norms, and key/value heads fewer than ranks, are on every rank
+    for name in LORA:
+        values, gradients, norm = measure_lora(name)
+        for rank in range(size):
+            for key in [k for k in got[rank] if k[:2] == ("lora", name)]:
+                got_values, got_gradients, got_norm = got[rank][key]
+                assert_same_values(got_values, values, key)
+                assert got_gradients.keys() == gradients.keys()
+                for parameter, gradient in gradients.items():
+                    close(got_gradients[parameter], gradient, f"{key} {parameter}")
+                torch.testing.assert_close(got_norm, norm)
+
+
+def assert_same_values(values, expected, name):
+    for value, reference in zip(values[:3], expected[:3], strict=True):
+        close(value, reference, name)
+    assert torch.equal(values[3], expected[3]), name
+
+
+def close(value, reference, name):
+    torch.testing.assert_close(value, reference, rtol=1e-4, atol=1e-5, msg=lambda m: f"{name}: {m}")
 
 
 def test_sizes_that_do_not_divide_are_named():
@@ -111,9 +174,7 @@ def generate(llm, tokenizer, **options):
 
 
 def smollm2_worker(rank, size, port, folder, results):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
-    initialize(size)
+    join(rank, size, port)
     llm = empty_llm(AutoConfig.from_pretrained(folder), torch.float32)
     llm.generation_config = GenerationConfig.from_pretrained(folder)
     shard_llm(llm)

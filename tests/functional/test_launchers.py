@@ -14,9 +14,10 @@ pytestmark = pytest.mark.functional
 WORDS = "one two three four five six seven eight nine ten".split()
 
 
-def launch(name, *overrides, ok=True, cwd=None):
+def launch(name, *overrides, ok=True, cwd=None, ranks=1):
+    torchrun = [] if ranks == 1 else ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=29541"]
     run = subprocess.run(
-        [sys.executable, "-m", f"nemo_mtbi.examples.{name}", *map(str, overrides)],
+        [sys.executable, *torchrun, "-m", f"nemo_mtbi.examples.{name}", *map(str, overrides)],
         capture_output=True,
         text=True,
         cwd=cwd,
@@ -127,11 +128,24 @@ def test_evaluation_export_and_an_answer(root, trained, targets):
         results["text_topline"]["repeat_wer"] < 0.15
     )  # padded and refilled batches round differently: near ties may flip
     assert (trained / "evaluation" / "results.png").stat().st_size > 5000
+    spread = root / "spread"
+    launch(
+        "evaluate", f"run={trained}", f"cuts={{held_out: {targets}/held_out.jsonl}}", "cached_features=true",
+        "tensor_model_parallel_size=2", f"output_dir={spread}", ranks=2,
+    )  # fmt: skip
+    for system, scores in json.loads((spread / "results.json").read_text())["results"]["held_out"].items():
+        for key in ("kl_per_token", "token_agreement"):
+            assert scores[key] == pytest.approx(results[system][key], rel=1e-4, abs=1e-5), (system, key)
     out = launch("export", f"run={trained}", f"nemo={root}/m.nemo", f"hf={root}/hf")
     assert json.loads((trained / "export.json").read_text())["round_trip_max_abs_diff"] < 1e-5
     assert f"model={root}/m.nemo" in out
     for source in ("m.nemo", "hf"):
         launch("generate", f"model={root}/{source}", f"audio={root}/3.wav", "prompt=What is this?", "max_new_tokens=4")
+    question = [f"audio={root}/3.wav", "prompt=What is this?", "max_new_tokens=6"]
+    one = launch("generate", f"model={root}/hf", *question)
+    for source in ("m.nemo", "hf"):
+        two = launch("generate", f"model={root}/{source}", *question, "tensor_model_parallel_size=2", ranks=2)
+        assert one.splitlines()[-1] in two.splitlines()
     (root / "bad.wav").write_text("no audio")
     out = launch(
         "generate", f"model={root}/m.nemo", f"audio=[{root}/3.wav,{root}/bad.wav]", "prompt=What?", "max_new_tokens=3",
@@ -152,6 +166,11 @@ def test_evaluation_export_and_an_answer(root, trained, targets):
         ("generate", ["model={root}/absent.nemo", "audio={root}/3.wav", "prompt=Hi"], "no file"),
         ("generate", ["model={root}/m.nemo", "audio={root}/absent.wav", "prompt=Hi"], "no audio file"),
         ("export", ["run={root}/absent"], "no trained model"),
+        (
+            "generate",
+            ["model={root}/absent.nemo", "audio={root}/3.wav", "prompt=Hi", "tensor_model_parallel_size=2"],
+            "needs 2 processes, 1 started",
+        ),
     ],
 )
 def test_user_errors_are_one_message_and_exit_code_1(root, corpus, name, overrides, message):

@@ -1,0 +1,59 @@
+"""Tensor parallelism outside training: launchers that ``torchrun`` starts once for each rank."""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from nemo_mtbi.errors import ConfigError
+
+T = TypeVar("T")
+PATIENCE = timedelta(hours=6)  # one rank may work alone that long (e.g. the cascade's ASR)
+
+
+def join_ranks(size: int, launcher: str) -> torch.device:
+    """Join the tensor-parallel group of all processes, and seed them alike, so that sampling draws the same tokens.
+
+    Args:
+        size: ranks that hold the LLM together; 1 is a plain process.
+        launcher: name under ``nemo_mtbi.examples``, for the message.
+
+    Returns:
+        This process's device.
+
+    Raises:
+        ConfigError: another number of processes was started.
+    """
+    cuda = torch.cuda.is_available()
+    if size == 1:
+        return torch.device("cuda" if cuda else "cpu")
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != size:
+        raise ConfigError(
+            f"tensor_model_parallel_size={size} needs {size} processes, {started} started. Launch it as "
+            f"torchrun --nproc-per-node={size} -m nemo_mtbi.examples.{launcher} ..."
+        )
+    from nemo_mtbi.parallel.sharding import initialize
+
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+    initialize(size)
+    torch.manual_seed(0)
+    return device
+
+
+def is_first_rank() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def from_first_rank(compute: Callable[[], T]) -> T:
+    """What the first rank computes, on every rank."""
+    box = [compute() if is_first_rank() else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]  # type: ignore[return-value]

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -36,7 +37,7 @@ def main(cfg: DictConfig) -> None:
             systems["text_topline"] = evaluation.text(f"{manifest}: text topline", None).summary()
         if cfg.cascade:
             asr = WhisperASR(model.config.pretrained_asr, output / "cascade_transcripts.jsonl")
-            transcripts = from_first_rank(lambda a=asr, e=evaluation: a.transcribe(e.cuts))
+            transcripts = from_first_rank(partial(asr.transcribe, evaluation.cuts))
             systems["cascade"] = evaluation.text(f"{manifest}: cascade", transcripts).summary()
         for name in stages:
             run.load_weights(model, name)

@@ -85,9 +85,7 @@ class TrainableCheckpoint:
         self.seen = Counter(own["seen"]) if self.global_rank == 0 else Counter()  # type: ignore[attr-defined]
         self.bad_steps = own["bad_steps"]
 
-    def _convert_optimizer_states(
-        self, checkpoint: dict[str, Any], convert: Callable[[Part, Tensor], Tensor]
-    ) -> None:
+    def _convert_optimizer_states(self, checkpoint: dict[str, Any], convert: Callable[[Part, Tensor], Tensor]) -> None:
         """Apply ``convert`` to the states of parameters that are spread; the optimizer numbers trained parameters in order."""
         trained = [p for p in self.parameters() if p.requires_grad]  # type: ignore[attr-defined]
         if all(part_of(p) is None for p in trained):

@@ -1,6 +1,7 @@
 """MTBISALM: NeMo's SALM trained by behavior imitation with speech-text interleaving (arXiv 2505.18644)."""
 
 import hashlib
+import json
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -446,7 +447,7 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the norm that :meth:`on_before_optimizer_step` has computed, which counts parameters spread over ranks whole."""
+        """Clip by the norm that :meth:`on_before_optimizer_step` has computed; it counts what is spread over ranks."""
         if not gradient_clip_val or gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
@@ -566,13 +567,12 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
     def _from_checked_directory(cls, folder: Path, map_location: str, ranks: int = 1) -> "MTBISALM":
         if ranks == 1:
             return super().from_pretrained(str(folder), map_location=map_location, strict=False)
-        cfg = OmegaConf.to_container(OmegaConf.load(folder / "config.json"))
-        assert isinstance(cfg, dict)
+        cfg: dict[str, Any] = json.loads((folder / "config.json").read_text())
         local = {
             "pretrained_llm": str(folder / LLM_BACKBONE_DIR), "tokenizer_path": str(folder), "pretrained_weights": False,
             "tensor_model_parallel_size": ranks,
         }  # fmt: skip
-        model = cls({**cfg, **local})  # type: ignore[arg-type]
+        model = cls(cfg | local)
         model.llm_weights = folder
         model.configure_model()
         with safe_open(folder / "model.safetensors", "pt") as weights:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from nemo_mtbi.errors import ConfigError
 
 T = TypeVar("T")
-PATIENCE = timedelta(hours=6)  # one rank may work alone that long (e.g. the cascade's ASR)
+PATIENCE = timedelta(hours=6)  # one rank may work alone that long (the cascade's ASR; finding the place in the data)
 
 
 def join_ranks(size: int, launcher: str) -> torch.device:
@@ -42,7 +42,7 @@ def join_ranks(size: int, launcher: str) -> torch.device:
     if cuda:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
-    initialize(size)
+    initialize(size, PATIENCE)
     torch.manual_seed(0)
     return device
 

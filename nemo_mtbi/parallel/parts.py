@@ -102,7 +102,8 @@ def reduce_gradients(parameters: list[nn.Parameter], group: Any, source: int) ->
             dist.all_gather_object(parts, part, group=group)
             pieces = [torch.empty_like(gradient) for _ in parts]
             dist.all_gather(pieces, gradient.contiguous(), group=group)
-            gradient.copy_(sum(piece for piece, other in zip(pieces, parts, strict=True) if other.ranges == part.ranges))
+            same = [p for p, other in zip(pieces, parts, strict=True) if other.ranges == part.ranges]
+            gradient.copy_(torch.stack(same).sum(0))
 
 
 def gradient_norm(parameters: list[nn.Parameter], group: Any = None) -> Tensor:

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 from collections import defaultdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ class VocabularyHead(nn.Module):
         return torch.cat(parts, -1)[..., : self.vocabulary]
 
 
-def initialize(tensor_model_parallel_size: int) -> None:
+def initialize(tensor_model_parallel_size: int, timeout: timedelta = timedelta(minutes=30)) -> None:
     """Set up Megatron-Core's process groups (tensor x data parallel) once ``torch.distributed`` is initialized.
 
     Raises:
@@ -100,7 +101,10 @@ def initialize(tensor_model_parallel_size: int) -> None:
             "Start a multiple of tensor_model_parallel_size processes."
         )
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_model_parallel_size)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor_model_parallel_size,
+            distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
+        )
 
 
 def tensor_parallel_plan(llm: nn.Module) -> dict[str, str]:
@@ -190,9 +194,7 @@ def own_name(name: str) -> str:
     return name.removeprefix("llm.").removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
-def _read(
-    files: dict[str, tuple[Path, str]], name: str, parameter: nn.Parameter, device: torch.device
-) -> nn.Parameter:
+def _read(files: dict[str, tuple[Path, str]], name: str, parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
     if name not in files:
         raise ConfigError(f"The LLM's files lack the weight {name} ({len(files)} others are there).")
     part = part_of(parameter)
@@ -291,17 +293,15 @@ def _leave_summands(layer: nn.Module) -> None:
         if isinstance(module, RowLinear):
             module.summed = False
     if isinstance(layer, LoraLayer):
-        for b in layer.lora_B.values():
-            b.weight.partial_gradient = True
+        for b in layer.lora_B.parameters():
+            b.partial_gradient = True  # type: ignore[attr-defined]
 
 
-def _shard_layer(
-    lm: Any, name: str, style: str | None, config: ModelParallelConfig, rank: int, size: int
-) -> None:
+def _shard_layer(lm: Any, name: str, style: str | None, config: ModelParallelConfig, rank: int, size: int) -> None:
     """Replace one linear layer, under its LoRA layer if it has one."""
     parent, _, leaf = name.rpartition(".")
-    module = lm.get_submodule(name)
-    base = module.base_layer if isinstance(module, LoraLayer) else module
+    module: Any = lm.get_submodule(name)
+    base: Any = module.base_layer if isinstance(module, LoraLayer) else module
     new = _shard_linear(base, style, leaf, lm.config, config, rank, size)
     if isinstance(module, LoraLayer):
         module.base_layer = new
@@ -310,7 +310,7 @@ def _shard_layer(
         setattr(lm.get_submodule(parent), leaf, new)
 
 
-def _shard_adapters(layer: LoraLayer, name: str, style: str | None, config: ModelParallelConfig) -> None:
+def _shard_adapters(layer: Any, name: str, style: str | None, config: ModelParallelConfig) -> None:
     """Cut LoRA's matrices with their layer: the rows of B of a column-parallel one, the columns of A of a row-parallel one.
 
     The other matrix is whole on every rank. That of a column-parallel layer sees only the gradient through this rank's rows.

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from megatron.core import parallel_state
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
+from nemo_mtbi.parallel.launch import PATIENCE
 from nemo_mtbi.parallel.sharding import initialize
 
 
@@ -19,24 +20,29 @@ class TensorParallelStrategy(DDPStrategy):
 
     Args:
         tensor_model_parallel_size: ranks of one LLM.
-        ddp: arguments of ``DDPStrategy``.
+        ddp: arguments of ``DDPStrategy``. Its ``timeout`` is long by default, because ranks may wait for the one that draws
+            the data up to its place again; a rank that dies ends the job at once all the same.
 
     Raises:
         ConfigError: the number of processes is no multiple of ``tensor_model_parallel_size``.
     """
 
     def __init__(self, tensor_model_parallel_size: int, **ddp: Any) -> None:
-        super().__init__(**ddp)
+        super().__init__(**{"timeout": PATIENCE, **ddp})
         self.tensor_model_parallel_size = tensor_model_parallel_size
         self.device_mesh: DeviceMesh | None = None
 
     def setup_environment(self) -> None:
         """Process groups, then the mesh that NeMo's data module and its batch broadcast read."""
         super().setup_environment()
-        initialize(self.tensor_model_parallel_size)
         size = self.tensor_model_parallel_size
-        self.device_mesh = init_device_mesh(
-            self.root_device.type, (self.world_size // size, size), mesh_dim_names=("data_parallel", "tp")
+        initialize(size, self._timeout or PATIENCE)
+        groups = [parallel_state.get_data_parallel_group(), parallel_state.get_tensor_model_parallel_group()]
+        self.device_mesh = DeviceMesh.from_group(
+            groups,
+            self.root_device.type,
+            torch.arange(self.world_size).view(-1, size),
+            mesh_dim_names=("data_parallel", "tp"),
         )
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self.device_mesh

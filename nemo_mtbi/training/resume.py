@@ -1,7 +1,6 @@
 """Training that survives interruption: atomic checkpoints, SIGTERM, and a resumed run that goes on as if nothing had happened."""
 
 import os
-import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from nemo.collections.common.data.lhotse.broadcasting import BroadcastingDataLoader
 from nemo.utils import logging
@@ -52,24 +52,24 @@ class Preemption(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self._leave_if_told(trainer)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """A long validation is left at once, and not taken up again."""
+        self._leave_if_told(trainer)
+
+    def _leave_if_told(self, trainer: pl.Trainer) -> None:
         if not trainer.strategy.reduce_boolean_decision(self.noticed, all=False):
             return
         callback = trainer.checkpoint_callback
         assert isinstance(callback, NeMoModelCheckpoint)
         _flush_in_flight_batch_progress(trainer)
-        callback._save_last_checkpoint(trainer, callback._monitor_candidates(trainer))
+        candidates = callback._monitor_candidates(trainer)
+        if callback.last_model_path != callback.format_checkpoint_name(candidates, callback.CHECKPOINT_NAME_LAST):
+            callback._save_last_checkpoint(trainer, candidates)
         logging.warning(f"SIGTERM: stopped after step {trainer.global_step}; the same command continues from there.")
         sys.exit(0)
-
-    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """A long validation is left at once; the last checkpoint stands."""
-        if trainer.strategy.reduce_boolean_decision(self.noticed, all=False):
-            logging.warning(
-                f"SIGTERM: stopped in the validation at step {trainer.global_step}; the same command continues."
-            )
-            sys.exit(0)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.previous is not None:
@@ -98,30 +98,29 @@ class WholeSteps(pl.Callback):
                 callback._last_global_step_saved = trainer.global_step
 
 
-def settle_checkpoints(log_dir: Path) -> int:
+def settle_checkpoints(folder: Path) -> None:
     """Bring a stage's checkpoints into the state that NeMo resumes from, after a kill at any time.
 
     All ranks of a job may do this at once. Partial files go, and of several ``*last.ckpt`` (an older one is removed after
     the newer is complete) the newest stays.
-
-    Returns:
-        The step to go on from; 0 if there is no checkpoint.
     """
-    folder = log_dir / "checkpoints"
     for marker in folder.glob("*-unfinished"):  # NeMo's; with AtomicCheckpointIO a file that is there is complete
         marker.unlink(missing_ok=True)
     for partial in folder.glob(".*.ckpt.*"):
         partial.unlink(missing_ok=True)
-    last = sorted(folder.glob("*last.ckpt"), key=step_of)
-    for older in last[:-1]:
-        older.unlink(missing_ok=True)
-    return step_of(last[-1]) if last else 0
+    last = list(folder.glob("*last.ckpt"))
+    if len(last) > 1:
+        last.sort(key=step_of)
+        for older in last[:-1]:
+            older.unlink(missing_ok=True)
 
 
-def step_of(checkpoint: Path) -> int:
-    """Optimizer steps of a checkpoint by its name (``...step=20...``)."""
-    match = re.search(r"step=(\d+)", checkpoint.name)
-    return int(match.group(1)) if match else 0
+def step_of(checkpoint: str | Path) -> int:
+    """Optimizer steps after which a checkpoint was written; -1 if another rank has just removed it."""
+    try:
+        return torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)["global_step"]
+    except FileNotFoundError:
+        return -1
 
 
 class SkippingSampler:

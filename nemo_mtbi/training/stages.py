@@ -26,10 +26,18 @@ from nemo_mtbi.data.messages import require_same_rendering
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.models.encoder import connector_of, require_fixed_features
 from nemo_mtbi.models.mtbi_salm import MTBISALM, container
+from nemo_mtbi.parallel.launch import PATIENCE
 from nemo_mtbi.parallel.strategy import TensorParallelStrategy
 from nemo_mtbi.pretrained.offline import resolve_pretrained
 from nemo_mtbi.training.accelerators import fused_optimizer
-from nemo_mtbi.training.resume import AtomicCheckpointIO, Preemption, WholeSteps, settle_checkpoints, skip_batches
+from nemo_mtbi.training.resume import (
+    AtomicCheckpointIO,
+    Preemption,
+    WholeSteps,
+    settle_checkpoints,
+    skip_batches,
+    step_of,
+)
 from nemo_mtbi.training.run_directory import ALIGNMENT, IMITATION, UNTRAINED, RunDirectory
 
 CTC_TARGET = "CTCCompressConnector"
@@ -80,9 +88,11 @@ def run_stage(cfg: DictConfig, model: MTBISALM, run: RunDirectory, name: str) ->
     optimizer = fused_optimizer(stage.optimizer, str(stage.trainer.get("precision", "32-true")))
     with open_dict(model.cfg):
         model.cfg.optimizer, model.cfg.lr_scheduler = optimizer, stage.lr_scheduler
-    step = settle_checkpoints(Path(stage.exp_manager.explicit_log_dir))
+    own_folder = (stage.exp_manager.checkpoint_callback_params or {}).get("dirpath")
+    settle_checkpoints(Path(own_folder or Path(stage.exp_manager.explicit_log_dir) / "checkpoints"))
     trainer = build_trainer(stage.trainer, name)
     exp_manager(trainer, stage.exp_manager)
+    step = step_of(trainer.ckpt_path) if trainer.ckpt_path else 0
     model.seed = cfg.seed
     trainer.fit(model, data_module(stage.data, model, step, stage.trainer.accumulate_grad_batches))
     if trainer.interrupted or trainer.global_step < trainer.max_steps:
@@ -105,7 +115,7 @@ def build_trainer(cfg: DictConfig, name: str) -> pl.Trainer:
         if size > 1:
             options["strategy"] = TensorParallelStrategy(size, find_unused_parameters=unused)
         elif several or torch.cuda.device_count() > 1:
-            options["strategy"] = DDPStrategy(find_unused_parameters=unused)
+            options["strategy"] = DDPStrategy(find_unused_parameters=unused, timeout=PATIENCE)
     elif size > 1:
         raise ConfigError("trainer.tensor_model_parallel_size > 1 chooses the strategy; leave trainer.strategy out.")
     options["plugins"] = [*options.get("plugins", []), AtomicCheckpointIO()]

@@ -71,7 +71,9 @@ def measure(llm, shard=None):
 def with_lora(name):
     """With adapters on every projection that do something."""
     llm = build(name)
-    targets = {n.rpartition(".")[2] for n, m in llm.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+    targets = {
+        n.rpartition(".")[2] for n, m in llm.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"
+    }
     llm = get_peft_model(llm, LoraConfig(r=3, lora_alpha=6, target_modules=sorted(targets)))
     g = torch.Generator().manual_seed(2)
     for parameter in lora(llm).values():
@@ -93,9 +95,7 @@ def measure_lora(name, shard_it=False, sequence_parallel=False):
     parameters = list(lora(llm).values())
     if shard_it:
         reduce_gradients(parameters, group, 0)
-    gradients = {
-        n: p.grad if part_of(p) is None else part_of(p).whole(p.grad, group) for n, p in lora(llm).items()
-    }
+    gradients = {n: p.grad if part_of(p) is None else part_of(p).whole(p.grad, group) for n, p in lora(llm).items()}
     return values, gradients, gradient_norm(parameters, group)
 
 

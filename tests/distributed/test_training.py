@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,17 +124,57 @@ def wait_for_checkpoint(process, output):
         time.sleep(0.02)
 
 
+LORA = "+model.lora={task_type: CAUSAL_LM, r: 4, lora_alpha: 8, target_modules: [q_proj, v_proj, o_proj, up_proj, down_proj]}"
+
+
 @pytest.mark.slow
-def test_another_layout_resumes(root, overrides, whole):
+@pytest.mark.parametrize("lora", [False, True])
+def test_another_layout_resumes(root, overrides, whole, lora):
     """SIGTERM at TP 2 x DP 2; the rest on one process."""
-    output = root / "moved"
-    process = start(output, overrides, "trainer.devices=4", "trainer.tensor_model_parallel_size=2")
+    output, more = root / f"moved_{lora}", [*overrides, *([LORA] if lora else [])]
+    if lora:
+        whole = train(root / "whole_lora", more, "trainer.accumulate_grad_batches=2")
+        # The order in which weights are drawn differs between layouts; their beginning must not.
+        shutil.copytree(root / "whole_lora" / "untrained", root / "begin" / "untrained")
+        shutil.copy(root / "whole_lora" / "ctc_tokens.json", root / "begin")
+        more.append(f"init_from={root / 'begin'}")
+        assert any("lora_B" in name and value.abs().max() > 0 for name, value in whole.items())
+    process = start(output, more, "trainer.devices=4", "trainer.tensor_model_parallel_size=2")
     wait_for_checkpoint(process, output)
     process.terminate()
     out = process.communicate(timeout=600)[0]
     assert process.returncode == 0, out[-4000:]
     assert not (output / "imitation" / "trained.safetensors").exists()
-    assert_same(train(output, overrides, "trainer.accumulate_grad_batches=2"), whole, 1e-4)
+    assert_same(train(output, more, "trainer.accumulate_grad_batches=2"), whole, 1e-4)
+
+
+TERMINATED_IN_VALIDATION = """
+import os, signal, sys
+from nemo_mtbi.examples.train import main
+from nemo_mtbi.models import MTBISALM
+
+start = MTBISALM.on_validation_epoch_start
+
+def terminated(self):
+    start(self)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+MTBISALM.on_validation_epoch_start = terminated
+main()
+"""
+
+
+def test_sigterm_in_a_validation_loses_no_step(root, overrides, whole):
+    output = root / "validation"
+    more = ["trainer.accumulate_grad_batches=2", "exp_manager.checkpoint_callback_params.every_n_train_steps=1000"]
+    arguments = command(output, overrides, *more)[3:]
+    run = subprocess.run(
+        [sys.executable, "-c", TERMINATED_IN_VALIDATION, *arguments], capture_output=True, text=True, timeout=600,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    assert [f.name for f in (output / "imitation" / "checkpoints").glob("*step=10*last.ckpt")]
+    assert_same(train(output, overrides, *more), whole, 0.0)
 
 
 @pytest.mark.slow

@@ -87,6 +87,7 @@ class ModelConfig:
         sequence_parallel: with tensor parallelism, spread what lies between attention and feed-forward blocks over positions.
         activation_checkpointing: keep only each layer's input for the backward pass and compute the rest again; turns the
             kept prompt beginnings off.
+        fused_norms: RMSNorms of the LLM as one kernel each (Transformer Engine's, NVIDIA apex's or PyTorch's).
         max_bad_steps: stop after this many optimizer steps skipped for a non-finite loss or gradient.
     """
 
@@ -115,6 +116,7 @@ class ModelConfig:
     tensor_model_parallel_size: int = 1
     sequence_parallel: bool = False
     activation_checkpointing: bool = False
+    fused_norms: bool = False
     max_bad_steps: int = 20
     # Written by an export, read by from_pretrained / restore_from (as in NeMo's SALM).
     tokenizer_path: str | None = None

@@ -44,6 +44,7 @@ from nemo_mtbi.models.encoder import (
 from nemo_mtbi.models.generation import GenerationMixin
 from nemo_mtbi.models.waveform import cut_speech_spans
 from nemo_mtbi.modules.connectors import CTCCompressConnector, SpeechEmbeddings, uniform_centers
+from nemo_mtbi.modules.fused_norm import fuse_norms, rms_norm_class
 from nemo_mtbi.modules.language_model import (
     Prefix,
     PrefixStore,
@@ -126,6 +127,8 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
             self.llm = load_pretrained_hf(llm_path, config.pretrained_weights, llm_dtype, config.trust_remote_code)
         self.embed_tokens = self.llm.model.embed_tokens
         del self.llm.model.embed_tokens
+        if config.fused_norms:
+            logging.info(f"{fuse_norms(self.llm)} norms of the LLM are {rms_norm_class().__module__}'s")
         maybe_install_lora(self)
         if config.tensor_model_parallel_size > 1:
             materialize_adapters(self.llm)

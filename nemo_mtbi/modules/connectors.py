@@ -149,7 +149,7 @@ class CTCCompressConnector(Connector):
 
         posteriors = softmax([blank(h), s project(h) E'^T + b])     E' = E / (rms(E) sqrt(H)), s is learned
         position   = mean over a run of frames with the same non-blank argmax, weighted by 1 - P(blank), of
-                     sum_v P(v | not blank) E_v  +  rms(E) residual(h)   residual is zero-initialized
+                     sum_v P(v | not blank) E_v  +  residual_scale rms(E) residual(h)   residual is zero-initialized
 
     The blank runs are dropped. Gradients of the LLM reach the posteriors through the weighted sums and the residual.
     The CTC vocabulary is the token set of the training transcripts, so cost does not grow with the LLM's vocabulary.
@@ -162,6 +162,7 @@ class CTCCompressConnector(Connector):
         dropout: of the transformer.
         time_masks, time_mask_frames: in training, so many spans of up to so many encoder frames are set to zero (as
             SpecAugment does, but behind the frozen encoder, so that its features can be cached).
+        residual_scale: how far the residual can go in a step of the optimizer; 0 leaves it out.
         vocab_size: number of LLM tokens that CTC can emit; their ids are set by :meth:`set_vocabulary`.
     """
 
@@ -182,8 +183,10 @@ class CTCCompressConnector(Connector):
         dropout: float = 0.1,
         time_masks: int = 0,
         time_mask_frames: int = 20,
+        residual_scale: float = 1.0,
     ) -> None:
         super().__init__()
+        self.residual_scale = residual_scale
         self.time_masks, self.time_mask_frames = time_masks, time_mask_frames
         if vocab_size < 1:
             raise ConfigError(f"vocab_size={vocab_size}: a CTC connector needs the tokens of the training transcripts.")
@@ -201,9 +204,10 @@ class CTCCompressConnector(Connector):
         self.blank = nn.Linear(d_model, 1)
         self.token_bias = nn.Parameter(torch.zeros(vocab_size))
         self.logit_scale = nn.Parameter(torch.ones(()))
-        self.residual = nn.Linear(d_model, output_dim)
-        nn.init.zeros_(self.residual.weight)
-        nn.init.zeros_(self.residual.bias)
+        self.residual = nn.Linear(d_model, output_dim) if residual_scale else None
+        if self.residual is not None:
+            nn.init.zeros_(self.residual.weight)
+            nn.init.zeros_(self.residual.bias)
         self.register_buffer("token_ids", torch.zeros(vocab_size, dtype=torch.long))
         self.register_buffer("table", torch.zeros(vocab_size, output_dim), persistent=False)
         self.register_buffer("table_rms", torch.ones(()), persistent=False)
@@ -289,9 +293,11 @@ class CTCCompressConnector(Connector):
 
         total = pool(weight).clamp_min(1e-6)
         posteriors = pool(probs[:, 1:]) / total[:, None]  # weight * P(v | not blank) = P(v)
-        states = pool(hidden[rows] * weight[:, None].to(hidden.dtype)) / total[:, None].to(hidden.dtype)
-        # In units of the embeddings, so that an optimizer step of the residual is small against them.
-        embeddings = posteriors.to(self.table.dtype) @ self.table + self.residual(states) * self.table_rms
+        embeddings = posteriors.to(self.table.dtype) @ self.table
+        if self.residual is not None:
+            states = pool(hidden[rows] * weight[:, None].to(hidden.dtype)) / total[:, None].to(hidden.dtype)
+            # In units of the embeddings, so that an optimizer step of the residual is small against them.
+            embeddings = embeddings + self.residual(states) * (self.residual_scale * self.table_rms)
         used = frame_mask(counts, positions)
         embeddings = embeddings.view(batch, positions, -1) * used[..., None]
         ones = torch.ones_like(weight)

@@ -182,6 +182,30 @@ def test_kept_prompt_beginnings_change_nothing(tiny_config):
     assert len(kept.prefixes.kept) == 1
 
 
+def test_recomputed_activations_give_the_same_gradient_from_less_memory(tiny_config):
+    plain, checkpointed = build(tiny_config, prefix_cache_tokens=0), build(tiny_config, activation_checkpointing=True)
+    batch = make_batch(plain, 8)
+    expected = gradients(plain, [batch])
+    assert checkpointed.prefixes is None
+    assert_same(gradients(checkpointed, [batch]), expected)
+    kept = []
+    for model in (plain, checkpointed):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, to=sizes: to.append(t.nbytes) or t, lambda t: t):
+            model.training_step(batch, 0)
+        kept.append(sum(sizes))
+    assert kept[1] < 0.5 * kept[0]
+    assert not any(layer.training for layer in checkpointed.eval().llm.model.layers)
+
+
+def test_fused_norms_compute_the_same(tiny_config):
+    plain, fused = build(tiny_config), build(tiny_config, fused_norms=True)
+    assert sum(isinstance(m, torch.nn.RMSNorm) for m in fused.llm.modules()) == 5
+    assert {n for n, _ in plain.named_parameters()} == {n for n, _ in fused.named_parameters()}
+    batch = make_batch(plain, 4)
+    assert_same(gradients(fused, [batch]), gradients(plain, [batch]), 1e-5)
+
+
 def test_waveform_interleaving_encodes_the_pieces(tiny_config):
     model = build(
         tiny_config, interleaving={"probability": 1.0, "text_share": 0.5, "span_words": 1, "level": "waveform"}
@@ -341,6 +365,7 @@ def test_generation_in_a_batch_equals_one_by_one(exported):
         ({"imitation": {"divergence": "l2"}}, "divergence"),
         ({"interleaving": {"probability": 2}}, "interleaving"),
         ({"pretrained_llm": None}, "pretrained_llm"),
+        ({"sequence_parallel": True, "tensor_model_parallel_size": 2}, "sequence_parallel=true needs GPUs"),
     ],
 )
 def test_bad_configurations_are_refused_before_loading(tiny_config, change, message):

@@ -17,6 +17,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "evaluate", "compare a run with the text LLM and the cascade"),
     "export": ("export", "export", "write a .nemo file and a Hugging Face directory"),
     "generate": ("generate", "generate", "ask a model about recordings"),
+    "serve": ("serve", "serve", "a web page and an OpenAI-compatible endpoint"),
     "quickstart": ("quickstart", "quickstart", "all of the above on this machine, offline"),
 }
 

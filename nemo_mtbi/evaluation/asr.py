@@ -1,5 +1,6 @@
 """The cascade's first half: Whisper transcripts of the evaluated audio, with the decoder at its full 30 s windows."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ class WhisperASR:
 
     Args:
         name: Whisper model (``offline:``, hub name or path).
-        cache: JSONL file of transcripts.
+        cache: JSONL file of transcripts (of :meth:`transcribe`).
         batch_size: windows decoded together.
 
     Raises:
@@ -38,40 +39,40 @@ class WhisperASR:
         self.key = fingerprint(self.path)
 
     def transcribe(self, cuts: list[Cut]) -> dict[str, str]:
-        """Transcripts by cut id."""
+        """Transcripts by cut id, kept in ``cache``."""
         jsonl.repair(self.cache)
         done = {r["id"]: r["text"] for r in jsonl.read(self.cache) if r["asr"] == self.key}
         missing = sorted((c for c in cuts if c.id not in done), key=lambda c: c.duration)
-        if missing:
-            from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
-
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            model: Any = WhisperForConditionalGeneration.from_pretrained(self.path)
-            model = model.to(device).eval()
-            extractor = WhisperFeatureExtractor.from_pretrained(self.path)
-            tokenizer = WhisperTokenizer.from_pretrained(self.path)
-            with jsonl.Appender(self.cache) as out, tqdm(total=len(missing), desc="cascade ASR", unit="utt") as bar:
-                for begin in range(0, len(missing), self.batch_size):
-                    batch = missing[begin : begin + self.batch_size]
-                    windows = [w for c in batch for w in _windows(c)]
-                    features = extractor(
-                        [w for _, w in windows], sampling_rate=RATE, return_tensors="pt"
-                    ).input_features
-                    with torch.no_grad():
-                        ids = model.generate(input_features=features.to(device))
-                    texts: dict[str, list[str]] = {}
-                    for (cut_id, _), text in zip(
-                        windows, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True
-                    ):
-                        texts.setdefault(cut_id, []).append(text.strip())
-                    for cut in batch:
-                        done[cut.id] = " ".join(texts[cut.id]).strip()
-                        out.write({"id": cut.id, "asr": self.key, "text": done[cut.id]})
-                    bar.update(len(batch))
+        if not missing:
+            return done
+        with jsonl.Appender(self.cache) as out, tqdm(total=len(missing), desc="cascade ASR", unit="utt") as bar:
+            for begin in range(0, len(missing), self.batch_size):
+                batch = missing[begin : begin + self.batch_size]
+                for cut, text in zip(batch, self.transcripts([mono_samples(c, RATE) for c in batch]), strict=True):
+                    done[cut.id] = text
+                    out.write({"id": cut.id, "asr": self.key, "text": text})
+                bar.update(len(batch))
         return done
 
+    @torch.no_grad()
+    def transcripts(self, waveforms: list[np.ndarray]) -> list[str]:
+        """Transcripts of waveforms (S,) at 16 kHz; longer ones than 30 s are read in windows of that length."""
+        size = WINDOW_SECONDS * RATE
+        windows = [(k, w[i : i + size]) for k, w in enumerate(waveforms) for i in range(0, max(1, len(w)), size)]
+        model, extractor, tokenizer = self.parts
+        features = extractor([w for _, w in windows], sampling_rate=RATE, return_tensors="pt").input_features
+        ids = model.generate(input_features=features.to(model.device))
+        texts: list[list[str]] = [[] for _ in waveforms]
+        for (k, _), text in zip(windows, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
+            texts[k].append(text.strip())
+        return [" ".join(t).strip() for t in texts]
 
-def _windows(cut: Cut) -> list[tuple[str, np.ndarray]]:
-    samples = mono_samples(cut, RATE)
-    size = WINDOW_SECONDS * RATE
-    return [(cut.id, samples[i : i + size]) for i in range(0, max(1, len(samples)), size)]
+    @cached_property
+    def parts(self) -> tuple[Any, Any, Any]:
+        """Model, feature extractor and tokenizer, loaded when they are first needed."""
+        from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
+
+        model: Any = WhisperForConditionalGeneration.from_pretrained(self.path)
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        extractor = WhisperFeatureExtractor.from_pretrained(self.path)
+        return model, extractor, WhisperTokenizer.from_pretrained(self.path)

@@ -1,8 +1,8 @@
 """Answers from text and speech: SALM's ``generate`` signature, and ``chat`` for one question about one audio."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from nemo_mtbi.errors import DataError
 from nemo_mtbi.models.assembly import Piece, plan_batch
 from nemo_mtbi.modules.connectors import SpeechEmbeddings
 from nemo_mtbi.modules.language_model import without_adapters
+
+if TYPE_CHECKING:
+    from nemo_mtbi.models.dialog import Audio
 
 MIN_AUDIO_SECONDS = 0.05
 
@@ -174,19 +177,25 @@ class GenerationMixin:
             pieces.append(row)
         return pieces, audio
 
-    def user_turn(self, prompt: str) -> dict[str, str]:
-        """The user's message for one audio, laid out as in training."""
-        message = user_message(prompt, self.audio_locator_tag, self.config.speech_position)  # type: ignore[attr-defined]
+    def user_turn(self, prompt: str, audios: int = 1) -> dict[str, str]:
+        """The user's message about that many audios, laid out as in training."""
+        if not audios:
+            return {"role": "user", "content": prompt.strip()}
+        tags = "\n".join([self.audio_locator_tag] * audios)  # type: ignore[attr-defined]
+        message = user_message(prompt, tags, self.config.speech_position)  # type: ignore[attr-defined]
         return {"role": "user", "content": "".join(message["content"])}
 
-    def chat(
-        self, audio: str | Path | np.ndarray | Tensor, prompt: str, max_new_tokens: int = 128, **kwargs: Any
-    ) -> str:
-        """The answer to ``prompt`` about one audio (path, or mono waveform (S,) at ``sampling_rate``), as text."""
-        waveform = load_waveform(audio, self.sampling_rate) if isinstance(audio, str | Path) else audio  # type: ignore[attr-defined]
-        audios, lengths = collate_waveforms([waveform])
-        ids = self.generate([[self.user_turn(prompt)]], audios, lengths, max_new_tokens=max_new_tokens, **kwargs)
-        return self.tokenizer.tokenizer.decode(ids[0], skip_special_tokens=True).strip()  # type: ignore[attr-defined]
+    def chat(self, audio: "Audio | Sequence[Audio]", prompt: str, **generation: Any) -> str:
+        """The answer to one question about audio; see :meth:`nemo_mtbi.models.dialog.Conversation.ask`."""
+        from nemo_mtbi.models.dialog import Conversation
+
+        return Conversation(self).ask(prompt, audio, **generation)  # type: ignore[arg-type]
+
+    def stream(self, audio: "Audio | Sequence[Audio]", prompt: str, **generation: Any) -> Iterator[str]:
+        """:meth:`chat`, in pieces as they are generated."""
+        from nemo_mtbi.models.dialog import Conversation
+
+        return Conversation(self).stream(prompt, audio, **generation)  # type: ignore[arg-type]
 
 
 def left_pad(inputs: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:

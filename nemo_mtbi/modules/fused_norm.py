@@ -48,8 +48,8 @@ def fuse_norms(llm: nn.Module) -> int:
         for name, norm in list(parent.named_children()):
             if not type(norm).__name__.endswith("RMSNorm") or not hasattr(norm, "variance_epsilon"):
                 continue
-            weight = norm.weight
-            fused = kind(weight.shape[0], eps=norm.variance_epsilon)
+            weight = norm.get_parameter("weight")
+            fused = kind(len(weight), eps=norm.variance_epsilon)
             fused.weight = weight
             setattr(parent, name, fused)
             count += 1

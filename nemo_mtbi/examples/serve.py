@@ -1,0 +1,51 @@
+"""A web page and an OpenAI-compatible endpoint for an exported speech LLM. See conf/serve.yaml."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from nemo_mtbi.examples._launcher import launcher
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@launcher("serve")
+def main(cfg: DictConfig) -> None:
+    from importlib.util import find_spec
+
+    from nemo_mtbi.errors import ConfigError
+
+    missing = [n for n in ("fastapi", "uvicorn", *(["gradio"] if cfg.page else [])) if find_spec(n) is None]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)} is not installed: pip install 'nemo_mtbi[serve]', or set page=false.")
+    import uvicorn
+
+    from nemo_mtbi.models import MTBISALM
+    from nemo_mtbi.parallel.launch import join_ranks
+    from nemo_mtbi.serving.batching import Batcher
+    from nemo_mtbi.serving.openai_api import Limits, create_app
+    from nemo_mtbi.training.cpu import tune
+
+    tune(cfg.threads)
+    device = join_ranks(1, "serve") if cfg.device == "auto" else cfg.device
+    model = MTBISALM.restore_from(cfg.model).to(device)
+    name = cfg.name or Path(cfg.model).stem
+    batcher = Batcher(model, cfg.max_batch, cfg.max_waiting)
+    limits = Limits(
+        max_tokens=cfg.max_tokens, max_audio_seconds=cfg.max_audio_seconds, max_body_bytes=cfg.max_body_bytes
+    )
+    app = create_app(model, name, batcher, limits)
+    url = f"http://{cfg.host}:{cfg.port}"
+    if cfg.page:
+        from nemo_mtbi.serving.page import mount_page
+
+        app = mount_page(app, model, batcher, limits, cfg.asr, list(cfg.examples))
+        print(f"Page: {url}")
+    print(f"Endpoint: {url}/v1/chat/completions (model {name!r})", flush=True)
+    if cfg.host not in LOOPBACK:
+        print("Everybody who reaches this address can use it: there is no login.")
+    uvicorn.run(app, host=cfg.host, port=cfg.port, log_level="warning")
+
+
+if __name__ == "__main__":
+    main()

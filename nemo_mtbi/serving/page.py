@@ -1,0 +1,154 @@
+"""The web page (Gradio): speech in, the streamed answer out; beside it the text LLM on the transcript, and the cascade."""
+
+import queue
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+from fastapi import FastAPI
+
+from nemo_mtbi.errors import ConfigError, MTBIError
+from nemo_mtbi.evaluation.asr import RATE, WhisperASR
+from nemo_mtbi.evaluation.score import EMPTY_TRANSCRIPT
+from nemo_mtbi.models.generation import load_waveform
+from nemo_mtbi.models.mtbi_salm import MTBISALM
+from nemo_mtbi.serving.batching import Batcher, Request, Sampling
+from nemo_mtbi.serving.openai_api import Limits
+from nemo_mtbi.tasks.library import load_library
+
+SILENCE_PEAK = 1e-3  # of full scale: -60 dBFS
+QUIET = "The recording is silent, so this answer is about nothing. Is the microphone on?"
+
+
+class Page:
+    """What the page's buttons do.
+
+    Args:
+        model: the speech LLM.
+        batcher: answers the questions; its bounded queue is shared with the endpoint.
+        limits: of one question.
+        asr: transcribes for the cascade; None leaves the cascade out.
+    """
+
+    def __init__(self, model: MTBISALM, batcher: Batcher, limits: Limits, asr: WhisperASR | None) -> None:
+        self.model, self.batcher, self.limits, self.asr = model, batcher, limits, asr
+
+    def speech(self, audio: str | None, prompt: str, max_tokens: float) -> Iterator[tuple[str, str]]:
+        """-> the answer so far, and a remark."""
+        waveform = self._waveform(audio)
+        remark = QUIET if np.abs(waveform).max() < SILENCE_PEAK else f"{len(waveform) / self.model.sampling_rate:.1f} s"
+        for text in self._answer([self.model.user_turn(_question(prompt))], [waveform], max_tokens):
+            yield text, remark
+
+    def text(self, transcript: str, prompt: str, max_tokens: float) -> Iterator[str]:
+        """What the text LLM says to the transcript that was typed in."""
+        if not transcript.strip():
+            raise gr.Error("Type what was said.")
+        yield from self._answer([self._written(transcript, prompt)], [], max_tokens)
+
+    def cascade(self, audio: str | None, prompt: str, max_tokens: float) -> Iterator[tuple[str, str]]:
+        """-> the ASR's transcript, and the text LLM's answer to it so far."""
+        assert self.asr is not None
+        heard = self.asr.transcripts([self._waveform(audio, RATE)])[0]
+        yield heard, ""
+        for text in self._answer([self._written(heard or EMPTY_TRANSCRIPT, prompt)], [], max_tokens):
+            yield heard, text
+
+    def _written(self, transcript: str, prompt: str) -> dict[str, str]:
+        turn = self.model.user_turn(_question(prompt))
+        return {**turn, "content": turn["content"].replace(self.model.audio_locator_tag, transcript.strip())}
+
+    def _waveform(self, audio: str | None, rate: int | None = None) -> np.ndarray:
+        if not audio:
+            raise gr.Error("Record or upload speech first.")
+        try:
+            waveform = load_waveform(audio, rate or self.model.sampling_rate)
+        except MTBIError as error:
+            raise gr.Error(str(error).replace(str(audio), "The file")) from error
+        seconds = len(waveform) / (rate or self.model.sampling_rate)
+        if seconds > self.limits.max_audio_seconds:
+            raise gr.Error(f"{seconds:.0f} s of audio; the limit here is {self.limits.max_audio_seconds:.0f} s.")
+        return waveform
+
+    def _answer(self, dialog: list[dict[str, Any]], waveforms: list[np.ndarray], max_tokens: float) -> Iterator[str]:
+        events: queue.Queue[Any] = queue.Queue()
+        limit = min(int(max_tokens), self.limits.max_tokens)
+        request = Request(
+            dialog, waveforms, limit, events.put, lambda reason: events.put((reason,)), Sampling(text_llm=not waveforms)
+        )
+        try:
+            self.batcher.submit(request)
+        except MTBIError as error:
+            raise gr.Error(str(error)) from error
+        text = ""
+        try:
+            while isinstance(event := events.get(), str):
+                text += event
+                yield text
+            if isinstance(event[0], Exception):
+                raise gr.Error(f"The model failed: {event[0]}")
+            yield text + (" ..." if event[0] == "length" else "")
+        finally:
+            request.cancel()
+
+
+def _question(prompt: str) -> str:
+    if not prompt or not prompt.strip():
+        raise gr.Error("Choose or write a prompt.")
+    return prompt
+
+
+def mount_page(
+    app: FastAPI, model: MTBISALM, batcher: Batcher, limits: Limits, asr: str | None, examples: list[str]
+) -> FastAPI:
+    """The endpoint's app with the page at ``/``.
+
+    Args:
+        asr: Whisper model of the cascade; None: no cascade.
+        examples: audio files to choose from.
+
+    Raises:
+        ConfigError: an example does not exist; the ASR is no Whisper.
+    """
+    absent = [e for e in examples if not Path(e).is_file()]
+    if absent:
+        raise ConfigError(f"examples: there is no file {absent[0]}.")
+    recognizer = WhisperASR(asr, Path(tempfile.gettempdir()) / "unused.jsonl") if asr else None
+    blocks = build(Page(model, batcher, limits, recognizer), examples)
+    return gr.mount_gradio_app(app, blocks, path="/", allowed_paths=[str(Path(e).resolve().parent) for e in examples])
+
+
+def build(page: Page, examples: list[str]) -> gr.Blocks:
+    """The page itself."""
+    prompts = [
+        p.text for task in load_library().values() for p in task.prompts if p.language == "en" and "{{" not in p.text
+    ]
+    with gr.Blocks(title="Speech LLM", analytics_enabled=False) as blocks:
+        gr.Markdown("# Ask about speech")
+        with gr.Row():
+            with gr.Column():
+                audio = gr.Audio(sources=["microphone", "upload"], type="filepath", label="Speech")
+                if examples:
+                    gr.Examples([[e] for e in examples], [audio], label="Examples")
+                prompt = gr.Dropdown(
+                    prompts, value=prompts[0], allow_custom_value=True, label="Prompt (choose one or write your own)"
+                )
+                length = gr.Slider(8, page.limits.max_tokens, 128, step=8, label="Longest answer, tokens")
+                ask = gr.Button("Ask", variant="primary", elem_id="ask")
+                remark = gr.Markdown()
+            with gr.Column():
+                answer = gr.Textbox(label="Speech LLM", lines=5, elem_id="answer", buttons=["copy"])
+                if page.asr is not None:
+                    heard = gr.Textbox(label="Cascade: what the ASR heard", lines=1)
+                    cascaded = gr.Textbox(label="Cascade: the text LLM's answer to that", lines=3, elem_id="cascade")
+                transcript = gr.Textbox(label="Text LLM: type what was said", lines=2, elem_id="transcript")
+                compare = gr.Button("Ask the text LLM", elem_id="compare")
+                written = gr.Textbox(label="Text LLM's answer", lines=3, elem_id="written")
+        asked = ask.click(page.speech, [audio, prompt, length], [answer, remark], concurrency_limit=8, api_name="ask")
+        if page.asr is not None:
+            asked.then(page.cascade, [audio, prompt, length], [heard, cascaded], concurrency_limit=1, api_name=False)
+        compare.click(page.text, [transcript, prompt, length], [written], concurrency_limit=8, api_name=False)
+    return blocks.queue(max_size=64)

@@ -1,0 +1,256 @@
+"""The endpoint in a process of its own: OpenAI's client, 32 requests at once, and what must not bring it down."""
+
+import base64
+import io
+import json
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import openai
+import psutil
+import pytest
+import soundfile
+
+from nemo_mtbi.export.archive import save_directory
+from nemo_mtbi.models import MTBISALM
+
+pytestmark = pytest.mark.functional
+PORT, WAITING = 29561, 24
+PROMPTS = ["Repeat this.", "What is it about?", "Say it again.", "Who speaks?"]
+
+
+def wav(seconds, seed, rate=16000, format="WAV"):
+    samples = 0.1 * np.random.default_rng(seed).standard_normal(round(seconds * rate))
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format=format)
+    return file.getvalue()
+
+
+def content(audio, prompt, format="wav"):
+    data = base64.b64encode(audio).decode()
+    return [{"type": "text", "text": prompt}, {"type": "input_audio", "input_audio": {"data": data, "format": format}}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_llm, tiny_whisper):
+    import torch
+
+    torch.manual_seed(0)
+    adapter = {"_target_": "nemo_mtbi.modules.connectors.StackMLPConnector", "factor": 5, "hidden_dim": 32}
+    model = MTBISALM({
+        "pretrained_llm": tiny_llm, "pretrained_asr": tiny_whisper, "prompt_format": "chatml",
+        "perception": {"input_length": "own", "round_seconds": 1.0, "modality_adapter": adapter},
+    })  # fmt: skip
+    return save_directory(model, tmp_path_factory.mktemp("served") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return MTBISALM.restore_from(folder)
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    command = [sys.executable, "-m", "nemo_mtbi.examples.serve", f"model={folder}", f"port={PORT}", "page=false"]
+    options = ["max_audio_seconds=20", f"max_waiting={WAITING}", "max_body_bytes=3000000", "threads=1", "max_tokens=40"]
+    process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    url = f"http://127.0.0.1:{PORT}"
+    for _ in range(600):
+        try:
+            if httpx.get(f"{url}/health").json()["status"] == "ok":
+                break
+        except httpx.HTTPError:
+            time.sleep(0.2)
+        assert process.poll() is None, process.stdout.read()[-3000:]
+    threading.Thread(target=process.stdout.read, daemon=True).start()
+    yield process, url
+    process.terminate()
+    assert process.wait(30) is not None
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return openai.OpenAI(base_url=f"{server[1]}/v1", api_key="none", max_retries=0)
+
+
+def ask(client, audio, prompt, **options):
+    messages = [{"role": "user", "content": content(audio, prompt)}]
+    return client.chat.completions.create(model="tiny", messages=messages, **{"max_tokens": 6, **options})
+
+
+def expected(model, audio, prompt, tokens=6):
+    samples, _ = soundfile.read(io.BytesIO(audio), dtype="float32")
+    return model.chat(samples, prompt, max_new_tokens=tokens, do_sample=False)
+
+
+def test_openais_client_gets_the_models_answer_whole_and_in_pieces(client, model):
+    assert [m.id for m in client.models.list()] == ["tiny"]
+    audio = wav(1.3, 0)
+    answer = ask(client, audio, PROMPTS[0])
+    assert answer.choices[0].message.content == expected(model, audio, PROMPTS[0])
+    assert answer.usage.completion_tokens <= 6 and answer.usage.prompt_tokens > 6
+    pieces = [c.choices[0].delta.content or "" for c in ask(client, audio, PROMPTS[0], stream=True)]
+    assert "".join(pieces).strip() == answer.choices[0].message.content and len(pieces) > 2
+    flac = wav(1.3, 0, 44100, "FLAC")
+    assert ask(client, flac, PROMPTS[1]).choices[0].finish_reason in ("stop", "length")
+
+
+def test_turns_with_several_audios_follow_the_dialog(client, model):
+    from nemo_mtbi.models.dialog import Conversation
+
+    first, second = wav(1.0, 1), wav(1.5, 2)
+    messages = [{"role": "user", "content": content(first, PROMPTS[0])}]
+    one = client.chat.completions.create(model="tiny", messages=messages, max_tokens=5).choices[0].message.content
+    messages += [{"role": "assistant", "content": one}, {"role": "user", "content": content(second, PROMPTS[1])}]
+    two = client.chat.completions.create(model="tiny", messages=messages, max_tokens=5).choices[0].message.content
+    talk = Conversation(model)
+    samples = [soundfile.read(io.BytesIO(a), dtype="float32")[0] for a in (first, second)]
+    assert talk.ask(PROMPTS[0], samples[0], max_new_tokens=5, do_sample=False) == one
+    assert talk.ask(PROMPTS[1], samples[1], max_new_tokens=5, do_sample=False) == two
+    assert len(talk.waveforms) == 2 and [m["role"] for m in talk.messages] == ["user", "assistant"] * 2
+
+
+def test_thirty_two_at_once_get_their_own_answers_or_429(server, client, model):
+    process, _ = server
+    audios = [wav(0.8 + 0.1 * (i % 5), i) for i in range(32)]
+    resident = psutil.Process(process.pid).memory_info().rss
+
+    def one(index):
+        for attempt in range(200):
+            try:
+                answer = ask(client, audios[index], PROMPTS[index % 4], max_tokens=4 + index % 3)
+                return answer.choices[0].message.content, attempt
+            except openai.RateLimitError as error:
+                assert error.response.headers["retry-after"] == "1"
+                time.sleep(0.05)
+        raise AssertionError("never answered")
+
+    with ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(one, range(32)))
+    for index, (text, _) in enumerate(answers):
+        assert text == expected(model, audios[index], PROMPTS[index % 4], 4 + index % 3), index
+    assert psutil.Process(process.pid).memory_info().rss < resident + 500 * 2**20
+
+
+def test_a_full_queue_is_429(server, client):
+    """More requests at once than one batch and the queue hold: some are refused, none is lost."""
+    audio, codes = wav(0.5, 0), []
+
+    def one(_):
+        try:
+            ask(client, audio, PROMPTS[0], max_tokens=40)
+            codes.append(200)
+        except openai.RateLimitError:
+            codes.append(429)
+
+    with ThreadPoolExecutor(80) as pool:
+        list(pool.map(one, range(80)))
+    assert len(codes) == 80 and codes.count(429) > 0 and codes.count(200) >= WAITING
+
+
+def quiet_hours():
+    """An hour of silence as FLAC: some kilobytes that decode to hundreds of megabytes."""
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(3600 * 16000, dtype=np.int16), 16000, format="FLAC")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "body, kind, status, message",
+    [
+        (b"{not json", "application/json", 400, "JSON"),
+        (b"{}", "application/json", 400, "messages"),
+        (b"[]", "application/json", 400, "body"),
+        (b"\xff\xfe\x00", "application/json", 400, ""),
+        (b"a=b", "application/x-www-form-urlencoded", 400, ""),
+        (b"x" * 4_000_000, "application/json", 413, "3000000"),
+    ],
+)
+def test_malformed_bodies_are_refused(server, body, kind, status, message):
+    answer = httpx.post(f"{server[1]}/v1/chat/completions", content=body, headers={"content-type": kind}, timeout=60)
+    assert answer.status_code == status and message in answer.json()["error"]["message"]
+
+
+def test_a_body_of_unannounced_length_is_cut_off(server):
+    chunks = (b" " * 65536 for _ in range(100))
+    headers = {"content-type": "application/json"}
+    answer = httpx.post(f"{server[1]}/v1/chat/completions", content=chunks, headers=headers, timeout=60)
+    assert answer.status_code == 413 and "3000000" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "audio, message",
+    [
+        (b"no audio", "cannot be decoded"),
+        (b"", "cannot be decoded"),
+        (wav(0.01, 0), "at least 0.05 s"),
+        (wav(1.0, 0, 15_991), "sampling rate"),
+        (wav(1.0, 0)[:30], "cannot be decoded"),
+        (quiet_hours(), "longer than 20 s"),
+        (b"PK\x03\x04" + bytes(1000), "cannot be decoded"),
+    ],
+)
+def test_bad_audio_is_a_400(server, client, audio, message):
+    with pytest.raises(openai.BadRequestError, match=message):
+        ask(client, audio, PROMPTS[0])
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"temperature": 9}, openai.BadRequestError, "temperature"),
+        ({"n": 3}, openai.BadRequestError, "n:"),
+        ({"model": "other"}, openai.NotFoundError, "no model 'other'"),
+        ({"messages": []}, openai.BadRequestError, "messages"),
+        ({"messages": [{"role": "user", "content": "<|audio|> hi"}]}, openai.BadRequestError, "input_audio"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, openai.BadRequestError, "image_url"),
+        (
+            {"messages": [{"role": "assistant", "content": content(wav(1, 0), "a")}]},
+            openai.BadRequestError,
+            "Only a user",
+        ),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [{"type": "input_audio", "input_audio": {"data": "%%%", "format": "wav"}}],
+                    }
+                ]
+            },
+            openai.BadRequestError,
+            "base64",
+        ),
+    ],
+)
+def test_bad_requests_say_what_is_wrong(client, change, error, message):
+    request = {"model": "tiny", "messages": [{"role": "user", "content": "Hello."}], "max_tokens": 3, **change}
+    with pytest.raises(error, match=message):
+        client.chat.completions.create(**request)
+
+
+def test_a_client_that_leaves_does_not_hold_the_queue(server, client):
+    audio = wav(1.0, 3)
+    body = {"messages": [{"role": "user", "content": content(audio, PROMPTS[0])}], "stream": True, "max_tokens": 40}
+    for _ in range(4):
+        with httpx.stream("POST", f"{server[1]}/v1/chat/completions", json=body, timeout=60) as answer:
+            assert json.loads(next(answer.iter_lines()).removeprefix("data: "))["object"] == "chat.completion.chunk"
+    assert ask(client, audio, PROMPTS[0]).choices[0].finish_reason in ("stop", "length")
+
+
+def test_streaming_in_python_equals_the_whole_answer(model, tmp_path):
+    file = tmp_path / "a.wav"
+    file.write_bytes(wav(1.2, 5))
+    whole = model.chat(file, PROMPTS[1], max_new_tokens=8, do_sample=False)
+    assert "".join(model.stream(file, PROMPTS[1], max_new_tokens=8, do_sample=False)).strip() == whole
+    pieces = model.stream(file, PROMPTS[1], max_new_tokens=500, do_sample=False)
+    next(pieces)
+    pieces.close()  # stops the generation
+    assert not [t for t in threading.enumerate() if t.name.startswith("Thread-") and "work" in t.name]
+    with pytest.raises(ValueError, match="no audio file"):
+        next(model.stream(tmp_path / "absent.wav", "?"))

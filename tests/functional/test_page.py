@@ -1,0 +1,144 @@
+"""The web page in a real browser (Chromium, Playwright): upload, record, ask, compare; two users; what goes wrong."""
+
+import shutil
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import numpy as np
+import pytest
+import soundfile
+
+from nemo_mtbi.models import MTBISALM
+from tests.functional.test_serving import folder as folder  # the same exported model
+
+pytestmark = [pytest.mark.functional, pytest.mark.slow]
+PORT = 29571
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def url(folder, tiny_whisper):
+    pytest.importorskip("gradio", reason="the page needs the extra: pip install 'nemo_mtbi[serve]'")
+    command = [
+        sys.executable,
+        "-m",
+        "nemo_mtbi.examples.serve",
+        f"model={folder}",
+        f"port={PORT}",
+        f"asr={tiny_whisper}",
+    ]
+    process = subprocess.Popen(
+        [*command, "threads=1", "max_audio_seconds=20"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    address = f"http://127.0.0.1:{PORT}"
+    for _ in range(600):
+        try:
+            if httpx.get(address).status_code == 200:
+                break
+        except httpx.HTTPError:
+            time.sleep(0.2)
+        assert process.poll() is None, process.stdout.read()[-3000:]
+    threading.Thread(target=process.stdout.read, daemon=True).start()
+    yield address
+    process.terminate()
+    process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    api = pytest.importorskip("playwright.sync_api", reason="this test needs playwright: pip install playwright")
+    if CHROMIUM is None:
+        pytest.skip("this test needs Chromium (Debian: apt install chromium)")
+    with api.sync_playwright() as play:
+        fakes = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+        chromium = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *fakes])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def files(tmp_path):
+    rng = np.random.default_rng(0)
+    made = {
+        "speech": 0.1 * rng.standard_normal(22050), "other": 0.1 * rng.standard_normal(30000),
+        "silence": np.zeros(16000), "long": 0.1 * rng.standard_normal(16000 * 25),
+    }  # fmt: skip
+    for name, samples in made.items():
+        soundfile.write(tmp_path / f"{name}.wav", samples, 16000)
+    (tmp_path / "text.wav").write_text("this is no audio")
+    return tmp_path
+
+
+def open_page(browser, url):
+    page = browser.new_page()
+    page.goto(url)
+    page.locator("#ask").wait_for()
+    return page
+
+
+def upload(page, file):
+    page.locator("input[type=file]").first.set_input_files(str(file))
+    page.get_by_label("Remove").or_(page.get_by_label("Clear")).first.wait_for(timeout=20_000)
+
+
+def answer_of(page, box="#answer"):
+    area = page.locator(f"{box} textarea")
+    last, same = None, 0
+    for _ in range(300):
+        value = area.input_value()
+        same = same + 1 if value and value == last else 0
+        if same > 10:  # streamed to its end
+            return value
+        last = value
+        page.wait_for_timeout(100)
+    raise AssertionError(f"no answer in {box}")
+
+
+def test_ask_compare_and_cascade(browser, url, files, folder):
+    page = open_page(browser, url)
+    upload(page, files / "speech.wav")
+    page.locator("#ask").click()
+    shown = answer_of(page)
+    model = MTBISALM.restore_from(folder)
+    prompt = page.get_by_label("Prompt").input_value()
+    assert shown.removesuffix(" ...").strip() == model.chat(files / "speech.wav", prompt, do_sample=False).strip()
+    assert answer_of(page, "#cascade")
+    page.locator("#transcript textarea").fill("one two three")
+    page.locator("#compare").click()
+    assert answer_of(page, "#written")
+
+
+def test_two_users_at_once_get_their_own_answers(browser, url, files, folder):
+    model = MTBISALM.restore_from(folder)
+    pages = [(open_page(browser.new_context(), url), name) for name in ("speech", "other")]
+    for page, name in pages:
+        upload(page, files / f"{name}.wav")
+    for page, _ in pages:
+        page.locator("#ask").click()
+    for page, name in pages:
+        prompt = page.get_by_label("Prompt").input_value()
+        expected = model.chat(files / f"{name}.wav", prompt, do_sample=False).strip()
+        assert answer_of(page).removesuffix(" ...").strip() == expected
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [(None, "Record or upload speech first"), ("long", "the limit here is 20 s"), ("text", "cannot be read as audio")],
+)
+def test_mistakes_are_told(browser, url, files, name, message):
+    page = open_page(browser, url)
+    if name:
+        page.locator("input[type=file]").first.set_input_files(str(files / f"{name}.wav"))
+        page.wait_for_timeout(1500)
+    page.locator("#ask").click()
+    page.get_by_text(message).first.wait_for(timeout=20_000)
+
+
+def test_silence_is_remarked(browser, url, files):
+    page = open_page(browser, url)
+    upload(page, files / "silence.wav")
+    page.locator("#ask").click()
+    page.get_by_text("The recording is silent").wait_for(timeout=20_000)

@@ -130,7 +130,9 @@ def build(page: Page, examples: list[str]) -> gr.Blocks:
         gr.Markdown("# Ask about speech")
         with gr.Row():
             with gr.Column():
-                audio = gr.Audio(sources=["upload", "microphone"], type="filepath", label="Speech", buttons=["download"])
+                audio = gr.Audio(
+                    sources=["upload", "microphone"], type="filepath", label="Speech", buttons=["download"]
+                )
                 if examples:
                     gr.Examples([[e] for e in examples], [audio], label="Examples")
                 prompt = gr.Dropdown(

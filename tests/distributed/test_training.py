@@ -164,6 +164,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_sigterm_in_a_validation_loses_no_step(root, overrides, whole):
     output = root / "validation"
     more = ["trainer.accumulate_grad_batches=2", "exp_manager.checkpoint_callback_params.every_n_train_steps=1000"]

@@ -55,7 +55,15 @@ def warm_up(folder: str) -> None:
     """Import what loading imports, so that code does not count as weights: a model of the same class, 1 layer, 8 wide."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    tiny = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8, "vocab_size": 8, "head_dim": 4}
+    tiny = dict(
+        num_hidden_layers=1,
+        hidden_size=8,
+        intermediate_size=8,
+        vocab_size=8,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+    )
     config = AutoConfig.from_pretrained(folder, **tiny)
     with tempfile.TemporaryDirectory() as small:
         AutoModelForCausalLM.from_config(config).save_pretrained(small)

@@ -128,6 +128,23 @@ def test_evaluation_export_and_an_answer(root, trained, targets):
         results["text_topline"]["repeat_wer"] < 0.15
     )  # padded and refilled batches round differently: near ties may flip
     assert (trained / "evaluation" / "results.png").stat().st_size > 5000
+    out = launch("export", f"run={trained}", f"nemo={root}/m.nemo", f"hf={root}/hf")
+    assert json.loads((trained / "export.json").read_text())["round_trip_max_abs_diff"] < 1e-5
+    assert f"model={root}/m.nemo" in out
+    for source in ("m.nemo", "hf"):
+        launch("generate", f"model={root}/{source}", f"audio={root}/3.wav", "prompt=What is this?", "max_new_tokens=4")
+    (root / "bad.wav").write_text("no audio")
+    out = launch(
+        "generate", f"model={root}/m.nemo", f"audio=[{root}/3.wav,{root}/bad.wav]", "prompt=What?", "max_new_tokens=3",
+        f"output={root}/answers.jsonl",
+    )  # fmt: skip
+    assert "left out" in out and len((root / "answers.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_two_ranks_evaluate_and_answer_like_one(root, trained, targets):
+    """After the test above, whose files it reads."""
+    results = json.loads((trained / "evaluation" / "results.json").read_text())["results"]["held_out"]
     spread = root / "spread"
     launch(
         "evaluate", f"run={trained}", f"cuts={{held_out: {targets}/held_out.jsonl}}", "cached_features=true",
@@ -136,23 +153,12 @@ def test_evaluation_export_and_an_answer(root, trained, targets):
     for system, scores in json.loads((spread / "results.json").read_text())["results"]["held_out"].items():
         for key in ("kl_per_token", "token_agreement"):
             assert scores[key] == pytest.approx(results[system][key], rel=1e-4, abs=1e-5), (system, key)
-    out = launch("export", f"run={trained}", f"nemo={root}/m.nemo", f"hf={root}/hf")
-    assert json.loads((trained / "export.json").read_text())["round_trip_max_abs_diff"] < 1e-5
-    assert f"model={root}/m.nemo" in out
-    for source in ("m.nemo", "hf"):
-        launch("generate", f"model={root}/{source}", f"audio={root}/3.wav", "prompt=What is this?", "max_new_tokens=4")
     question = [f"audio={root}/3.wav", "prompt=What is this?", "max_new_tokens=6"]
     launch("generate", f"model={root}/hf", *question, f"output={root}/one.jsonl")
     launch(
         "generate", f"model={root}/hf", *question, "tensor_model_parallel_size=2", f"output={root}/two.jsonl", ranks=2
     )
     assert (root / "one.jsonl").read_text() == (root / "two.jsonl").read_text()
-    (root / "bad.wav").write_text("no audio")
-    out = launch(
-        "generate", f"model={root}/m.nemo", f"audio=[{root}/3.wav,{root}/bad.wav]", "prompt=What?", "max_new_tokens=3",
-        f"output={root}/answers.jsonl",
-    )  # fmt: skip
-    assert "left out" in out and len((root / "answers.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,6 @@ def warm_up(folder: str) -> None:
     config = AutoConfig.from_pretrained(folder, **tiny)
     with tempfile.TemporaryDirectory() as small:
         AutoModelForCausalLM.from_config(config).save_pretrained(small)
-        AutoModelForCausalLM.from_pretrained(small)
 
 
 def worker(rank: int, size: int, port: int, folder: str, rounds: int, results: Any) -> None:

@@ -151,6 +151,8 @@ def build(page: Page, examples: list[str]) -> gr.Blocks:
                 written = gr.Textbox(label="Text LLM's answer", lines=3, elem_id="written")
         asked = ask.click(page.speech, [audio, prompt, length], [answer, remark], concurrency_limit=8, api_name="ask")
         if page.asr is not None:
-            asked.then(page.cascade, [audio, prompt, length], [heard, cascaded], concurrency_limit=1, api_visibility="private")
+            asked.then(
+                page.cascade, [audio, prompt, length], [heard, cascaded], concurrency_limit=1, api_visibility="private"
+            )
         compare.click(page.text, [transcript, prompt, length], [written], concurrency_limit=8, api_visibility="private")
     return blocks.queue(max_size=64)

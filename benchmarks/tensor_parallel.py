@@ -52,7 +52,7 @@ def resident() -> int:
 
 
 def warm_up(folder: str) -> None:
-    """Import what loading imports, so that code does not count as weights: a model of the same class, 1 layer, 8 wide."""
+    """Import what building the LLM imports, so that code does not count as weights: a model of the same class."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     tiny = dict(
@@ -64,9 +64,7 @@ def warm_up(folder: str) -> None:
         num_key_value_heads=1,
         head_dim=4,
     )
-    config = AutoConfig.from_pretrained(folder, **tiny)
-    with tempfile.TemporaryDirectory() as small:
-        AutoModelForCausalLM.from_config(config).save_pretrained(small)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, **tiny))
 
 
 def worker(rank: int, size: int, port: int, folder: str, rounds: int, results: Any) -> None:

@@ -20,32 +20,31 @@ RATE, WINDOW_SECONDS = 16_000, 30
 
 
 class WhisperASR:
-    """Greedy Whisper transcription; results are kept in ``cache`` and reused.
+    """Greedy Whisper transcription.
 
     Args:
         name: Whisper model (``offline:``, hub name or path).
-        cache: JSONL file of transcripts (of :meth:`transcribe`).
         batch_size: windows decoded together.
 
     Raises:
         ConfigError: the model is not Whisper.
     """
 
-    def __init__(self, name: str, cache: Path, batch_size: int = 16) -> None:
+    def __init__(self, name: str, batch_size: int = 16) -> None:
         self.path = resolve_pretrained(name)
         if not is_whisper(self.path):
             raise ConfigError(f"The cascade needs a Whisper model, {name} is none; set cascade=false.")
-        self.cache, self.batch_size = cache, batch_size
+        self.batch_size = batch_size
         self.key = fingerprint(self.path)
 
-    def transcribe(self, cuts: list[Cut]) -> dict[str, str]:
-        """Transcripts by cut id, kept in ``cache``."""
-        jsonl.repair(self.cache)
-        done = {r["id"]: r["text"] for r in jsonl.read(self.cache) if r["asr"] == self.key}
+    def transcribe(self, cuts: list[Cut], cache: Path) -> dict[str, str]:
+        """Transcripts by cut id, kept in the JSONL file ``cache`` and reused."""
+        jsonl.repair(cache)
+        done = {r["id"]: r["text"] for r in jsonl.read(cache) if r["asr"] == self.key}
         missing = sorted((c for c in cuts if c.id not in done), key=lambda c: c.duration)
         if not missing:
             return done
-        with jsonl.Appender(self.cache) as out, tqdm(total=len(missing), desc="cascade ASR", unit="utt") as bar:
+        with jsonl.Appender(cache) as out, tqdm(total=len(missing), desc="cascade ASR", unit="utt") as bar:
             for begin in range(0, len(missing), self.batch_size):
                 batch = missing[begin : begin + self.batch_size]
                 for cut, text in zip(batch, self.transcripts([mono_samples(c, RATE) for c in batch]), strict=True):

@@ -36,8 +36,9 @@ def main(cfg: DictConfig) -> None:
         if cfg.text_topline:
             systems["text_topline"] = evaluation.text(f"{manifest}: text topline", None).summary()
         if cfg.cascade:
-            asr = WhisperASR(model.config.pretrained_asr, output / "cascade_transcripts.jsonl")
-            transcripts = from_first_rank(partial(asr.transcribe, evaluation.cuts))
+            asr = WhisperASR(model.config.pretrained_asr)
+            cache = output / "cascade_transcripts.jsonl"
+            transcripts = from_first_rank(partial(asr.transcribe, evaluation.cuts, cache))
             systems["cascade"] = evaluation.text(f"{manifest}: cascade", transcripts).summary()
         for name in stages:
             run.load_weights(model, name)

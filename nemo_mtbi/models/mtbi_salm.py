@@ -128,7 +128,8 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         self.embed_tokens = self.llm.model.embed_tokens
         del self.llm.model.embed_tokens
         if config.fused_norms:
-            logging.info(f"{fuse_norms(self.llm)} norms of the LLM are {rms_norm_class().__module__}'s")
+            count = fuse_norms(self.llm)
+            logging.info(f"{count} norms of the LLM are {rms_norm_class().__module__}'s")
         maybe_install_lora(self)
         if config.tensor_model_parallel_size > 1:
             materialize_adapters(self.llm)

@@ -16,7 +16,7 @@ class Part:
     Kept on the parameter as ``tensor_part``, so that it can be read from a checkpoint without the rest.
 
     Attributes:
-        copies: ranks that hold this same part (key/value heads fewer than ranks).
+        copies: neighbouring ranks that hold this same part (key/value heads fewer than ranks).
     """
 
     dim: int
@@ -98,12 +98,10 @@ def reduce_gradients(parameters: list[nn.Parameter], group: Any, source: int) ->
             else:
                 dist.broadcast(gradient, source, group=group)
         elif part.copies > 1:
-            parts: list[Any] = [None] * dist.get_world_size(group)
-            dist.all_gather_object(parts, part, group=group)
-            pieces = [torch.empty_like(gradient) for _ in parts]
+            pieces = [torch.empty_like(gradient) for _ in range(dist.get_world_size(group))]
             dist.all_gather(pieces, gradient.contiguous(), group=group)
-            same = [p for p, other in zip(pieces, parts, strict=True) if other.ranges == part.ranges]
-            gradient.copy_(torch.stack(same).sum(0))
+            first = dist.get_rank(group) // part.copies * part.copies
+            gradient.copy_(torch.stack(pieces[first : first + part.copies]).sum(0))
 
 
 def gradient_norm(parameters: list[nn.Parameter], group: Any = None) -> Tensor:

@@ -167,7 +167,7 @@ def load_shards(llm: nn.Module, folder: str | Path, device: torch.device) -> Non
         for leaf, parameter in list(module.named_parameters(recurse=False)):
             if not parameter.is_meta:
                 continue
-            name = f"{module_name}.{leaf}".replace(".base_layer.", ".").lstrip(".")
+            name = own_name(f"{module_name}.{leaf}".lstrip("."))
             if id(parameter) not in loaded:
                 loaded[id(parameter)] = _read(files, name, parameter, device)
             setattr(module, leaf, loaded[id(parameter)])

@@ -121,7 +121,7 @@ class Batcher:
 
     def __init__(self, model: MTBISALM, max_batch: int = 8, max_waiting: int = 64) -> None:
         self.model, self.max_batch = model.eval(), max_batch
-        self.waiting: queue.Queue[Request | None] = queue.Queue(max_waiting)
+        self.waiting: queue.Queue[Request] = queue.Queue(max_waiting)
         self.held: list[Request] = []  # taken from the queue, but with other settings than the running batch
         self.thread = threading.Thread(target=self._work, name="batcher", daemon=True)
         self.thread.start()
@@ -136,17 +136,9 @@ class Batcher:
         except queue.Full as error:
             raise QueueFull(f"{self.waiting.maxsize} requests are waiting already; try again later.") from error
 
-    def close(self) -> None:
-        """Answer what waits, then stop."""
-        self.waiting.put(None)
-        self.thread.join()
-
     def _work(self) -> None:
         while True:
-            batch = self._next()
-            if batch is None:
-                return
-            batch = [r for r in batch if not r.finished]
+            batch = [r for r in self._next() if not r.finished]
             try:
                 if batch:
                     self._answer(batch)
@@ -158,11 +150,9 @@ class Batcher:
             for request in batch:
                 request.on_end(request.finished or "length")
 
-    def _next(self) -> list[Request] | None:
+    def _next(self) -> list[Request]:
         """The oldest request, and those that wait and can go with it."""
         first = self.held.pop(0) if self.held else self.waiting.get()
-        if first is None:
-            return None
         batch, others = [first], list[Request]()
         for request in self.held:
             (batch if len(batch) < self.max_batch and request.sampling == first.sampling else others).append(request)
@@ -171,9 +161,6 @@ class Batcher:
             try:
                 waiting = self.waiting.get_nowait()
             except queue.Empty:
-                break
-            if waiting is None:
-                self.waiting.put(None)
                 break
             (batch if waiting.sampling == first.sampling else self.held).append(waiting)
         return batch

@@ -1,7 +1,6 @@
 """The web page (Gradio): speech in, the streamed answer out; beside it the text LLM on the transcript, and the cascade."""
 
 import queue
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -116,7 +115,7 @@ def mount_page(
     absent = [e for e in examples if not Path(e).is_file()]
     if absent:
         raise ConfigError(f"examples: there is no file {absent[0]}.")
-    recognizer = WhisperASR(asr, Path(tempfile.gettempdir()) / "unused.jsonl") if asr else None
+    recognizer = WhisperASR(asr) if asr else None
     blocks = build(Page(model, batcher, limits, recognizer), examples)
     return gr.mount_gradio_app(app, blocks, path="/", allowed_paths=[str(Path(e).resolve().parent) for e in examples])
 

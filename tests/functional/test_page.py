@@ -1,18 +1,14 @@
 """The web page in a real browser (Chromium, Playwright): upload, record, ask, compare; two users; what goes wrong."""
 
 import shutil
-import subprocess
-import sys
-import threading
-import time
 
-import httpx
 import numpy as np
 import pytest
 import soundfile
 
 from nemo_mtbi.models import MTBISALM
 from tests.functional.test_serving import folder as folder  # the same exported model
+from tests.functional.test_serving import serving
 
 pytestmark = [pytest.mark.functional, pytest.mark.slow]
 PORT = 29571
@@ -22,29 +18,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 @pytest.fixture(scope="module")
 def url(folder, tiny_whisper):
     pytest.importorskip("gradio", reason="the page needs the extra: pip install 'nemo_mtbi[serve]'")
-    command = [
-        sys.executable,
-        "-m",
-        "nemo_mtbi.examples.serve",
-        f"model={folder}",
-        f"port={PORT}",
-        f"asr={tiny_whisper}",
-    ]
-    process = subprocess.Popen(
-        [*command, "threads=1", "max_audio_seconds=20"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    address = f"http://127.0.0.1:{PORT}"
-    for _ in range(600):
-        try:
-            if httpx.get(address).status_code == 200:
-                break
-        except httpx.HTTPError:
-            time.sleep(0.2)
-        assert process.poll() is None, process.stdout.read()[-3000:]
-    threading.Thread(target=process.stdout.read, daemon=True).start()
-    yield address
-    process.terminate()
-    process.wait(30)
+    with serving(folder, PORT, "/", f"asr={tiny_whisper}") as (_, address):
+        yield address
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import httpx
 import numpy as np
@@ -54,15 +55,17 @@ def model(folder):
     return MTBISALM.restore_from(folder)
 
 
-@pytest.fixture(scope="module")
-def server(folder):
-    command = [sys.executable, "-m", "nemo_mtbi.examples.serve", f"model={folder}", f"port={PORT}", "page=false"]
-    options = ["max_audio_seconds=20", f"max_waiting={WAITING}", "max_body_bytes=3000000", "threads=1", "max_tokens=40"]
-    process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    url = f"http://127.0.0.1:{PORT}"
+@contextmanager
+def serving(folder, port, ready, *options):
+    """``mtbi serve`` in a process of its own, from when ``ready`` (a path) answers. -> process, address."""
+    command = [sys.executable, "-m", "nemo_mtbi.examples.serve", f"model={folder}", f"port={port}", "threads=1"]
+    process = subprocess.Popen(
+        [*command, "max_audio_seconds=20", *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    url = f"http://127.0.0.1:{port}"
     for _ in range(600):
         try:
-            if httpx.get(f"{url}/health").json()["status"] == "ok":
+            if httpx.get(url + ready).status_code == 200:
                 break
         except httpx.HTTPError:
             time.sleep(0.2)
@@ -71,6 +74,14 @@ def server(folder):
     yield process, url
     process.terminate()
     assert process.wait(30) is not None
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    options = [f"max_waiting={WAITING}", "max_body_bytes=3000000", "max_tokens=40", "page=false"]
+    with serving(folder, PORT, "/health", *options) as running:
+        assert httpx.get(f"{running[1]}/health").json()["status"] == "ok"
+        yield running
 
 
 @pytest.fixture(scope="module")

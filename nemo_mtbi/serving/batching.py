@@ -138,10 +138,11 @@ class Batcher:
 
     def _work(self) -> None:
         while True:
-            batch = [r for r in self._next() if not r.finished]
+            batch = self._next()
+            asked = [r for r in batch if not r.finished]  # others were cancelled while they waited
             try:
-                if batch:
-                    self._answer(batch)
+                if asked:
+                    self._answer(asked)
             except Exception as error:
                 logging.exception("a batch failed")
                 for request in batch:

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import queue
 import subprocess
 import sys
 import threading
@@ -265,3 +266,13 @@ def test_streaming_in_python_equals_the_whole_answer(model, tmp_path):
     assert not [t for t in threading.enumerate() if t.name.startswith("Thread-") and "work" in t.name]
     with pytest.raises(ValueError, match="no audio file"):
         next(model.stream(tmp_path / "absent.wav", "?"))
+
+
+def test_a_request_cancelled_in_the_queue_is_ended(model):
+    from nemo_mtbi.serving.batching import Batcher, Request
+
+    ends = queue.Queue()
+    request = Request([{"role": "user", "content": "Hello."}], [], 3, lambda text: ends.put(text), ends.put)
+    request.cancel()
+    Batcher(model).submit(request)
+    assert ends.get(timeout=30) == "cancelled" and request.tokens == []

@@ -205,7 +205,9 @@ def _read(files: dict[str, tuple[Path, str]], name: str, parameter: nn.Parameter
         else:
             whole = file.get_slice(stored)
             value = part.of(whole, whole.get_shape()[part.dim])
-    new = nn.Parameter(value.to(device, parameter.dtype), requires_grad=parameter.requires_grad)
+        # A part is a view of the mapped file, which would keep more of its pages in memory than are this rank's.
+        value = value.to(device, parameter.dtype, copy=part is not None, memory_format=torch.contiguous_format)
+    new = nn.Parameter(value, requires_grad=parameter.requires_grad)
     if part is not None:
         new.tensor_part = part  # type: ignore[attr-defined]
     return new

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from nemo_mtbi.version import __version__
 
+FIRST_KEY = {"report": "run"}  # mtbi report RUN
 CONF = Path(__file__).parent / "conf"
 # command: (launcher module, its YAML, what it does)
 COMMANDS = {
@@ -15,6 +16,7 @@ COMMANDS = {
     "inspect": ("inspect_targets", "inspect", "show transcripts, word times, prompts and answers"),
     "train": ("train", "train", "align the connector, then imitate the text LLM"),
     "evaluate": ("evaluate", "evaluate", "compare a run with the text LLM and the cascade"),
+    "report": ("report", "report", "one HTML page about a run: curves, results, answers"),
     "export": ("export", "export", "write a .nemo file and a Hugging Face directory"),
     "generate": ("generate", "generate", "ask a model about recordings"),
     "serve": ("serve", "serve", "a web page and an OpenAI-compatible endpoint"),
@@ -39,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     if any(a in ("-h", "--help") for a in rest):
         print(command_help(command, config))
         return 0
+    if command in FIRST_KEY and rest and "=" not in rest[0] and not rest[0].startswith("-"):
+        rest[0] = f"{FIRST_KEY[command]}={rest[0]}"
     sys.argv = [f"mtbi {command}", *rest]
     try:
         importlib.import_module(f"nemo_mtbi.examples.{module}").main()

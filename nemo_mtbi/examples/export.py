@@ -1,4 +1,4 @@
-"""A trained run as one .nemo file and as a Hugging Face directory. See conf/export.yaml."""
+"""A trained run as one .nemo file, a Hugging Face directory, or what was trained alone. See conf/export.yaml."""
 
 from pathlib import Path
 
@@ -10,29 +10,45 @@ from nemo_mtbi.examples._launcher import announce, launcher
 @launcher("export")
 def main(cfg: DictConfig) -> None:
     from nemo_mtbi.data import jsonl
-    from nemo_mtbi.export.archive import load_directory, load_nemo, save_directory, save_nemo
+    from nemo_mtbi.errors import ConfigError
+    from nemo_mtbi.export.archive import save_directory, save_nemo, save_trainable
+    from nemo_mtbi.export.card import model_card
     from nemo_mtbi.export.round_trip import max_abs_logit_difference
     from nemo_mtbi.models import MTBISALM
     from nemo_mtbi.training.run_directory import RunDirectory
 
-    model = RunDirectory(cfg.run).load_model(cfg.stage)
+    if not (cfg.nemo or cfg.hf or cfg.trainable_only):
+        raise ConfigError("Say what to write: nemo=FILE, hf=FOLDER or trainable_only=FOLDER.")
+    run = RunDirectory(cfg.run)
+    stage = cfg.stage or run.last_stage()
+    model = run.load_model(stage)
+    cards = {whole: model_card(model, run.root, cfg.card.data, cfg.card.licence, whole) for whole in (True, False)}
     written: dict[str, Path] = {}
     difference = 0.0
-    if cfg.nemo:
-        written["nemo"] = save_nemo(model, Path(cfg.nemo))
+
+    def check(path: Path) -> None:
+        nonlocal difference
         if cfg.check:
-            difference = max(difference, max_abs_logit_difference(model, load_nemo(MTBISALM, written["nemo"])))
+            difference = max(difference, max_abs_logit_difference(model, MTBISALM.restore_from(path)))
+
+    if cfg.trainable_only:
+        written["trainable_only"] = save_trainable(model, Path(cfg.trainable_only), stage, cards[False])
+        check(written["trainable_only"])
+    if cfg.merge_lora:
+        model.merge_lora()
+    if cfg.nemo:
+        written["nemo"] = save_nemo(model, Path(cfg.nemo), cards[True])
+        check(written["nemo"])
     if cfg.hf:
-        written["hf"] = save_directory(model, Path(cfg.hf))
-        if cfg.check:
-            difference = max(difference, max_abs_logit_difference(model, load_directory(MTBISALM, written["hf"])))
+        written["hf"] = save_directory(model, Path(cfg.hf), cards[True])
+        check(written["hf"])
     record = {k: str(v) for k, v in written.items()} | ({"round_trip_max_abs_diff": difference} if cfg.check else {})
-    jsonl.write_json(Path(cfg.run) / "export.json", record)
+    jsonl.write_json(run.root / "export.json", record)
     announce(f"Exported (largest difference of logits after reading back: {difference})", dict(written))
-    if cfg.nemo:
-        print(
-            f'\nAsk it: python -m nemo_mtbi.examples.generate model={cfg.nemo} audio=question.wav "prompt=What is this about?"'
-        )
+    model_path = next(iter(written.values()))
+    print(
+        f'\nAsk it: python -m nemo_mtbi.examples.generate model={model_path} audio=question.wav "prompt=What is this about?"'
+    )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import json
 import os
 import tarfile
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +19,8 @@ from omegaconf import OmegaConf
 
 from nemo_mtbi.data import jsonl
 from nemo_mtbi.errors import CheckpointError
+from nemo_mtbi.export.card import model_card
 from nemo_mtbi.modules.language_model import causal_lm
-from nemo_mtbi.version import __version__
 
 if TYPE_CHECKING:
     from nemo_mtbi.models.mtbi_salm import MTBISALM
@@ -48,16 +50,12 @@ def save_directory(model: "MTBISALM", folder: Path, card: str | None = None) -> 
     Args:
         model: what to export.
         folder: where to; must not exist or be empty.
-        card: text of README.md; a short one by default.
+        card: text of README.md; by default one without the run's records.
 
     Raises:
         CheckpointError: the folder is in use.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder} is not empty; name another folder or remove it.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
-        temporary = Path(name) / folder.name
+    with _new_folder(folder) as temporary:
         # torch_dtype etc. of SALM are left alone: weights are stored in the type that each part computes in.
         model.save_pretrained(temporary, config=exported_config(model))
         model.tokenizer.tokenizer.save_pretrained(temporary)
@@ -65,10 +63,46 @@ def save_directory(model: "MTBISALM", folder: Path, card: str | None = None) -> 
         backbone.config.save_pretrained(temporary / LLM_BACKBONE_DIR)
         backbone.generation_config.save_pretrained(temporary / LLM_BACKBONE_DIR)
         jsonl.write_text(temporary / "README.md", card or model_card(model))
+    return folder
+
+
+def save_trainable(model: "MTBISALM", folder: Path, stage: str, card: str | None = None) -> Path:
+    """Write what was trained alone, with references to what is frozen: a few MB, laid out as a training run.
+
+    :meth:`MTBISALM.restore_from` opens it where the same LLM and encoder can be found under the names in ``model.json``.
+
+    Args:
+        model: what to export.
+        folder: where to; must not exist or be empty.
+        stage: name of the training stage that the weights come from.
+        card: text of README.md.
+
+    Raises:
+        CheckpointError: the folder is in use.
+    """
+    from nemo_mtbi.training.run_directory import RunDirectory
+
+    with _new_folder(folder) as temporary:
+        run = RunDirectory(temporary)
+        run.save_config(model, {k: v for k, v in model.hparams["cfg"].items() if k not in TRAINING_KEYS})
+        run.save_weights(model, stage)
+        jsonl.write_text(temporary / "README.md", card or model_card(model, whole=False))
+    return folder
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A folder that takes its name when it is complete."""
+    if folder.exists() and any(folder.iterdir()):
+        raise CheckpointError(f"{folder} is not empty; name another folder or remove it.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
+        temporary = Path(name) / folder.name
+        temporary.mkdir()
+        yield temporary
         if folder.exists():
             folder.rmdir()
         temporary.rename(folder)
-    return folder
 
 
 def save_nemo(model: "MTBISALM", path: Path, card: str | None = None) -> Path:
@@ -146,19 +180,3 @@ def load_directory(cls: "type[MTBISALM]", folder: Path, map_location: str = "cpu
             f"{folder / WEIGHTS} lacks {len(missing)} tensors of the model, e.g. {sorted(missing)[0]}."
         )
     return model.eval()
-
-
-def model_card(model: "MTBISALM") -> str:
-    """A short card: what the model is, where its parts come from, how to use it."""
-    cfg = model.config
-    tasks = sorted({key.split("/")[0] for key in model.seen if key.count("/") == 2})
-    return "\n".join([
-        "---", "library_name: nemo", "pipeline_tag: audio-text-to-text", "tags: [speech, speech-llm, nemo_mtbi]", "---", "",
-        "# Speech LLM trained by multi-task behavior imitation", "",
-        f"Made with nemo_mtbi {__version__} (method: arXiv 2505.18644). Frozen parts: LLM `{cfg.pretrained_llm}`, speech encoder "
-        f"from `{cfg.pretrained_asr}`; their licences apply to their weights, which this model contains.", "",
-        f"Imitated tasks: {', '.join(tasks) or 'see the training run'}. Examples seen: {model.seen['examples']}.", "",
-        "```python", "from nemo_mtbi.models import MTBISALM", "",
-        'model = MTBISALM.restore_from("model.nemo")  # or MTBISALM.from_pretrained("directory")',
-        'print(model.chat("question.wav", "What is this about?"))', "```", "",
-    ])  # fmt: skip

@@ -14,9 +14,9 @@ from nemo.collections.speechlm2.models.salm import SALM
 from nemo.collections.speechlm2.parts.hf_hub import LLM_BACKBONE_DIR
 from nemo.collections.speechlm2.parts.lora import maybe_install_lora
 from nemo.collections.speechlm2.parts.optim_setup import is_frozen
-from nemo.collections.speechlm2.parts.pretrained import load_pretrained_hf
+from nemo.collections.speechlm2.parts.pretrained import load_pretrained_hf, move_embedding
 from nemo.utils import logging
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig
@@ -400,6 +400,7 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
             metrics["loss"] = total.detach() / count
             index = student.assembled.index
             metrics["padding_fraction"] = 1 - student.assembled.lengths.sum() / index.numel()
+            metrics |= {f"loss_by_task/{t}": v[0] / v[2] for t, v in by_task(examples, student.assembled, loss).items()}
             for example in examples:
                 key = f"{example.task}/{example.prompt_id}"
                 self.seen[f"{key}/examples"] += 1
@@ -465,6 +466,7 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
 
     def on_validation_epoch_start(self) -> None:
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(4, dtype=torch.float64))
+        self._task_sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(3, dtype=torch.float64))
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Sums over response tokens of pure speech (no interleaving), so that epoch means weigh every token alike."""
@@ -485,6 +487,8 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
             self._sums[name] += torch.stack(
                 [loss_.loss, loss_.kl, loss_.agreed.sum(), torch.tensor(len(loss_.agreed))]
             ).to("cpu", torch.float64)
+            for task, sums in by_task(dataset_batch["examples"], student.assembled, loss_).items():
+                self._task_sums[task] += sums.to("cpu", torch.float64)
 
     def on_validation_epoch_end(self) -> None:
         names = sorted(self._sums)
@@ -498,6 +502,26 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         if names:
             self._log_sums("", total)
         self._sums.clear()
+        for task, (loss, agreed, count) in sorted(self._gathered(self._task_sums).items()):
+            self.log(f"val_loss_by_task/{task}", loss / max(1.0, count), on_epoch=True)
+            self.log(f"val_agreement_by_task/{task}", agreed / max(1.0, count), on_epoch=True)
+
+    def _gathered(self, sums: dict[str, Tensor]) -> dict[str, list[float]]:
+        """Sums over the data-parallel ranks, which may have met different keys."""
+        total: dict[str, Tensor] = defaultdict(lambda: torch.zeros(3, dtype=torch.float64))
+        for part in self._from_all_ranks(dict(sums)):
+            for key, value in part.items():
+                total[key] += value
+        return {key: value.tolist() for key, value in total.items()}
+
+    def _from_all_ranks(self, value: Any) -> list[Any]:
+        """A picklable value of every data-parallel rank."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return [value]
+        group = self.data_parallel_group()
+        parts: list[Any] = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(parts, value, group=group)
+        return parts
 
     def _log_sums(self, suffix: str, sums: Tensor) -> None:
         loss, kl, agreed, count = sums.tolist()
@@ -536,6 +560,9 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
     ) -> "MTBISALM":
         """Open a ``.nemo`` file or a directory that ``export.py`` wrote; nothing else is needed.
 
+        A training run, or an export of what was trained alone, is opened too; that needs the LLM and the encoder by the names
+        that its ``model.json`` gives.
+
         Args:
             tensor_model_parallel_size: ranks that hold the LLM together, in a job that
                 :func:`nemo_mtbi.parallel.launch.join_ranks` has joined.
@@ -546,6 +573,10 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         from nemo_mtbi.export.archive import load_directory, load_nemo
 
         path = Path(path)
+        if (path / "model.json").is_file():
+            from nemo_mtbi.training.run_directory import RunDirectory
+
+            return RunDirectory(path).load_model(tensor_model_parallel_size=tensor_model_parallel_size).to(map_location)
         load = load_directory if path.is_dir() else load_nemo
         return load(cls, path, map_location, tensor_model_parallel_size)
 
@@ -584,6 +615,20 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
             model.load_trained_state({name: weights.get_tensor(name) for name in rest})
         return model
 
+    def merge_lora(self) -> None:
+        """Add the LoRA adapters to the LLM's own weights; the model computes the same without them, up to rounding.
+
+        Raises:
+            ConfigError: the model has no LoRA.
+        """
+        if self.config.lora is None:
+            raise ConfigError("The model has no LoRA adapters to merge (model.lora is not set).")
+        with move_embedding(self):
+            self.llm = self.llm.merge_and_unload()
+        self.config.lora = None
+        with open_dict(self.cfg):
+            del self.cfg["lora"]
+
     def save_to(self, path: str | Path) -> Path:
         """Write one self-contained ``.nemo`` file."""
         from nemo_mtbi.export.archive import save_nemo
@@ -592,12 +637,7 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
 
     def all_seen(self) -> Counter[str]:
         """The record of what was trained on, summed over the data-parallel ranks."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return self.seen
-        group = self.data_parallel_group()
-        parts: list[Any] = [None] * torch.distributed.get_world_size(group)
-        torch.distributed.all_gather_object(parts, dict(self.seen), group=group)
-        return sum((Counter(p) for p in parts), Counter())
+        return sum((Counter(p) for p in self._from_all_ranks(dict(self.seen))), Counter())
 
     def seen_manifest(self) -> dict[str, Any]:
         """How many examples and response tokens of each task and prompt were trained on, over all ranks."""
@@ -612,6 +652,18 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
                 task, prompt, kind = key.split("/")
                 manifest["tasks"].setdefault(task, {}).setdefault(prompt, {})[kind] = value
         return manifest
+
+
+def by_task(examples: list[Example], layout: Assembled, loss: ImitationLoss) -> dict[str, Tensor]:
+    """Sums over the response tokens of each task: (loss, agreed, tokens)."""
+    sums: dict[str, Tensor] = {}
+    begin = 0
+    for example, count in zip(examples, layout.response_counts, strict=True):
+        part = slice(begin, begin + count)
+        begin += count
+        row = torch.stack([loss.per_token[part].detach().sum(), loss.agreed[part].sum(), loss.agreed.new_tensor(count)])
+        sums[example.task] = sums.get(example.task, 0) + row
+    return sums
 
 
 def container(cfg: DictConfig) -> dict[str, Any]:

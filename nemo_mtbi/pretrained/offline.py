@@ -17,6 +17,7 @@ from pathlib import Path
 from nemo_mtbi.errors import ConfigError, DataError
 
 PREFIX = "offline:"
+LICENCES = {"offline:smollm2-135m-instruct": "Apache-2.0", "offline:whisper-tiny.en": "MIT"}
 CACHE_VARIABLE = "NEMO_MTBI_CACHE"
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Token ids of English-only Whisper (openai/whisper, tokenizer.py): <|endoftext|>, <|startoftranscript|>, <|notimestamps|>

@@ -1,16 +1,13 @@
 """One self-contained HTML page about a run of target generation: counts, lengths, examples, rejected answers."""
 
-import base64
-import io
 import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment
-
 from nemo_mtbi.data import jsonl
+from nemo_mtbi.data.html import picture, write_page
 
 EXAMPLES, REJECTED_EXAMPLES = 4, 20
 
@@ -34,11 +31,10 @@ def write_report(path: Path, manifest: dict[str, Any], written: dict[str, Path],
         if len(examples) < EXAMPLES:
             examples.append({k: target[k] for k in ("task", "prompt", "response")} | {"transcript": transcript})
     side = list(islice((record for path in rejected for record in jsonl.read(path)), REJECTED_EXAMPLES))
-    page = Environment(autoescape=True).from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
-        m=manifest, rejected_total=sum(manifest["rejected"].values()), picture=_histogram(lengths), rejected=side,
-        examples=[e for task in sorted(shown) for e in shown[task]],
+    write_page(
+        path, _TEMPLATE, m=manifest, rejected_total=sum(manifest["rejected"].values()), picture=_histogram(lengths),
+        rejected=side, examples=[e for task in sorted(shown) for e in shown[task]],
     )  # fmt: skip
-    jsonl.write_text(path, page)
 
 
 def _targets(written: dict[str, Path]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -64,7 +60,4 @@ def _histogram(lengths: dict[str, list[int]]) -> str:
     axis.set_ylabel("answers")
     axis.legend(fontsize=7, ncols=2)
     figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    plt.close(figure)
-    return base64.b64encode(buffer.getvalue()).decode()
+    return picture(figure)

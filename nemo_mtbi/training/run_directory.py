@@ -5,6 +5,8 @@
     <output_dir>/model.json                          the model's configuration, with the CTC vocabulary size filled in
     <output_dir>/<stage>/trained.safetensors         trained tensors at the end of a stage (untrained, alignment, imitation)
     <output_dir>/<stage>/checkpoints, events...      NeMo's exp_manager: resumable checkpoints and TensorBoard curves
+    <output_dir>/data.json                           manifests that were trained and validated on
+    <output_dir>/<stage>/samples.jsonl               answers at each validation beside the teacher's
     <output_dir>/seen.json                           examples and response tokens of each task and prompt
 """
 
@@ -45,6 +47,9 @@ class RunDirectory:
 
     def save_config(self, model: MTBISALM, cfg: dict[str, Any]) -> None:
         jsonl.write_json(self.root / "model.json", {"model": cfg, "references": model.references})
+
+    def save_data_paths(self, paths: dict[str, list[str]]) -> None:
+        jsonl.write_json(self.root / "data.json", paths)
 
     def check_same_model(self, model: MTBISALM) -> None:
         """

@@ -1,7 +1,7 @@
 """The two training stages: CTC alignment of the connector (optional), then behavior imitation."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from nemo_mtbi.parallel.launch import PATIENCE
 from nemo_mtbi.parallel.strategy import TensorParallelStrategy
 from nemo_mtbi.pretrained.offline import resolve_pretrained
 from nemo_mtbi.training.accelerators import fused_optimizer
+from nemo_mtbi.training.monitor import SampleAnswers, Throughput
 from nemo_mtbi.training.resume import (
     AtomicCheckpointIO,
     Preemption,
@@ -67,6 +68,9 @@ def train(cfg: DictConfig) -> RunDirectory:
     run.check_same_model(model)
     if is_global_rank_zero():
         run.save_config(model, {k: v for k, v in model_cfg.items() if k != "tensor_model_parallel_size"})
+        run.save_data_paths(
+            {s: data_paths(cfg.data[f"{s}_ds"]) for s in ("train", "validation") if f"{s}_ds" in cfg.data}
+        )
     if not run.weights(UNTRAINED).is_file():
         run.save_weights(model, UNTRAINED)
     if cfg.init_from is not None:
@@ -90,7 +94,8 @@ def run_stage(cfg: DictConfig, model: MTBISALM, run: RunDirectory, name: str) ->
         model.cfg.optimizer, model.cfg.lr_scheduler = optimizer, stage.lr_scheduler
     own_folder = (stage.exp_manager.checkpoint_callback_params or {}).get("dirpath")
     settle_checkpoints(Path(own_folder or Path(stage.exp_manager.explicit_log_dir) / "checkpoints"))
-    trainer = build_trainer(stage.trainer, name)
+    monitors = [Throughput(), SampleAnswers(run.stage(name), **cfg.sample_answers)]
+    trainer = build_trainer(stage.trainer, name, monitors)
     exp_manager(trainer, stage.exp_manager)
     step = step_of(trainer.ckpt_path) if trainer.ckpt_path else 0
     model.seed = cfg.seed
@@ -104,8 +109,8 @@ def run_stage(cfg: DictConfig, model: MTBISALM, run: RunDirectory, name: str) ->
     logging.info(f"Stage {name} wrote {run.weights(name)}")
 
 
-def build_trainer(cfg: DictConfig, name: str) -> pl.Trainer:
-    """Lightning's trainer with our strategy, atomic checkpoints and the handling of SIGTERM."""
+def build_trainer(cfg: DictConfig, name: str, callbacks: Sequence[pl.Callback] = ()) -> pl.Trainer:
+    """Lightning's trainer with our strategy, atomic checkpoints and the handling of SIGTERM; ``callbacks`` come first."""
     options: Any = resolve_trainer_cfg(cfg)
     size = options.pop("tensor_model_parallel_size", 1)
     # The alignment stage leaves the part of the connector that only the LLM reads without a gradient.
@@ -119,7 +124,7 @@ def build_trainer(cfg: DictConfig, name: str) -> pl.Trainer:
     elif size > 1:
         raise ConfigError("trainer.tensor_model_parallel_size > 1 chooses the strategy; leave trainer.strategy out.")
     options["plugins"] = [*options.get("plugins", []), AtomicCheckpointIO()]
-    options["callbacks"] = [*options.get("callbacks", []), Preemption(), WholeSteps()]
+    options["callbacks"] = [*options.get("callbacks", []), *callbacks, Preemption(), WholeSteps()]
     return pl.Trainer(**options)
 
 
@@ -201,6 +206,11 @@ def _entries(section: DictConfig) -> Iterator[DictConfig]:
             queue += list(entry.get("input_cfg") or [])
             if entry.get("type") == INPUT_TYPE:
                 yield entry
+
+
+def data_paths(section: DictConfig) -> list[str]:
+    """Manifests and Shar folders of a train or validation section."""
+    return [str(e[key]) for e in _entries(section) for key in ("cuts_path", "shar_path") if key in e]
 
 
 def check_data(data_cfg: DictConfig, config: ModelConfig) -> None:

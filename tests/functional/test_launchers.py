@@ -9,6 +9,7 @@ import pytest
 import soundfile
 
 from nemo_mtbi.examples._launcher import CONF
+from nemo_mtbi.training.report import scalars
 
 pytestmark = pytest.mark.functional
 WORDS = "one two three four five six seven eight nine ten".split()
@@ -87,7 +88,7 @@ def train_overrides(root, targets, name, *more):
         f"data.validation_ds.datasets.held_out.input_cfg.0.cuts_path={targets}/held_out.jsonl",
         "data.cached_features=true", "trainer.max_steps=4", "trainer.val_check_interval=2",
         "alignment_stage.trainer.max_steps=2", "data.train_ds.batch_size=4", "model.imitation.teacher=cached",
-        "exp_manager.checkpoint_callback_params.every_n_train_steps=2", *more,
+        "exp_manager.checkpoint_callback_params.every_n_train_steps=2", "trainer.log_every_n_steps=1", *more,
     ]  # fmt: skip
 
 
@@ -103,7 +104,12 @@ def test_training_writes_what_the_docs_say(trained):
     seen = json.loads((trained / "seen.json").read_text())
     counts = [p["examples"] for t in seen["tasks"].values() for p in t.values()]
     assert sum(counts) > 0 and set(seen["tasks"]) <= {"repeat", "about"}
-    assert list((trained / "imitation").glob("events.out.tfevents*"))
+    tags = scalars(trained / "imitation")
+    assert {"loss", "val_agreement", "tokens_per_second", "padding_fraction", "gradient_norm"} <= set(tags)
+    for task in seen["tasks"]:
+        assert f"loss_by_task/{task}" in tags and f"val_agreement_by_task/{task}" in tags
+    samples = [json.loads(line) for line in (trained / "imitation" / "samples.jsonl").read_text().splitlines()]
+    assert samples and all(s["teacher"] and s["task"] in seen["tasks"] for s in samples)
 
 
 def test_an_interrupted_stage_continues_from_its_checkpoint(root, targets, model):
@@ -128,10 +134,15 @@ def test_evaluation_export_and_an_answer(root, trained, targets):
         results["text_topline"]["repeat_wer"] < 0.15
     )  # padded and refilled batches round differently: near ties may flip
     assert (trained / "evaluation" / "results.png").stat().st_size > 5000
-    out = launch("export", f"run={trained}", f"nemo={root}/m.nemo", f"hf={root}/hf")
+    launch("export", f"run={trained}", f"nemo={root}/m.nemo", f"hf={root}/hf", f"trainable_only={root}/small")
     assert json.loads((trained / "export.json").read_text())["round_trip_max_abs_diff"] < 1e-5
-    assert f"model={root}/m.nemo" in out
-    for source in ("m.nemo", "hf"):
+    assert sum(f.stat().st_size for f in (root / "small").rglob("*")) < 2**20
+    card = (root / "hf" / "README.md").read_text()
+    assert "| repeat |" in card and "text_topline" in card and str(targets) in card
+    launch("report", f"run={trained}", f"output={root}/report.html")
+    page = (root / "report.html").read_text()
+    assert page.count("data:image/png") >= 6 and "text_topline" in page and "http" not in page.split("<pre>")[0]
+    for source in ("m.nemo", "hf", "small"):
         launch("generate", f"model={root}/{source}", f"audio={root}/3.wav", "prompt=What is this?", "max_new_tokens=4")
     (root / "bad.wav").write_text("no audio")
     out = launch(
@@ -172,7 +183,9 @@ def test_two_ranks_evaluate_and_answer_like_one(root, trained, targets):
         ("prepare_data", ["output_dir={root}/x", "sources=[{{kind: tsv, pth: a}}]"], "pth"),
         ("generate", ["model={root}/absent.nemo", "audio={root}/3.wav", "prompt=Hi"], "no file"),
         ("generate", ["model={root}/m.nemo", "audio={root}/absent.wav", "prompt=Hi"], "no audio file"),
-        ("export", ["run={root}/absent"], "no trained model"),
+        ("export", ["run={root}/absent", "nemo={root}/x.nemo"], "no trained model"),
+        ("export", ["run={root}/absent"], "Say what to write"),
+        ("report", ["run={root}/absent"], "is not a training run"),
         (
             "generate",
             ["model={root}/absent.nemo", "audio={root}/3.wav", "prompt=Hi", "tensor_model_parallel_size=2"],

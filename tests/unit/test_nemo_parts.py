@@ -8,7 +8,8 @@ import torch
 from omegaconf import OmegaConf
 
 from nemo_mtbi.data.alignment import NeMoCTCAligner, PocketSphinxAligner, Unalignable, build_aligner
-from nemo_mtbi.export.archive import save_nemo
+from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.export.archive import save_directory, save_nemo, save_trainable
 from nemo_mtbi.export.round_trip import max_abs_logit_difference
 from nemo_mtbi.models import MTBISALM
 from nemo_mtbi.training.run_directory import RunDirectory
@@ -67,8 +68,6 @@ def test_export_with_nemo_parts_opens_in_stock_salm(tiny_config, nemo_asr, tmp_p
     """The directory that we write, read by NeMo's own SALM.from_pretrained: the same logits."""
     from nemo.collections.speechlm2.models.salm import SALM
 
-    from nemo_mtbi.export.archive import save_directory
-
     config = {
         **copy.deepcopy(tiny_config),
         "pretrained_asr": nemo_asr,
@@ -111,7 +110,7 @@ def test_pocketsphinx_says_why_it_cannot_align():
         )
 
 
-def test_lora_is_trained_and_the_teacher_is_without_it(tiny_config, tmp_path):
+def test_lora_trains_teaches_without_itself_and_exports_whole_alone_or_merged(tiny_config, tmp_path):
     from .test_model import gradients, make_batch
 
     lora = {"task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
@@ -131,3 +130,16 @@ def test_lora_is_trained_and_the_teacher_is_without_it(tiny_config, tmp_path):
     assert any("lora_B" in n for n in model.trainable_names())
     again = MTBISALM.restore_from(save_nemo(model, tmp_path / "lora.nemo"))
     assert max_abs_logit_difference(model, again) < 1e-5
+    trainable = save_trainable(model, tmp_path / "trainable", "imitation")
+    assert sorted(f.name for f in trainable.rglob("*") if f.is_file()) == [
+        "README.md",
+        "model.json",
+        "trained.safetensors",
+    ]
+    assert max_abs_logit_difference(model, MTBISALM.restore_from(trainable)) < 1e-5
+    model.merge_lora()
+    merged = MTBISALM.restore_from(save_directory(model, tmp_path / "merged"))
+    assert not any("lora" in n for n in merged.state_dict())
+    assert max_abs_logit_difference(again, merged) < 1e-5
+    with pytest.raises(ConfigError, match="no LoRA"):
+        merged.merge_lora()

@@ -37,9 +37,10 @@ def main(cfg: DictConfig) -> None:
     app = create_app(model, name, batcher, limits)
     url = f"http://{cfg.host}:{cfg.port}"
     if cfg.page:
-        from nemo_mtbi.serving.page import mount_page
+        from nemo_mtbi.serving.page import EXAMPLES, mount_page
 
-        app = mount_page(app, model, batcher, limits, cfg.asr, list(cfg.examples))
+        examples = EXAMPLES if cfg.examples is None else list(cfg.examples)
+        app = mount_page(app, model, batcher, limits, cfg.asr, examples)
         print(f"Page: {url}")
     print(f"Endpoint: {url}/v1/chat/completions (model {name!r})", flush=True)
     if cfg.host not in LOOPBACK:

@@ -18,6 +18,7 @@ from nemo_mtbi.serving.batching import Batcher, Request, Sampling
 from nemo_mtbi.serving.openai_api import Limits
 from nemo_mtbi.tasks.library import load_library
 
+EXAMPLES = sorted(str(f) for f in (Path(__file__).parent / "examples").glob("*.flac"))  # synthesized with SVOX Pico
 SILENCE_PEAK = 1e-3  # of full scale: -60 dBFS
 QUIET = "The recording is silent, so this answer is about nothing. Is the microphone on?"
 

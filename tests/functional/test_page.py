@@ -35,6 +35,13 @@ def browser():
 
 
 @pytest.fixture
+def without_microphone(browser):
+    deaf = browser.browser_type.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    yield deaf
+    deaf.close()
+
+
+@pytest.fixture
 def files(tmp_path):
     rng = np.random.default_rng(0)
     made = {
@@ -117,3 +124,32 @@ def test_silence_is_remarked(browser, url, files):
     upload(page, files / "silence.wav")
     page.locator("#ask").click()
     page.get_by_text("The recording is silent").wait_for(timeout=20_000)
+
+
+def test_a_recording_from_the_microphone_is_answered(browser, url):
+    page = open_page(browser, url)
+    page.get_by_label("Record audio").click()
+    page.locator("button.record:visible").click()
+    page.wait_for_timeout(1500)
+    page.locator("button.stop-button:visible").first.click()
+    page.locator("button.play-pause-button:visible").wait_for(timeout=20_000)
+    page.locator("#ask").click()
+    assert answer_of(page)
+
+
+def test_without_a_microphone_the_page_says_so_and_still_answers(without_microphone, url, files):
+    page = open_page(without_microphone, url)
+    page.get_by_label("Record audio").click()
+    page.locator("select:visible", has_text="No microphone found").wait_for(timeout=20_000)
+    page.get_by_label("Upload file").click()
+    upload(page, files / "speech.wav")
+    page.locator("#ask").click()
+    assert answer_of(page)
+
+
+def test_the_shipped_examples_are_answered(browser, url):
+    page = open_page(browser, url)
+    page.get_by_text("put_the_book_on_the_table").first.click()
+    page.get_by_label("Clear").first.wait_for(timeout=20_000)
+    page.locator("#ask").click()
+    assert answer_of(page)

@@ -16,6 +16,7 @@ COMMANDS = {
     "inspect": ("inspect_targets", "inspect", "show transcripts, word times, prompts and answers"),
     "train": ("train", "train", "align the connector, then imitate the text LLM"),
     "evaluate": ("evaluate", "evaluate", "compare a run with the text LLM and the cascade"),
+    "benchmark": ("benchmark", "benchmark", "generalization to unseen prompts and tasks"),
     "report": ("report", "report", "one HTML page about a run: curves, results, answers"),
     "export": ("export", "export", "write a .nemo file and a Hugging Face directory"),
     "generate": ("generate", "generate", "ask a model about recordings"),

@@ -7,26 +7,18 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import jiwer
 import torch
 from lhotse import CutSet
-from torch import Tensor
-from tqdm import tqdm
 
-from nemo_mtbi.data.conversation import ConversationIterator, MTBIConversation, TargetSelection, transcript
-from nemo_mtbi.data.dataset import Example, MTBIDataset
-from nemo_mtbi.data.rendering import Spoken
-from nemo_mtbi.losses.imitation import ImitationObjective, imitation_loss
+from nemo_mtbi.data.dataset import Example
+from nemo_mtbi.evaluation.systems import Questions, System, against_the_text_llm, readings
 from nemo_mtbi.models.mtbi_salm import MTBISALM
-from nemo_mtbi.modules.language_model import teacher_hidden_states
 
 REPEAT = "repeat"
-KL_ONLY = ImitationObjective(w_ce=0.0, w_kl=1.0, temperature=1.0)
-EMPTY_TRANSCRIPT = "..."  # what the cascade's LLM reads where the ASR heard nothing
 
 
 @dataclass
@@ -78,94 +70,29 @@ class Evaluation:
     """
 
     def __init__(self, model: MTBISALM, cuts: CutSet, cached_features: bool, batch_size: int = 32) -> None:
-        from omegaconf import OmegaConf
-
         self.model, self.batch_size = model, batch_size
-        options = {
-            "audio_locator_tag": model.audio_locator_tag, "speech_position": model.config.speech_position, "force_finite": True
-        }  # fmt: skip
-        stream = ConversationIterator(cuts, TargetSelection(every_target=True), OmegaConf.create(options))
-        self.dataset = MTBIDataset(
-            model.tokenizer,
-            model.cfg.prompt_format,
-            cached_features=cached_features,
-            encoder_key=model.encoder_key,
-            llm_key=model.references["llm"],
-            sampling_rate=model.sampling_rate,
-        )
-        self.conversations: list[MTBIConversation] = list(stream)
-        self.conversations.sort(key=lambda c: len(c.target.response_ids) if c.target else 0)
-
-    @property
-    def cuts(self) -> list[Any]:
-        """The evaluated cuts, each once, under the ids of their manifest."""
-        return list({c.source_id: c.cut.with_id(c.source_id) for c in self.conversations}.values())
-
-    def _batches(self, name: str, conversations: list[MTBIConversation] | None = None) -> Iterator[dict[str, Any]]:
-        items = self.conversations if conversations is None else conversations
-        for begin in tqdm(range(0, len(items), self.batch_size), desc=name, unit="batch"):
-            batch = self.dataset[CutSet(items[begin : begin + self.batch_size])]
-            if batch is not None:
-                yield self.model.transfer_batch_to_device(batch, self.model.device, 0)
+        self.questions = Questions(model, cuts, cached_features)
 
     @torch.no_grad()
-    def speech(self, name: str, generate: bool = True) -> Scores:
-        """The speech LLM with the connector that the model holds now."""
+    def score(self, name: str, system: System, generate: bool = True) -> Scores:
+        """Sums of one system; ``generate`` asks for repeat answers too."""
         scores = Scores()
-        for batch in self._batches(name):
-            student = self.model.student(batch, interleave=False)
-            self._add(scores, batch["examples"], student.hidden, [e.prompt_ids for e in batch["examples"]])
-        if generate:
-            repeat = [c for c in self.conversations if c.target and c.target.task == REPEAT]
-            for batch in self._batches(f"{name}: repeat", repeat):
-                self._add_repeats(scores, batch["examples"], self.model.answer(batch, budget(batch["examples"])))
-        return scores
-
-    @torch.no_grad()
-    def text(self, name: str, transcripts: dict[str, str] | None, generate: bool = True) -> Scores:
-        """The text LLM on the reference transcripts (None: topline) or on an ASR's (the cascade), by cut id."""
-        scores = Scores()
-        for begin in tqdm(range(0, len(self.conversations), self.batch_size), desc=name, unit="batch"):
-            items = self.conversations[begin : begin + self.batch_size]
-            examples = [self.dataset._example(c) for c in items]
-            prompts = [self._prompt(c, transcripts) for c in items]
-            hidden = self._hidden(prompts, examples)
-            self._add(scores, examples, hidden, [e.prompt_ids for e in examples])
-            chosen = [i for i, e in enumerate(examples) if e.task == REPEAT] if generate else []
-            if chosen:
-                ids = self.model.answer_text([prompts[i] for i in chosen], budget([examples[i] for i in chosen]))
-                self._add_repeats(scores, [examples[i] for i in chosen], ids)
-        return scores
-
-    def _prompt(self, conversation: MTBIConversation, transcripts: dict[str, str] | None) -> list[int]:
-        text = transcript(conversation.cut) if transcripts is None else transcripts[conversation.source_id]
-        spoken = Spoken(text.strip() or EMPTY_TRANSCRIPT)
-        return self.dataset.renderer.render(conversation.messages(spoken)).ids
-
-    def _hidden(self, prompts: list[list[int]], examples: list[Example]) -> Tensor:
-        return teacher_hidden_states(
-            self.model.llm, self.model.embed_tokens, prompts, [e.response_ids for e in examples], self.model.prefixes,
-            [e.units[0].token_begin for e in examples],
-        )  # fmt: skip
-
-    def _add(self, scores: Scores, examples: list[Example], hidden: Tensor, reference_prompts: list[list[int]]) -> None:
-        ids = torch.tensor([t for e in examples for t in e.response_ids], device=hidden.device)
-        loss = imitation_loss(
-            hidden, self.model.head(), ids, KL_ONLY, teacher_hidden=self._hidden(reference_prompts, examples)
-        )
-        position = 0
-        for example in examples:
-            part = slice(position, position + len(example.response_ids))
-            position = part.stop
-            scores.tokens[example.task] += len(example.response_ids)
-            scores.agreed[example.task] += float(loss.agreed[part].sum())
-            scores.kl[example.task] += float(loss.per_token[part].sum())
-
-    def _add_repeats(self, scores: Scores, examples: list[Example], answers: list[list[int]]) -> None:
         decode = self.model.tokenizer.tokenizer.decode
-        for example, answer in zip(examples, answers, strict=True):
-            own = decode(example.response_ids, skip_special_tokens=True)
-            scores.repeats.append((decode(answer, skip_special_tokens=True), own, example.transcript))
+        everything = self.questions.conversations
+        for reading in readings(system, self.questions, everything, self.batch_size, name):
+            for example, forced in zip(
+                reading.examples, against_the_text_llm(self.model, system, reading), strict=True
+            ):
+                scores.tokens[example.task] += forced.tokens
+                scores.agreed[example.task] += forced.agreed
+                scores.kl[example.task] += forced.kl
+        repeat = [c for c in everything if c.target and c.target.task == REPEAT] if generate else []
+        for reading in readings(system, self.questions, repeat, self.batch_size, f"{name}: repeat"):
+            answers = system.answers(reading, budget(reading.examples))
+            for example, answer in zip(reading.examples, answers, strict=True):
+                own = decode(example.response_ids, skip_special_tokens=True)
+                scores.repeats.append((decode(answer, skip_special_tokens=True), own, example.transcript))
+        return scores
 
 
 def budget(examples: list[Example]) -> int:

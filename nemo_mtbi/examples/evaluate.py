@@ -18,6 +18,7 @@ def main(cfg: DictConfig) -> None:
     from nemo_mtbi.evaluation.asr import WhisperASR
     from nemo_mtbi.evaluation.report import write_report
     from nemo_mtbi.evaluation.score import Evaluation
+    from nemo_mtbi.evaluation.systems import SpeechSystem, TextSystem
     from nemo_mtbi.parallel.launch import from_first_rank, is_first_rank, join_ranks
     from nemo_mtbi.training.cpu import tune
     from nemo_mtbi.training.run_directory import UNTRAINED, RunDirectory
@@ -34,15 +35,17 @@ def main(cfg: DictConfig) -> None:
         evaluation = Evaluation(model, CutSet.from_file(path), cfg.cached_features, cfg.batch_size)
         systems = results.setdefault(manifest, {})
         if cfg.text_topline:
-            systems["text_topline"] = evaluation.text(f"{manifest}: text topline", None).summary()
+            systems["text_topline"] = evaluation.score(f"{manifest}: text topline", TextSystem(model, None)).summary()
         if cfg.cascade:
             asr = WhisperASR(model.config.pretrained_asr)
             cache = output / "cascade_transcripts.jsonl"
-            transcripts = from_first_rank(partial(asr.transcribe, evaluation.cuts, cache))
-            systems["cascade"] = evaluation.text(f"{manifest}: cascade", transcripts).summary()
+            transcripts = from_first_rank(partial(asr.transcribe, evaluation.questions.cuts, cache))
+            systems["cascade"] = evaluation.score(f"{manifest}: cascade", TextSystem(model, transcripts)).summary()
         for name in stages:
             run.load_weights(model, name)
-            systems[name] = evaluation.speech(f"{manifest}: {name}", generate=name != UNTRAINED).summary()
+            systems[name] = evaluation.score(
+                f"{manifest}: {name}", SpeechSystem(model), generate=name != UNTRAINED
+            ).summary()
     if not is_first_rank():
         return
     paths = write_report(output, results, shlex.join(["python", "-m", "nemo_mtbi.examples.evaluate", *sys.argv[1:]]))

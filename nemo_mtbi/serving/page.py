@@ -11,7 +11,7 @@ from fastapi import FastAPI
 
 from nemo_mtbi.errors import ConfigError, MTBIError
 from nemo_mtbi.evaluation.asr import RATE, WhisperASR
-from nemo_mtbi.evaluation.score import EMPTY_TRANSCRIPT
+from nemo_mtbi.evaluation.systems import EMPTY_TRANSCRIPT
 from nemo_mtbi.models.generation import load_waveform
 from nemo_mtbi.models.mtbi_salm import MTBISALM
 from nemo_mtbi.serving.batching import Batcher, Request, Sampling

@@ -152,6 +152,43 @@ def test_evaluation_export_and_an_answer(root, trained, targets):
     assert "left out" in out and len((root / "answers.jsonl").read_text().splitlines()) == 1
 
 
+def test_benchmark_resumes_and_is_reproducible(root, trained, prepared):
+    overrides = [
+        f"output_dir={root}/benchmark", f"cuts={{held_out: {prepared}/cuts.held_out.jsonl}}", "cached_features=true",
+        f"systems={{ours: {trained}, warm_start: {trained}@alignment}}", "trained_tasks=[repeat, sentiment]",
+        "unseen_tasks=[reply, translation]", "max_new_tokens=6", "resamples=50", "latency_utterances=1",
+    ]  # fmt: skip
+    launch("benchmark", *overrides)
+    folder = root / "benchmark"
+    results = json.loads((folder / "benchmark.json").read_text())["results"]["held_out"]
+    assert set(results) == {"seen_prompts", "unseen_prompts", "unseen_tasks"}
+    for systems in results.values():
+        assert set(systems) == {"text_topline", "cascade", "ours", "warm_start"}
+        assert systems["text_topline"]["scores"]["token_agreement"]["value"] == 1.0
+        assert systems["ours"]["scores"]["rouge_l"]["high"] <= 1.0 and "against" in systems["ours"]
+    assert "accuracy_likelihood" in results["seen_prompts"]["ours"]["scores"]
+    predictions = sorted((folder / "predictions").rglob("*.jsonl"))
+    before = {f: f.read_text() for f in predictions}
+    assert len(predictions) == 4 * 3 and all(before.values())
+    seen, unseen = (
+        {
+            json.loads(line)["prompt_id"]
+            for line in before[folder / "predictions" / "ours" / f"held_out.{c}.jsonl"].splitlines()
+        }
+        for c in ("seen_prompts", "unseen_prompts")
+    )
+    assert seen and unseen and not seen & unseen
+    broken = predictions[-1]
+    broken.write_text(before[broken][: len(before[broken]) // 2])  # killed while it wrote
+    launch("benchmark", *overrides)
+    records = [
+        {r["id"]: r for r in map(json.loads, text.splitlines())} for text in (before[broken], broken.read_text())
+    ]
+    assert records[0].keys() == records[1].keys()
+    assert {i: r["answer"] for i, r in records[0].items()} == {i: r["answer"] for i, r in records[1].items()}
+    assert all(f.read_text() == before[f] for f in predictions[:-1])
+
+
 @pytest.mark.slow
 def test_two_ranks_evaluate_and_answer_like_one(root, trained, targets):
     """After the test above, whose files it reads."""
@@ -185,6 +222,11 @@ def test_two_ranks_evaluate_and_answer_like_one(root, trained, targets):
         ("generate", ["model={root}/m.nemo", "audio={root}/absent.wav", "prompt=Hi"], "no audio file"),
         ("export", ["run={root}/absent", "nemo={root}/x.nemo"], "no trained model"),
         ("export", ["run={root}/absent"], "Say what to write"),
+        (
+            "benchmark",
+            ["output_dir={root}/b", "cuts={{a: {root}/absent.jsonl}}", "systems={{x: y}}"],
+            "There is no manifest",
+        ),
         ("report", ["run={root}/absent"], "is not a training run"),
         (
             "generate",

@@ -1,0 +1,124 @@
+"""Benchmark results as JSON, Markdown, HTML and a picture."""
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from nemo_mtbi.data import jsonl
+from nemo_mtbi.data.html import picture, write_page
+from nemo_mtbi.evaluation.metrics import LIBRARIES
+
+_TEMPLATE = Path(__file__).with_name("benchmark.html.j2")
+TITLES = {
+    "token_agreement": "token agreement", "kl_per_token": "KL / token", "rouge_l": "ROUGE-L", "chrf": "chrF",
+    "form": "form kept", "accuracy_text": "choice, by text", "accuracy_likelihood": "choice, by likelihood",
+    "wer": "WER to transcript", "wer_to_text_llm": "WER to the text LLM",
+}  # fmt: skip
+TESTED = ("token_agreement", "kl_per_token", "rouge_l")
+
+
+def write_report(folder: Path, results: dict[str, Any], about: dict[str, Any], command: str) -> dict[str, Path]:
+    """Write benchmark.json, .md, .html and .png.
+
+    Args:
+        folder: where to.
+        results: ``[set][column][system]``, see :func:`nemo_mtbi.evaluation.benchmark.summarize`.
+        about: what was run.
+        command: exactly as it was.
+    """
+    paths = {name: folder / f"benchmark.{name}" for name in ("json", "md", "html", "png")}
+    versions = {name: version(name) for name in LIBRARIES}
+    jsonl.write_json(paths["json"], {"command": command, "versions": versions, **about, "results": results})
+    sections = [section for name, columns in results.items() for section in _sections(name, columns, about["baseline"])]
+    jsonl.write_text(paths["md"], markdown(sections, about, command, versions))
+    figures = {name: plot(columns) for name, columns in results.items()}
+    first = next(iter(figures.values()))
+    first.savefig(paths["png"], dpi=120)
+    write_page(
+        paths["html"], _TEMPLATE, sections=sections, command=command, versions=versions, about=about,
+        pictures={name: picture(figure) for name, figure in figures.items()},
+    )  # fmt: skip
+    return paths
+
+
+def _sections(name: str, columns: dict[str, Any], baseline: str) -> list[tuple[str, list[list[str]]]]:
+    """(title, rows) of the tables about one set; the first row is the head."""
+    sections = []
+    for column, systems in columns.items():
+        title = f"{name}: {column.replace('_', ' ')}"
+        kinds = [m for m in TITLES if any(m in s["scores"] for s in systems.values())]
+        rows = [["system", *(TITLES[m] for m in kinds), "answers"]]
+        for system, entry in systems.items():
+            cells = [_with_interval(entry["scores"].get(m)) for m in kinds]
+            rows.append([system, *cells, str(entry["answers"])])
+        sections.append((title, rows))
+        tested = [s for s in systems if "against" in systems[s]]
+        if tested:
+            rows = [["system", *(f"{TITLES[m]}: difference" for m in TESTED)]]
+            rows += [[s, *(_difference(systems[s]["against"].get(m)) for m in TESTED)] for s in tested]
+            sections.append((f"{title}, paired difference to {baseline}", rows))
+        tasks = sorted({t for s in systems.values() for t in s["by_task"]})
+        rows = [["system", *tasks]]
+        rows += [
+            [s, *(_plain(e["by_task"].get(t, {}).get("token_agreement")) for t in tasks)] for s, e in systems.items()
+        ]
+        sections.append((f"{title}, token agreement by task", rows))
+    return sections
+
+
+def markdown(sections: list[tuple[str, list[list[str]]]], about: dict[str, Any], command: str, versions: dict) -> str:
+    """The tables with their command."""
+    lines = [
+        f"Command: `{command}`", "",
+        f"Trained tasks: {', '.join(about['trained_tasks'])}. Unseen tasks: {', '.join(about['unseen_tasks'])}. "
+        f"Brackets: 95 % bootstrap intervals over utterances ({about['resamples']} resamples). Token agreement is the "
+        "recovery of the text topline's behavior, whose own agreement is 1.", "",
+        "Versions: " + ", ".join(f"{k} {v}" for k, v in versions.items()), "",
+    ]  # fmt: skip
+    if about["seconds_to_first_token"]:
+        times = ", ".join(f"{k} {v:.3f} s" for k, v in about["seconds_to_first_token"].items())
+        lines += [f"Median time to first token, one utterance at a time: {times}", ""]
+    for title, rows in sections:
+        lines += [f"## {title}", "", "| " + " | ".join(rows[0]) + " |", "| --- |" + " ---: |" * (len(rows[0]) - 1)]
+        lines += ["| " + " | ".join(row) + " |" for row in rows[1:]] + [""]
+    return "\n".join(lines)
+
+
+def plot(columns: dict[str, Any]) -> Any:
+    """Token agreement with intervals: a group of bars for each column, a bar for each system."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    systems = list(next(iter(columns.values())))
+    figure, axis = plt.subplots(figsize=(max(6, 1.2 * len(systems) + 3), 4))
+    width = 0.8 / len(systems)
+    for index, system in enumerate(systems):
+        scores = [columns[c][system]["scores"].get("token_agreement") for c in columns]
+        places = [i + index * width for i, s in enumerate(scores) if s]
+        values = [s["value"] for s in scores if s]
+        below, above = ([abs(s[k] - s["value"]) for s in scores if s] for k in ("low", "high"))
+        axis.bar(places, values, width, label=system, yerr=[below, above], error_kw={"lw": 1})
+    axis.set_xticks([i + 0.4 - width / 2 for i in range(len(columns))], [c.replace("_", " ") for c in columns])
+    axis.set_ylabel("token agreement with the text LLM")
+    axis.set_ylim(0, 1)
+    axis.legend(fontsize=7, ncols=2, loc="lower right")
+    figure.tight_layout()
+    return figure
+
+
+def _with_interval(score: dict[str, float] | None) -> str:
+    return "-" if score is None else f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
+
+
+def _difference(test: dict[str, float] | None) -> str:
+    return (
+        "-"
+        if test is None
+        else f"{test['difference']:+.3f} [{test['low']:+.3f}, {test['high']:+.3f}], p {test['p']:.3f}"
+    )
+
+
+def _plain(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

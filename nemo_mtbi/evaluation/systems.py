@@ -1,0 +1,174 @@
+"""Systems that answer prompts about speech, behind one interface: the speech LLM, the text topline and the cascade.
+
+A :class:`Reading` is what a system makes of a batch of conversations once; answers and teacher-forced scores are taken from it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from lhotse import CutSet
+from omegaconf import OmegaConf
+from torch import Tensor
+from tqdm import tqdm
+
+from nemo_mtbi.data.conversation import ConversationIterator, MTBIConversation, TargetSelection, transcript
+from nemo_mtbi.data.dataset import Example, MTBIDataset
+from nemo_mtbi.data.rendering import Spoken
+from nemo_mtbi.losses.imitation import ImitationObjective, imitation_loss
+from nemo_mtbi.models.mtbi_salm import MTBISALM
+from nemo_mtbi.modules.language_model import teacher_hidden_states
+
+KL_ONLY = ImitationObjective(w_ce=0.0, w_kl=1.0, temperature=1.0)
+CE_ONLY = ImitationObjective(w_ce=1.0, w_kl=0.0, temperature=1.0)
+EMPTY_TRANSCRIPT = "..."  # what the cascade's LLM reads where the ASR heard nothing
+
+
+class Questions:
+    """The conversations of one manifest of cuts with targets, as a model reads them.
+
+    Args:
+        model: gives tokenizer, prompt format and the encoder that cached features must come from.
+        cuts: with targets.
+        cached_features: read encoder features instead of audio.
+    """
+
+    def __init__(self, model: MTBISALM, cuts: CutSet, cached_features: bool) -> None:
+        options = {
+            "audio_locator_tag": model.audio_locator_tag, "speech_position": model.config.speech_position, "force_finite": True
+        }  # fmt: skip
+        self.dataset = MTBIDataset(
+            model.tokenizer,
+            model.cfg.prompt_format,
+            cached_features=cached_features,
+            encoder_key=model.encoder_key,
+            llm_key=model.references["llm"],
+            sampling_rate=model.sampling_rate,
+        )
+        stream = ConversationIterator(cuts, TargetSelection(every_target=True), OmegaConf.create(options))
+        self.conversations: list[MTBIConversation] = list(stream)
+        self.conversations.sort(key=lambda c: len(c.target.response_ids) if c.target else 0)
+
+    @property
+    def cuts(self) -> list[Any]:
+        """The cuts, each once, under the ids of their manifest."""
+        return list({c.source_id: c.cut.with_id(c.source_id) for c in self.conversations}.values())
+
+
+@dataclass
+class Reading:
+    """A batch as a system reads it. ``examples[i]`` belongs to ``conversations[i]``; conversations whose audio cannot be read
+    are left out. ``inputs`` is the system's own."""
+
+    conversations: list[MTBIConversation]
+    examples: list[Example]
+    inputs: Any
+
+
+class System(Protocol):
+    """What the evaluation asks of a system."""
+
+    def read(self, questions: Questions, conversations: list[MTBIConversation]) -> Reading | None: ...
+
+    def hidden(self, reading: Reading, responses: list[list[int]]) -> Tensor:
+        """(R, H): states that predict the tokens of one response for each example, under teacher forcing."""
+
+    def answers(self, reading: Reading, max_new_tokens: int) -> list[list[int]]:
+        """Greedy answers as token ids."""
+
+
+class SpeechSystem:
+    """The speech LLM with the connector that the model holds now."""
+
+    def __init__(self, model: MTBISALM) -> None:
+        self.model = model
+
+    def read(self, questions: Questions, conversations: list[MTBIConversation]) -> Reading | None:
+        batch = questions.dataset[CutSet(conversations)]
+        if batch is None:
+            return None
+        batch = self.model.transfer_batch_to_device(batch, self.model.device, 0)
+        own = {c.id: c for c in conversations}
+        return Reading([own[e.id] for e in batch["examples"]], batch["examples"], batch)
+
+    def hidden(self, reading: Reading, responses: list[list[int]]) -> Tensor:
+        examples = [replace(e, response_ids=r) for e, r in zip(reading.examples, responses, strict=True)]
+        return self.model.student({**reading.inputs, "examples": examples}, interleave=False).hidden
+
+    def answers(self, reading: Reading, max_new_tokens: int) -> list[list[int]]:
+        return self.model.answer(reading.inputs, max_new_tokens)
+
+
+class TextSystem:
+    """The text LLM on the reference transcripts (None: the topline), or on an ASR's (the cascade), by cut id."""
+
+    def __init__(self, model: MTBISALM, transcripts: dict[str, str] | None) -> None:
+        self.model, self.transcripts = model, transcripts
+
+    def read(self, questions: Questions, conversations: list[MTBIConversation]) -> Reading | None:
+        prompts = [questions.dataset.renderer.render(c.messages(self._spoken(c))).ids for c in conversations]
+        return Reading(conversations, [questions.dataset._example(c) for c in conversations], prompts)
+
+    def _spoken(self, conversation: MTBIConversation) -> Spoken:
+        own = self.transcripts
+        text = transcript(conversation.cut) if own is None else own[conversation.source_id]
+        return Spoken(text.strip() or EMPTY_TRANSCRIPT)
+
+    def hidden(self, reading: Reading, responses: list[list[int]]) -> Tensor:
+        return text_hidden(self.model, reading.inputs, responses, reading.examples)
+
+    def answers(self, reading: Reading, max_new_tokens: int) -> list[list[int]]:
+        return self.model.answer_text(reading.inputs, max_new_tokens)
+
+
+def text_hidden(
+    model: MTBISALM, prompts: list[list[int]], responses: list[list[int]], examples: list[Example]
+) -> Tensor:
+    """The text LLM's states (R, H) that predict the tokens of ``responses`` after rendered prompts."""
+    beginnings = [e.units[0].token_begin for e in examples]
+    return teacher_hidden_states(model.llm, model.embed_tokens, prompts, responses, model.prefixes, beginnings)
+
+
+@dataclass(frozen=True)
+class Forced:
+    """Sums over one response under teacher forcing."""
+
+    tokens: int
+    agreed: float
+    kl: float
+
+
+def against_the_text_llm(model: MTBISALM, system: System, reading: Reading) -> list[Forced]:
+    """Agreement with, and KL from, the text LLM on the reference transcript, over the stored responses.
+
+    KL(text LLM || system) over the full vocabulary at temperature 1, in nats.
+    """
+    responses = [e.response_ids for e in reading.examples]
+    hidden = system.hidden(reading, responses)
+    teacher = text_hidden(model, [e.prompt_ids for e in reading.examples], responses, reading.examples)
+    ids = hidden.new_tensor([t for r in responses for t in r]).long()
+    loss = imitation_loss(hidden, model.head(), ids, KL_ONLY, teacher_hidden=teacher)
+    sizes = [len(r) for r in responses]
+    parts = zip(sizes, loss.agreed.split(sizes), loss.per_token.split(sizes), strict=True)
+    return [Forced(n, float(agreed.sum()), float(kl.sum())) for n, agreed, kl in parts]
+
+
+def log_likelihoods(model: MTBISALM, system: System, reading: Reading, responses: list[list[int]]) -> list[float]:
+    """Log-probability in nats of one response (token ids) for each example."""
+    ids = [t for r in responses for t in r]
+    hidden = system.hidden(reading, responses)
+    loss = imitation_loss(hidden, model.head(), hidden.new_tensor(ids).long(), CE_ONLY)
+    return [-float(part.sum()) for part in loss.per_token.split([len(r) for r in responses])]
+
+
+def readings(
+    system: System, questions: Questions, conversations: list[MTBIConversation], batch_size: int, title: str
+) -> Iterator[Reading]:
+    """Batches of conversations as a system reads them, with a progress bar."""
+    with tqdm(total=len(conversations), desc=title, unit="answer") as bar:
+        for begin in range(0, len(conversations), batch_size):
+            part = conversations[begin : begin + batch_size]
+            reading = system.read(questions, part)
+            if reading is not None:
+                yield reading
+            bar.update(len(part))

@@ -17,11 +17,12 @@ COMMANDS = {
     "train": ("train", "train", "align the connector, then imitate the text LLM"),
     "evaluate": ("evaluate", "evaluate", "compare a run with the text LLM and the cascade"),
     "benchmark": ("benchmark", "benchmark", "generalization to unseen prompts and tasks"),
+    "ablate": ("ablate", "ablate", "train variants with one budget and benchmark them"),
     "report": ("report", "report", "one HTML page about a run: curves, results, answers"),
     "export": ("export", "export", "write a .nemo file and a Hugging Face directory"),
     "generate": ("generate", "generate", "ask a model about recordings"),
     "serve": ("serve", "serve", "a web page and an OpenAI-compatible endpoint"),
-    "quickstart": ("quickstart", "quickstart", "all of the above on this machine, offline"),
+    "quickstart": ("quickstart", "quickstart", "the whole method on this machine, offline"),
 }
 
 

@@ -1,7 +1,10 @@
 """What all launchers share: Hydra with our configuration tree, errors as messages, and typed configurations."""
 
 import os
+import shlex
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -71,6 +74,33 @@ def typed(schema: type[T], cfg: DictConfig) -> T:
         raise ConfigError(f"{schema.__name__}: {str(error).splitlines()[0]} (key: {error.full_key})") from error
     assert isinstance(value, schema)
     return value
+
+
+def run_step(name: str, module: str, *overrides: str) -> float:
+    """Run another launcher as a process of its own, printed as the command it is; seconds that it took.
+
+    Raises:
+        MTBIError: it failed.
+    """
+    begin = time.time()
+    command = ["-m", f"nemo_mtbi.examples.{module}", *overrides]
+    print(f"\n=== {name}\n$ python {shlex.join(command)}", flush=True)
+    if subprocess.run([sys.executable, *command]).returncode != 0:
+        raise MTBIError(f"The step {name!r} failed; its message is above. The same command continues from here.")
+    return time.time() - begin
+
+
+def inline(value: Any) -> str:
+    """A value in Hydra's override grammar."""
+    if OmegaConf.is_config(value):
+        value = OmegaConf.to_container(value, resolve=True)
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{k}:{inline(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(inline(v) for v in value) + "]"
+    if isinstance(value, str):
+        return "'" + value.replace("'", "\\'") + "'"
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
 
 
 def announce(title: str, paths: dict[str, Path | str]) -> None:

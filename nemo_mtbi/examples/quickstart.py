@@ -5,19 +5,16 @@ Every step is one of the other launchers, printed as the command it is; each con
 
 import json
 import resource
-import shlex
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from nemo_mtbi.data import jsonl
-from nemo_mtbi.errors import MTBIError
-from nemo_mtbi.examples._launcher import announce, launcher
+from nemo_mtbi.examples._launcher import announce, inline, launcher, run_step
 
 SYSTEMS = {"untrained": "untrained", "warm_start": "alignment", "trained": "imitation"}
 
@@ -34,32 +31,27 @@ def main(cfg: DictConfig) -> None:
     timings: dict[str, float] = {}
 
     def step(name: str, module: str, *overrides: str) -> None:
-        begin = time.time()
-        command = ["-m", f"nemo_mtbi.examples.{module}", *overrides]
-        print(f"\n=== {name}\n$ python {shlex.join(command)}", flush=True)
-        if subprocess.run([sys.executable, *command]).returncode != 0:
-            raise MTBIError(f"The step {name!r} failed; its message is above. The same command continues from here.")
-        timings[name] = round(time.time() - begin, 1)
+        timings[name] = round(run_step(name, module, *overrides), 1)
 
     step(
         "prepare speech and word times", "prepare_data", f"output_dir={root}",
-        *(f"{k}={_inline(v)}" for k, v in cfg.prepare.items()),
+        *(f"{k}={inline(v)}" for k, v in cfg.prepare.items()),
     )  # fmt: skip
-    step("cache encoder features", "cache_features", f"manifests={_inline(list(cuts.values()))}")
+    step("cache encoder features", "cache_features", f"manifests={inline(list(cuts.values()))}")
     step(
-        "text LLM answers (targets)", "generate_targets", f"output_dir={targets}", f"cuts={_inline(cuts)}",
-        *(f"{k}={_inline(v)}" for k, v in cfg.targets.items()),
+        "text LLM answers (targets)", "generate_targets", f"output_dir={targets}", f"cuts={inline(cuts)}",
+        *(f"{k}={inline(v)}" for k, v in cfg.targets.items()),
     )  # fmt: skip
     step(
         "train", "train", f"output_dir={run}", "data.cached_features=true",
         f"data.train_ds.input_cfg.0.cuts_path={answered['train']}",
         f"data.validation_ds.datasets.held_out.input_cfg.0.cuts_path={answered['held_out']}",
-        *(f"{k}={_inline(v)}" for k, v in cfg.train.items()),
+        *(f"{k}={inline(v)}" for k, v in cfg.train.items()),
     )  # fmt: skip
     scored = {s: answered[s] for s in cfg.evaluated_splits}
     step(
-        "evaluate", "evaluate", f"run={run}", f"cuts={_inline(scored)}", "cached_features=true",
-        *(f"{k}={_inline(v)}" for k, v in cfg.evaluate.items()),
+        "evaluate", "evaluate", f"run={run}", f"cuts={inline(scored)}", "cached_features=true",
+        *(f"{k}={inline(v)}" for k, v in cfg.evaluate.items()),
     )  # fmt: skip
     trained = run / "imitation" / "trained.safetensors"
     done = nemo.exists() and hf.exists() and (run / "export.json").exists()
@@ -77,19 +69,6 @@ def main(cfg: DictConfig) -> None:
     })  # fmt: skip
     print(f"\nAsk the model about a recording:\n  {sys.executable} -m nemo_mtbi.examples.generate model={nemo} "
           f"audio={wav} \"prompt=What is this about? Answer in one sentence.\"")  # fmt: skip
-
-
-def _inline(value: Any) -> str:
-    """A value in Hydra's override grammar."""
-    if OmegaConf.is_config(value):
-        value = OmegaConf.to_container(value, resolve=True)
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{k}:{_inline(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ",".join(_inline(v) for v in value) + "]"
-    if isinstance(value, str):
-        return "'" + value.replace("'", "\\'") + "'"
-    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
 
 
 def summarize(run: Path, nemo: Path, hf: Path, seconds: float, timings: dict[str, float]) -> dict[str, Any]:

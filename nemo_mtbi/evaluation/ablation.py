@@ -1,0 +1,104 @@
+"""What the variants of an ablation reached: means over seeds, and curves over the examples seen."""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from nemo_mtbi.data import jsonl
+
+MEASURES = ("token_agreement", "kl_per_token", "rouge_l", "form")
+
+
+def write_report(folder: Path, benchmark: dict[str, Any], runs: dict[str, dict[int, Path]]) -> dict[str, Path]:
+    """Write ablation.json, .md and .png.
+
+    Args:
+        folder: where to.
+        benchmark: content of ``benchmark.json``; its systems are named ``<variant>.<seed>``.
+        runs: ``[variant][seed]`` -> training run.
+    """
+    paths = {name: folder / f"ablation.{name}" for name in ("json", "md", "png")}
+    table = {manifest: _by_variant(columns, runs) for manifest, columns in benchmark["results"].items()}
+    record = {k: benchmark[k] for k in ("command", "versions", "trained_tasks", "unseen_tasks", "resamples")}
+    jsonl.write_json(paths["json"], record | {"results": table})
+    jsonl.write_text(paths["md"], markdown(table, benchmark["command"]))
+    plot(runs, paths["png"])
+    return paths
+
+
+def _by_variant(columns: dict[str, Any], runs: dict[str, dict[int, Path]]) -> dict[str, Any]:
+    others = {s: [s] for systems in columns.values() for s in systems if s.rpartition(".")[0] not in runs}
+    members = others | {name: [f"{name}.{seed}" for seed in seeds] for name, seeds in runs.items()}
+    result: dict[str, Any] = {}
+    for name, systems in members.items():
+        result[name] = {"seeds": len(systems) if name in runs else None}
+        for column, scores in columns.items():
+            result[name][column] = {
+                m: _spread([scores[s]["scores"][m] for s in systems])
+                for m in MEASURES if all(m in scores[s]["scores"] for s in systems)
+            }  # fmt: skip
+    return result
+
+
+def _spread(scores: list[dict[str, float]]) -> dict[str, float]:
+    """Mean over seeds of value and interval, and the standard deviation of the values over seeds."""
+    means = {k: statistics.fmean(s[k] for s in scores) for k in ("value", "low", "high")}
+    return means | {"seed_deviation": statistics.stdev([s["value"] for s in scores]) if len(scores) > 1 else 0.0}
+
+
+def markdown(table: dict[str, Any], command: str) -> str:
+    """Token agreement of every variant in the three columns."""
+    lines = [
+        f"Benchmark: `{command}`", "",
+        "Token agreement with the text LLM: mean over seeds, the mean bootstrap interval over utterances, and ± the standard "
+        "deviation over seeds.", "",
+    ]  # fmt: skip
+    for manifest, variants in table.items():
+        columns = [c for c in next(iter(variants.values())) if c != "seeds"]
+        lines += [f"## {manifest}", "", f"| variant | seeds | {' | '.join(c.replace('_', ' ') for c in columns)} |"]
+        lines.append("| --- | ---: |" + " ---: |" * len(columns))
+        for name, entry in variants.items():
+            cells = [_cell(entry[c]["token_agreement"], entry["seeds"]) for c in columns]
+            lines.append(f"| {name} | {entry['seeds'] or '-'} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cell(score: dict[str, float], seeds: int | None) -> str:
+    deviation = f" ± {score['seed_deviation']:.3f}" if (seeds or 1) > 1 else ""
+    return f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]{deviation}"
+
+
+def plot(runs: dict[str, dict[int, Path]], path: Path) -> None:
+    """Validation agreement against the examples seen, a curve for each variant (mean over seeds)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from nemo_mtbi.training.report import scalars
+
+    figure, axis = plt.subplots(figsize=(8, 5))
+    for name, seeds in runs.items():
+        curves = [dict(scalars(run / "imitation").get("val_agreement", [])) for run in seeds.values()]
+        steps = sorted(set.intersection(*(set(c) for c in curves)))
+        per_step = [_examples_per_step(run) for run in seeds.values()]
+        examples = [step * statistics.fmean(per_step) for step in steps]
+        axis.plot(examples, [statistics.fmean(c[s] for c in curves) for s in steps], marker=".", label=name)
+    axis.set_xlabel("examples seen")
+    axis.set_ylabel("token agreement on the validation set, all tasks")
+    axis.legend(fontsize=7, ncols=2)
+    figure.tight_layout()
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=120, format="png")
+    plt.close(figure)
+    temporary.replace(path)
+
+
+def _examples_per_step(run: Path) -> float:
+    import json
+
+    from nemo_mtbi.training.report import scalars
+
+    seen = json.loads((run / "seen.json").read_text())["examples"]
+    return seen / max(step + 1 for step, _ in scalars(run / "imitation")["loss"])

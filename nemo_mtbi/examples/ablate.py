@@ -1,0 +1,77 @@
+"""Ablations: variants of training with the same budget of examples, benchmarked together. See conf/ablate.yaml."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_mtbi.data import jsonl
+from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.examples._launcher import announce, inline, launcher, run_step
+
+VARIANT_KEYS = {"tasks", "data_share", "train", "warm_start"}
+
+
+@launcher("ablate")
+def main(cfg: DictConfig) -> None:
+    from nemo_mtbi.data.conversation import check_manifest
+    from nemo_mtbi.evaluation.ablation import write_report
+
+    variants: dict[str, dict[str, Any]] = OmegaConf.to_container(cfg.variants, resolve=True)  # type: ignore[assignment]
+    names = list(cfg.only) if cfg.only is not None else list(variants)
+    for name in names:
+        if name not in variants:
+            raise ConfigError(f"only: there is no variant {name!r}. Variants: {', '.join(variants)}.")
+        if unknown := set(variants[name]) - VARIANT_KEYS:
+            raise ConfigError(
+                f"variants.{name}: unknown key {sorted(unknown)[0]!r}; known: {', '.join(sorted(VARIANT_KEYS))}."
+            )
+    for path in [*cfg.targets.values(), *cfg.cuts.values()]:
+        check_manifest(path)
+    root = Path(cfg.output_dir)
+    runs: dict[str, dict[int, Path]] = {}
+    for name in names:
+        for seed in cfg.seeds.get(name, [0]):
+            runs.setdefault(name, {})[seed] = run = root / name / f"seed{seed}"
+            if not (run / "imitation" / "trained.safetensors").is_file():
+                run_step(f"train {name}, seed {seed}", "train", *train_overrides(cfg, variants[name], run, seed))
+    systems = {f"{name}.{seed}": str(run) for name, seeds in runs.items() for seed, run in seeds.items()}
+    run_step(
+        "benchmark", "benchmark", f"output_dir={root}/benchmark", f"cuts={inline(cfg.cuts)}",
+        f"systems={inline({'warm_start': cfg.warm_start, **systems})}", *(f"{k}={inline(v)}" for k, v in cfg.benchmark.items()),
+    )  # fmt: skip
+    paths = write_report(root, json.loads((root / "benchmark" / "benchmark.json").read_text()), runs)
+    print("\n" + paths["md"].read_text())
+    announce("Results", {**paths, "benchmark": root / "benchmark" / "benchmark.md"})
+
+
+def train_overrides(cfg: DictConfig, variant: dict[str, Any], run: Path, seed: int) -> list[str]:
+    """The command line of one variant's training."""
+    manifest = Path(cfg.targets.train)
+    if "data_share" in variant:
+        manifest = subset(manifest, Path(cfg.output_dir) / "data", variant["data_share"])
+    source = {"type": "mtbi", "cuts_path": str(manifest)} | ({"tasks": variant["tasks"]} if "tasks" in variant else {})
+    overrides = {
+        **cfg.train, "output_dir": str(run), "seed": seed, "data.train_ds.input_cfg": [source],
+        "data.validation_ds.datasets.held_out.input_cfg.0.cuts_path": cfg.targets.validation,
+        "init_from": cfg.warm_start if variant.get("warm_start", True) else None, **variant.get("train", {}),
+    }  # fmt: skip
+    return [f"{key}={inline(value)}" for key, value in overrides.items()]
+
+
+def subset(manifest: Path, folder: Path, share: float) -> Path:
+    """A manifest of about ``share`` of the cuts, chosen by a hash of their ids: smaller shares lie within larger ones."""
+    path = folder / f"{manifest.stem}.{share:g}.jsonl"
+    if not path.is_file():
+        with open(manifest, encoding="utf-8") as lines, jsonl.replacing(path, "part") as out:
+            for line in lines:
+                digest = hashlib.blake2b(json.loads(line)["id"].encode(), digest_size=8).digest()
+                if int.from_bytes(digest, "big") < share * 2**64:
+                    out.write(line)
+    return path
+
+
+if __name__ == "__main__":
+    main()

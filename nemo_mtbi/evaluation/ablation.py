@@ -83,7 +83,9 @@ def plot(runs: dict[str, dict[int, Path]], path: Path) -> None:
         curves = [dict(scalars(run / "imitation").get("val_agreement", [])) for run in seeds.values()]
         steps = sorted(set.intersection(*(set(c) for c in curves)))
         per_step = [_examples_per_step(run) for run in seeds.values()]
-        examples = [step * statistics.fmean(per_step) for step in steps]
+        examples = [
+            (step + 1) * statistics.fmean(per_step) for step in steps
+        ]  # Lightning logs the step before the validation
         axis.plot(examples, [statistics.fmean(c[s] for c in curves) for s in steps], marker=".", label=name)
     axis.set_xlabel("examples seen")
     axis.set_ylabel("token agreement on the validation set, all tasks")
@@ -101,4 +103,5 @@ def _examples_per_step(run: Path) -> float:
     from nemo_mtbi.training.report import scalars
 
     seen = json.loads((run / "seen.json").read_text())["examples"]
-    return seen / max(step + 1 for step, _ in scalars(run / "imitation")["loss"])
+    curves = scalars(run / "imitation")
+    return seen / max(step + 1 for tag in ("loss", "val_agreement") for step, _ in curves.get(tag, []))

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 from lhotse.cut import Cut
+from nemo.utils import logging
 from tqdm import tqdm
 
 from nemo_mtbi.data import jsonl
 from nemo_mtbi.data.audio import mono_samples
+from nemo_mtbi.data.feature_cache import features_key
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.models.encoder import is_whisper
 from nemo_mtbi.pretrained.fingerprint import fingerprint
@@ -38,18 +40,23 @@ class WhisperASR:
         self.key = fingerprint(self.path)
 
     def transcribe(self, cuts: list[Cut], cache: Path) -> dict[str, str]:
-        """Transcripts by cut id, kept in the JSONL file ``cache`` and reused."""
+        """Transcripts by cut id, kept in the JSONL file ``cache`` and reused for the same audio.
+
+        Cuts whose audio cannot be read are left out, and logged.
+        """
         jsonl.repair(cache)
-        done = {r["id"]: r["text"] for r in jsonl.read(cache) if r["asr"] == self.key}
+        keys = {c.id: features_key(c, self.key) for c in cuts}
+        done = {r["id"]: r["text"] for r in jsonl.read(cache) if keys.get(r["id"]) == r["audio"]}
         missing = sorted((c for c in cuts if c.id not in done), key=lambda c: c.duration)
         if not missing:
             return done
         with jsonl.Appender(cache) as out, tqdm(total=len(missing), desc="cascade ASR", unit="utt") as bar:
             for begin in range(0, len(missing), self.batch_size):
                 batch = missing[begin : begin + self.batch_size]
-                for cut, text in zip(batch, self.transcripts([mono_samples(c, RATE) for c in batch]), strict=True):
-                    done[cut.id] = text
-                    out.write({"id": cut.id, "asr": self.key, "text": text})
+                read = {c.id: w for c in batch if (w := _samples(c)) is not None}
+                for cut_id, text in zip(read, self.transcripts(list(read.values())) if read else [], strict=True):
+                    done[cut_id] = text
+                    out.write({"id": cut_id, "audio": keys[cut_id], "text": text})
                 bar.update(len(batch))
         return done
 
@@ -75,3 +82,11 @@ class WhisperASR:
         model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         extractor = WhisperFeatureExtractor.from_pretrained(self.path)
         return model, extractor, WhisperTokenizer.from_pretrained(self.path)
+
+
+def _samples(cut: Cut) -> np.ndarray | None:
+    try:
+        return mono_samples(cut, RATE)
+    except Exception as error:  # decoders raise their own types
+        logging.warning(f"{cut.id} is left out of the cascade: its audio cannot be read ({error}).")
+        return None

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ import torch
 from lhotse import CutSet
 
 from nemo_mtbi.data import jsonl
+from nemo_mtbi.data.audio import mono_samples
 from nemo_mtbi.data.conversation import MTBIConversation
+from nemo_mtbi.data.feature_cache import features_key
 from nemo_mtbi.evaluation.asr import RATE, WhisperASR
+from nemo_mtbi.evaluation.labelled import label_measures, label_of
 from nemo_mtbi.evaluation.metrics import Measure, measures
 from nemo_mtbi.evaluation.statistics import Bootstrap, Sums
 from nemo_mtbi.evaluation.systems import Questions, Reading, System, against_the_text_llm, log_likelihoods, readings
@@ -31,6 +35,8 @@ from nemo_mtbi.tasks.library import Task
 
 SEEN_PROMPTS, UNSEEN_PROMPTS, UNSEEN_TASKS = COLUMNS = ("seen_prompts", "unseen_prompts", "unseen_tasks")
 TOPLINE, CASCADE = "text_topline", "cascade"
+LABEL_TOKENS = 48  # of an answer to a labelled question
+Scored = dict[str, tuple[dict[str, Any], dict[str, Measure]]]  # id of a record -> the record and its measures
 
 
 def write_references(
@@ -68,52 +74,77 @@ class Predictions:
     Args:
         folder: of the system's files.
         key: of everything that decides its answers; records with another key are made anew.
-        tasks: the task library.
-        max_new_tokens, batch_size: of generation.
+        choices: possible answers to a conversation's prompt; none for free text.
+        budget: tokens that an answer may take.
+        batch_size: conversations read together.
     """
 
-    def __init__(self, folder: Path, key: str, tasks: dict[str, Task], max_new_tokens: int, batch_size: int) -> None:
-        self.folder, self.key, self.tasks = folder, key, tasks
-        self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
+    def __init__(
+        self,
+        folder: Path,
+        key: str, choices: Callable[[MTBIConversation], list[str]],
+        budget: Callable[[MTBIConversation], int], batch_size: int,
+    ) -> None:  # fmt: skip
+        self.folder, self.key, self.choices = folder, key, choices
+        self.budget, self.batch_size = budget, batch_size
 
     @torch.no_grad()
-    def predict(self, name: str, model: MTBISALM, system: System, questions: Questions) -> dict[str, dict[str, Any]]:
-        """Records by conversation id; ``name`` is the file's."""
+    def predict(
+        self, name: str, model: MTBISALM, system: System, questions: Questions, imitation: bool = True
+    ) -> dict[str, dict[str, Any]]:
+        """Records by conversation id.
+
+        Args:
+            name: of the file.
+            model: gives LLM and tokenizer.
+            system: that answers.
+            questions: conversations.
+            imitation: score the stored responses against the text LLM on the transcript, too.
+        """
         file = self.folder / f"{name}.jsonl"
         jsonl.repair(file)
-        done = {r["id"]: r for r in jsonl.read(file) if r["key"] == self.key}
         wanted = {record_id(c): c for c in questions.conversations}
+        keys = {i: self._key(c) for i, c in wanted.items()}
+        done = {r["id"]: r for r in jsonl.read(file) if keys.get(r["id"]) == r["key"]}
         missing = [c for i, c in wanted.items() if i not in done]
         title = f"{self.folder.name}: {name}"
         with jsonl.Appender(file) as out:
             for reading in readings(system, questions, missing, self.batch_size, title):
-                for record in self._records(model, system, reading):
+                for record in self._records(model, system, reading, imitation):
                     out.write(record)
                     done[record["id"]] = record
         return {i: done[i] for i in wanted if i in done}
 
-    def _records(self, model: MTBISALM, system: System, reading: Reading) -> Iterable[dict[str, Any]]:
+    def _key(self, conversation: MTBIConversation) -> str:
+        """Of everything that decides a record: the system, the question with its reference answer, and the audio."""
+        target = conversation.target
+        assert target is not None
+        return key_of(self.key, target.rendering, target.prompt, target.response, features_key(conversation.cut, ""))
+
+    def _records(self, model: MTBISALM, system: System, reading: Reading, imitation: bool) -> Iterable[dict[str, Any]]:
         tokenizer = model.tokenizer.tokenizer
-        forced = against_the_text_llm(model, system, reading)
-        answers = system.answers(reading, self.max_new_tokens)
+        forced = against_the_text_llm(model, system, reading) if imitation else None
+        answers = system.answers(reading, max(self.budget(c) for c in reading.conversations))
         chosen = self._choices(model, system, reading)
         for i, (conversation, example) in enumerate(zip(reading.conversations, reading.examples, strict=True)):
             target = conversation.target
             assert target is not None
             languages = [s.language for s in conversation.cut.supervisions if s.language]
-            yield {
-                "id": record_id(conversation), "key": self.key, "utterance": conversation.source_id, "task": target.task,
+            record = {
+                "id": record_id(conversation), "key": self._key(conversation),
+                "utterance": conversation.source_id, "task": target.task,
                 "prompt_id": target.prompt_id, "prompt": target.prompt, "transcript": example.transcript,
                 "language": languages[0] if languages else "en", "reference": target.response,
                 "answer": tokenizer.decode(answers[i], skip_special_tokens=True).strip(),
-                "tokens": forced[i].tokens, "agreed": forced[i].agreed, "kl": forced[i].kl, "choice": chosen[i],
+                "choice": chosen[i],
             }  # fmt: skip
+            yield record | label_of(conversation) | (asdict(forced[i]) if forced else {})
 
     def _choices(self, model: MTBISALM, system: System, reading: Reading) -> list[str | None]:
         """The most likely choice of each example whose task has choices, by log-likelihood of its tokens and the end of turn."""
         tokenizer, end = model.tokenizer.tokenizer, model.stop_ids()[-1:]
         scores: list[dict[str, float]] = [{} for _ in reading.examples]
-        options = [self.tasks[e.task].choices for e in reading.examples]
+        options = [self.choices(c) for c in reading.conversations]
         for place in range(max(map(len, options))):
             rows = [o[place % len(o)] if o else "" for o in options]
             if not any(rows):
@@ -135,57 +166,86 @@ def key_of(*parts: Any) -> str:
     return hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).hexdigest()
 
 
+def digest(path: Path) -> str:
+    """Content hash of a file, or of the weights of an exported directory: all of it, since a connector is a small part."""
+    value = hashlib.blake2b(digest_size=16)
+    with open(path / "model.safetensors" if path.is_dir() else path, "rb") as stream:
+        while block := stream.read(1 << 24):
+            value.update(block)
+    return value.hexdigest()
+
+
 def summarize(
     records: dict[str, dict[str, dict[str, dict[str, Any]]]], tasks: dict[str, Task], baseline: str, resamples: int
 ) -> dict[str, Any]:
-    """Scores with intervals, by task, and paired tests.
+    """Scores of one set of cuts with intervals, by task, and paired tests.
 
     Args:
-        records: ``[system][column][id]``, of one set; the topline's among them.
+        records: ``[system][column][id]``; the topline's among them.
         tasks: the task library.
         baseline: system that the others are compared with.
         resamples: of the bootstrap.
 
     Returns:
-        ``[column][system]`` -> ``{"scores": {measure: {value, low, high, answers}}, "by_task": ..., "against": ...}``; answers
-        that a system lacks (its audio could not be read) are left out for it and counted in ``missing``.
+        ``[column][system]`` -> :func:`entries`.
     """
-    result: dict[str, Any] = {}
     columns = list(dict.fromkeys(c for system in records.values() for c in system))
+    result: dict[str, Any] = {}
     for column in columns:
         own = {name: system[column] for name, system in records.items() if column in system}
         topline = own[TOPLINE]
-        bootstrap = Bootstrap(sorted({r["utterance"] for r in topline.values()}), resamples)
-        sums = {name: _sums(rows, topline, tasks) for name, rows in own.items()}
-        result[column] = {}
-        for name, (total, by_task) in sums.items():
-            scores = {
-                m: dict(zip(("value", "low", "high"), (s.ratio, *bootstrap.interval(s)), strict=True)) for m, s in total.items()
-            }  # fmt: skip
-            entry = {
-                "answers": len(own[name]), "missing": len(topline) - len(own[name]), "scores": scores,
-                "by_task": {t: {m: s.ratio for m, s in values.items()} for t, values in by_task.items()},
-            }  # fmt: skip
-            if name != baseline and baseline in sums:
-                shared = [m for m in total if m in sums[baseline][0]]
-                entry["against"] = {m: bootstrap.compare(total[m], sums[baseline][0][m]) for m in shared}
-            result[column][name] = entry
+        scored = {
+            name: {i: (r, measures(r, topline[i], tasks[r["task"]])) for i, r in rows.items()}
+            for name, rows in own.items()
+        }
+        result[column] = entries(scored, baseline, resamples)
     return result
 
 
-def _sums(
-    rows: dict[str, dict[str, Any]], topline: dict[str, dict[str, Any]], tasks: dict[str, Task]
-) -> tuple[dict[str, Sums], dict[str, dict[str, Sums]]]:
+def summarize_labels(records: dict[str, dict[str, dict[str, Any]]], baseline: str, resamples: int) -> dict[str, Any]:
+    """Scores against labels: ``[system][id]`` -> :func:`entries`."""
+    scored = {name: {i: (r, label_measures(r)) for i, r in rows.items()} for name, rows in records.items()}
+    return entries(scored, baseline, resamples)
+
+
+def entries(scored: dict[str, Scored], baseline: str, resamples: int) -> dict[str, Any]:
+    """Scores of every system.
+
+    Returns:
+        ``[system]`` -> ``answers``, ``missing`` (the audio could not be read), ``scores`` (value, low, high), ``by_task``, and
+        ``against`` the baseline, over the answers that both have.
+    """
+    asked = {i for rows in scored.values() for i in rows}
+    utterances = {r["utterance"] for rows in scored.values() for r, _ in rows.values()}
+    bootstrap = Bootstrap(sorted(utterances), resamples)
+    result: dict[str, Any] = {}
+    for name, rows in scored.items():
+        by_task: dict[str, Scored] = defaultdict(dict)
+        for key, (record, values) in rows.items():
+            by_task[record["task"]][key] = (record, values)
+        result[name] = {
+            "answers": len(rows), "missing": len(asked) - len(rows),
+            "scores": {
+                m: dict(zip(("value", "low", "high"), (s.ratio, *bootstrap.interval(s)), strict=True))
+                for m, s in totals(rows).items()
+            },
+            "by_task": {t: {m: s.ratio for m, s in totals(own).items()} for t, own in sorted(by_task.items())},
+        }  # fmt: skip
+        if name != baseline and baseline in scored:
+            both = rows.keys() & scored[baseline].keys()
+            ours, theirs = (totals({i: r for i, r in side.items() if i in both}) for side in (rows, scored[baseline]))
+            result[name]["against"] = {m: bootstrap.compare(ours[m], theirs[m]) for m in ours if m in theirs}
+    return result
+
+
+def totals(rows: Scored) -> dict[str, Sums]:
+    """Sums of each measure by utterance."""
     total: dict[str, dict[str, Measure]] = defaultdict(dict)
-    by_task: dict[str, dict[str, dict[str, Measure]]] = defaultdict(lambda: defaultdict(dict))
-    for key, record in rows.items():
-        task = record["task"]
-        for measure, (above, below) in measures(record, topline[key], tasks[task]).items():
-            for target in (total[measure], by_task[task][measure]):
-                old = target.get(record["utterance"], (0.0, 0.0))
-                target[record["utterance"]] = (old[0] + above, old[1] + below)
-    sums = {m: Sums.of(values) for m, values in total.items()}
-    return sums, {t: {m: Sums.of(v) for m, v in values.items()} for t, values in by_task.items()}
+    for record, values in rows.values():
+        for measure, (above, below) in values.items():
+            old = total[measure].get(record["utterance"], (0.0, 0.0))
+            total[measure][record["utterance"]] = (old[0] + above, old[1] + below)
+    return {m: Sums.of(values) for m, values in total.items()}
 
 
 @torch.no_grad()
@@ -196,10 +256,7 @@ def seconds_to_first_token(
 
     The cascade (with ``asr``) transcribes, then the text LLM reads prompt and transcript. One utterance is a warm-up.
     """
-    import numpy as np
-
-    chosen = [c for _, c in zip(range(count + 1), cuts, strict=False)]
-    waveforms = [c.resample(RATE).load_audio().mean(0).astype(np.float32) for c in chosen]
+    waveforms = [mono_samples(c, RATE) for _, c in zip(range(count + 1), cuts, strict=False)]
 
     def speech(waveform: Any) -> None:
         audio = torch.from_numpy(waveform)[None]
@@ -218,4 +275,4 @@ def seconds_to_first_token(
             begin = time.perf_counter()
             run(waveform)
             seconds[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    return {name: statistics.median(values[1:] or values) for name, values in seconds.items()}

@@ -14,6 +14,7 @@ TITLES = {
     "form": "form kept", "accuracy_text": "choice, by text", "accuracy_likelihood": "choice, by likelihood",
     "wer": "WER to transcript", "wer_to_text_llm": "WER to the text LLM",
 }  # fmt: skip
+BY_TASK = ("token_agreement", "accuracy_likelihood")  # shown for each task: the first one that there is
 TESTED = ("token_agreement", "kl_per_token", "rouge_l")
 
 
@@ -31,7 +32,7 @@ def write_report(folder: Path, results: dict[str, Any], about: dict[str, Any], c
     jsonl.write_json(paths["json"], {"command": command, "versions": versions, **about, "results": results})
     sections = [section for name, columns in results.items() for section in _sections(name, columns, about["baseline"])]
     jsonl.write_text(paths["md"], markdown(sections, about, command, versions))
-    figures = {name: plot(columns) for name, columns in results.items()}
+    figures = {name: plot(columns) for name, columns in results.items() if "labels" not in columns}
     first = next(iter(figures.values()))
     first.savefig(paths["png"], dpi=120)
     write_page(
@@ -50,19 +51,20 @@ def _sections(name: str, columns: dict[str, Any], baseline: str) -> list[tuple[s
         rows = [["system", *(TITLES[m] for m in kinds), "answers"]]
         for system, entry in systems.items():
             cells = [_with_interval(entry["scores"].get(m)) for m in kinds]
-            rows.append([system, *cells, str(entry["answers"])])
+            missing = f" ({entry['missing']} missing)" if entry["missing"] else ""
+            rows.append([system, *cells, f"{entry['answers']}{missing}"])
         sections.append((title, rows))
         tested = [s for s in systems if "against" in systems[s]]
         if tested:
-            rows = [["system", *(f"{TITLES[m]}: difference" for m in TESTED)]]
-            rows += [[s, *(_difference(systems[s]["against"].get(m)) for m in TESTED)] for s in tested]
+            shown = [m for m in TESTED if m in kinds] or kinds
+            rows = [["system", *(f"{TITLES[m]}: difference" for m in shown)]]
+            rows += [[s, *(_difference(systems[s]["against"].get(m)) for m in shown)] for s in tested]
             sections.append((f"{title}, paired difference to {baseline}", rows))
+        measure = next(m for m in (*BY_TASK, *kinds) if any(m in s["scores"] for s in systems.values()))
         tasks = sorted({t for s in systems.values() for t in s["by_task"]})
         rows = [["system", *tasks]]
-        rows += [
-            [s, *(_plain(e["by_task"].get(t, {}).get("token_agreement")) for t in tasks)] for s, e in systems.items()
-        ]
-        sections.append((f"{title}, token agreement by task", rows))
+        rows += [[s, *(_plain(e["by_task"].get(t, {}).get(measure)) for t in tasks)] for s, e in systems.items()]
+        sections.append((f"{title}, {TITLES[measure]} by task", rows))
     return sections
 
 

@@ -12,6 +12,7 @@
 WER counts words after Whisper's English normalizer (Transformers), for other languages its basic one.
 """
 
+import re
 from functools import cache
 from typing import Any
 
@@ -37,10 +38,7 @@ def measures(record: dict[str, Any], reference: dict[str, Any], task: Task) -> d
         task: of the conversation.
     """
     answer, own = record["answer"], reference["answer"]
-    result: dict[str, Measure] = {
-        "rouge_l": (_rouge().score(own, answer)["rougeL"].fmeasure, 1),
-        "chrf": (_chrf().sentence_score(answer, [own]).score / 100, 1),
-    }
+    result = text_measures(own, answer)
     if record.get("tokens"):
         result["token_agreement"] = (record["agreed"], record["tokens"])
         result["kl_per_token"] = (record["kl"], record["tokens"])
@@ -56,6 +54,14 @@ def measures(record: dict[str, Any], reference: dict[str, Any], task: Task) -> d
         result["wer"] = word_errors(record["transcript"], answer, record["language"])
         result["wer_to_text_llm"] = word_errors(own, answer, record["language"])
     return {k: v for k, v in result.items() if v[1] > 0}
+
+
+def text_measures(reference: str, answer: str) -> dict[str, Measure]:
+    """ROUGE-L and chrF of a text."""
+    return {
+        "rouge_l": (_rouge().score(reference, answer)["rougeL"].fmeasure, 1),
+        "chrf": (_chrf().sentence_score(answer, [reference]).score / 100, 1),
+    }
 
 
 def filled_values(task: Task, prompt: str) -> dict[str, str]:
@@ -86,7 +92,11 @@ def normalizer(language: str) -> Any:
 def _rouge() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rougeL"], use_stemmer=False)
+    class AnyScript:  # rouge_score's own keeps a-z and 0-9 alone
+        def tokenize(self, text: str) -> list[str]:
+            return re.findall(r"\w+", text.lower())
+
+    return RougeScorer(["rougeL"], tokenizer=AnyScript())
 
 
 @cache

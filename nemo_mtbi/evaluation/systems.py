@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import torch
 from lhotse import CutSet
 from omegaconf import OmegaConf
 from torch import Tensor
@@ -100,12 +101,19 @@ class SpeechSystem:
 
 
 class TextSystem:
-    """The text LLM on the reference transcripts (None: the topline), or on an ASR's (the cascade), by cut id."""
+    """The text LLM on the reference transcripts (None: the topline), or on an ASR's (the cascade), by cut id.
+
+    Conversations that the ASR has no transcript of (unreadable audio) are left out.
+    """
 
     def __init__(self, model: MTBISALM, transcripts: dict[str, str] | None) -> None:
         self.model, self.transcripts = model, transcripts
 
     def read(self, questions: Questions, conversations: list[MTBIConversation]) -> Reading | None:
+        if self.transcripts is not None:
+            conversations = [c for c in conversations if c.source_id in self.transcripts]
+        if not conversations:
+            return None
         prompts = [questions.dataset.renderer.render(c.messages(self._spoken(c))).ids for c in conversations]
         return Reading(conversations, [questions.dataset._example(c) for c in conversations], prompts)
 
@@ -146,7 +154,7 @@ def against_the_text_llm(model: MTBISALM, system: System, reading: Reading) -> l
     responses = [e.response_ids for e in reading.examples]
     hidden = system.hidden(reading, responses)
     teacher = text_hidden(model, [e.prompt_ids for e in reading.examples], responses, reading.examples)
-    ids = hidden.new_tensor([t for r in responses for t in r]).long()
+    ids = torch.tensor([t for r in responses for t in r], device=hidden.device)
     loss = imitation_loss(hidden, model.head(), ids, KL_ONLY, teacher_hidden=teacher)
     sizes = [len(r) for r in responses]
     parts = zip(sizes, loss.agreed.split(sizes), loss.per_token.split(sizes), strict=True)
@@ -155,9 +163,9 @@ def against_the_text_llm(model: MTBISALM, system: System, reading: Reading) -> l
 
 def log_likelihoods(model: MTBISALM, system: System, reading: Reading, responses: list[list[int]]) -> list[float]:
     """Log-probability in nats of one response (token ids) for each example."""
-    ids = [t for r in responses for t in r]
     hidden = system.hidden(reading, responses)
-    loss = imitation_loss(hidden, model.head(), hidden.new_tensor(ids).long(), CE_ONLY)
+    ids = torch.tensor([t for r in responses for t in r], device=hidden.device)
+    loss = imitation_loss(hidden, model.head(), ids, CE_ONLY)
     return [-float(part.sum()) for part in loss.per_token.split([len(r) for r in responses])]
 
 

@@ -30,13 +30,23 @@ def main(cfg: DictConfig) -> None:
             )
     for path in [*cfg.targets.values(), *cfg.cuts.values()]:
         check_manifest(path)
+    held = tasks_of(Path(cfg.targets.train))
+    wanted = {t for name in names for t in variants[name].get("tasks", [])} | set(
+        cfg.benchmark.get("trained_tasks") or held
+    )
+    if wanted != held:
+        raise ConfigError(
+            f"{cfg.targets.train} holds targets of {', '.join(sorted(held))}, but the variants and benchmark.trained_tasks name "
+            f"{', '.join(sorted(wanted))}. Generate targets of all of them, or set benchmark.trained_tasks."
+        )
     root = Path(cfg.output_dir)
     runs: dict[str, dict[int, Path]] = {}
     for name in names:
         for seed in cfg.seeds.get(name, [0]):
             runs.setdefault(name, {})[seed] = run = root / name / f"seed{seed}"
-            if not (run / "imitation" / "trained.safetensors").is_file():
-                run_step(f"train {name}, seed {seed}", "train", *train_overrides(cfg, variants[name], run, seed))
+            overrides = train_overrides(cfg, variants[name], run, seed)
+            if not finished(run, overrides):
+                run_step(f"train {name}, seed {seed}", "train", *overrides)
     systems = {f"{name}.{seed}": str(run) for name, seeds in runs.items() for seed, run in seeds.items()}
     run_step(
         "benchmark", "benchmark", f"output_dir={root}/benchmark", f"cuts={inline(cfg.cuts)}",
@@ -61,9 +71,31 @@ def train_overrides(cfg: DictConfig, variant: dict[str, Any], run: Path, seed: i
     return [f"{key}={inline(value)}" for key, value in overrides.items()]
 
 
+def finished(run: Path, overrides: list[str]) -> bool:
+    """Whether a run is trained.
+
+    Raises:
+        ConfigError: with other settings than now.
+    """
+    record = run / "overrides.json"
+    if record.is_file() and json.loads(record.read_text()) != overrides:
+        raise ConfigError(
+            f"{run} was trained with other settings or data ({record}). Use another output_dir, or remove it."
+        )
+    jsonl.write_json(record, overrides)
+    return (run / "imitation" / "trained.safetensors").is_file()
+
+
+def tasks_of(manifest: Path) -> set[str]:
+    """Tasks of a manifest's targets."""
+    with open(manifest, encoding="utf-8") as lines:
+        return {t["task"] for line in lines for t in (json.loads(line).get("custom") or {}).get("targets", [])}
+
+
 def subset(manifest: Path, folder: Path, share: float) -> Path:
     """A manifest of about ``share`` of the cuts, chosen by a hash of their ids: smaller shares lie within larger ones."""
-    path = folder / f"{manifest.stem}.{share:g}.jsonl"
+    content = hashlib.blake2b(manifest.read_bytes(), digest_size=4).hexdigest()
+    path = folder / f"{manifest.stem}.{share:g}.{content}.jsonl"
     if not path.is_file():
         with open(manifest, encoding="utf-8") as lines, jsonl.replacing(path, "part") as out:
             for line in lines:

@@ -21,16 +21,19 @@ def main(cfg: DictConfig) -> None:
     from nemo_mtbi.evaluation.benchmark import (
         CASCADE,
         COLUMNS,
+        LABEL_TOKENS,
         TOPLINE,
         Predictions,
+        digest,
         key_of,
         seconds_to_first_token,
         summarize,
+        summarize_labels,
         write_references,
     )
     from nemo_mtbi.evaluation.benchmark_report import write_report
+    from nemo_mtbi.evaluation.labelled import label_of, labelled_cuts
     from nemo_mtbi.evaluation.systems import Questions, SpeechSystem, TextSystem
-    from nemo_mtbi.pretrained.fingerprint import fingerprint
     from nemo_mtbi.tasks.library import load_library, select_tasks
     from nemo_mtbi.training.cpu import tune
 
@@ -64,18 +67,37 @@ def main(cfg: DictConfig) -> None:
     }  # fmt: skip
     references = write_references(output / "references", dict(cfg.cuts), trained, unseen, settings)
     records: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in cfg.cuts}
+    labelled = {
+        name: labelled_cuts(name, dict(options), model.tokenizer.tokenizer, model.stop_ids()[-1])
+        for name, options in (cfg.labelled or {}).items()
+    }
+    label_records: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in labelled}
+    limit = cfg.max_new_tokens
+
+    def budget(conversation: Any) -> int:
+        task = library.get(conversation.target.task)
+        return min(task.max_new_tokens, limit or task.max_new_tokens) if task else limit or LABEL_TOKENS
+
+    def choices(conversation: Any) -> list[str]:
+        return library[conversation.target.task].choices
 
     def predict(name: str, model: Any, make: Any, *key: Any) -> None:
         """``make(questions)`` gives the system for a manifest."""
-        own = key_of(fingerprint_of_llm, cfg.llm_dtype, cfg.max_new_tokens, *key)
-        predictions = Predictions(output / "predictions" / name, own, library, cfg.max_new_tokens, cfg.batch_size)
+        folder, own = output / "predictions" / name, key_of(llm, cfg.llm_dtype, limit, *key)
+        predictions = Predictions(folder, own, choices, budget, cfg.batch_size)
         for manifest, columns in references.items():
             for column in COLUMNS:
                 questions = Questions(model, CutSet.from_file(columns[column]), cfg.cached_features)
                 found = predictions.predict(f"{manifest}.{column}", model, make(questions), questions)
                 records[manifest].setdefault(name, {})[column] = found
+        predictions = Predictions(folder, own, lambda c: label_of(c)["choices"], budget, cfg.batch_size)
+        for corpus, (cuts, transcribed) in labelled.items():
+            if name != TOPLINE or transcribed:
+                questions = Questions(model, cuts, cached_features=False)
+                found = predictions.predict(corpus, model, make(questions), questions, imitation=False)
+                label_records[corpus][name] = found
 
-    fingerprint_of_llm = model.references["llm"]
+    llm = model.references["llm"]
     predict(TOPLINE, model, lambda questions: TextSystem(model, None))
     recognizer = WhisperASR(model.config.pretrained_asr) if cfg.cascade else None
     if recognizer is not None:
@@ -90,14 +112,15 @@ def main(cfg: DictConfig) -> None:
     for index, (name, spec) in enumerate(specs.items()):
         if index:
             model, weights = load(spec)
-        if model.references["llm"] != fingerprint_of_llm:
+        if model.references["llm"] != llm:
             raise ConfigError(
                 f"systems.{name} has another LLM than the first system; their answers cannot be compared."
             )
-        predict(name, model, lambda questions, m=model: SpeechSystem(m), fingerprint(weights), model.encoder_key)
-    results = {
-        manifest: summarize(systems, library, cfg.baseline, int(cfg.resamples)) for manifest, systems in records.items()
-    }
+        predict(name, model, lambda questions, m=model: SpeechSystem(m), digest(weights), model.encoder_key)
+    resamples = int(cfg.resamples)
+    results = {manifest: summarize(systems, library, cfg.baseline, resamples) for manifest, systems in records.items()}
+    for corpus, systems in label_records.items():
+        results[corpus] = {"labels": summarize_labels(systems, cfg.baseline, resamples)}
     command = shlex.join(["python", "-m", "nemo_mtbi.examples.benchmark", *sys.argv[1:]])
     about = {"trained_tasks": trained, "unseen_tasks": unseen, "systems": specs, "baseline": cfg.baseline,
              "resamples": cfg.resamples, "seconds_to_first_token": latency}  # fmt: skip
@@ -116,17 +139,15 @@ def open_system(spec: str, llm_dtype: str) -> tuple[Any, Path]:
     from nemo_mtbi.models import MTBISALM
     from nemo_mtbi.training.run_directory import RunDirectory
 
-    path, _, stage = spec.partition("@")
-    if (Path(path) / "model.json").is_file():
-        run = RunDirectory(path)
-        name = stage or run.last_stage()
+    if (Path(spec.partition("@")[0]) / "model.json").is_file():
+        run, name = RunDirectory.parse(spec)
         return run.load_model(name, llm_dtype), run.weights(name)
-    model = MTBISALM.restore_from(path)
+    model = MTBISALM.restore_from(spec)
     dtype = getattr(torch, llm_dtype)
     model.llm.to(dtype)
     model.embed_tokens.to(dtype)
     model.bind_connector()
-    return model, Path(path)
+    return model, Path(spec)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,11 @@ def main(cfg: DictConfig) -> None:
     run = RunDirectory(cfg.run)
     stage = cfg.stage or run.last_stage()
     model = run.load_model(stage)
-    cards = {whole: model_card(model, run.root, cfg.card.data, cfg.card.licence, whole) for whole in (True, False)}
     written: dict[str, Path] = {}
     difference = 0.0
+
+    def card(whole: bool) -> str:
+        return model_card(model, run.root, cfg.card.data, cfg.card.licence, whole)
 
     def check(path: Path) -> None:
         nonlocal difference
@@ -32,15 +34,15 @@ def main(cfg: DictConfig) -> None:
             difference = max(difference, max_abs_logit_difference(model, MTBISALM.restore_from(path)))
 
     if cfg.trainable_only:
-        written["trainable_only"] = save_trainable(model, Path(cfg.trainable_only), stage, cards[False])
+        written["trainable_only"] = save_trainable(model, Path(cfg.trainable_only), stage, card(whole=False))
         check(written["trainable_only"])
     if cfg.merge_lora:
         model.merge_lora()
     if cfg.nemo:
-        written["nemo"] = save_nemo(model, Path(cfg.nemo), cards[True])
+        written["nemo"] = save_nemo(model, Path(cfg.nemo), card(whole=True))
         check(written["nemo"])
     if cfg.hf:
-        written["hf"] = save_directory(model, Path(cfg.hf), cards[True])
+        written["hf"] = save_directory(model, Path(cfg.hf), card(whole=True))
         check(written["hf"])
     record = {k: str(v) for k, v in written.items()} | ({"round_trip_max_abs_diff": difference} if cfg.check else {})
     jsonl.write_json(run.root / "export.json", record)

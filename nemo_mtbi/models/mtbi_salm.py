@@ -626,6 +626,7 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         with move_embedding(self):
             self.llm = self.llm.merge_and_unload()
         self.config.lora = None
+        self.references["llm"] += "+lora"  # another LLM from now on: targets and systems of the old one do not fit it
         with open_dict(self.cfg):
             del self.cfg["lora"]
 
@@ -661,7 +662,9 @@ def by_task(examples: list[Example], layout: Assembled, loss: ImitationLoss) -> 
     for example, count in zip(examples, layout.response_counts, strict=True):
         part = slice(begin, begin + count)
         begin += count
-        row = torch.stack([loss.per_token[part].detach().sum(), loss.agreed[part].sum(), loss.agreed.new_tensor(count)])
+        row = torch.stack(
+            [loss.per_token[part].detach().sum(), loss.agreed[part].sum(), loss.per_token.new_tensor(count)]
+        )
         sums[example.task] = sums.get(example.task, 0) + row
     return sums
 

@@ -163,6 +163,13 @@ def form_error(text: str, task: Task, values: dict[str, Any] | None = None) -> s
 
 
 def choose(text: str, choices: list[str]) -> str | None:
-    """The one choice that an answer names (as a word, whatever the case); None if it names none or several."""
-    found = [c for c in choices if re.search(rf"\b{re.escape(c)}\b", text, re.IGNORECASE)]
+    """The one choice that an answer names (as a word, whatever the case); None if it names none or several.
+
+    A choice inside a longer one ("coffee" in "iced coffee") counts only where it stands alone.
+    """
+    found = []
+    for choice in sorted(choices, key=len, reverse=True):
+        text, count = re.subn(rf"\b{re.escape(choice)}\b", " ", text, flags=re.IGNORECASE)
+        if count:
+            found.append(choice)
     return found[0] if len(found) == 1 else None

@@ -45,6 +45,13 @@ class RunDirectory:
                 return name
         raise CheckpointError(f"{self.root} holds no trained model. Run train.py with output_dir={self.root} first.")
 
+    @classmethod
+    def parse(cls, name: str) -> tuple["RunDirectory", str]:
+        """``RUN`` or ``RUN@STAGE`` -> the run, and the stage (default: the furthest finished)."""
+        path, _, stage = name.partition("@")
+        run = cls(path)
+        return run, stage or run.last_stage()
+
     def save_config(self, model: MTBISALM, cfg: dict[str, Any]) -> None:
         jsonl.write_json(self.root / "model.json", {"model": cfg, "references": model.references})
 

@@ -74,7 +74,8 @@ def train(cfg: DictConfig) -> RunDirectory:
     if not run.weights(UNTRAINED).is_file():
         run.save_weights(model, UNTRAINED)
     if cfg.init_from is not None:
-        RunDirectory(cfg.init_from).load_weights(model, RunDirectory(cfg.init_from).last_stage())
+        start, stage = RunDirectory.parse(cfg.init_from)
+        start.load_weights(model, stage)
     if cfg.alignment_stage.enabled:
         run_stage(cfg, model, run, ALIGNMENT)
     run_stage(cfg, model, run, IMITATION)
@@ -234,8 +235,11 @@ def ctc_tokens(cfg: DictConfig, config: ModelConfig, run: RunDirectory) -> list[
     if not str(cfg.model.perception.modality_adapter._target_).endswith(CTC_TARGET):
         return None
     file = run.root / "ctc_tokens.json"
-    if cfg.init_from is not None and (RunDirectory(cfg.init_from).root / "ctc_tokens.json").is_file():
-        file = RunDirectory(cfg.init_from).root / "ctc_tokens.json"  # the connector that training starts from
+    if cfg.init_from is not None:
+        given = (
+            RunDirectory.parse(cfg.init_from)[0].root / "ctc_tokens.json"
+        )  # of the connector that training starts from
+        file = given if given.is_file() else file
     if file.is_file():
         return json.loads(file.read_text())
     tokenizer = AutoTokenizer(resolve_pretrained(config.pretrained_llm), use_fast=True).tokenizer

@@ -153,14 +153,22 @@ def test_evaluation_export_and_an_answer(root, trained, targets):
 
 
 def test_benchmark_resumes_and_is_reproducible(root, trained, prepared):
+    slots = [{"size": "small"}, {"size": "large", "drink": "tea"}, {"drink": "coffee"}]
+    (root / "labels.tsv").write_text(
+        "path\tslots\n" + "".join(f"{i}.wav\t{json.dumps(s)}\n" for i, s in enumerate(slots))
+    )
     overrides = [
         f"output_dir={root}/benchmark", f"cuts={{held_out: {prepared}/cuts.held_out.jsonl}}", "cached_features=true",
         f"systems={{ours: {trained}, warm_start: {trained}@alignment}}", "trained_tasks=[repeat, sentiment]",
         "unseen_tasks=[reply, translation]", "max_new_tokens=6", "resamples=50", "latency_utterances=1",
+        f"labelled={{orders: {{kind: slots, path: {root}/labels.tsv}}}}",
     ]  # fmt: skip
     launch("benchmark", *overrides)
     folder = root / "benchmark"
     results = json.loads((folder / "benchmark.json").read_text())["results"]["held_out"]
+    labels = json.loads((folder / "benchmark.json").read_text())["results"]["orders"]["labels"]
+    assert set(labels) == {"cascade", "ours", "warm_start"} and labels["ours"]["answers"] == 4
+    assert set(labels["ours"]["by_task"]) == {"size", "drink"} and "accuracy_likelihood" in labels["ours"]["scores"]
     assert set(results) == {"seen_prompts", "unseen_prompts", "unseen_tasks"}
     for systems in results.values():
         assert set(systems) == {"text_topline", "cascade", "ours", "warm_start"}
@@ -169,7 +177,7 @@ def test_benchmark_resumes_and_is_reproducible(root, trained, prepared):
     assert "accuracy_likelihood" in results["seen_prompts"]["ours"]["scores"]
     predictions = sorted((folder / "predictions").rglob("*.jsonl"))
     before = {f: f.read_text() for f in predictions}
-    assert len(predictions) == 4 * 3 and all(before.values())
+    assert len(predictions) == 4 * 3 + 3 and all(before.values())
     seen, unseen = (
         {
             json.loads(line)["prompt_id"]
@@ -178,7 +186,7 @@ def test_benchmark_resumes_and_is_reproducible(root, trained, prepared):
         for c in ("seen_prompts", "unseen_prompts")
     )
     assert seen and unseen and not seen & unseen
-    broken = predictions[-1]
+    broken = next(f for f in predictions if f.match("ours/held_out.unseen_prompts.jsonl"))
     broken.write_text(before[broken][: len(before[broken]) // 2])  # killed while it wrote
     launch("benchmark", *overrides)
     records = [
@@ -186,7 +194,7 @@ def test_benchmark_resumes_and_is_reproducible(root, trained, prepared):
     ]
     assert records[0].keys() == records[1].keys()
     assert {i: r["answer"] for i, r in records[0].items()} == {i: r["answer"] for i, r in records[1].items()}
-    assert all(f.read_text() == before[f] for f in predictions[:-1])
+    assert all(f.read_text() == before[f] for f in predictions if f != broken)
 
 
 @pytest.mark.slow

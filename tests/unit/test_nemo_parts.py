@@ -1,6 +1,9 @@
 """NeMo's own parts in our places: an ASR encoder from a .nemo file, NeMo's adapter, its forced alignment, and LoRA."""
 
 import copy
+import importlib.util
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,6 +89,15 @@ def test_export_with_nemo_parts_opens_in_stock_salm(tiny_config, nemo_asr, tmp_p
         got = stock(torch.cat(rows)[None])["logits"][:, -1]
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     assert mask.all()
+    # The configuration class of NeMo's vLLM plugin, from its file: importing the package would need vLLM.
+    import nemo.collections.speechlm2 as package
+
+    file = Path(package.__file__).parent / "vllm" / "salm" / "config.py"
+    spec = importlib.util.spec_from_file_location("vllm_plugin_config", file)
+    plugin = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plugin)
+    served = plugin.NeMoSpeechLMConfig(**json.loads((tmp_path / "hf" / "config.json").read_text()))
+    assert served.llm_architectures == ["LlamaForCausalLM"] and served.perception["modality_adapter"]
 
 
 def test_nemo_forced_alignment_gives_times_for_every_word(nemo_asr):

@@ -10,12 +10,14 @@ import sacrebleu
 import soundfile
 import torch
 from hydra import compose, initialize_config_dir
+from lhotse import Recording
 from omegaconf import OmegaConf
 from scipy import stats
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_mtbi.cli import CONF
 from nemo_mtbi.errors import ConfigError, DataError
+from nemo_mtbi.evaluation.asr import WhisperASR
 from nemo_mtbi.evaluation.benchmark import SEEN_PROMPTS, TOPLINE, summarize
 from nemo_mtbi.evaluation.benchmark_report import write_report
 from nemo_mtbi.evaluation.labelled import label_measures, labelled_cuts
@@ -253,3 +255,14 @@ def test_ablation_variants_as_command_lines(tmp_path):
     assert not finished(run, ["a=1"]) and not finished(run, ["a=1"])
     with pytest.raises(ConfigError, match="other settings"):
         finished(run, ["a=2"])
+
+
+def test_the_cascade_leaves_unreadable_audio_out_and_hears_other_audio_anew(labels, tiny_whisper):
+    cuts = [Recording.from_file(labels / f"{n}.wav").to_cut().with_id(n) for n in "ab"]
+    (labels / "b.wav").write_text("broken")
+    asr, cache = WhisperASR(str(tiny_whisper)), labels / "transcripts.jsonl"
+    assert set(asr.transcribe(cuts, cache)) == {"a"}
+    assert set(asr.transcribe(cuts, cache)) == {"a"} and len(cache.read_text().splitlines()) == 1
+    soundfile.write(labels / "a.wav", 0.1 * np.ones(9000), 16000)
+    asr.transcribe([Recording.from_file(labels / "a.wav").to_cut().with_id("a")], cache)
+    assert len(cache.read_text().splitlines()) == 2

@@ -43,15 +43,20 @@ def main(arguments: list[str] | None = None) -> int:
     if any(a in ("-h", "--help") for a in rest):
         print(command_help(command, config))
         return 0
-    if command in FIRST_KEY and rest and "=" not in rest[0] and not rest[0].startswith("-"):
-        rest[0] = f"{FIRST_KEY[command]}={rest[0]}"
-    sys.argv = [f"mtbi {command}", *rest]
+    sys.argv = [f"mtbi {command}", *named(command, rest)]
     try:
         importlib.import_module(f"nemo_mtbi.examples.{module}").main()
     except KeyboardInterrupt:
         print("\nStopped. The same command continues.", file=sys.stderr)
         return 130
     return 0
+
+
+def named(command: str, arguments: list[str]) -> list[str]:
+    """The arguments, the first one as ``key=value`` if the command takes it without its key."""
+    if command in FIRST_KEY and arguments and "=" not in arguments[0] and not arguments[0].startswith("-"):
+        return [f"{FIRST_KEY[command]}={arguments[0]}", *arguments[1:]]
+    return arguments
 
 
 def usage() -> str:

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: a Jinja2 template with escaping, pictures inside."""
+"""Pictures, and self-contained HTML pages: a Jinja2 template with escaping, pictures inside."""
 
 import base64
 import io
@@ -17,6 +17,26 @@ def write_page(path: Path, template: Path, **values: Any) -> None:
     environment = Environment(autoescape=True, loader=FileSystemLoader(template.parent))
     page = environment.get_template(template.name).render(style=STYLE.read_text(encoding="utf-8"), **values)
     jsonl.write_text(path, page)
+
+
+def subplots(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """matplotlib's ``subplots`` without a display."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(*args, **kwargs)
+
+
+def save_picture(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure, which is closed, as PNG under a temporary name and rename it."""
+    import matplotlib.pyplot as plt
+
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=120, format="png")
+    plt.close(figure)
+    temporary.replace(path)
 
 
 def picture(figure: Any) -> str:

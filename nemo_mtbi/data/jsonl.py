@@ -46,6 +46,11 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
                     raise DataError(f"{path}, line {number} is no JSON ({error}). Remove that line.") from error
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's object; empty if the file does not exist."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 class Appender:
     """Appends dictionaries; each line reaches the file in one write."""
 

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_mtbi.data import jsonl
+from nemo_mtbi.data.html import save_picture, subplots
+from nemo_mtbi.training.report import scalars
 
 MEASURES = ("token_agreement", "kl_per_token", "rouge_l", "form")
 
@@ -71,37 +73,23 @@ def _cell(score: dict[str, float], seeds: int | None) -> str:
 
 def plot(runs: dict[str, dict[int, Path]], path: Path) -> None:
     """Validation agreement against the examples seen, a curve for each variant (mean over seeds)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from nemo_mtbi.training.report import scalars
-
-    figure, axis = plt.subplots(figsize=(8, 5))
+    figure, axis = subplots(figsize=(8, 5))
     for name, seeds in runs.items():
-        curves = [dict(scalars(run / "imitation").get("val_agreement", [])) for run in seeds.values()]
+        curves = [_agreement_by_examples(run) for run in seeds.values()]
         steps = sorted(set.intersection(*(set(c) for c in curves)))
-        per_step = [_examples_per_step(run) for run in seeds.values()]
-        examples = [
-            (step + 1) * statistics.fmean(per_step) for step in steps
-        ]  # Lightning logs the step before the validation
-        axis.plot(examples, [statistics.fmean(c[s] for c in curves) for s in steps], marker=".", label=name)
+        examples, agreement = ([statistics.fmean(c[s][k] for c in curves) for s in steps] for k in (0, 1))
+        axis.plot(examples, agreement, marker=".", label=name)
     axis.set_xlabel("examples seen")
     axis.set_ylabel("token agreement on the validation set, all tasks")
     axis.legend(fontsize=7, ncols=2)
     figure.tight_layout()
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=120, format="png")
-    plt.close(figure)
-    temporary.replace(path)
+    save_picture(figure, path)
 
 
-def _examples_per_step(run: Path) -> float:
-    import json
-
-    from nemo_mtbi.training.report import scalars
-
-    seen = json.loads((run / "seen.json").read_text())["examples"]
+def _agreement_by_examples(run: Path) -> dict[int, tuple[float, float]]:
+    """Step of a validation -> (examples seen, agreement)."""
     curves = scalars(run / "imitation")
-    return seen / max(step + 1 for tag in ("loss", "val_agreement") for step, _ in curves.get(tag, []))
+    agreement = curves.get("val_agreement", [])
+    steps = max((step + 1 for step, _ in [*curves.get("loss", []), *agreement]), default=1)
+    per_step = jsonl.read_json(run / "seen.json")["examples"] / steps
+    return {s: ((s + 1) * per_step, a) for s, a in agreement}  # logged under the step before the validation

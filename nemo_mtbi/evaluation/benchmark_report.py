@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_mtbi.data import jsonl
-from nemo_mtbi.data.html import picture, write_page
+from nemo_mtbi.data.html import picture, save_picture, subplots, write_page
 from nemo_mtbi.evaluation.metrics import LIBRARIES
 
 _TEMPLATE = Path(__file__).with_name("benchmark.html.j2")
@@ -33,8 +33,7 @@ def write_report(folder: Path, results: dict[str, Any], about: dict[str, Any], c
     sections = [section for name, columns in results.items() for section in _sections(name, columns, about["baseline"])]
     jsonl.write_text(paths["md"], markdown(sections, about, command, versions))
     figures = {name: plot(columns) for name, columns in results.items() if "labels" not in columns}
-    first = next(iter(figures.values()))
-    first.savefig(paths["png"], dpi=120)
+    save_picture(next(iter(figures.values())), paths["png"])
     write_page(
         paths["html"], _TEMPLATE, sections=sections, command=command, versions=versions, about=about,
         pictures={name: picture(figure) for name, figure in figures.items()},
@@ -88,13 +87,8 @@ def markdown(sections: list[tuple[str, list[list[str]]]], about: dict[str, Any],
 
 def plot(columns: dict[str, Any]) -> Any:
     """Token agreement with intervals: a group of bars for each column, a bar for each system."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     systems = list(next(iter(columns.values())))
-    figure, axis = plt.subplots(figsize=(max(6, 1.2 * len(systems) + 3), 4))
+    figure, axis = subplots(figsize=(max(6, 1.2 * len(systems) + 3), 4))
     width = 0.8 / len(systems)
     for index, system in enumerate(systems):
         scores = [columns[c][system]["scores"].get("token_agreement") for c in columns]

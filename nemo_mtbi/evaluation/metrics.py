@@ -22,10 +22,6 @@ from nemo_mtbi.tasks.forms import choose, form_error
 from nemo_mtbi.tasks.library import Task
 
 Measure = tuple[float, float]
-HIGHER_IS_BETTER = {
-    "token_agreement": True, "kl_per_token": False, "rouge_l": True, "chrf": True, "form": True, "accuracy_text": True,
-    "accuracy_likelihood": True, "wer": False, "wer_to_text_llm": False,
-}  # fmt: skip
 LIBRARIES = ("jiwer", "rouge_score", "sacrebleu", "transformers", "torch", "nemo_toolkit", "lhotse")
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_mtbi.data import jsonl
+from nemo_mtbi.data.html import save_picture, subplots
 
 LIBRARIES = ("nemo_toolkit", "transformers", "torch", "lhotse", "jiwer")
 COLUMNS = (("token_agreement", "token agreement"), ("kl_per_token", "KL / token"), ("repeat_wer", "repeat WER"),
@@ -36,12 +37,7 @@ def markdown(results: dict[str, dict[str, Any]], command: str) -> str:
 
 def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
     """Token agreement by task and system, one panel for each manifest."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(results), figsize=(1 + 5 * len(results), 4), squeeze=False, sharey=True)
+    figure, axes = subplots(1, len(results), figsize=(1 + 5 * len(results), 4), squeeze=False, sharey=True)
     for axis, (manifest, systems) in zip(axes[0], results.items(), strict=True):
         tasks = sorted({t for s in systems.values() for t in s["by_task"]})
         width = 0.8 / len(systems)
@@ -54,7 +50,4 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
     axes[0][0].set_ylabel("token agreement with the text LLM")
     axes[0][-1].legend(fontsize=8, loc="lower right")
     figure.tight_layout()
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=120, format="png")
-    plt.close(figure)
-    temporary.replace(path)
+    save_picture(figure, path)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_mtbi.data import jsonl
 from nemo_mtbi.pretrained.offline import LICENCES
 from nemo_mtbi.version import __version__
 
@@ -78,5 +79,4 @@ def _results(run: Path | None) -> list[str]:
 
 
 def _read(run: Path | None, name: str) -> dict[str, Any]:
-    file = run / name if run else None
-    return json.loads(file.read_text()) if file is not None and file.is_file() else {}
+    return jsonl.read_json(run / name) if run else {}

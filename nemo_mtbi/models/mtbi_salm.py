@@ -657,16 +657,12 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
 
 def by_task(examples: list[Example], layout: Assembled, loss: ImitationLoss) -> dict[str, Tensor]:
     """Sums over the response tokens of each task: (loss, agreed, tokens)."""
-    sums: dict[str, Tensor] = {}
-    begin = 0
-    for example, count in zip(examples, layout.response_counts, strict=True):
-        part = slice(begin, begin + count)
-        begin += count
-        row = torch.stack(
-            [loss.per_token[part].detach().sum(), loss.agreed[part].sum(), loss.per_token.new_tensor(count)]
-        )
-        sums[example.task] = sums.get(example.task, 0) + row
-    return sums
+    tasks = list(dict.fromkeys(e.task for e in examples))
+    places = [tasks.index(e.task) for e, n in zip(examples, layout.response_counts, strict=True) for _ in range(n)]
+    values = loss.per_token.detach()
+    rows = torch.stack([values, loss.agreed.to(values.dtype), torch.ones_like(values)], 1)
+    sums = rows.new_zeros(len(tasks), 3).index_add(0, torch.tensor(places, device=rows.device), rows)
+    return dict(zip(tasks, sums, strict=True))
 
 
 def container(cfg: DictConfig) -> dict[str, Any]:

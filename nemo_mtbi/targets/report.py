@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_mtbi.data import jsonl
-from nemo_mtbi.data.html import picture, write_page
+from nemo_mtbi.data.html import picture, subplots, write_page
 
 EXAMPLES, REJECTED_EXAMPLES = 4, 20
 
@@ -48,12 +48,7 @@ def _targets(written: dict[str, Path]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _histogram(lengths: dict[str, list[int]]) -> str:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(8, 3))
+    figure, axis = subplots(figsize=(8, 3))
     names = sorted(lengths)
     axis.hist([lengths[n] for n in names], bins=24, stacked=True, label=names)
     axis.set_xlabel("response tokens")

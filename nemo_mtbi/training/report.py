@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_mtbi.data import jsonl
-from nemo_mtbi.data.html import picture, write_page
+from nemo_mtbi.data.html import picture, subplots, write_page
 from nemo_mtbi.errors import CheckpointError
 from nemo_mtbi.evaluation.report import COLUMNS
 from nemo_mtbi.training.monitor import SAMPLES_FILE
@@ -34,12 +34,13 @@ def write_report(run: Path, path: Path) -> Path:
     if not (run / "model.json").is_file():
         raise CheckpointError(f"{run} is not a training run: there is no model.json. Name the output_dir of train.py.")
     stages = [s for s in (ALIGNMENT, IMITATION) if (run / s).is_dir()]
-    results = _json(run / "evaluation" / "results.json")
+    record = jsonl.read_json(run / "model.json")
     write_page(
-        path, _TEMPLATE, run=run, record=_json(run / "model.json"), data=_json(run / "data.json"), seen=_json(run / "seen.json"),
-        config=json.dumps(_json(run / "model.json").get("model", {}), indent=2), results=results, columns=COLUMNS,
+        path, _TEMPLATE, run=run, record=record, config=json.dumps(record.get("model", {}), indent=2), columns=COLUMNS,
+        data=jsonl.read_json(run / "data.json"), seen=jsonl.read_json(run / "seen.json"),
+        results=jsonl.read_json(run / "evaluation" / "results.json"),
         curves={stage: _curves(scalars(run / stage)) for stage in stages},
-        samples=_last_samples(run / IMITATION / SAMPLES_FILE), export=_json(run / "export.json"),
+        samples=_last_samples(run / IMITATION / SAMPLES_FILE), export=jsonl.read_json(run / "export.json"),
     )  # fmt: skip
     return path
 
@@ -58,17 +59,12 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def _curves(values: dict[str, list[tuple[int, float]]]) -> list[tuple[str, str]]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     pictures = []
     for title, wanted in CURVES:
         tags = [t for t in values if t in wanted or any(w.endswith("/") and t.startswith(w) for w in wanted)]
         if not tags:
             continue
-        figure, axis = plt.subplots(figsize=(7, 3))
+        figure, axis = subplots(figsize=(7, 3))
         for tag in tags:
             steps, heights = zip(*values[tag], strict=True)
             axis.plot(steps, heights, label=tag.rpartition("/")[2], marker="." if len(steps) < 20 else None)
@@ -84,7 +80,3 @@ def _last_samples(file: Path) -> list[dict[str, Any]]:
     rows = {(r["step"], r["set"], r["id"], r["prompt"]): r for r in jsonl.read(file)}
     last = max((step for step, *_ in rows), default=0)
     return [r for r in rows.values() if r["step"] == last][:SHOWN_SAMPLES]
-
-
-def _json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

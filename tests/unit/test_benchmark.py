@@ -19,9 +19,9 @@ from nemo_mtbi.cli import CONF
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.evaluation.asr import WhisperASR
 from nemo_mtbi.evaluation.benchmark import SEEN_PROMPTS, TOPLINE, summarize
-from nemo_mtbi.evaluation.benchmark_report import write_report
+from nemo_mtbi.evaluation.benchmark_report import TITLES, write_report
 from nemo_mtbi.evaluation.labelled import label_measures, labelled_cuts
-from nemo_mtbi.evaluation.metrics import HIGHER_IS_BETTER, filled_values, measures, word_errors
+from nemo_mtbi.evaluation.metrics import filled_values, measures, word_errors
 from nemo_mtbi.evaluation.statistics import Bootstrap, Sums
 from nemo_mtbi.evaluation.systems import Reading, TextSystem, against_the_text_llm, log_likelihoods
 from nemo_mtbi.examples.ablate import finished, subset, tasks_of, train_overrides
@@ -61,7 +61,7 @@ def test_measures_of_each_kind_of_task():
     found = measures(record("sentiment", "positive or negative"), own, TASKS["sentiment"])
     assert found["accuracy_text"] == (0.0, 1) and found["form"] == (0.0, 1) and "accuracy_likelihood" not in found
     assert "accuracy_text" not in measures(own, record("sentiment", "no idea"), TASKS["sentiment"])
-    assert set(found) <= set(HIGHER_IS_BETTER)
+    assert set(found) <= set(TITLES)
 
 
 def test_the_language_that_a_prompt_asks_for_is_checked():

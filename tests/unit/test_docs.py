@@ -13,7 +13,7 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
-from nemo_mtbi.cli import COMMANDS, FIRST_KEY
+from nemo_mtbi.cli import COMMANDS, named
 from nemo_mtbi.examples._launcher import CONF
 
 pytestmark = pytest.mark.unit
@@ -63,10 +63,7 @@ def launches(text):
                 yield modules[module], module, words[place + 1 :]
             elif word == "mtbi" and place + 1 < len(words) and words[place + 1] in COMMANDS:
                 module, config, _ = COMMANDS[words[place + 1]]
-                rest = words[place + 2 :]
-                if words[place + 1] in FIRST_KEY and rest and "=" not in rest[0]:
-                    rest[0] = f"{FIRST_KEY[words[place + 1]]}={rest[0]}"
-                yield config, module, rest
+                yield config, module, named(words[place + 1], words[place + 2 :])
 
 
 @pytest.mark.parametrize("text", blocks("bash"))

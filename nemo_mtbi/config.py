@@ -20,7 +20,8 @@ TEACHERS = ("online", "cached", "none")
 class ImitationConfig:
     """Objective of the imitation stage; see :mod:`nemo_mtbi.losses.imitation`.
 
-    ``w_ctc`` and ``w_align`` weigh the CTC and the word-level alignment terms; ``teacher`` is ``online``, ``cached``
+    ``w_ctc`` weighs the connector's own loss on the transcripts (CTC; cross-entropy of an attention decoder), ``w_align`` the
+    word-level alignment term; ``teacher`` is ``online``, ``cached``
     (top-k stored with the targets) or ``none`` (CE alone); ``task_weights`` multiplies the loss of a task.
     """
 

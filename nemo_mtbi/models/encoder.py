@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from nemo_mtbi.config import ModelConfig, model_config, plain
 from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.modules.attention_decoder import load_whisper_decoder, whisper_decoder_settings
 from nemo_mtbi.modules.connectors import Connector
 from nemo_mtbi.modules.whisper import SUBSAMPLING
 from nemo_mtbi.pretrained.fingerprint import fingerprint
 from nemo_mtbi.pretrained.offline import resolve_pretrained
 
+DECODER_TARGET = "WhisperDecoderConnector"
 WHISPER_KEYS = ("input_length", "round_seconds")
 
 
@@ -37,8 +39,13 @@ def setup_perception(model: Any) -> None:
     whisper = not built and is_whisper(name)
     with open_dict(cfg):
         adapter = perception.modality_adapter
+        decoder = adapter._target_.endswith(DECODER_TARGET)
+        if decoder and not whisper and not built:
+            raise ConfigError(f"{DECODER_TARGET} needs a Whisper model as model.pretrained_asr, {name} is none.")
         if whisper:
             _configure_whisper(perception, name)
+        if decoder and whisper:
+            adapter.update(whisper_decoder_settings(name, adapter.get("language")))
         if adapter._target_.startswith("nemo_mtbi."):
             adapter.output_dim = model.llm.config.hidden_size
             if "feat_in" not in adapter:
@@ -50,6 +57,8 @@ def setup_perception(model: Any) -> None:
         model.perception = AudioPerceptionModule(perception).train()
         if cfg.pretrained_weights:
             _load_whisper(model.perception.encoder, name)
+            if decoder:
+                load_whisper_decoder(model.perception.modality_adapter, name)
     else:
         setup_speech_encoder(model, pretrained_weights=cfg.pretrained_weights)
 
@@ -204,12 +213,3 @@ def connector_of(perception: AudioPerceptionModule) -> Connector | None:
     """Our connector, or None where the modality adapter is one of NeMo's own."""
     adapter = perception.modality_adapter
     return adapter if isinstance(adapter, Connector) else None
-
-
-def bind_token_embeddings(perception: AudioPerceptionModule, embed_tokens: nn.Module) -> None:
-    """Give a CTC connector the LLM's embeddings of its tokens (again after every load)."""
-    connector = connector_of(perception)
-    if connector is not None and connector.needs_token_embeddings:
-        with torch.no_grad():
-            ids: Any = connector.token_ids
-            connector.bind_embeddings(embed_tokens(ids.to(next(embed_tokens.parameters()).device)))  # type: ignore[operator]

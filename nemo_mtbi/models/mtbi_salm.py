@@ -22,17 +22,14 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from nemo_mtbi.config import model_config
-from nemo_mtbi.data.ctc_vocabulary import CTCVocabulary
 from nemo_mtbi.data.dataset import Example
 from nemo_mtbi.errors import ConfigError, DataError
-from nemo_mtbi.losses.alignment import ctc_loss, word_alignment_loss
+from nemo_mtbi.losses.alignment import word_alignment_loss
 from nemo_mtbi.losses.imitation import CachedTeacher, Head, ImitationLoss, imitation_loss
 from nemo_mtbi.losses.vocabulary import WHOLE_VOCABULARY, VocabularyShard
 from nemo_mtbi.models.assembly import Assembled, Piece, assemble, plan_batch
 from nemo_mtbi.models.checkpointing import TrainableCheckpoint
-from nemo_mtbi.models.ctc_order import centers_by_order
 from nemo_mtbi.models.encoder import (
-    bind_token_embeddings,
     connector_of,
     encode,
     encoder_frame_seconds,
@@ -42,8 +39,9 @@ from nemo_mtbi.models.encoder import (
     setup_perception,
 )
 from nemo_mtbi.models.generation import GenerationMixin
+from nemo_mtbi.models.token_order import centers_by_order
 from nemo_mtbi.models.waveform import cut_speech_spans
-from nemo_mtbi.modules.connectors import CTCCompressConnector, SpeechEmbeddings, uniform_centers
+from nemo_mtbi.modules.connectors import Connector, SpeechEmbeddings, uniform_centers
 from nemo_mtbi.modules.fused_norm import fuse_norms, rms_norm_class
 from nemo_mtbi.modules.language_model import (
     Prefix,
@@ -146,7 +144,6 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         }
         self.stage = "imitation"
         self.seed = 0
-        self.ctc_vocabulary: CTCVocabulary | None = None
         self.seen: Counter[str] = Counter()
         self.bad_steps = 0
         self._window_count: Tensor | None = None
@@ -190,11 +187,9 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         """Refresh what is derived from the LLM's weights; runs after every load."""
         if self.prefixes is not None:
             self.prefixes.clear()
-        if not any(p.is_meta for p in self.embed_tokens.parameters()):
-            bind_token_embeddings(self.perception, self.embed_tokens)
         connector = connector_of(self.perception)
-        if connector is not None and connector.needs_token_embeddings:
-            self.ctc_vocabulary = CTCVocabulary(connector.token_ids.tolist(), self.tokenizer.tokenizer)  # type: ignore[operator]
+        if connector is not None and connector.emits_tokens:
+            connector.bind_language_model(self.tokenizer.tokenizer, self.embed_tokens)
 
     @property
     def encoder_key(self) -> str:
@@ -208,15 +203,15 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         return encode(self.perception, audios, audio_lens)
 
     def batch_features(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Encoder features of a batch, from the cache if the batch brings them."""
-        if "encoder_features" in batch:
-            return batch["encoder_features"], batch["encoder_feature_lens"]
-        return self.encode(batch["audios"], batch["audio_lens"])
+        """Encoder features of a batch; the batch keeps them, if it does not bring them from the cache."""
+        if "encoder_features" not in batch:
+            features = self.encode(batch["audios"], batch["audio_lens"])
+            batch["encoder_features"], batch["encoder_feature_lens"] = features
+        return batch["encoder_features"], batch["encoder_feature_lens"]
 
     def connect(self, features: Tensor, lengths: Tensor) -> SpeechEmbeddings:
         """Connector. features (B, T, D), lengths (B,) -> :class:`SpeechEmbeddings` in the connector's precision."""
-        trained = [*self.perception.modality_adapter.parameters(), *self.perception.proj.parameters()]
-        features = features.to(trained[0].dtype if trained else torch.float32)
+        features = self.connector_dtype(features)
         connector = connector_of(self.perception)
         if connector is not None:
             return connector.connect(features, lengths)
@@ -224,6 +219,11 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         embeddings = self.perception.proj(encoded.transpose(1, 2))
         factor = round(features.shape[1] / embeddings.shape[1])
         return SpeechEmbeddings(embeddings, counts, uniform_centers(embeddings.shape[1], factor, embeddings))
+
+    def connector_dtype(self, features: Tensor) -> Tensor:
+        """Features in the connector's precision."""
+        trained = [*self.perception.modality_adapter.parameters(), *self.perception.proj.parameters()]
+        return features.to(trained[0].dtype if trained else torch.float32)
 
     def lay_out(self, examples_pieces: list[list[Piece]], responses: list[list[int]], speech: SpeechEmbeddings,
                 speech_seconds: list[float]) -> tuple[Tensor, Assembled]:  # fmt: skip
@@ -248,9 +248,10 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
                 raise ConfigError("interleaving.level=waveform encodes pieces of the audio; set cached_features=false.")
             pieces, batch, seconds = cut_speech_spans(pieces, batch, self.sampling_rate)
         speech = self.connect(*self.batch_features(batch))
+        connector = connector_of(self.perception)
         by_order = interleave and self.interleaving.level == "embedding"
-        if by_order and speech.classes is not None and self.ctc_vocabulary is not None:
-            speech.centers = centers_by_order(examples, speech, self.ctc_vocabulary, self.frame_seconds)
+        if by_order and connector is not None and connector.emits_tokens:
+            speech.centers = centers_by_order(examples, speech, connector.classes_of, self.frame_seconds)
         prefix = None
         if self.prefixes is not None:
             prefix = self.prefixes.get(self.llm, self.embed_tokens, [row[0] for row in pieces])  # type: ignore[misc]
@@ -305,20 +306,23 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         return torch.tensor(rows, device=self.device)
 
     def alignment_terms(
-        self, batch: dict[str, Any], speech: SpeechEmbeddings, w_ctc: float, w_align: float
+        self, batch: dict[str, Any], speech: SpeechEmbeddings | None, w_ctc: float, w_align: float
     ) -> tuple[Tensor, int]:
-        """``w_ctc * CTC + w_align * ALIGN`` as a sum, and the number of CTC target tokens (1 a word without CTC)."""
+        """``w_ctc * transcription loss + w_align * ALIGN`` as a sum, and its target tokens (1 a word with w_align alone).
+
+        Args:
+            speech: of the batch, if the connector ran; only w_align needs it.
+        """
         examples: list[Example] = batch["examples"]
-        loss, count = speech.embeddings.new_zeros(()), 0
+        features, lengths = self.batch_features(batch)
+        loss, count = torch.zeros((), device=self.device), 0
         if w_ctc > 0:
-            if speech.ctc_log_probs is None or speech.ctc_lengths is None or self.ctc_vocabulary is None:
-                raise ConfigError(
-                    "w_ctc > 0 needs nemo_mtbi.modules.connectors.CTCCompressConnector as modality_adapter."
-                )
-            classes = [self.ctc_vocabulary.encode(e.transcript) for e in examples]
-            ctc, count = ctc_loss(speech.ctc_log_probs, speech.ctc_lengths, classes)
-            loss = loss + w_ctc * ctc
+            connector = connector_of(self.perception) or Connector()
+            features = self.connector_dtype(features)
+            own, count = connector.transcription_loss(speech, features, lengths, [e.transcript for e in examples])
+            loss = loss + w_ctc * own
         if w_align > 0:
+            speech = speech or self.connect(features, lengths)
             spoken, text = self._pooled_words(examples, speech)
             loss = loss + w_align * word_alignment_loss(spoken, text, self.embedding_energy())
             count = count or len(text)
@@ -329,16 +333,6 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         if self._embedding_energy is None:
             self._embedding_energy = float(self.embed_tokens.weight.detach().float().square().mean())
         return self._embedding_energy
-
-    def alignment_speech(self, batch: dict[str, Any]) -> SpeechEmbeddings:
-        """What the alignment stage needs of the connector: CTC posteriors alone unless words are pooled too."""
-        features, lengths = self.batch_features(batch)
-        connector = connector_of(self.perception)
-        if self.config.alignment_stage.w_align > 0 or not isinstance(connector, CTCCompressConnector):
-            return self.connect(features, lengths)
-        log_probs, frames = connector.ctc(features.to(connector.project.weight.dtype), lengths)
-        none = log_probs.new_zeros(len(frames), 0)
-        return SpeechEmbeddings(none[..., None], torch.zeros_like(frames), none, log_probs, frames)
 
     def _pooled_words(self, examples: list[Example], speech: SpeechEmbeddings) -> tuple[Tensor, Tensor]:
         """Mean speech embedding and mean token embedding of every unit that has both. -> (W, H), (W, H)."""
@@ -384,7 +378,7 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
         examples: list[Example] = batch["examples"]
         if self.stage == "alignment":
             settings = self.config.alignment_stage
-            total, count = self.alignment_terms(batch, self.alignment_speech(batch), settings.w_ctc, settings.w_align)
+            total, count = self.alignment_terms(batch, None, settings.w_ctc, settings.w_align)
             metrics = {"loss": total.detach() / max(1, count)}
         else:
             student = self.student(batch, interleave=True)
@@ -478,8 +472,7 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
                 continue
             if self.stage == "alignment":
                 settings = self.config.alignment_stage
-                speech = self.alignment_speech(dataset_batch)
-                loss, count = self.alignment_terms(dataset_batch, speech, settings.w_ctc, settings.w_align)
+                loss, count = self.alignment_terms(dataset_batch, None, settings.w_ctc, settings.w_align)
                 self._sums[name] += torch.tensor([float(loss), 0.0, 0.0, float(count)], dtype=torch.float64)
                 continue
             student = self.student(dataset_batch, interleave=False)

@@ -3,12 +3,16 @@
 Letters: B utterances, T encoder frames, D encoder width, P output positions, H LLM width.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nemo_mtbi.data.ctc_vocabulary import CTCVocabulary
 from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.losses.alignment import ctc_loss
 
 
 @dataclass
@@ -21,7 +25,7 @@ class SpeechEmbeddings:
         centers: (B, P) time of each position in encoder frames, non-decreasing; slices speech by word times.
         ctc_log_probs: (B, P', V_ctc + 1) of a CTC connector, blank first; None otherwise.
         ctc_lengths: (B,) valid rows of ``ctc_log_probs``.
-        classes: (B, P) the CTC class of each position; None without CTC.
+        classes: (B, P) the token (of a CTC connector: the class) of each position; None for connectors without tokens.
     """
 
     embeddings: Tensor
@@ -36,8 +40,35 @@ class Connector(nn.Module):
     """Base class. ``connect`` is what we use; ``forward`` is NeMo's channel-first adapter contract."""
 
     subsampling_factor: int = 1
-    # A CTC connector needs the LLM's embeddings of its token set; the model calls bind_embeddings() on these.
-    needs_token_embeddings = False
+    # Whether a position is a token rather than a stretch of time. Such a connector knows the LLM's tokenizer and embeddings
+    # (bind_language_model, called after every load), can be taught transcripts, and its positions belong to words by order.
+    emits_tokens = False
+
+    def bind_language_model(self, tokenizer: Any, embed_tokens: nn.Module) -> None:
+        """Take what depends on the LLM: its fast tokenizer and its embeddings; not part of the checkpoint."""
+        raise NotImplementedError
+
+    def classes_of(self, tokens: Iterable[int]) -> list[int]:
+        """``SpeechEmbeddings.classes`` that stand for LLM tokens."""
+        raise NotImplementedError
+
+    def transcription_loss(
+        self, speech: SpeechEmbeddings | None, features: Tensor, lengths: Tensor, transcripts: list[str]
+    ) -> tuple[Tensor, int]:
+        """The connector's own loss on the transcripts (w_ctc), as a sum, and the number of target tokens.
+
+        Args:
+            speech: what ``connect`` gave for these features, if it ran.
+            features, lengths: as in ``connect``.
+            transcripts: of the B utterances.
+
+        Raises:
+            ConfigError: the connector emits no tokens.
+        """
+        raise ConfigError(
+            f"w_ctc > 0 needs a connector that emits tokens as modality_adapter (CTCCompressConnector, "
+            f"WhisperDecoderConnector); {type(self).__name__} does not."
+        )
 
     def connect(self, features: Tensor, lengths: Tensor) -> SpeechEmbeddings:
         """features (B, T, D), lengths (B,) encoder frames -> :class:`SpeechEmbeddings`."""
@@ -58,6 +89,19 @@ def uniform_centers(positions: int, factor: int, like: Tensor) -> Tensor:
     """Centers (B, P), in input frames, of positions that each cover ``factor`` frames. like: (B, ...)."""
     centers = (torch.arange(positions, device=like.device) + 0.5) * factor - 0.5
     return centers.expand(like.shape[0], -1)
+
+
+def mask_spans(features: Tensor, lengths: Tensor, count: int, longest: int) -> Tensor:
+    """SpecAugment's time masks: zero ``count`` random spans of (B, T, D), each up to ``longest`` frames; at most half of an
+    utterance can be lost."""
+    keep = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
+    position = torch.arange(features.shape[1], device=features.device)
+    limit = torch.minimum(lengths // (2 * max(1, count)), torch.full_like(lengths, longest))
+    for _ in range(count):
+        size = torch.rand(len(lengths), device=features.device) * (limit + 1)
+        begin = torch.rand(len(lengths), device=features.device) * (lengths - size).clamp_min(0)
+        keep &= ~((position >= begin[:, None].floor()) & (position < (begin + size.floor())[:, None].floor()))
+    return features * keep[..., None]
 
 
 class StackMLPConnector(Connector):
@@ -166,7 +210,8 @@ class CTCCompressConnector(Connector):
         vocab_size: number of LLM tokens that CTC can emit; their ids are set by :meth:`set_vocabulary`.
     """
 
-    needs_token_embeddings = True
+    emits_tokens = True
+    vocabulary: CTCVocabulary  # over ``token_ids``
     token_ids: Tensor
     table: Tensor
     table_rms: Tensor
@@ -218,6 +263,27 @@ class CTCCompressConnector(Connector):
             raise ConfigError(f"The connector was built for {self.token_ids.numel()} tokens, got {len(token_ids)}.")
         self.token_ids.copy_(torch.as_tensor(sorted(token_ids)))
 
+    def bind_language_model(self, tokenizer: Any, embed_tokens: nn.Module) -> None:
+        self.vocabulary = CTCVocabulary(self.token_ids.tolist(), tokenizer)
+        weight = next(embed_tokens.parameters())
+        if not weight.is_meta:  # a shard that is not read yet
+            with torch.no_grad():
+                self.bind_embeddings(embed_tokens(self.token_ids.to(weight.device)))
+
+    def classes_of(self, tokens: Iterable[int]) -> list[int]:
+        return self.vocabulary.classes_of(tokens)
+
+    def transcription_loss(
+        self, speech: SpeechEmbeddings | None, features: Tensor, lengths: Tensor, transcripts: list[str]
+    ) -> tuple[Tensor, int]:
+        """CTC; utterances too short for their transcript contribute nothing."""
+        if speech is None:
+            log_probs, frames = self.ctc(features, lengths)
+        else:
+            assert speech.ctc_log_probs is not None and speech.ctc_lengths is not None
+            log_probs, frames = speech.ctc_log_probs, speech.ctc_lengths
+        return ctc_loss(log_probs, frames, [self.vocabulary.encode(t) for t in transcripts])
+
     def bind_embeddings(self, embeddings: Tensor) -> None:
         """Take the LLM's embeddings (V_ctc, H) of ``token_ids``; they are not part of the checkpoint."""
         self.table.copy_(embeddings.detach().to(self.table))
@@ -238,26 +304,13 @@ class CTCCompressConnector(Connector):
     def _frames(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         features = self.norm_in(features)
         if self.training:
-            features = self._mask_spans(features, lengths)
+            features = mask_spans(features, lengths, self.time_masks, self.time_mask_frames)
         hidden, lengths = self.subsample(features, lengths)
         mask = frame_mask(lengths, hidden.shape[1])
         hidden = hidden * mask[..., None]
         hidden = hidden + nn.functional.gelu(self.position(hidden.transpose(1, 2))).transpose(1, 2)
         hidden = self.transformer(hidden, src_key_padding_mask=~mask)
         return self.norm_out(hidden), lengths
-
-    def _mask_spans(self, features: Tensor, lengths: Tensor) -> Tensor:
-        """Zero random spans of (B, T, D); at most half of an utterance can be lost."""
-        keep = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
-        position = torch.arange(features.shape[1], device=features.device)
-        longest = torch.minimum(
-            lengths // (2 * max(1, self.time_masks)), torch.full_like(lengths, self.time_mask_frames)
-        )
-        for _ in range(self.time_masks):
-            size = torch.rand(len(lengths), device=features.device) * (longest + 1)
-            begin = torch.rand(len(lengths), device=features.device) * (lengths - size).clamp_min(0)
-            keep &= ~((position >= begin[:, None].floor()) & (position < (begin + size.floor())[:, None].floor()))
-        return features * keep[..., None]
 
     def _ctc_log_probs(self, hidden: Tensor) -> Tensor:
         # Without the square root the first logits would be sharp and wrong: a few hundred steps to unlearn.

@@ -167,12 +167,12 @@ def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulate
     cfg = DictConfig(OmegaConf.to_container(data_cfg, resolve=True))
     cached = cfg.pop("cached_features")
     connector = connector_of(model.perception)
-    compresses = connector is not None and connector.needs_token_embeddings
+    emits_tokens = connector is not None and connector.emits_tokens
     for section in ("train_ds", "validation_ds"):
         if section in cfg:
             cfg[section].prompt_format = model.cfg.prompt_format
             cfg[section].audio_locator_tag = model.audio_locator_tag
-            cfg[section].token_equivalent_duration = None if compresses else model.token_equivalent_duration
+            cfg[section].token_equivalent_duration = None if emits_tokens else model.token_equivalent_duration
             cfg[section].sample_rate = model.sampling_rate
             if any("shar_path" in entry for entry in _entries(cfg[section])):
                 cfg[section].shard_seed = "randomized"  # an integer would give every rank and worker the same shards

@@ -125,7 +125,7 @@ def test_bad_schedule_is_refused():
 
 def test_ctc_positions_go_with_their_words_whatever_their_time():
     """Emitted early, with an insertion, a deletion and a substitution: matched tokens stay with their own word."""
-    from nemo_mtbi.models.ctc_order import units_by_order
+    from nemo_mtbi.models.token_order import units_by_order
 
     spoken = [[1], [2, 3], [4], [5, 6], [7]]
     assert units_by_order([1, 2, 3, 4, 5, 6, 7], spoken) == [0, 1, 1, 2, 3, 3, 4]
@@ -141,8 +141,8 @@ def test_ctc_positions_go_with_their_words_whatever_their_time():
     st.lists(st.integers(1, 6), max_size=25),
 )
 @settings(max_examples=200, deadline=None)
-def test_ctc_order_gives_every_position_one_unit_in_order(spoken, emitted):
-    from nemo_mtbi.models.ctc_order import units_by_order
+def test_token_order_gives_every_position_one_unit_in_order(spoken, emitted):
+    from nemo_mtbi.models.token_order import units_by_order
 
     units = units_by_order(emitted, spoken)
     assert len(units) == len(emitted) and units == sorted(units)

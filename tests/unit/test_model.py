@@ -272,7 +272,7 @@ def test_exports_need_nothing_else_and_compute_the_same(exported):
     for source in (nemo, hf):
         other = MTBISALM.restore_from(source)
         assert max_abs_logit_difference(model, other) < 1e-5
-        assert other.ctc_vocabulary.token_ids == list(range(300, 309))
+        assert other.perception.modality_adapter.vocabulary.token_ids == list(range(300, 309))
         assert other.encoder_key == model.encoder_key
     assert max_abs_logit_difference(model, MTBISALM.from_pretrained(str(hf))) < 1e-5
     assert not any(f.suffix in (".bin", ".pt", ".ckpt", ".pkl") for f in hf.rglob("*"))

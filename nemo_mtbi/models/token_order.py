@@ -1,25 +1,25 @@
-"""Which word each position of a CTC connector belongs to: by the order of the emitted tokens, not by their time.
+"""Which word each position of a connector that emits tokens belongs to: by the order of the tokens, not by their time.
 
-CTC is free to emit a token earlier or later than it is spoken, and a connector with global attention does. Slicing its
-positions by word times would then lose words of a speech span or repeat words that are given as text.
+CTC is free to emit a token earlier or later than it is spoken, and a connector with global attention does; an attention
+decoder has no times. Slicing positions by word times would lose words of a speech span or repeat words given as text.
 """
 
 import difflib
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from nemo_mtbi.data.ctc_vocabulary import CTCVocabulary
 from nemo_mtbi.data.dataset import Example
 from nemo_mtbi.modules.connectors import SpeechEmbeddings
 
 
 def units_by_order(emitted: list[int], spoken: list[list[int]]) -> list[int]:
-    """Unit of each emitted CTC class, non-decreasing.
+    """Unit of each emitted class, non-decreasing.
 
     Args:
-        emitted: classes in order.
+        emitted: classes (or tokens) in order.
         spoken: classes of each unit's transcript.
 
     Emitted and spoken classes are aligned as sequences. A position that matches nothing (an error of the recognizer) goes
@@ -40,13 +40,20 @@ def units_by_order(emitted: list[int], spoken: list[list[int]]) -> list[int]:
 
 
 def centers_by_order(
-    examples: list[Example], speech: SpeechEmbeddings, vocabulary: CTCVocabulary, frame_seconds: float
+    examples: list[Example],
+    speech: SpeechEmbeddings,
+    classes_of: Callable[[list[int]], list[int]],
+    frame_seconds: float,
 ) -> Tensor:
-    """Times (B, P), in encoder frames, that put every position inside the unit that it belongs to by order."""
+    """Times (B, P), in encoder frames, that put every position inside the unit that it belongs to by order.
+
+    Args:
+        classes_of: the connector's (see :class:`Connector`).
+    """
     assert speech.classes is not None
     centers = speech.centers.clone()
     for row, (example, count) in enumerate(zip(examples, speech.lengths.tolist(), strict=True)):
-        spoken = [vocabulary.classes_of(example.prompt_ids[u.token_begin : u.token_end]) for u in example.units]
+        spoken = [classes_of(example.prompt_ids[u.token_begin : u.token_end]) for u in example.units]
         middles = torch.tensor([(u.start_seconds + u.end_seconds) / 2 / frame_seconds - 0.5 for u in example.units])
         units = units_by_order(speech.classes[row, :count].tolist(), spoken)
         centers[row, :count] = middles[torch.tensor(units, dtype=torch.long)].to(centers)

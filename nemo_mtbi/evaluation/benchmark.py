@@ -25,7 +25,7 @@ from nemo_mtbi.data.conversation import MTBIConversation
 from nemo_mtbi.data.feature_cache import features_key
 from nemo_mtbi.evaluation.asr import RATE, WhisperASR
 from nemo_mtbi.evaluation.labelled import label_measures, label_of
-from nemo_mtbi.evaluation.metrics import Measure, measures
+from nemo_mtbi.evaluation.metrics import Measure, measures, sums_of
 from nemo_mtbi.evaluation.statistics import Bootstrap, Sums
 from nemo_mtbi.evaluation.systems import Questions, Reading, System, against_the_text_llm, log_likelihoods, readings
 from nemo_mtbi.models.mtbi_salm import MTBISALM
@@ -226,10 +226,10 @@ def entries(scored: dict[str, Scored], baseline: str, resamples: int) -> dict[st
         result[name] = {
             "answers": len(rows), "missing": len(asked) - len(rows),
             "scores": {
-                m: dict(zip(("value", "low", "high"), (s.ratio, *bootstrap.interval(s)), strict=True))
+                m: dict(zip(("value", "low", "high"), (s.value, *bootstrap.interval(s)), strict=True))
                 for m, s in totals(rows).items()
             },
-            "by_task": {t: {m: s.ratio for m, s in totals(own).items()} for t, own in sorted(by_task.items())},
+            "by_task": {t: {m: s.value for m, s in totals(own).items()} for t, own in sorted(by_task.items())},
         }  # fmt: skip
         if name != baseline and baseline in scored:
             both = rows.keys() & scored[baseline].keys()
@@ -240,12 +240,11 @@ def entries(scored: dict[str, Scored], baseline: str, resamples: int) -> dict[st
 
 def totals(rows: Scored) -> dict[str, Sums]:
     """Sums of each measure by utterance."""
-    total: dict[str, dict[str, Measure]] = defaultdict(dict)
-    for record, values in rows.values():
-        for measure, (above, below) in values.items():
-            old = total[measure].get(record["utterance"], (0.0, 0.0))
-            total[measure][record["utterance"]] = (old[0] + above, old[1] + below)
-    return {m: Sums.of(values) for m, values in total.items()}
+    values: dict[str, dict[str, list[Measure]]] = defaultdict(lambda: defaultdict(list))
+    for record, own in rows.values():
+        for measure, value in own.items():
+            values[measure][record["utterance"]].append(value)
+    return {m: sums_of(m, by_utterance) for m, by_utterance in values.items()}
 
 
 @torch.no_grad()

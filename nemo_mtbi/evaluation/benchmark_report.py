@@ -12,7 +12,10 @@ _TEMPLATE = Path(__file__).with_name("benchmark.html.j2")
 TITLES = {
     "token_agreement": "token agreement", "kl_per_token": "KL / token", "rouge_l": "ROUGE-L", "chrf": "chrF",
     "form": "form kept", "accuracy_text": "choice, by text", "accuracy_likelihood": "choice, by likelihood",
-    "wer": "WER to transcript", "wer_to_text_llm": "WER to the text LLM",
+    "f1_text": "F1, by text", "f1_likelihood": "F1, by likelihood",
+    "wer": "WER to transcript", "wer_to_text_llm": "WER to the text LLM", "bleu": "BLEU", "exact_match": "exact match",
+    "answer_f1": "answer F1", "contains_label": "contains the label", "instructions": "instructions followed",
+    "prompts": "prompts followed",
 }  # fmt: skip
 BY_TASK = ("token_agreement", "accuracy_likelihood")  # shown for each task: the first one that there is
 TESTED = ("token_agreement", "kl_per_token", "rouge_l")

@@ -1,4 +1,7 @@
-"""Measures of one answer, each as (numerator, denominator): a set's score is the ratio of sums, so it can be resampled.
+"""Measures of one answer as values that add up over answers, so that a set's score can be resampled.
+
+Most are (numerator, denominator), and the score is the ratio of the sums. BLEU adds n-gram counts and lengths, macro F1 the
+counts of each class (:data:`SCORES`).
 
 | measure | of an answer |
 | --- | --- |
@@ -8,6 +11,11 @@
 | ``accuracy_text`` | the choice that the answer names is the text LLM's; where the text LLM names one |
 | ``accuracy_likelihood`` | the most likely choice is the text LLM's most likely one |
 | ``wer``, ``wer_to_text_llm`` | of "repeat": against the transcript, and against the text LLM's own answer |
+| ``f1_text``, ``f1_likelihood`` | macro F1 of a labelled choice, over the classes that occur |
+| ``bleu`` | sacrebleu's corpus BLEU / 100, of translations (and ``chrf``) |
+| ``exact_match``, ``answer_f1`` | SQuAD's, of answers in few words (torchmetrics) |
+| ``contains_label`` | the answer contains the label, both normalized |
+| ``instructions``, ``prompts`` | IFEval's strict shares of instructions, and of prompts with all of theirs, that an answer follows (if-verifiable) |
 
 WER counts words after Whisper's English normalizer (Transformers), for other languages its basic one.
 """
@@ -17,12 +25,15 @@ from functools import cache
 from typing import Any
 
 import jiwer
+import numpy as np
 
+from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.evaluation.statistics import Score, Sums, ratio
 from nemo_mtbi.tasks.forms import choose, form_error
 from nemo_mtbi.tasks.library import Task
 
-Measure = tuple[float, float]
-LIBRARIES = ("jiwer", "rouge_score", "sacrebleu", "transformers", "torch", "nemo_toolkit", "lhotse")
+Measure = tuple[float, ...] | dict[str, float]  # positional values, or named ones where answers have different ones
+LIBRARIES = ("jiwer", "rouge_score", "sacrebleu", "torchmetrics", "transformers", "torch", "nemo_toolkit", "lhotse")
 
 
 def measures(record: dict[str, Any], reference: dict[str, Any], task: Task) -> dict[str, Measure]:
@@ -50,6 +61,96 @@ def measures(record: dict[str, Any], reference: dict[str, Any], task: Task) -> d
         result["wer"] = word_errors(record["transcript"], answer, record["language"])
         result["wer_to_text_llm"] = word_errors(own, answer, record["language"])
     return {k: v for k, v in result.items() if v[1] > 0}
+
+
+def sums_of(measure: str, rows: dict[str, list[Measure]]) -> Sums:
+    """The values of one measure by utterance, added up.
+
+    Args:
+        measure: its name.
+        rows: the values of each utterance's answers.
+    """
+    names = sorted({name for values in rows.values() for v in values if isinstance(v, dict) for name in v})
+    added = {}
+    for utterance, values in rows.items():
+        plain = [tuple(v.get(n, 0.0) for n in names) if isinstance(v, dict) else v for v in values]
+        added[utterance] = tuple(map(sum, zip(*plain, strict=True)))
+    return Sums.of(added, SCORES.get(measure, ratio))  # type: ignore[arg-type]
+
+
+def class_counts(label: str, predicted: str | None) -> dict[str, float]:
+    """What one answer adds to true positives, false positives and false negatives of the classes."""
+    if predicted == label:
+        return {f"{label}:tp": 1.0, f"{label}:fp": 0.0, f"{label}:fn": 0.0}
+    missed = {f"{label}:tp": 0.0, f"{label}:fp": 0.0, f"{label}:fn": 1.0}
+    if predicted is not None:
+        missed |= {f"{predicted}:tp": 0.0, f"{predicted}:fp": 1.0, f"{predicted}:fn": 0.0}
+    return missed
+
+
+def macro_f1(sums: np.ndarray) -> np.ndarray:
+    """Sums (..., 3 C) of (fn, fp, tp) of each class -> mean F1 over the classes that occur."""
+    missed, wrong, right = (sums[..., i::3] for i in range(3))  # names are sorted: fn, fp, tp
+    below = 2 * right + wrong + missed
+    scores = np.divide(2 * right, below, out=np.zeros_like(below), where=below > 0)
+    classes = (below > 0).sum(-1)
+    return np.divide(scores.sum(-1), classes, out=np.full(sums.shape[:-1], np.nan), where=classes > 0)
+
+
+def bleu_counts(reference: str, answer: str, language: str) -> Measure:
+    """Matching and all n-grams (1 to 4), lengths of answer and reference, after sacrebleu's tokenizer of the language."""
+    score = _bleu(language.split("-")[0].lower()).sentence_score(answer, [reference])
+    return (*map(float, score.counts), *map(float, score.totals), float(score.sys_len), float(score.ref_len))
+
+
+def corpus_bleu(sums: np.ndarray) -> np.ndarray:
+    """Sums (..., 10) of :func:`bleu_counts` -> corpus BLEU in [0, 1]."""
+    from sacrebleu.metrics.bleu import BLEU
+
+    flat = [
+        BLEU.compute_bleu(list(map(int, r[:4])), list(map(int, r[4:8])), int(r[8]), int(r[9]), "exp").score / 100
+        for r in sums.reshape(-1, 10)
+    ]
+    return np.array(flat).reshape(sums.shape[:-1])
+
+
+SCORES: dict[str, Score] = {"f1_text": macro_f1, "f1_likelihood": macro_f1, "bleu": corpus_bleu}
+
+
+def squad_measures(references: list[str], answer: str) -> dict[str, Measure]:
+    """SQuAD's exact match and token F1 with the best of several right answers."""
+    from torchmetrics.functional.text import squad
+
+    target = {"answers": {"text": references, "answer_start": [0] * len(references)}, "id": "0"}
+    scores = squad([{"prediction_text": answer, "id": "0"}], [target])  # type: ignore[list-item]
+    return {"exact_match": (float(scores["exact_match"]) / 100, 1), "answer_f1": (float(scores["f1"]) / 100, 1)}
+
+
+def instruction_measures(instructions: list[dict[str, Any]], prompt: str, answer: str) -> dict[str, Measure]:
+    """Which verifiable instructions of IFEval the answer follows, strictly.
+
+    Args:
+        instructions: ``{"id": ..., "kwargs": {...}}`` each.
+        prompt: of the question.
+        answer: to it.
+    """
+    try:
+        import langdetect
+        from if_verifiable import IFEvalSample, evaluate_output_for_sample
+    except ImportError as error:
+        raise ConfigError("Instructions are checked by if-verifiable: pip install nemo-mtbi[ifeval].") from error
+    langdetect.DetectorFactory.seed = 0  # it guesses at random otherwise
+    sample = IFEvalSample(
+        key=0, prompt=prompt, instruction_id_list=[i["id"] for i in instructions], kwargs=[i["kwargs"] for i in instructions]
+    )  # fmt: skip
+    results, scores = evaluate_output_for_sample("ifeval", sample, answer)
+    return {"instructions": (scores.partial_strict * len(results), len(results)), "prompts": (scores.binary_strict, 1)}
+
+
+def contains(label: str, answer: str, language: str = "en") -> Measure:
+    """Whether the words of the label stand in the answer, in order, both normalized."""
+    normalize = normalizer(language.split("-")[0].lower())
+    return float(f" {normalize(label)} " in f" {normalize(answer)} "), 1.0
 
 
 def text_measures(reference: str, answer: str) -> dict[str, Measure]:
@@ -93,6 +194,13 @@ def _rouge() -> Any:
             return re.findall(r"\w+", text.lower())
 
     return RougeScorer(["rougeL"], tokenizer=AnyScript())
+
+
+@cache
+def _bleu(language: str) -> Any:
+    from sacrebleu.metrics.bleu import BLEU
+
+    return BLEU(effective_order=True, trg_lang=language)
 
 
 @cache

@@ -1,32 +1,38 @@
-"""Bootstrap over utterances: confidence intervals of a ratio of sums, and a paired test between systems.
+"""Bootstrap over utterances: confidence intervals of scores that are functions of sums, and a paired test between systems.
 
 An utterance is resampled with all its answers, since they share its audio (Bisani & Ney 2004; Koehn 2004 for the paired test).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 LEVEL = 0.95
+Score = Callable[[np.ndarray], np.ndarray]  # sums (..., k) -> scores (...)
+
+
+def ratio(sums: np.ndarray) -> np.ndarray:
+    """Numerator over denominator (..., 2); NaN where that is 0."""
+    return np.divide(sums[..., 0], sums[..., 1], out=np.full(sums.shape[:-1], np.nan), where=sums[..., 1] > 0)
 
 
 @dataclass(frozen=True)
 class Sums:
-    """A measure by utterance: ids (N), numerators (N,) and denominators (N,)."""
+    """A measure by utterance: ids (N), values (N, k), and the score that sums of the values give."""
 
     ids: list[str]
-    numerators: np.ndarray
-    denominators: np.ndarray
+    values: np.ndarray
+    score: Score = ratio
 
     @classmethod
-    def of(cls, rows: dict[str, tuple[float, float]]) -> "Sums":
+    def of(cls, rows: dict[str, tuple[float, ...]], score: Score = ratio) -> "Sums":
         ids = sorted(rows)
-        values = np.array([rows[i] for i in ids], dtype=np.float64).reshape(-1, 2)
-        return cls(ids, values[:, 0], values[:, 1])
+        return cls(ids, np.array([rows[i] for i in ids], dtype=np.float64), score)
 
     @property
-    def ratio(self) -> float:
-        return float(self.numerators.sum() / self.denominators.sum())
+    def value(self) -> float:
+        return float(self.score(self.values.sum(0)))
 
 
 class Bootstrap:
@@ -43,16 +49,15 @@ class Bootstrap:
         count = len(self.place)
         self.weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
 
-    def ratios(self, sums: Sums) -> np.ndarray:
-        """(resamples,) ratios; resamples without any of the measure's utterances are left out."""
+    def scores(self, sums: Sums) -> np.ndarray:
+        """(resamples,) scores; NaN for resamples without any of the measure's utterances."""
         chosen = self.weights[:, [self.place[i] for i in sums.ids]]
-        below = chosen @ sums.denominators
-        return np.divide(chosen @ sums.numerators, below, out=np.full(len(below), np.nan), where=below > 0)
+        return sums.score(chosen @ sums.values)
 
     def interval(self, sums: Sums) -> tuple[float, float]:
         """Percentile interval at :data:`LEVEL`."""
         tail = (1 - LEVEL) / 2
-        low, high = np.nanquantile(self.ratios(sums), [tail, 1 - tail])
+        low, high = np.nanquantile(self.scores(sums), [tail, 1 - tail])
         return float(low), float(high)
 
     def compare(self, system: Sums, baseline: Sums) -> dict[str, float]:
@@ -60,10 +65,10 @@ class Bootstrap:
 
         The p-value is twice the smaller share of resamples on one side of zero, and at least 1 / resamples.
         """
-        differences = self.ratios(system) - self.ratios(baseline)
+        differences = self.scores(system) - self.scores(baseline)
         differences = differences[~np.isnan(differences)]
         tail = (1 - LEVEL) / 2
         low, high = np.quantile(differences, [tail, 1 - tail])
         side = min(float((differences <= 0).mean()), float((differences >= 0).mean()))
         p = min(1.0, max(2 * side, 1 / len(differences)))
-        return {"difference": system.ratio - baseline.ratio, "low": float(low), "high": float(high), "p": p}
+        return {"difference": system.value - baseline.value, "low": float(low), "high": float(high), "p": p}

@@ -68,7 +68,7 @@ def main(cfg: DictConfig) -> None:
     references = write_references(output / "references", dict(cfg.cuts), trained, unseen, settings)
     records: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in cfg.cuts}
     labelled = {
-        name: labelled_cuts(name, dict(options), model.tokenizer.tokenizer, model.stop_ids()[-1])
+        name: labelled_cuts(name, dict(options), model.tokenizer.tokenizer, model.stop_ids()[-1], output / "audio")
         for name, options in (cfg.labelled or {}).items()
     }
     label_records: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in labelled}

@@ -95,7 +95,7 @@ def test_bootstrap_equals_scipy_and_pairs_utterances():
     agreed = rng.binomial(tokens, 0.7)
     ids = [f"u{i:02d}" for i in range(60)]
     sums = Sums.of({i: (float(a), float(t)) for i, a, t in zip(ids, agreed, tokens, strict=True)})
-    assert sums.ratio == pytest.approx(agreed.sum() / tokens.sum())
+    assert sums.value == pytest.approx(agreed.sum() / tokens.sum())
     bootstrap = Bootstrap(ids, 4000)
     low, high = bootstrap.interval(sums)
     reference = stats.bootstrap(
@@ -103,7 +103,7 @@ def test_bootstrap_equals_scipy_and_pairs_utterances():
         rng=np.random.default_rng(2),
     ).confidence_interval  # fmt: skip
     assert (low, high) == pytest.approx((reference.low, reference.high), abs=0.006)
-    better = Sums(sums.ids, sums.numerators + 1, sums.denominators)  # better on every utterance
+    better = Sums(sums.ids, sums.values + [1, 0])  # better on every utterance
     test = bootstrap.compare(better, sums)
     assert test["difference"] == pytest.approx(60 / tokens.sum()) and test["low"] > 0 and test["p"] <= 1 / 2000
     assert bootstrap.compare(sums, sums)["p"] == 1.0
@@ -150,23 +150,26 @@ def labels(tmp_path):
 def test_slots_are_asked_with_the_values_of_the_whole_table(labels, smollm2):
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     cuts, transcribed = labelled_cuts(
-        "coffee", {"kind": "slots", "path": str(labels / "labels.tsv"), "utterances": 1}, tokenizer, 2
+        "coffee", {"kind": "slots", "path": str(labels / "labels.tsv"), "utterances": 1}, tokenizer, 2, labels
     )
     (cut,) = cuts
     size, milk = cut.custom["targets"]
     assert not transcribed and size["response"] == "small" and tokenizer.decode(size["response_ids"][:-1]) == "small"
     assert size["prompt"] == "Which size was ordered? Answer with one of these and nothing else: large, small."
     assert milk["prompt"].startswith("Which milk type was ordered?")
-    assert cut.custom["labels"][size["prompt_id"]] == {"metric": "accuracy", "choices": ["large", "small"]}
+    label = cut.custom["labels"][size["prompt_id"]]
+    assert (label["metric"], label["choices"]) == ("accuracy", ["large", "small"])
     row = {
         "reference": "small",
         "answer": "A small one.",
         "choice": "large",
         "choices": ["large", "small"],
         "metric": "accuracy",
+        "language": "en",
     }
-    assert label_measures(row) == {"accuracy_text": (1.0, 1.0), "accuracy_likelihood": (0.0, 1.0)}
-    assert label_measures({**row, "choices": [], "metric": "wer", "language": "en"})["wer"] == (2.0, 1.0)
+    found = label_measures(row)
+    assert (found["accuracy_text"], found["accuracy_likelihood"]) == ((1.0, 1.0), (0.0, 1.0))
+    assert label_measures({**row, "choices": [], "metric": "wer"})["wer"] == (2.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -183,10 +186,10 @@ def test_bad_labels_name_the_line(labels, smollm2, row, message):
     good = {"audio": "a.wav", "task": "qa", "prompt": "What?", "label": "it", "transcript": "what is it"}
     file.write_text(json.dumps(good | row) + "\n")
     with pytest.raises(DataError, match=message):
-        labelled_cuts("qa", {"kind": "jsonl", "path": str(file)}, AutoTokenizer.from_pretrained(smollm2), 2)
+        labelled_cuts("qa", {"kind": "jsonl", "path": str(file)}, AutoTokenizer.from_pretrained(smollm2), 2, labels)
     file.write_text(json.dumps(good) + "\n")
     cuts, transcribed = labelled_cuts(
-        "qa", {"kind": "jsonl", "path": str(file)}, AutoTokenizer.from_pretrained(smollm2), 2
+        "qa", {"kind": "jsonl", "path": str(file)}, AutoTokenizer.from_pretrained(smollm2), 2, labels
     )
     assert transcribed and next(iter(cuts)).supervisions[0].text == "what is it"
 

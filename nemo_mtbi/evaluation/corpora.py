@@ -1,0 +1,304 @@
+"""Readers of labelled corpora in the forms in which they are published.
+
+| kind | path | recordings (default of ``audio``) |
+| --- | --- | --- |
+| ``librispeech`` | a folder with ``*.trans.txt`` (``test-clean``) | beside them, ``.flac`` |
+| ``slurp`` | ``dataset/slurp/test.jsonl`` | ``audio/slurp_real`` of the same copy |
+| ``minds14`` | ``text/en-US.csv``, or a parquet of PolyAI/minds14 | ``audio`` beside ``text``; inside the parquet |
+| ``covost2`` | ``covost_v2.de_en.tsv`` beside Common Voice's ``validated.tsv`` | ``clips`` beside it |
+| ``spoken_squad`` | ``spoken_test-v1.1.json`` | ``dev_wav`` beside it, a file for each sentence |
+| ``voicebench`` | a parquet of hlt-lab/voicebench (``openbookqa``, ``mmsu``, ``sd-qa``, ``bbh``, ``ifeval``) | inside |
+| ``speech_ifeval`` | ``data/eval_data/*.jsonl`` | ``audios`` beside ``eval_data`` |
+| ``slots`` | a table of ``path`` and ``slots`` (JSON) | relative to the table |
+| ``jsonl`` | lines with the fields of :class:`Question` | relative to the file |
+"""
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_mtbi.data import jsonl
+from nemo_mtbi.errors import DataError
+from nemo_mtbi.evaluation.labelled import METRICS, LabelledConfig, Question
+
+CHOICE_PROMPT = "{question} Answer with one of these and nothing else: {choices}."
+SLOT_PROMPT = CHOICE_PROMPT.replace("{question}", "Which {slot} was ordered?")
+PROMPTS = {
+    "repeat": "Repeat what the speaker says, word for word.",
+    "scenario": CHOICE_PROMPT.replace("{question}", "What is this request about?"),
+    "intent": CHOICE_PROMPT.replace("{question}", "What does the speaker want?"),
+    "translation": "Translate what the speaker says into {language}. Write nothing else.",
+    "answer": "{question} Answer in a few words.",
+    "letter": "Answer the spoken question with the letter of the right choice and nothing else: {choices}.",
+    "follow": "Do what the speaker asks.",
+}
+
+
+def read_librispeech(config: LabelledConfig, folder: Path) -> Iterator[Question]:
+    """Utterances with their transcripts: ``ID TEXT`` lines, ``ID.flac`` beside them."""
+    for table in sorted(Path(config.path).rglob("*.trans.txt")):
+        for line in table.read_text(encoding="utf-8").splitlines():
+            name, _, text = line.partition(" ")
+            yield Question(
+                table.parent / f"{name}.flac", "repeat", _prompt(config, "repeat"), text, "wer", transcript=text
+            )
+
+
+def read_slurp(config: LabelledConfig, folder: Path) -> Iterator[Question]:
+    """Scenario and intent of every recording of each sentence; the choices are those of the whole table."""
+    path = Path(config.path)
+    audio = _folder(config, path.resolve().parent.parent.parent / "audio" / "slurp_real")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    tasks = {t: tuple(sorted({_words(r[t]) for r in rows})) for t in ("scenario", "intent")}
+    for row in rows:
+        for recording in row["recordings"]:
+            for task, choices in tasks.items():
+                prompt = _prompt(config, task, choices=", ".join(choices))
+                yield Question(
+                    audio / recording["file"], task, prompt, _words(row[task]), "accuracy", choices, row["sentence"]
+                )
+
+
+def read_minds14(config: LabelledConfig, folder: Path) -> Iterator[Question]:
+    """Intents in e-banking. CSV: a head, then file, transcript, English transcript, intent; the locale is the file's name."""
+    path = Path(config.path)
+    rows: list[tuple[Path, str, str]]
+    if path.suffix == ".parquet":
+        table = _parquet(path)
+        names = table.features["intent_class"].names
+        rows = [(_audio_of(r, folder, i), r["transcription"], names[r["intent_class"]]) for i, r in enumerate(table)]
+        locale = path.parent.name
+    else:
+        audio = _folder(config, path.resolve().parent.parent / "audio")
+        with open(path, encoding="utf-8", newline="") as stream:
+            lines = list(csv.reader(stream, skipinitialspace=True))[1:]
+        if any(len(line) != 4 for line in lines):
+            raise DataError(
+                f"{path}: a line of MINDS-14 has four fields (file, transcript, English transcript, intent)."
+            )
+        rows = [(audio / file, text, intent.lower()) for file, text, _, intent in lines]
+        locale = path.stem
+    choices = tuple(sorted({_words(intent) for *_, intent in rows}))
+    prompt = _prompt(config, "intent", choices=", ".join(choices))
+    for file, text, intent in rows:
+        yield Question(file, "intent", prompt, _words(intent), "accuracy", choices, text, locale.split("-")[0])
+
+
+def read_covost2(config: LabelledConfig, folder: Path) -> Iterator[Question]:
+    """Translations: columns path, translation, split; the transcripts are Common Voice's (path, sentence)."""
+    from transformers.models.whisper.tokenization_whisper import LANGUAGES
+
+    path = Path(config.path)
+    try:
+        source, target = path.stem.removeprefix("covost_v2.").split("_")
+        language = LANGUAGES[target.split("-")[0].lower()].title()
+    except (ValueError, KeyError) as error:
+        raise DataError(f"{path}: the file's name gives the languages, as in covost_v2.de_en.tsv.") from error
+    sentences = {}
+    transcripts = path.parent / "validated.tsv"
+    if transcripts.is_file():
+        sentences = {r["path"]: r["sentence"] for r in _tsv(transcripts, {"path", "sentence"})}
+    audio, split = _folder(config, path.parent / "clips"), config.split or "test"
+    prompt = _prompt(config, "translation", language=language)
+    for row in _tsv(path, {"path", "translation", "split"}):
+        if row["split"] == split:
+            yield Question(
+                audio / row["path"], "translation", prompt, row["translation"], "translation",
+                transcript=sentences.get(row["path"]), language=source, answer_language=target,
+            )  # fmt: skip
+
+
+def read_spoken_squad(config: LabelledConfig, folder: Path) -> Iterator[Question]:
+    """Questions about read paragraphs: SQuAD's JSON; sentence k of paragraph j of article i is ``i_j_k.wav``.
+
+    A paragraph's sentences are joined into one recording under ``folder``.
+    """
+    path = Path(config.path)
+    audio = _folder(config, path.parent / "dev_wav")
+    articles = json.loads(path.read_text(encoding="utf-8"))["data"]
+    for i, article in enumerate(articles):
+        for j, paragraph in enumerate(article["paragraphs"]):
+            questions = [q for q in paragraph["qas"] if q["answers"]]
+            if not questions:
+                continue
+            parts = sorted(audio.glob(f"{i}_{j}_*.wav"), key=lambda p: int(p.stem.split("_")[2]))
+            if not parts:
+                raise DataError(f"{audio} holds no {i}_{j}_*.wav, the recordings of paragraph {j} of article {i}.")
+            whole = _joined(parts, folder / f"{i}_{j}.wav")
+            for question in questions:
+                answers = list(dict.fromkeys(a["text"] for a in question["answers"]))
+                yield Question(
+                    whole, "answer", _prompt(config, "answer", question=question["question"].strip()), answers[0], "answer",
+                    transcript=paragraph["context"], others=tuple(answers[1:]),
+                )  # fmt: skip
+
+
+def read_voicebench(config: LabelledConfig, folder: Path) -> Iterator[Question]:
+    """Spoken instructions. Letters as references are choices; other references must stand in the answer; IFEval's instructions
+    are checked. Subsets without either (``alpacaeval``, ``commoneval``, ``advbench``) need a judge and are refused."""
+    path = Path(config.path)
+    table = _parquet(path)
+    if not {"reference", "instruction_id_list"} & set(table.column_names):
+        raise DataError(
+            f"{path}: this subset has no references; its answers are rated by an LLM, which is not done here."
+        )
+    letters: tuple[str, ...] = ()
+    if "reference" in table.column_names and set(table["reference"]) <= set("ABCDEFGHIJ"):
+        letters = tuple(sorted(set(table["reference"])))
+    for index, row in enumerate(table):
+        prompt = _prompt(config, "letter", choices=", ".join(letters)) if letters else _prompt(config, "follow")
+        label = row.get("reference") or ""
+        metric = "accuracy" if letters else "contains" if label else "instructions"
+        yield Question(
+            _audio_of(row, folder, index), path.parent.name, prompt, label, metric, letters, row["prompt"],
+            instructions=_instructions(row),
+        )  # fmt: skip
+
+
+def read_speech_ifeval(config: LabelledConfig, folder: Path) -> Iterator[Question]:
+    """Prompts with verifiable instructions about their answer's form; recognition is scored by WER, other labels must stand in
+    the answer."""
+    path = Path(config.path)
+    audio = _folder(config, path.parent.parent / "audios")
+    for row in jsonl.read(path):
+        label = str(row.get("label") or "")
+        metric = "instructions" if not label else "wer" if row.get("metric") == "wer" else "contains"
+        task = row.get("dataset") or path.stem
+        yield Question(
+            audio / row["audio_filepath"], task, row["instruction"], label, metric, instructions=_instructions(row)
+        )
+
+
+def read_slots(config: LabelledConfig, folder: Path) -> Iterator[Question]:
+    """Tab-separated table of ``path`` (relative to the table) and ``slots`` (JSON object): a question for each filled slot.
+
+    The choices of a question are all values that its slot has in the table, so they do not depend on ``utterances``.
+    """
+    path = Path(config.path)
+    rows = _tsv(path, {"path", "slots"})
+    slots = [json.loads(r["slots"]) for r in rows]
+    choices: dict[str, set[str]] = {}
+    for filled in slots:
+        for name, value in filled.items():
+            choices.setdefault(name, set()).add(value)
+    for row, filled in zip(rows, slots, strict=True):
+        for name, value in filled.items():
+            options = tuple(sorted(choices[name]))
+            prompt = _fill(config.prompts.get(name, SLOT_PROMPT), slot=_words(name), choices=", ".join(options))
+            yield Question(path.parent / row["path"], name, prompt, value, "accuracy", options)
+
+
+def read_jsonl(config: LabelledConfig, folder: Path) -> Iterator[Question]:
+    """JSON lines with the fields of :class:`Question`; ``audio`` is relative to the file."""
+    path = Path(config.path)
+    with open(path, encoding="utf-8") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                row = json.loads(line)
+                row["audio"] = path.parent / row["audio"]
+                row |= {k: tuple(row.get(k, ())) for k in ("choices", "others", "instructions")}
+                question = Question(**row)
+            except (json.JSONDecodeError, TypeError, KeyError) as error:
+                raise DataError(f"{path}, line {number}: {type(error).__name__}: {error}.") from error
+            if question.metric not in METRICS or (question.metric == "accuracy") != bool(question.choices):
+                raise DataError(
+                    f"{path}, line {number}: metric={question.metric!r} with {len(question.choices)} choices; metrics are "
+                    f"{', '.join(METRICS)}, and accuracy needs choices (the others none)."
+                )
+            yield question
+
+
+READERS: dict[str, Callable[[LabelledConfig, Path], Iterator[Question]]] = {
+    "librispeech": read_librispeech,
+    "slurp": read_slurp,
+    "minds14": read_minds14,
+    "covost2": read_covost2,
+    "spoken_squad": read_spoken_squad,
+    "voicebench": read_voicebench,
+    "speech_ifeval": read_speech_ifeval,
+    "slots": read_slots,
+    "jsonl": read_jsonl,
+}
+
+
+def _prompt(config: LabelledConfig, task: str, **values: str) -> str:
+    return _fill(config.prompts.get(task, PROMPTS[task]), **values)
+
+
+def _fill(template: str, **values: str) -> str:
+    for name, value in values.items():  # not str.format: a question may hold braces
+        template = template.replace("{" + name + "}", value)
+    return template
+
+
+def _folder(config: LabelledConfig, published: Path) -> Path:
+    """The folder of the recordings."""
+    folder = Path(config.audio) if config.audio else published
+    if not folder.is_dir():
+        raise DataError(f"There is no folder {folder} with the recordings of {config.path}; set audio.")
+    return folder
+
+
+def _tsv(path: Path, columns: set[str]) -> list[dict[str, str]]:
+    # Common Voice writes quotation marks as they are; JSON in a column has its own.
+    with open(path, encoding="utf-8", newline="") as stream:
+        first = stream.readline()
+        stream.seek(0)
+        quoting = csv.QUOTE_NONE if "sentence" in first or "translation" in first else csv.QUOTE_MINIMAL
+        rows = list(csv.DictReader(stream, delimiter="\t", quoting=quoting))
+    if not rows or not columns <= set(rows[0]):
+        raise DataError(f"{path} needs the columns {', '.join(sorted(columns))}.")
+    return rows
+
+
+def _parquet(path: Path) -> Any:
+    """A Hugging Face table whose audio stays as it is stored."""
+    from datasets import Audio, Dataset
+
+    table = Dataset.from_parquet(str(path))
+    return table.cast_column("audio", Audio(decode=False))
+
+
+def _audio_of(row: dict[str, Any], folder: Path, index: int) -> Path:
+    """The recording that a parquet row holds, as a file."""
+    name = Path(row["audio"].get("path") or f"{index}.wav").name
+    path = folder / f"{index:06d}_{name}"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.part")
+        temporary.write_bytes(row["audio"]["bytes"])
+        temporary.replace(path)
+    return path
+
+
+def _joined(parts: list[Path], path: Path) -> Path:
+    """One WAV of several."""
+    import soundfile
+
+    if not path.is_file():
+        read = [soundfile.read(p, dtype="float32", always_2d=True) for p in parts]
+        if len({rate for _, rate in read}) != 1:
+            raise DataError(f"{parts[0]} and its neighbours have different sampling rates.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".part")
+        soundfile.write(temporary, np.concatenate([w.mean(1) for w, _ in read]), read[0][1], format="WAV")
+        temporary.replace(path)
+    return path
+
+
+def _instructions(row: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """IFEval's instructions of a row; parameters that a table fills with null are left out."""
+    ids, values = row.get("instruction_id_list") or [], row.get("kwargs") or []
+    return tuple(
+        {"id": i, "kwargs": {k: v for k, v in (own or {}).items() if v is not None}}
+        for i, own in zip(ids, values, strict=True)
+    )
+
+
+def _words(name: str) -> str:
+    """``coffeeDrink`` and ``alarm_set`` -> ``coffee drink``, ``alarm set``."""
+    return "".join(f" {c.lower()}" if c.isupper() else c for c in name).replace("_", " ").strip()

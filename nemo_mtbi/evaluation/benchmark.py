@@ -122,8 +122,7 @@ class Predictions:
         return key_of(self.key, target.rendering, target.prompt, target.response, features_key(conversation.cut, ""))
 
     def _records(self, model: MTBISALM, system: System, reading: Reading, imitation: bool) -> Iterable[dict[str, Any]]:
-        tokenizer = model.tokenizer.tokenizer
-        forced = against_the_text_llm(model, system, reading) if imitation else None
+        forced = against_the_text_llm(model, system, reading) if imitation and system.teacher_forced else None
         answers = system.answers(reading, max(self.budget(c) for c in reading.conversations))
         chosen = self._choices(model, system, reading)
         for i, (conversation, example) in enumerate(zip(reading.conversations, reading.examples, strict=True)):
@@ -135,8 +134,7 @@ class Predictions:
                 "utterance": conversation.source_id, "task": target.task,
                 "prompt_id": target.prompt_id, "prompt": target.prompt, "transcript": example.transcript,
                 "language": languages[0] if languages else "en", "reference": target.response,
-                "answer": tokenizer.decode(answers[i], skip_special_tokens=True).strip(),
-                "choice": chosen[i],
+                "answer": answers[i], "choice": chosen[i],
             }  # fmt: skip
             yield record | label_of(conversation) | (asdict(forced[i]) if forced else {})
 
@@ -144,7 +142,7 @@ class Predictions:
         """The most likely choice of each example whose task has choices, by log-likelihood of its tokens and the end of turn."""
         tokenizer, end = model.tokenizer.tokenizer, model.stop_ids()[-1:]
         scores: list[dict[str, float]] = [{} for _ in reading.examples]
-        options = [self.choices(c) for c in reading.conversations]
+        options = [self.choices(c) if system.teacher_forced else [] for c in reading.conversations]
         for place in range(max(map(len, options))):
             rows = [o[place % len(o)] if o else "" for o in options]
             if not any(rows):

@@ -248,8 +248,8 @@ def _tsv(path: Path, columns: set[str]) -> list[dict[str, str]]:
     with open(path, encoding="utf-8", newline="") as stream:
         first = stream.readline()
         stream.seek(0)
-        quoting = csv.QUOTE_NONE if "sentence" in first or "translation" in first else csv.QUOTE_MINIMAL
-        rows = list(csv.DictReader(stream, delimiter="\t", quoting=quoting))
+        plain = "sentence" in first or "translation" in first
+        rows = list(csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL))
     if not rows or not columns <= set(rows[0]):
         raise DataError(f"{path} needs the columns {', '.join(sorted(columns))}.")
     return rows

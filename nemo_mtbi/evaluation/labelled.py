@@ -157,10 +157,12 @@ def label_measures(record: dict[str, Any]) -> dict[str, Measure]:
     result: dict[str, Measure] = {}
     if choices:
         text, likely = choose(answer, choices), record["choice"]
-        result = {
-            "accuracy_text": (float(text == label), 1.0), "accuracy_likelihood": (float(likely == label), 1.0),
-            "f1_text": class_counts(label, text), "f1_likelihood": class_counts(label, likely),
-        }  # fmt: skip
+        result = {"accuracy_text": (float(text == label), 1.0), "f1_text": class_counts(label, text)}
+        if likely is not None:
+            result |= {
+                "accuracy_likelihood": (float(likely == label), 1.0),
+                "f1_likelihood": class_counts(label, likely),
+            }
     elif record["metric"] == "wer":
         result = {"wer": word_errors(label, answer, record["language"])}
     elif record["metric"] == "translation":
@@ -170,7 +172,7 @@ def label_measures(record: dict[str, Any]) -> dict[str, Measure]:
     elif record["metric"] == "contains":
         result = {"contains_label": contains(label, answer, language)}
     elif record["metric"] == "text":
-        result = text_measures(label, answer)
+        result |= text_measures(label, answer)
     if record.get("instructions"):
         result |= instruction_measures(record["instructions"], record["prompt"], answer)
     return result

@@ -15,7 +15,7 @@ counts of each class (:data:`SCORES`).
 | ``bleu`` | sacrebleu's corpus BLEU / 100, of translations (and ``chrf``) |
 | ``exact_match``, ``answer_f1`` | SQuAD's, of answers in few words (torchmetrics) |
 | ``contains_label`` | the answer contains the label, both normalized |
-| ``instructions``, ``prompts`` | IFEval's strict shares of instructions, and of prompts with all of theirs, that an answer follows (if-verifiable) |
+| ``instructions``, ``prompts`` | IFEval's strict shares of instructions followed, and of answers that follow all of them |
 
 WER counts words after Whisper's English normalizer (Transformers), for other languages its basic one.
 """
@@ -45,7 +45,7 @@ def measures(record: dict[str, Any], reference: dict[str, Any], task: Task) -> d
         task: of the conversation.
     """
     answer, own = record["answer"], reference["answer"]
-    result = text_measures(own, answer)
+    result: dict[str, tuple[float, float]] = dict(text_measures(own, answer))
     if record.get("tokens"):
         result["token_agreement"] = (record["agreed"], record["tokens"])
         result["kl_per_token"] = (record["kl"], record["tokens"])
@@ -153,7 +153,7 @@ def contains(label: str, answer: str, language: str = "en") -> Measure:
     return float(f" {normalize(label)} " in f" {normalize(answer)} "), 1.0
 
 
-def text_measures(reference: str, answer: str) -> dict[str, Measure]:
+def text_measures(reference: str, answer: str) -> dict[str, tuple[float, float]]:
     """ROUGE-L and chrF of a text."""
     return {
         "rouge_l": (_rouge().score(reference, answer)["rougeL"].fmeasure, 1),
@@ -166,7 +166,7 @@ def filled_values(task: Task, prompt: str) -> dict[str, str]:
     return {name: next((v for v in values if v in prompt), values[0]) for name, values in task.variables.items()}
 
 
-def word_errors(reference: str, hypothesis: str, language: str = "en") -> Measure:
+def word_errors(reference: str, hypothesis: str, language: str = "en") -> tuple[float, float]:
     """(substitutions + deletions + insertions, words of the reference), both normalized."""
     normalize = normalizer(language.split("-")[0].lower())
     reference, hypothesis = normalize(reference), normalize(hypothesis)

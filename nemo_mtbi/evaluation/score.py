@@ -91,7 +91,7 @@ class Evaluation:
             answers = system.answers(reading, budget(reading.examples))
             for example, answer in zip(reading.examples, answers, strict=True):
                 own = decode(example.response_ids, skip_special_tokens=True)
-                scores.repeats.append((decode(answer, skip_special_tokens=True), own, example.transcript))
+                scores.repeats.append((answer, own, example.transcript))
         return scores
 
 

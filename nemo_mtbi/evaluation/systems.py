@@ -9,14 +9,18 @@ from typing import Any, Protocol
 
 import torch
 from lhotse import CutSet
+from nemo.utils import logging
 from omegaconf import OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
+from nemo_mtbi.data.audio import mono_samples
 from nemo_mtbi.data.conversation import ConversationIterator, MTBIConversation, TargetSelection, transcript
 from nemo_mtbi.data.dataset import Example, MTBIDataset
+from nemo_mtbi.data.messages import user_message
 from nemo_mtbi.data.rendering import Spoken
 from nemo_mtbi.losses.imitation import ImitationObjective, imitation_loss
+from nemo_mtbi.models.generation import collate_waveforms
 from nemo_mtbi.models.mtbi_salm import MTBISALM
 from nemo_mtbi.modules.language_model import teacher_hidden_states
 
@@ -67,19 +71,26 @@ class Reading:
 
 
 class System(Protocol):
-    """What the evaluation asks of a system."""
+    """What the evaluation asks of a system.
+
+    ``teacher_forced``: whether it has ``hidden``, states for the head of the text LLM; without them answers alone are scored.
+    """
+
+    teacher_forced: bool
 
     def read(self, questions: Questions, conversations: list[MTBIConversation]) -> Reading | None: ...
 
     def hidden(self, reading: Reading, responses: list[list[int]]) -> Tensor:
         """(R, H): states that predict the tokens of one response for each example, under teacher forcing."""
 
-    def answers(self, reading: Reading, max_new_tokens: int) -> list[list[int]]:
-        """Greedy answers as token ids."""
+    def answers(self, reading: Reading, max_new_tokens: int) -> list[str]:
+        """Greedy answers."""
 
 
 class SpeechSystem:
     """The speech LLM with the connector that the model holds now."""
+
+    teacher_forced = True
 
     def __init__(self, model: MTBISALM) -> None:
         self.model = model
@@ -96,8 +107,8 @@ class SpeechSystem:
         examples = [replace(e, response_ids=r) for e, r in zip(reading.examples, responses, strict=True)]
         return self.model.student({**reading.inputs, "examples": examples}, interleave=False).hidden
 
-    def answers(self, reading: Reading, max_new_tokens: int) -> list[list[int]]:
-        return self.model.answer(reading.inputs, max_new_tokens)
+    def answers(self, reading: Reading, max_new_tokens: int) -> list[str]:
+        return decoded(self.model, self.model.answer(reading.inputs, max_new_tokens))
 
 
 class TextSystem:
@@ -105,6 +116,8 @@ class TextSystem:
 
     Conversations that the ASR has no transcript of (unreadable audio) are left out.
     """
+
+    teacher_forced = True
 
     def __init__(self, model: MTBISALM, transcripts: dict[str, str] | None) -> None:
         self.model, self.transcripts = model, transcripts
@@ -125,8 +138,57 @@ class TextSystem:
     def hidden(self, reading: Reading, responses: list[list[int]]) -> Tensor:
         return text_hidden(self.model, reading.inputs, responses, reading.examples)
 
-    def answers(self, reading: Reading, max_new_tokens: int) -> list[list[int]]:
-        return self.model.answer_text(reading.inputs, max_new_tokens)
+    def answers(self, reading: Reading, max_new_tokens: int) -> list[str]:
+        return decoded(self.model, self.model.answer_text(reading.inputs, max_new_tokens))
+
+
+class SALMSystem:
+    """Any speech LLM of NeMo's class ``SALM``, with an LLM of its own: its answers are scored, its probabilities are not.
+
+    Args:
+        name: directory or hub name that ``SALM.from_pretrained`` opens.
+        device: where it computes.
+    """
+
+    teacher_forced = False
+
+    def __init__(self, name: str, device: str | torch.device = "cpu") -> None:
+        from nemo.collections.speechlm2.models.salm import SALM
+
+        self.model = SALM.from_pretrained(name).to(device).eval()
+
+    def read(self, questions: Questions, conversations: list[MTBIConversation]) -> Reading | None:
+        waveforms, kept = [], []
+        for conversation in conversations:
+            try:
+                waveforms.append(mono_samples(conversation.cut, self.model.sampling_rate))
+                kept.append(conversation)
+            except Exception as error:  # decoders raise their own types
+                logging.warning(f"{conversation.source_id} is left out: its audio cannot be read ({error}).")
+        if not kept:
+            return None
+        return Reading(kept, [questions.dataset._example(c) for c in kept], collate_waveforms(waveforms))
+
+    def hidden(self, reading: Reading, responses: list[list[int]]) -> Tensor:
+        raise NotImplementedError("NeMo's SALM gives no states for another model's head.")
+
+    def answers(self, reading: Reading, max_new_tokens: int) -> list[str]:
+        audios, lengths = (t.to(self.model.device) for t in reading.inputs)
+        tag = self.model.audio_locator_tag
+        prompts = [
+            [{"role": "user", "content": "".join(user_message(c.target.prompt, tag, "after")["content"])}]
+            for c in reading.conversations
+            if c.target is not None
+        ]
+        rows = self.model.generate(
+            prompts=prompts, audios=audios, audio_lens=lengths, max_new_tokens=max_new_tokens, do_sample=False
+        )
+        return [self.model.tokenizer.tokenizer.decode(r, skip_special_tokens=True).strip() for r in rows]
+
+
+def decoded(model: MTBISALM, rows: list[list[int]]) -> list[str]:
+    """Answers as text."""
+    return [model.tokenizer.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
 
 
 def text_hidden(

@@ -9,6 +9,8 @@ from omegaconf import DictConfig
 
 from nemo_mtbi.examples._launcher import announce, launcher
 
+SALM_PREFIX = "salm:"
+
 
 @launcher("benchmark")
 def main(cfg: DictConfig) -> None:
@@ -33,7 +35,7 @@ def main(cfg: DictConfig) -> None:
     )
     from nemo_mtbi.evaluation.benchmark_report import write_report
     from nemo_mtbi.evaluation.labelled import label_of, labelled_cuts
-    from nemo_mtbi.evaluation.systems import Questions, SpeechSystem, TextSystem
+    from nemo_mtbi.evaluation.systems import Questions, SALMSystem, SpeechSystem, TextSystem
     from nemo_mtbi.tasks.library import load_library, select_tasks
     from nemo_mtbi.training.cpu import tune
 
@@ -58,7 +60,10 @@ def main(cfg: DictConfig) -> None:
         model, weights = open_system(spec, cfg.llm_dtype)
         return model.to(device), weights
 
-    specs = dict(cfg.systems)
+    # Ours first: one of them gives the text LLM. NeMo's other speech LLMs have their own.
+    specs = dict(sorted(cfg.systems.items(), key=lambda item: item[1].startswith(SALM_PREFIX)))
+    if next(iter(specs.values())).startswith(SALM_PREFIX):
+        raise ConfigError("systems: at least one must be trained with nemo_mtbi; its LLM is the text LLM.")
     model, weights = load(next(iter(specs.values())))
     settings = {
         "llm": cfg.llm or model.config.pretrained_llm, "prompt_format": model.cfg.prompt_format, "dtype": cfg.llm_dtype,
@@ -110,6 +115,13 @@ def main(cfg: DictConfig) -> None:
         first = CutSet.from_file(next(iter(cfg.cuts.values())))
         latency = seconds_to_first_token(model, first, "What is this about?", int(cfg.latency_utterances), recognizer)
     for index, (name, spec) in enumerate(specs.items()):
+        if spec.startswith(SALM_PREFIX):
+            source = spec.removeprefix(SALM_PREFIX)
+            other = SALMSystem(source, device)
+            predict(
+                name, model, lambda questions, s=other: s, digest(Path(source)) if Path(source).is_dir() else source
+            )
+            continue
         if index:
             model, weights = load(spec)
         if model.references["llm"] != llm:

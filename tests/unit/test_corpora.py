@@ -183,7 +183,7 @@ def scored(rows):
 def test_macro_f1_is_scikit_learns():
     labels, answers = list("aabbccab"), list("abbbcaab")
     rows = [
-        {"reference": label, "answer": answer, "choice": answer, "choices": ["a", "b", "c"], "metric": "accuracy", "language": "en"}
+        {"reference": label, "answer": answer, "choice": answer, "choices": list("abc"), "metric": "accuracy", "language": "en"}
         for label, answer in zip(labels, answers, strict=True)
     ]  # fmt: skip
     scores = scored(rows)

@@ -100,6 +100,43 @@ def test_export_with_nemo_parts_opens_in_stock_salm(tiny_config, nemo_asr, tmp_p
     assert served.llm_architectures == ["LlamaForCausalLM"] and served.perception["modality_adapter"]
 
 
+def test_whispers_decoder_needs_whispers_encoder(tiny_config, nemo_asr):
+    adapter = {"_target_": "nemo_mtbi.modules.attention_decoder.WhisperDecoderConnector"}
+    config = {**copy.deepcopy(tiny_config), "pretrained_asr": nemo_asr, "perception": {"modality_adapter": adapter}}
+    with pytest.raises(ConfigError, match="needs a Whisper model as model.pretrained_asr"):
+        MTBISALM(config)
+
+
+def test_any_salm_is_a_system_of_the_benchmark(tiny_config, nemo_asr, tmp_path):
+    """A stock SALM answers the benchmark's questions; an unreadable recording is left out."""
+    import soundfile
+    from lhotse import CutSet
+
+    from nemo_mtbi.data.sources import utterance_cut
+    from nemo_mtbi.evaluation.benchmark import Predictions
+    from nemo_mtbi.evaluation.systems import Questions, SALMSystem
+    from nemo_mtbi.targets.record import TARGETS_FIELD, Target
+
+    config = {
+        **copy.deepcopy(tiny_config),
+        "pretrained_asr": nemo_asr,
+        "perception": {"modality_adapter": ADAPTERS["nemo"]},
+    }
+    ours = MTBISALM(config).eval()
+    system = SALMSystem(str(save_directory(ours, tmp_path / "hf")))
+    target = Target("", "qa", "qa-0", "What is it?", "a tone", [300, 2]).to_dict()
+    cuts = []
+    for name in ("good", "bad"):
+        soundfile.write(tmp_path / f"{name}.wav", 0.1 * np.random.default_rng(0).standard_normal(16000), 16000)
+        cuts.append(utterance_cut(name, tmp_path / f"{name}.wav", "beep", None, "en", {TARGETS_FIELD: [target]}))
+    (tmp_path / "bad.wav").write_bytes(b"")
+    questions = Questions(ours, CutSet.from_cuts(cuts), cached_features=False)
+    predictions = Predictions(tmp_path / "salm", "key", lambda c: ["a", "b"], lambda c: 4, 2)
+    (record,) = predictions.predict("set", ours, system, questions).values()
+    assert record["utterance"] == "good" and isinstance(record["answer"], str)
+    assert record["choice"] is None and "agreed" not in record
+
+
 def test_nemo_forced_alignment_gives_times_for_every_word(nemo_asr):
     aligner = build_aligner(nemo_asr)
     assert isinstance(aligner, NeMoCTCAligner)

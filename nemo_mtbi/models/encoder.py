@@ -45,7 +45,9 @@ def setup_perception(model: Any) -> None:
         if whisper:
             _configure_whisper(perception, name)
         if decoder and whisper:
-            adapter.update(whisper_decoder_settings(name, adapter.get("language")))
+            adapter.update(whisper_decoder_settings(name, adapter.get("language"), perception.encoder.get("layers")))
+        elif whisper and "layers" in perception.encoder and adapter._target_.startswith("nemo_mtbi."):
+            raise ConfigError(f"perception.encoder_layers leaves the upper layers to a {DECODER_TARGET}; use that one.")
         if adapter._target_.startswith("nemo_mtbi."):
             adapter.output_dim = model.llm.config.hidden_size
             if "feat_in" not in adapter:
@@ -90,17 +92,20 @@ def _configure_whisper(perception: DictConfig, name: str) -> None:
     perception.preprocessor = {
         "_target_": "nemo_mtbi.modules.whisper.WhisperPreprocessor", "num_mel_bins": config.num_mel_bins, **shared
     }  # fmt: skip
+    kept = perception.pop("encoder_layers", None)
     perception.encoder = {
         "_target_": "nemo_mtbi.modules.whisper.WhisperEncoder",
         "config": {key: getattr(config, key) for key in keep},
         **shared,
+        **({} if kept is None else {"layers": kept}),
     }
 
 
 def _load_whisper(encoder: Any, name: str) -> None:
     from transformers import WhisperModel
 
-    encoder.whisper.load_state_dict(WhisperModel.from_pretrained(name).encoder.state_dict())
+    state, own = WhisperModel.from_pretrained(name).encoder.state_dict(), encoder.whisper.state_dict()
+    encoder.whisper.load_state_dict({key: value for key, value in state.items() if key in own})
 
 
 def _nemo_width(name: str) -> int:
@@ -157,17 +162,17 @@ def require_fixed_features(perception: AudioPerceptionModule) -> None:
 
 
 def _input_length(perception_cfg: DictConfig) -> list[str]:
-    return [str(perception_cfg.encoder[k]) for k in WHISPER_KEYS if k in perception_cfg.encoder]
+    return [str(perception_cfg.encoder[k]) for k in (*WHISPER_KEYS, "layers") if k in perception_cfg.encoder]
 
 
 def input_length_reference(perception_cfg: DictConfig) -> dict[str, str]:
-    """The encoder's input length as a reference that trained weights are bound to; empty for NeMo encoders."""
+    """The encoder's input length and layers as a reference that trained weights are bound to; empty for NeMo encoders."""
     values = _input_length(perception_cfg)
     return {"input_length": "/".join(values)} if values else {}
 
 
 def encoder_key(perception_cfg: DictConfig, fingerprint: str, dtype: str) -> str:
-    """Identity of an encoder's features: weights, input length and precision; the key of the feature cache."""
+    """Identity of an encoder's features: weights, input length, layers and precision; the key of the feature cache."""
     return "-".join([fingerprint, *_input_length(perception_cfg), dtype])
 
 

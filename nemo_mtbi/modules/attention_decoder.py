@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, WhisperConfig
-from transformers.models.whisper.modeling_whisper import WhisperDecoder
+from transformers.models.whisper.modeling_whisper import WhisperDecoder, WhisperEncoderLayer
 
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.losses.imitation import Head, ImitationObjective, imitation_loss
@@ -38,6 +38,8 @@ class WhisperDecoderConnector(Connector):
         feat_in: D, must be Whisper's own width.
         output_dim: H, LLM width.
         decoder: fields of ``transformers.WhisperConfig``.
+        encoder_layers: upper layers of the encoder that the connector has as its own and trains; the frozen encoder keeps the
+            others (``perception.encoder_layers``).
         prompt_ids: tokens that every window begins with (start, language, task, no timestamps).
         eos_id: end of text; tokens above it are special and never emitted.
         suppress_ids: tokens that are never emitted; ``begin_suppress_ids``: not as the first token.
@@ -67,6 +69,7 @@ class WhisperDecoderConnector(Connector):
         prompt_ids: list[int],
         eos_id: int,
         tokenizer_bytes: int,
+        encoder_layers: int = 0,
         suppress_ids: Iterable[int] = (),
         begin_suppress_ids: Iterable[int] = (),
         language: str | None = None,
@@ -87,6 +90,8 @@ class WhisperDecoderConnector(Connector):
         self.prompt_ids, self.eos_id = list(prompt_ids), eos_id
         self.window = config.max_source_positions
         self.max_tokens = config.max_target_positions - len(self.prompt_ids)
+        self.encoder_layers = nn.ModuleList(WhisperEncoderLayer(config) for _ in range(encoder_layers))
+        self.encoder_norm = nn.LayerNorm(config.d_model) if encoder_layers else nn.Identity()
         self.decoder = WhisperDecoder(config)
         self.decoder.embed_tokens.weight.requires_grad_(False)  # a few hours of transcripts hold few of its tokens
         self.norm = nn.LayerNorm(config.d_model)
@@ -168,6 +173,7 @@ class WhisperDecoderConnector(Connector):
         features = features[kept][:, : self.window]
         if self.training:
             features = mask_spans(features, lengths[kept], self.time_masks, self.time_mask_frames)
+        features = self._encode(features, lengths[kept])
         targets = [ids[i] for i in kept]
         states = self._forced_states(features, lengths[kept], [own[:-1] for own in targets])
         flat = torch.tensor([token for own in targets for token in own], device=features.device)
@@ -179,7 +185,7 @@ class WhisperDecoderConnector(Connector):
     def transcribe(self, features: Tensor, lengths: Tensor) -> list[str]:
         """features (B, T, D), lengths (B,) -> greedy transcripts."""
         windows, sizes, owners = self._windows(features, lengths)
-        tokens, _ = self._greedy(windows, sizes)
+        tokens, _ = self._greedy(self._encode(windows, sizes), sizes)
         texts: list[list[str]] = [[] for _ in lengths]
         for owner, own in zip(owners, tokens, strict=True):
             texts[owner[0]].append(self.tokenizer.decode(own).strip())
@@ -196,6 +202,13 @@ class WhisperDecoderConnector(Connector):
         parts = [features[row, at : min(at + self.window, int(lengths[row]))] for row, at in owners]
         sizes = torch.tensor([len(p) for p in parts], device=features.device)
         return nn.utils.rnn.pad_sequence(parts, batch_first=True), sizes, owners
+
+    def _encode(self, windows: Tensor, sizes: Tensor) -> Tensor:
+        """The encoder's upper layers (W, T, D), where they are the connector's."""
+        mask = self._frame_mask(sizes, windows.shape[1]) if self.encoder_layers else None
+        for layer in self.encoder_layers:
+            windows = layer(windows, mask)
+        return self.encoder_norm(windows)
 
     def _step(
         self, ids: Tensor, begin: int, features: Tensor, mask: Tensor | None, cache: EncoderDecoderCache | None
@@ -258,6 +271,7 @@ class WhisperDecoderConnector(Connector):
         windows, sizes, owners = self._windows(features, lengths)
         if self.training:
             windows = mask_spans(windows, sizes, self.time_masks, self.time_mask_frames)
+        windows = self._encode(windows, sizes)
         tokens, states = self._greedy(windows, sizes)
         if torch.is_grad_enabled():
             states = self._forced_states(windows, sizes, tokens)
@@ -321,12 +335,13 @@ class WhisperDecoderConnector(Connector):
         return result
 
 
-def whisper_decoder_settings(name: str, language: str | None) -> dict[str, Any]:
+def whisper_decoder_settings(name: str, language: str | None, kept_layers: int | None = None) -> dict[str, Any]:
     """What :class:`WhisperDecoderConnector` must know of a Whisper model.
 
     Args:
         name: Whisper model (hub name or directory).
         language: of a multilingual model.
+        kept_layers: of the encoder that stay frozen (None: all).
 
     Raises:
         ConfigError: a multilingual model without a language.
@@ -339,11 +354,12 @@ def whisper_decoder_settings(name: str, language: str | None) -> dict[str, Any]:
     if getattr(generation, "is_multilingual", False) and language is None:
         raise ConfigError(f"{name} is multilingual: set model.perception.modality_adapter.language, e.g. en.")
     keep = (
-        "d_model", "decoder_layers", "decoder_attention_heads", "decoder_ffn_dim", "vocab_size", "max_source_positions",
-        "max_target_positions", "pad_token_id",
+        "d_model", "encoder_attention_heads", "encoder_ffn_dim", "decoder_layers", "decoder_attention_heads",
+        "decoder_ffn_dim", "vocab_size", "max_source_positions", "max_target_positions", "pad_token_id",
     )  # fmt: skip
     return {
         "decoder": {key: getattr(config, key) for key in keep},
+        "encoder_layers": 0 if kept_layers is None else config.encoder_layers - kept_layers,
         "prompt_ids": list(tokenizer.prefix_tokens),
         "eos_id": tokenizer.eos_token_id,
         "suppress_ids": list(getattr(generation, "suppress_tokens", None) or []),
@@ -356,7 +372,13 @@ def load_whisper_decoder(connector: WhisperDecoderConnector, name: str) -> None:
     """Take a Whisper model's decoder and tokenizer."""
     from transformers import WhisperModel
 
-    connector.decoder.load_state_dict(WhisperModel.from_pretrained(name).decoder.state_dict())
+    whisper = WhisperModel.from_pretrained(name)
+    connector.decoder.load_state_dict(whisper.decoder.state_dict())
+    first = whisper.config.encoder_layers - len(connector.encoder_layers)
+    for own, given in zip(connector.encoder_layers, whisper.encoder.layers[first:], strict=True):
+        own.load_state_dict(given.state_dict())
+    if connector.encoder_layers:
+        connector.encoder_norm.load_state_dict(whisper.encoder.layer_norm.state_dict())
     connector.set_tokenizer(_whisper_tokenizer(name, connector.language).backend_tokenizer.to_str())
 
 

@@ -97,15 +97,28 @@ class WhisperEncoder(NeuralModule):
     Args:
         config: fields of ``transformers.WhisperConfig``.
         input_length, round_seconds: see :class:`WindowPolicy`; the same values as the preprocessor's.
+        layers: lower layers that are kept, without the final normalization (a connector that has the upper ones as its own
+            reads them); None for the whole encoder.
     """
 
     subsampling_factor = SUBSAMPLING
 
-    def __init__(self, config: dict[str, Any], input_length: str = "trained", round_seconds: float = 2.0) -> None:
+    def __init__(
+        self,
+        config: dict[str, Any],
+        input_length: str = "trained",
+        round_seconds: float = 2.0,
+        layers: int | None = None,
+    ) -> None:
         super().__init__()
         self.policy = WindowPolicy(input_length, round_seconds)
         self.config = WhisperConfig(**config)
         self.whisper = HFWhisperEncoder(self.config)
+        if layers is not None:
+            if not 0 <= layers <= self.config.encoder_layers:
+                raise ConfigError(f"encoder_layers={layers}: this Whisper encoder has {self.config.encoder_layers}.")
+            self.whisper.layers = self.whisper.layers[:layers]
+            self.whisper.layer_norm = nn.Identity()  # type: ignore[assignment]
         self.d_model = self.config.d_model
 
     def forward(self, audio_signal: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,15 @@ from nemo_mtbi.evaluation.asr import RATE, WhisperASR
 from nemo_mtbi.evaluation.labelled import label_measures, label_of
 from nemo_mtbi.evaluation.metrics import Measure, measures, sums_of
 from nemo_mtbi.evaluation.statistics import Bootstrap, Sums
-from nemo_mtbi.evaluation.systems import Questions, Reading, System, against_the_text_llm, log_likelihoods, readings
+from nemo_mtbi.evaluation.systems import (
+    Questions,
+    Reading,
+    System,
+    TextLLM,
+    against_the_text_llm,
+    log_likelihoods,
+    readings,
+)
 from nemo_mtbi.models.mtbi_salm import MTBISALM
 from nemo_mtbi.targets import workers
 from nemo_mtbi.targets.config import TargetsConfig
@@ -77,6 +85,8 @@ class Predictions:
         choices: possible answers to a conversation's prompt; none for free text.
         budget: tokens that an answer may take.
         batch_size: conversations read together.
+        text_llm: that the stored responses are compared with; one for all systems saves its forward passes.
+        generate: let the system answer too; without answers only what teacher forcing gives is scored.
     """
 
     def __init__(
@@ -84,9 +94,11 @@ class Predictions:
         folder: Path,
         key: str, choices: Callable[[MTBIConversation], list[str]],
         budget: Callable[[MTBIConversation], int], batch_size: int,
+        text_llm: TextLLM | None = None, generate: bool = True,
     ) -> None:  # fmt: skip
         self.folder, self.key, self.choices = folder, key, choices
-        self.budget, self.batch_size = budget, batch_size
+        self.budget, self.batch_size, self.generate = budget, batch_size, generate
+        self.text_llm = text_llm or TextLLM()
 
     @torch.no_grad()
     def predict(
@@ -122,8 +134,12 @@ class Predictions:
         return key_of(self.key, target.rendering, target.prompt, target.response, features_key(conversation.cut, ""))
 
     def _records(self, model: MTBISALM, system: System, reading: Reading, imitation: bool) -> Iterable[dict[str, Any]]:
-        forced = against_the_text_llm(model, system, reading) if imitation and system.teacher_forced else None
-        answers = system.answers(reading, max(self.budget(c) for c in reading.conversations))
+        forced = None
+        if imitation and system.teacher_forced:
+            forced = against_the_text_llm(model, system, reading, self.text_llm)
+        answers: list[str] = []
+        if self.generate:
+            answers = system.answers(reading, max(self.budget(c) for c in reading.conversations))
         chosen = self._choices(model, system, reading)
         for i, (conversation, example) in enumerate(zip(reading.conversations, reading.examples, strict=True)):
             target = conversation.target
@@ -134,7 +150,7 @@ class Predictions:
                 "utterance": conversation.source_id, "task": target.task,
                 "prompt_id": target.prompt_id, "prompt": target.prompt, "transcript": example.transcript,
                 "language": languages[0] if languages else "en", "reference": target.response,
-                "answer": answers[i], "choice": chosen[i],
+                "answer": answers[i] if answers else None, "choice": chosen[i],
             }  # fmt: skip
             yield record | label_of(conversation) | (asdict(forced[i]) if forced else {})
 

@@ -150,19 +150,23 @@ def label_of(conversation: MTBIConversation) -> dict[str, Any]:
 
 
 def label_measures(record: dict[str, Any]) -> dict[str, Measure]:
-    """Measures of one prediction against its label (``reference``)."""
+    """Measures of one prediction against its label (``reference``); without an answer, that of the most likely choice alone."""
     label, answer = record["reference"], record["answer"]
     choices: list[str] = record["choices"]
     language = record.get("answer_language", record["language"])
     result: dict[str, Measure] = {}
     if choices:
-        text, likely = choose(answer, choices), record["choice"]
-        result = {"accuracy_text": (float(text == label), 1.0), "f1_text": class_counts(label, text)}
+        likely = record["choice"]
+        if answer is not None:
+            text = choose(answer, choices)
+            result = {"accuracy_text": (float(text == label), 1.0), "f1_text": class_counts(label, text)}
         if likely is not None:
             result |= {
                 "accuracy_likelihood": (float(likely == label), 1.0),
                 "f1_likelihood": class_counts(label, likely),
             }
+    elif answer is None:
+        return result
     elif record["metric"] == "wer":
         result = {"wer": word_errors(label, answer, record["language"])}
     elif record["metric"] == "translation":
@@ -173,6 +177,6 @@ def label_measures(record: dict[str, Any]) -> dict[str, Measure]:
         result = {"contains_label": contains(label, answer, language)}
     elif record["metric"] == "text":
         result |= text_measures(label, answer)
-    if record.get("instructions"):
+    if record.get("instructions") and answer is not None:
         result |= instruction_measures(record["instructions"], record["prompt"], answer)
     return result

@@ -45,18 +45,21 @@ def measures(record: dict[str, Any], reference: dict[str, Any], task: Task) -> d
         task: of the conversation.
     """
     answer, own = record["answer"], reference["answer"]
-    result: dict[str, tuple[float, float]] = dict(text_measures(own, answer))
+    result: dict[str, tuple[float, float]] = {}
     if record.get("tokens"):
         result["token_agreement"] = (record["agreed"], record["tokens"])
         result["kl_per_token"] = (record["kl"], record["tokens"])
+    if task.choices and record.get("choice") and reference.get("choice"):
+        result["accuracy_likelihood"] = (float(record["choice"] == reference["choice"]), 1)
+    if answer is None or own is None:
+        return {**result}
+    result |= text_measures(own, answer)
     if task.form["kind"] != "any":
         result["form"] = (float(form_error(answer, task, filled_values(task, record["prompt"])) is None), 1)
     if task.choices:
         named = choose(own, task.choices)
         if named is not None:
             result["accuracy_text"] = (float(choose(answer, task.choices) == named), 1)
-        if record.get("choice") and reference.get("choice"):
-            result["accuracy_likelihood"] = (float(record["choice"] == reference["choice"]), 1)
     if task.metric == "wer":
         result["wer"] = word_errors(record["transcript"], answer, record["language"])
         result["wer_to_text_llm"] = word_errors(own, answer, record["language"])

@@ -15,7 +15,7 @@ import torch
 from lhotse import CutSet
 
 from nemo_mtbi.data.dataset import Example
-from nemo_mtbi.evaluation.systems import Questions, System, against_the_text_llm, readings
+from nemo_mtbi.evaluation.systems import Questions, System, TextLLM, against_the_text_llm, readings
 from nemo_mtbi.models.mtbi_salm import MTBISALM
 
 REPEAT = "repeat"
@@ -72,6 +72,7 @@ class Evaluation:
     def __init__(self, model: MTBISALM, cuts: CutSet, cached_features: bool, batch_size: int = 32) -> None:
         self.model, self.batch_size = model, batch_size
         self.questions = Questions(model, cuts, cached_features)
+        self.text_llm = TextLLM()
 
     @torch.no_grad()
     def score(self, name: str, system: System, generate: bool = True) -> Scores:
@@ -81,7 +82,7 @@ class Evaluation:
         everything = self.questions.conversations
         for reading in readings(system, self.questions, everything, self.batch_size, name):
             for example, forced in zip(
-                reading.examples, against_the_text_llm(self.model, system, reading), strict=True
+                reading.examples, against_the_text_llm(self.model, system, reading, self.text_llm), strict=True
             ):
                 scores.tokens[example.task] += forced.tokens
                 scores.agreed[example.task] += forced.agreed

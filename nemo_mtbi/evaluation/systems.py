@@ -208,14 +208,43 @@ class Forced:
     kl: float
 
 
-def against_the_text_llm(model: MTBISALM, system: System, reading: Reading) -> list[Forced]:
+class TextLLM:
+    """What every system is compared with: the text LLM on the reference transcript.
+
+    Its states are computed once for each stored response and kept for the next system, as far as ``max_bytes`` go.
+    """
+
+    def __init__(self, max_bytes: int = 2**30) -> None:
+        self.max_bytes, self.bytes = max_bytes, 0
+        self.kept: dict[tuple[int, ...], Tensor] = {}
+
+    def hidden(self, model: MTBISALM, reading: Reading) -> Tensor:
+        """States (R, H) that predict the stored responses of a batch."""
+        keys = [(*e.prompt_ids, -1, *e.response_ids) for e in reading.examples]
+        missing = [e for e, key in zip(reading.examples, keys, strict=True) if key not in self.kept]
+        fresh: dict[tuple[int, ...], Tensor] = {}
+        if missing:
+            responses = [e.response_ids for e in missing]
+            states = text_hidden(model, [e.prompt_ids for e in missing], responses, missing)
+            for e, own in zip(missing, states.split([len(r) for r in responses]), strict=True):
+                fresh[(*e.prompt_ids, -1, *e.response_ids)] = own
+        hidden = torch.cat([fresh[k] if k in fresh else self.kept[k].to(model.device) for k in keys])
+        for key, own in fresh.items():
+            size = own.numel() * own.element_size()
+            if self.bytes + size <= self.max_bytes:
+                self.kept[key] = own.to("cpu", copy=True)
+                self.bytes += size
+        return hidden
+
+
+def against_the_text_llm(model: MTBISALM, system: System, reading: Reading, text_llm: TextLLM) -> list[Forced]:
     """Agreement with, and KL from, the text LLM on the reference transcript, over the stored responses.
 
     KL(text LLM || system) over the full vocabulary at temperature 1, in nats.
     """
     responses = [e.response_ids for e in reading.examples]
     hidden = system.hidden(reading, responses)
-    teacher = text_hidden(model, [e.prompt_ids for e in reading.examples], responses, reading.examples)
+    teacher = text_llm.hidden(model, reading)
     ids = torch.tensor([t for r in responses for t in r], device=hidden.device)
     loss = imitation_loss(hidden, model.head(), ids, KL_ONLY, teacher_hidden=teacher)
     sizes = [len(r) for r in responses]

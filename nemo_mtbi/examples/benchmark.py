@@ -35,7 +35,7 @@ def main(cfg: DictConfig) -> None:
     )
     from nemo_mtbi.evaluation.benchmark_report import write_report
     from nemo_mtbi.evaluation.labelled import label_of, labelled_cuts
-    from nemo_mtbi.evaluation.systems import Questions, SALMSystem, SpeechSystem, TextSystem
+    from nemo_mtbi.evaluation.systems import Questions, SALMSystem, SpeechSystem, TextLLM, TextSystem
     from nemo_mtbi.tasks.library import load_library, select_tasks
     from nemo_mtbi.training.cpu import tune
 
@@ -86,10 +86,15 @@ def main(cfg: DictConfig) -> None:
     def choices(conversation: Any) -> list[str]:
         return library[conversation.target.task].choices
 
+    text_llm = TextLLM()
+
     def predict(name: str, model: Any, make: Any, *key: Any) -> None:
         """``make(questions)`` gives the system for a manifest."""
-        folder, own = output / "predictions" / name, key_of(llm, cfg.llm_dtype, limit, *key)
-        predictions = Predictions(folder, own, choices, budget, cfg.batch_size)
+        folder, own = (
+            output / "predictions" / name,
+            key_of(llm, cfg.llm_dtype, limit, *key, *([] if cfg.generate else ["forced"])),
+        )
+        predictions = Predictions(folder, own, choices, budget, cfg.batch_size, text_llm, cfg.generate)
         for manifest, columns in references.items():
             for column in COLUMNS:
                 questions = Questions(model, CutSet.from_file(columns[column]), cfg.cached_features)

@@ -24,7 +24,7 @@ def main(cfg: DictConfig) -> None:
     start = time.time()
     root = Path(cfg.output_dir)
     targets, run = root / "targets", root / "train"
-    splits = ["train", *cfg.evaluated_splits]
+    splits = list(dict.fromkeys(["train", *cfg.evaluated_splits, cfg.validation_split]))
     cuts = {s: str(root / f"cuts.{s}.jsonl") for s in splits}
     answered = {s: str(targets / f"{s}.jsonl") for s in splits}
     nemo, hf = root / "model.nemo", root / "hf"
@@ -37,7 +37,10 @@ def main(cfg: DictConfig) -> None:
         "prepare speech and word times", "prepare_data", f"output_dir={root}",
         *(f"{k}={inline(v)}" for k, v in cfg.prepare.items()),
     )  # fmt: skip
-    step("cache encoder features", "cache_features", f"manifests={inline(list(cuts.values()))}")
+    step(
+        "cache encoder features", "cache_features", f"manifests={inline(list(cuts.values()))}",
+        *(f"{k}={inline(v)}" for k, v in cfg.cache_features.items()),
+    )  # fmt: skip
     step(
         "text LLM answers (targets)", "generate_targets", f"output_dir={targets}", f"cuts={inline(cuts)}",
         *(f"{k}={inline(v)}" for k, v in cfg.targets.items()),
@@ -45,7 +48,7 @@ def main(cfg: DictConfig) -> None:
     step(
         "train", "train", f"output_dir={run}", "data.cached_features=true",
         f"data.train_ds.input_cfg.0.cuts_path={answered['train']}",
-        f"data.validation_ds.datasets.held_out.input_cfg.0.cuts_path={answered['held_out']}",
+        f"data.validation_ds.datasets.held_out.input_cfg.0.cuts_path={answered[cfg.validation_split]}",
         *(f"{k}={inline(v)}" for k, v in cfg.train.items()),
     )  # fmt: skip
     scored = {s: answered[s] for s in cfg.evaluated_splits}

@@ -23,7 +23,7 @@ from nemo_mtbi.evaluation.benchmark_report import TITLES, write_report
 from nemo_mtbi.evaluation.labelled import label_measures, labelled_cuts
 from nemo_mtbi.evaluation.metrics import filled_values, measures, word_errors
 from nemo_mtbi.evaluation.statistics import Bootstrap, Sums
-from nemo_mtbi.evaluation.systems import Reading, TextSystem, against_the_text_llm, log_likelihoods
+from nemo_mtbi.evaluation.systems import Reading, TextLLM, TextSystem, against_the_text_llm, log_likelihoods
 from nemo_mtbi.examples.ablate import finished, subset, tasks_of, train_overrides
 from nemo_mtbi.models import MTBISALM
 from nemo_mtbi.models.mtbi_salm import by_task
@@ -209,7 +209,9 @@ def test_teacher_forced_scores_equal_transformers_and_keep_ids_in_bfloat16(tiny_
             assert value == pytest.approx(float(log_probs.gather(1, torch.tensor(response)[:, None]).sum()), rel=1e-4)
         low = MTBISALM({**copy.deepcopy(tiny_config), "llm_dtype": "bfloat16"}).eval()
         assert log_likelihoods(low, TextSystem(low, None), reading, responses) == pytest.approx(found, rel=0.02)
-        forced = against_the_text_llm(low, TextSystem(low, None), reading)
+        text_llm = TextLLM()
+        forced, again = (against_the_text_llm(low, TextSystem(low, None), reading, text_llm) for _ in range(2))
+    assert len(text_llm.kept) == 2 and forced == again  # the second system reads the states that were kept
     assert [f.tokens for f in forced] == [len(e.response_ids) for e in reading.examples]
     assert all(f.kl == pytest.approx(0, abs=1e-3) for f in forced)  # the topline against itself
 

@@ -42,7 +42,7 @@ from nemo_mtbi.targets.config import TargetsConfig
 from nemo_mtbi.tasks.library import Task
 
 SEEN_PROMPTS, UNSEEN_PROMPTS, UNSEEN_TASKS = COLUMNS = ("seen_prompts", "unseen_prompts", "unseen_tasks")
-TOPLINE, CASCADE = "text_topline", "cascade"
+TOPLINE, CASCADE, NORMALIZED_CASCADE = "text_topline", "cascade", "cascade_normalized"
 LABEL_TOKENS = 48  # of an answer to a labelled question
 Scored = dict[str, tuple[dict[str, Any], dict[str, Measure]]]  # id of a record -> the record and its measures
 

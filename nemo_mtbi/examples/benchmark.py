@@ -24,6 +24,7 @@ def main(cfg: DictConfig) -> None:
         CASCADE,
         COLUMNS,
         LABEL_TOKENS,
+        NORMALIZED_CASCADE,
         TOPLINE,
         Predictions,
         digest,
@@ -35,12 +36,13 @@ def main(cfg: DictConfig) -> None:
     )
     from nemo_mtbi.evaluation.benchmark_report import write_report
     from nemo_mtbi.evaluation.labelled import label_of, labelled_cuts
+    from nemo_mtbi.evaluation.score import normalize
     from nemo_mtbi.evaluation.systems import Questions, SALMSystem, SpeechSystem, TextLLM, TextSystem
     from nemo_mtbi.tasks.library import load_library, select_tasks
     from nemo_mtbi.training.cpu import tune
 
     tune(cfg.threads)
-    if reserved := {TOPLINE, CASCADE} & set(cfg.systems):
+    if reserved := {TOPLINE, CASCADE, NORMALIZED_CASCADE} & set(cfg.systems):
         raise ConfigError(f"systems: {sorted(reserved)[0]} is a name of the benchmark's own; choose another.")
     if cfg.baseline not in {TOPLINE, *cfg.systems, *([CASCADE] if cfg.cascade else [])}:
         raise ConfigError(f"baseline={cfg.baseline} is none of the systems ({', '.join(cfg.systems)}).")
@@ -112,9 +114,14 @@ def main(cfg: DictConfig) -> None:
     recognizer = WhisperASR(model.config.pretrained_asr) if cfg.cascade else None
     if recognizer is not None:
         cache = output / "cascade_transcripts.jsonl"
-        predict(
-            CASCADE, model, lambda questions: TextSystem(model, recognizer.transcribe(questions.cuts, cache)), recognizer.key
-        )  # fmt: skip
+        asr = recognizer.transcribe
+        predict(CASCADE, model, lambda questions: TextSystem(model, asr(questions.cuts, cache)), recognizer.key)
+        if cfg.normalized_cascade:
+
+            def normalized(questions: Any) -> Any:
+                return TextSystem(model, {i: normalize(t) for i, t in asr(questions.cuts, cache).items()})
+
+            predict(NORMALIZED_CASCADE, model, normalized, recognizer.key, "normalized")
     latency = {}
     if cfg.latency_utterances:
         first = CutSet.from_file(next(iter(cfg.cuts.values())))

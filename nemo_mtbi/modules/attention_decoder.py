@@ -130,14 +130,14 @@ class WhisperDecoderConnector(Connector):
     def bind_language_model(self, tokenizer: Any, embed_tokens: nn.Module) -> None:
         self._tokenizer = None  # the buffer may just have been loaded
         self._language_model = (tokenizer, embed_tokens)  # in a tuple: not a submodule
-        if not self.tokenizer_json.any():
+        weight = next(embed_tokens.parameters())
+        if weight.is_meta or not self.tokenizer_json.any():  # a shard, or our own weights, that are not read yet
             return
-        device = next(embed_tokens.parameters()).device
-        every = max(1, len(tokenizer) // 4096)
-        sample = embed_tokens(torch.arange(0, tokenizer.vocab_size, every, device=device))
+        every = max(1, tokenizer.vocab_size // 4096)
+        sample = embed_tokens(torch.arange(0, tokenizer.vocab_size, every, device=weight.device))
         self.embedding_rms.copy_(sample.float().square().mean().sqrt().clamp_min(1e-6))
         if self.alternatives:
-            self.piece_embeddings.copy_(self._mean_embeddings(tokenizer, embed_tokens, device))
+            self.piece_embeddings = self._mean_embeddings(tokenizer, embed_tokens, weight.device).to(weight.dtype)
 
     def _mean_embeddings(self, tokenizer: Any, embed_tokens: nn.Module, device: torch.device) -> Tensor:
         """The LLM's mean embedding (eos + 1, H) of the text of each of Whisper's tokens; zero for the end of text."""
@@ -145,11 +145,11 @@ class WhisperDecoderConnector(Connector):
         ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
         rows = torch.tensor([row for row, own in enumerate(ids) for _ in own], device=device)
         tokens = torch.tensor([i for own in ids for i in own], device=device)
-        result = self.piece_embeddings.new_zeros(self.piece_embeddings.shape).to(device)
+        result = torch.zeros(self.piece_embeddings.shape, device=device)
         counts = result.new_zeros(len(result)).index_add(0, rows, torch.ones_like(rows, dtype=result.dtype))
         for begin in range(0, len(rows), 8192):
             part = slice(begin, begin + 8192)
-            result.index_add_(0, rows[part], embed_tokens(tokens[part]).to(result.dtype))
+            result.index_add_(0, rows[part], embed_tokens(tokens[part]).float())
         return result / counts.clamp_min(1)[:, None]
 
     def classes_of(self, tokens: Iterable[int]) -> list[int]:
@@ -309,8 +309,8 @@ class WhisperDecoderConnector(Connector):
                 for part in flat.split(size)
             ])  # fmt: skip
         logits = torch.einsum("rd,rkd->rk", flat.to(weight.dtype), weight[best]).float()
-        meaning = self.piece_embeddings[best]  # (R, K, H)
-        mean = torch.einsum("rk,rkh->rh", logits.softmax(-1).to(meaning.dtype), meaning)
+        meaning = self.piece_embeddings[best].float()  # (R, K, H)
+        mean = torch.einsum("rk,rkh->rh", logits.softmax(-1), meaning)
         return (mean - meaning[:, 0]).unflatten(0, states.shape[:-1])
 
     def _language_model_tokens(self, tokenizer: Any, tokens: list[int], first: bool) -> list[tuple[int, int]]:

@@ -21,7 +21,7 @@ from lhotse import CutSet
 
 from nemo_mtbi.data import jsonl
 from nemo_mtbi.data.audio import mono_samples
-from nemo_mtbi.data.conversation import MTBIConversation
+from nemo_mtbi.data.conversation import MTBIConversation, transcript
 from nemo_mtbi.data.feature_cache import features_key
 from nemo_mtbi.evaluation.asr import RATE, WhisperASR
 from nemo_mtbi.evaluation.labelled import label_measures, label_of
@@ -43,7 +43,6 @@ from nemo_mtbi.tasks.library import Task
 
 SEEN_PROMPTS, UNSEEN_PROMPTS, UNSEEN_TASKS = COLUMNS = ("seen_prompts", "unseen_prompts", "unseen_tasks")
 TOPLINE, CASCADE, NORMALIZED_CASCADE = "text_topline", "cascade", "cascade_normalized"
-LABEL_TOKENS = 48  # of an answer to a labelled question
 Scored = dict[str, tuple[dict[str, Any], dict[str, Measure]]]  # id of a record -> the record and its measures
 
 
@@ -128,10 +127,13 @@ class Predictions:
         return {i: done[i] for i in wanted if i in done}
 
     def _key(self, conversation: MTBIConversation) -> str:
-        """Of everything that decides a record: the system, the question with its reference answer, and the audio."""
+        """Of everything that decides a record: the system, the question with its reference answer and label, and the audio."""
         target = conversation.target
         assert target is not None
-        return key_of(self.key, target.rendering, target.prompt, target.response, features_key(conversation.cut, ""))
+        said = (transcript(conversation.cut), label_of(conversation))
+        return key_of(
+            self.key, target.rendering, target.prompt, target.response, *said, features_key(conversation.cut, "")
+        )
 
     def _records(self, model: MTBISALM, system: System, reading: Reading, imitation: bool) -> Iterable[dict[str, Any]]:
         forced = None

@@ -50,6 +50,8 @@ def _sections(name: str, columns: dict[str, Any], baseline: str) -> list[tuple[s
     for column, systems in columns.items():
         title = f"{name}: {column.replace('_', ' ')}"
         kinds = [m for m in TITLES if any(m in s["scores"] for s in systems.values())]
+        if not kinds:  # without answers (generate=false) a label may leave nothing to score
+            continue
         rows = [["system", *(TITLES[m] for m in kinds), "answers"]]
         for system, entry in systems.items():
             cells = [_with_interval(entry["scores"].get(m)) for m in kinds]
@@ -62,7 +64,7 @@ def _sections(name: str, columns: dict[str, Any], baseline: str) -> list[tuple[s
             rows = [["system", *(f"{TITLES[m]}: difference" for m in shown)]]
             rows += [[s, *(_difference(systems[s]["against"].get(m)) for m in shown)] for s in tested]
             sections.append((f"{title}, paired difference to {baseline}", rows))
-        measure = next(m for m in (*BY_TASK, *kinds) if any(m in s["scores"] for s in systems.values()))
+        measure = next(m for m in (*BY_TASK, *kinds) if m in kinds)
         tasks = sorted({t for s in systems.values() for t in s["by_task"]})
         rows = [["system", *tasks]]
         rows += [[s, *(_plain(e["by_task"].get(t, {}).get(measure)) for t in tasks)] for s, e in systems.items()]

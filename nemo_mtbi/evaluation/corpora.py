@@ -115,7 +115,8 @@ def read_covost2(config: LabelledConfig, folder: Path) -> Iterator[Question]:
 def read_spoken_squad(config: LabelledConfig, folder: Path) -> Iterator[Question]:
     """Questions about read paragraphs: SQuAD's JSON; sentence k of paragraph j of article i is ``i_j_k.wav``.
 
-    A paragraph's sentences are joined into one recording under ``folder``.
+    A paragraph's sentences are joined into one recording under ``folder``. The JSON's text is a recognizer's, so there is no
+    transcript.
     """
     path = Path(config.path)
     audio = _folder(config, path.parent / "dev_wav")
@@ -128,12 +129,12 @@ def read_spoken_squad(config: LabelledConfig, folder: Path) -> Iterator[Question
             parts = sorted(audio.glob(f"{i}_{j}_*.wav"), key=lambda p: int(p.stem.split("_")[2]))
             if not parts:
                 raise DataError(f"{audio} holds no {i}_{j}_*.wav, the recordings of paragraph {j} of article {i}.")
-            whole = _joined(parts, folder / f"{i}_{j}.wav")
+            whole = _joined(parts, folder / f"{audio.resolve().as_posix().replace('/', '_')}_{i}_{j}.wav")
             for question in questions:
                 answers = list(dict.fromkeys(a["text"] for a in question["answers"]))
                 yield Question(
                     whole, "answer", _prompt(config, "answer", question=question["question"].strip()), answers[0], "answer",
-                    transcript=paragraph["context"], others=tuple(answers[1:]),
+                    others=tuple(answers[1:]),
                 )  # fmt: skip
 
 
@@ -212,6 +213,7 @@ def read_jsonl(config: LabelledConfig, folder: Path) -> Iterator[Question]:
             yield question
 
 
+PLAIN: dict[str, Any] = {"quoting": csv.QUOTE_NONE, "escapechar": "\\"}  # as CoVoST's own script reads its tables
 READERS: dict[str, Callable[[LabelledConfig, Path], Iterator[Question]]] = {
     "librispeech": read_librispeech,
     "slurp": read_slurp,
@@ -249,7 +251,7 @@ def _tsv(path: Path, columns: set[str]) -> list[dict[str, str]]:
         first = stream.readline()
         stream.seek(0)
         plain = "sentence" in first or "translation" in first
-        rows = list(csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL))
+        rows = list(csv.DictReader(stream, delimiter="\t", **(PLAIN if plain else {})))
     if not rows or not columns <= set(rows[0]):
         raise DataError(f"{path} needs the columns {', '.join(sorted(columns))}.")
     return rows

@@ -5,6 +5,7 @@ which the systems of the benchmark read like any other. Without transcripts ther
 """
 
 import hashlib
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ class LabelledConfig:
         split: of a table that holds several.
         prompts: wording of the question of each task, with the reader's ``{...}`` in the default ones.
         utterances: upper limit, the first ones of the table (0: all).
+        max_new_tokens: of an answer; by default enough for the label, 512 where instructions are checked.
     """
 
     kind: str
@@ -84,6 +86,7 @@ class LabelledConfig:
     split: str | None = None
     prompts: dict[str, str] = field(default_factory=dict)
     utterances: int = 0
+    max_new_tokens: int | None = None
 
 
 def labelled_cuts(name: str, options: dict[str, Any], tokenizer: Any, end: int, folder: Path) -> tuple[CutSet, bool]:
@@ -119,21 +122,32 @@ def labelled_cuts(name: str, options: dict[str, Any], tokenizer: Any, end: int, 
         questions.setdefault(question.audio, []).append(question)
     if not questions:
         raise DataError(f"labelled.{name}: {config.path} asks nothing.")
-    cuts = [_cut(f"{name}-{i:05d}", audio, asked, tokenizer, end) for i, (audio, asked) in enumerate(questions.items())]
+    limit = config.max_new_tokens
+    cuts = [
+        _cut(f"{name}-{i:05d}", audio, asked, tokenizer, end, limit)
+        for i, (audio, asked) in enumerate(questions.items())
+    ]
     return CutSet.from_cuts(cuts), all(q.transcript for asked in questions.values() for q in asked)
 
 
-def _cut(cut_id: str, audio: Path, asked: list[Question], tokenizer: Any, end: int) -> Cut:
+def _cut(cut_id: str, audio: Path, asked: list[Question], tokenizer: Any, end: int, limit: int | None) -> Cut:
     if not audio.is_file():
         raise DataError(f"There is no audio file {audio}.")
     targets, labels = [], {}
     for index, question in enumerate(asked):
-        prompt_id = f"{question.task}-{index}"
+        if not question.label and not question.instructions:
+            raise DataError(
+                f"{question.audio}: the question {question.prompt[:60]!r} has neither a label nor instructions."
+            )
+        task = question.task.replace("/", "-")  # ids are put together with slashes
+        prompt_id = f"{task}-{index}"
         ids = [*tokenizer.encode(question.label, add_special_tokens=False), end]
-        targets.append(Target("", question.task, prompt_id, question.prompt, question.label, ids).to_dict())
+        budget = limit or (512 if question.instructions else max(48, 2 * len(ids)))
+        targets.append(Target("", task, prompt_id, question.prompt, question.label, ids).to_dict())
         labels[prompt_id] = {
             "metric": question.metric, "choices": list(question.choices), "others": list(question.others),
             "instructions": list(question.instructions), "answer_language": question.answer_language or question.language,
+            "max_new_tokens": budget,
         }  # fmt: skip
     first = asked[0]
     return utterance_cut(
@@ -143,10 +157,25 @@ def _cut(cut_id: str, audio: Path, asked: list[Question], tokenizer: Any, end: i
 
 
 def label_of(conversation: MTBIConversation) -> dict[str, Any]:
-    """``metric`` and ``choices`` of a labelled question; empty for other conversations."""
+    """What :func:`label_measures` needs of a labelled question; empty for other conversations."""
     assert conversation.target is not None
     labels = (conversation.cut.custom or {}).get(LABELS_FIELD, {})
     return labels.get(conversation.target.prompt_id, {})
+
+
+def letter_of(answer: str, letters: list[str]) -> str | None:
+    """The letter that an answer chooses: at its beginning with punctuation, after "answer is", or the only one that stands
+    alone. ("A" and "I" before a word are words.)"""
+    patterns = (
+        r"^\W*([A-Z])(?:[.,:;)]|\s*$)",
+        r"\b(?:[Aa]nswer|[Cc]hoice|[Oo]ption)\b\W*(?:is\b\W*)?([A-Z])\b",
+        r"\b([AI](?!\s+[a-z])|[B-HJ-Z])\b",
+    )
+    for pattern in patterns:
+        found = set(re.findall(pattern, answer)) & set(letters)
+        if found:
+            return found.pop() if len(found) == 1 else None
+    return None
 
 
 def label_measures(record: dict[str, Any]) -> dict[str, Measure]:
@@ -158,7 +187,7 @@ def label_measures(record: dict[str, Any]) -> dict[str, Measure]:
     if choices:
         likely = record["choice"]
         if answer is not None:
-            text = choose(answer, choices)
+            text = letter_of(answer, choices) if all(len(c) == 1 for c in choices) else choose(answer, choices)
             result = {"accuracy_text": (float(text == label), 1.0), "f1_text": class_counts(label, text)}
         if likely is not None:
             result |= {

@@ -203,7 +203,8 @@ def _rouge() -> Any:
 def _bleu(language: str) -> Any:
     from sacrebleu.metrics.bleu import BLEU
 
-    return BLEU(effective_order=True, trg_lang=language)
+    tokenize = {"zh": "zh", "ja": "char", "ko": "char"}.get(language, "13a")  # ja-mecab and ko-mecab need MeCab
+    return BLEU(effective_order=True, tokenize=tokenize)
 
 
 @cache

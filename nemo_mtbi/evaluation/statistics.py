@@ -67,6 +67,8 @@ class Bootstrap:
         """
         differences = self.scores(system) - self.scores(baseline)
         differences = differences[~np.isnan(differences)]
+        if not len(differences):
+            return dict.fromkeys(("difference", "low", "high", "p"), float("nan"))
         tail = (1 - LEVEL) / 2
         low, high = np.quantile(differences, [tail, 1 - tail])
         side = min(float((differences <= 0).mean()), float((differences >= 0).mean()))

@@ -100,6 +100,7 @@ class SpeechSystem:
         if batch is None:
             return None
         batch = self.model.transfer_batch_to_device(batch, self.model.device, 0)
+        self.model.batch_features(batch)  # once, for all that is asked of the reading
         own = {c.id: c for c in conversations}
         return Reading([own[e.id] for e in batch["examples"]], batch["examples"], batch)
 

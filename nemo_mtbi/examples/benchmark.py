@@ -23,7 +23,6 @@ def main(cfg: DictConfig) -> None:
     from nemo_mtbi.evaluation.benchmark import (
         CASCADE,
         COLUMNS,
-        LABEL_TOKENS,
         NORMALIZED_CASCADE,
         TOPLINE,
         Predictions,
@@ -82,8 +81,8 @@ def main(cfg: DictConfig) -> None:
     limit = cfg.max_new_tokens
 
     def budget(conversation: Any) -> int:
-        task = library.get(conversation.target.task)
-        return min(task.max_new_tokens, limit or task.max_new_tokens) if task else limit or LABEL_TOKENS
+        own = label_of(conversation).get("max_new_tokens") or library[conversation.target.task].max_new_tokens
+        return min(own, limit or own)
 
     def choices(conversation: Any) -> list[str]:
         return library[conversation.target.task].choices
@@ -102,7 +101,8 @@ def main(cfg: DictConfig) -> None:
                 questions = Questions(model, CutSet.from_file(columns[column]), cfg.cached_features)
                 found = predictions.predict(f"{manifest}.{column}", model, make(questions), questions)
                 records[manifest].setdefault(name, {})[column] = found
-        predictions = Predictions(folder, own, lambda c: label_of(c)["choices"], budget, cfg.batch_size)
+        chosen = lambda c: label_of(c)["choices"]  # noqa: E731
+        predictions = Predictions(folder, own, chosen, budget, cfg.batch_size, text_llm, cfg.generate)
         for corpus, (cuts, transcribed) in labelled.items():
             if name != TOPLINE or transcribed:
                 questions = Questions(model, cuts, cached_features=False)

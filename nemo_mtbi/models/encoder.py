@@ -93,6 +93,8 @@ def _configure_whisper(perception: DictConfig, name: str) -> None:
         "_target_": "nemo_mtbi.modules.whisper.WhisperPreprocessor", "num_mel_bins": config.num_mel_bins, **shared
     }  # fmt: skip
     kept = perception.pop("encoder_layers", None)
+    if kept == config.encoder_layers:  # all of them: the whole encoder, with its final normalization
+        kept = None
     perception.encoder = {
         "_target_": "nemo_mtbi.modules.whisper.WhisperEncoder",
         "config": {key: getattr(config, key) for key in keep},
@@ -162,7 +164,12 @@ def require_fixed_features(perception: AudioPerceptionModule) -> None:
 
 
 def _input_length(perception_cfg: DictConfig) -> list[str]:
-    return [str(perception_cfg.encoder[k]) for k in (*WHISPER_KEYS, "layers") if k in perception_cfg.encoder]
+    encoder = perception_cfg.encoder
+    if "layers" in encoder:
+        return [
+            str(v) for v in (encoder.get("input_length", "trained"), encoder.get("round_seconds", 2.0), encoder.layers)
+        ]
+    return [str(encoder[k]) for k in WHISPER_KEYS if k in encoder]
 
 
 def input_length_reference(perception_cfg: DictConfig) -> dict[str, str]:

@@ -322,7 +322,11 @@ class MTBISALM(TrainableCheckpoint, GenerationMixin, SALM):
             own, count = connector.transcription_loss(speech, features, lengths, [e.transcript for e in examples])
             loss = loss + w_ctc * own
         if w_align > 0:
-            speech = speech or self.connect(features, lengths)
+            if speech is None:
+                speech = self.connect(features, lengths)
+                reader = connector_of(self.perception)
+                if reader is not None and reader.emits_tokens and speech.ctc_log_probs is None:  # no times of its own
+                    speech.centers = centers_by_order(examples, speech, reader.classes_of, self.frame_seconds)
             spoken, text = self._pooled_words(examples, speech)
             loss = loss + w_align * word_alignment_loss(spoken, text, self.embedding_energy())
             count = count or len(text)

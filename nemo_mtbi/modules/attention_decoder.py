@@ -4,6 +4,7 @@ Letters: B utterances, W windows of at most 30 s, T encoder frames, D Whisper's 
 H LLM width.
 """
 
+import math
 from bisect import bisect_left
 from collections.abc import Iterable
 from typing import Any
@@ -30,8 +31,9 @@ class WhisperDecoderConnector(Connector):
         E_j  +  residual_scale (rms(E) residual(norm(h_i)) + gate (sum_k p_ik M_k - M_i))
 
     with ``h_i`` the decoder's last hidden state that predicted token i, ``p_i`` its ``alternatives`` most likely tokens
-    (renormalized) and ``M_k`` the LLM's mean embedding of Whisper's token k. ``residual`` and ``gate`` start at zero, so an
-    untrained connector gives the LLM exactly what a cascade of the same Whisper would. Transcripts teach the decoder
+    (renormalized) and ``M_k`` the LLM's mean embedding of Whisper's token k. ``residual`` and ``gate`` start at zero: the LLM of
+    an untrained connector reads the text that Whisper's decoder writes from these frames. (They are the audio's own, without
+    the silence that fills Whisper's 30 s, so that text can differ from a cascade's.) Transcripts teach the decoder
     (:meth:`transcription_loss`); the LLM's gradients reach it through ``h`` and ``p``.
 
     Args:
@@ -78,7 +80,7 @@ class WhisperDecoderConnector(Connector):
         time_masks: int = 0,
         time_mask_frames: int = 20,
         residual_scale: float = 5.0,
-        max_tokens_per_second: float = 10.0,
+        max_tokens_per_second: float = 25.0,
     ) -> None:
         super().__init__()
         config = WhisperConfig(**decoder, dropout=dropout)
@@ -98,7 +100,7 @@ class WhisperDecoderConnector(Connector):
         self.residual = nn.Linear(config.d_model, output_dim)
         nn.init.zeros_(self.residual.weight)
         nn.init.zeros_(self.residual.bias)
-        self.gate = nn.Parameter(torch.zeros(()))
+        self.gate = nn.Parameter(torch.zeros(())) if alternatives else None
         self.register_buffer("tokenizer_json", torch.zeros(tokenizer_bytes, dtype=torch.uint8))
         self.register_buffer("embedding_rms", torch.ones(()), persistent=False)
         pieces = eos_id + 1 if alternatives else 0
@@ -116,6 +118,12 @@ class WhisperDecoderConnector(Connector):
         """Keep Whisper's tokenizer.json."""
         self.tokenizer_json.copy_(torch.frombuffer(bytearray(json.encode()), dtype=torch.uint8))
         self._tokenizer = None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        given = state_dict.get(f"{prefix}tokenizer_json")
+        if given is not None and given.shape != self.tokenizer_json.shape:  # written by another version of tokenizers
+            self.tokenizer_json = torch.zeros_like(given, device=self.tokenizer_json.device)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @property
     def tokenizer(self) -> Any:
@@ -160,7 +168,10 @@ class WhisperDecoderConnector(Connector):
     def transcription_loss(
         self, speech: SpeechEmbeddings | None, features: Tensor, lengths: Tensor, transcripts: list[str]
     ) -> tuple[Tensor, int]:
-        """Cross-entropy of the transcripts under teacher forcing; utterances that exceed a window contribute nothing."""
+        """Cross-entropy of the transcripts under teacher forcing; utterances that exceed a window contribute nothing.
+
+        What ``connect`` encoded is read again, so that the encoder's upper layers run once a step.
+        """
         ids = [
             [*self.tokenizer.encode(" " + t.strip(), add_special_tokens=False).ids, self.eos_id] for t in transcripts
         ]
@@ -169,11 +180,17 @@ class WhisperDecoderConnector(Connector):
             if len(own) <= self.max_tokens and frames <= self.window
         ]  # fmt: skip
         if not kept:
-            return features.sum() * 0.0, 0
-        features = features[kept][:, : self.window]
-        if self.training:
-            features = mask_spans(features, lengths[kept], self.time_masks, self.time_mask_frames)
-        features = self._encode(features, lengths[kept])
+            trained = [p.sum() for p in self.parameters() if p.requires_grad]
+            return torch.stack(trained).sum() * 0.0, 0  # with a graph: the step of the other ranks goes on
+        if (
+            speech is not None and speech.encoded is not None and len(speech.encoded[1]) == len(lengths)
+        ):  # a window each
+            features = speech.encoded[0][kept]
+        else:
+            features = features[kept][:, : self.window]
+            if self.training:
+                features = mask_spans(features, lengths[kept], self.time_masks, self.time_mask_frames)
+            features = self._encode(features, lengths[kept])
         targets = [ids[i] for i in kept]
         states = self._forced_states(features, lengths[kept], [own[:-1] for own in targets])
         flat = torch.tensor([token for own in targets for token in own], device=features.device)
@@ -198,8 +215,11 @@ class WhisperDecoderConnector(Connector):
         """-> windows (W, T, D), their frames (W,), and the utterance and first frame of each."""
         if features.shape[1] <= self.window:
             return features, lengths, [(row, 0) for row in range(len(lengths))]
-        owners = [(row, at) for row, n in enumerate(lengths.tolist()) for at in range(0, max(1, n), self.window)]
-        parts = [features[row, at : min(at + self.window, int(lengths[row]))] for row, at in owners]
+        owners, parts = [], []
+        for row, frames in enumerate(lengths.tolist()):
+            size = math.ceil(frames / math.ceil(frames / self.window))  # equal parts: no window is a few frames
+            owners += [(row, at) for at in range(0, frames, size)]
+            parts += [features[row, at : min(at + size, frames)] for at in range(0, frames, size)]
         sizes = torch.tensor([len(p) for p in parts], device=features.device)
         return nn.utils.rnn.pad_sequence(parts, batch_first=True), sizes, owners
 
@@ -216,7 +236,7 @@ class WhisperDecoderConnector(Connector):
         """Last hidden states (W, n, D) of tokens (W, n) that stand from position ``begin`` on."""
         decoder = self.decoder
         hidden = decoder.embed_tokens(ids) + decoder.embed_positions.weight[begin : begin + ids.shape[1]]
-        hidden = nn.functional.dropout(hidden, decoder.dropout, self.training)
+        hidden = nn.functional.dropout(hidden, decoder.dropout, decoder.training)
         for layer in decoder.layers:
             # Transformers' own forward has no mask over padded frames. By position: the cache's name changes with versions.
             hidden = layer(hidden, None, features, mask, cache, cache is not None)
@@ -240,7 +260,15 @@ class WhisperDecoderConnector(Connector):
 
     @torch.no_grad()
     def _greedy(self, features: Tensor, sizes: Tensor) -> tuple[list[list[int]], Tensor]:
-        """Tokens of each window, and the states (W, N + 1, D) that predicted them and the end."""
+        """Tokens of each window, and the states (W, N + 1, D) that predicted them and the end; without dropout."""
+        training = self.decoder.training
+        self.decoder.eval()
+        try:
+            return self._write(features, sizes)
+        finally:
+            self.decoder.train(training)
+
+    def _write(self, features: Tensor, sizes: Tensor) -> tuple[list[list[int]], Tensor]:
         mask = self._frame_mask(sizes, features.shape[1])
         seconds = sizes.float() / FRAMES_PER_SECOND
         limits = (seconds * self.max_tokens_per_second).ceil().long().add(8).clamp_max(self.max_tokens - 1)
@@ -289,29 +317,47 @@ class WhisperDecoderConnector(Connector):
         counts = torch.tensor([len(row) for row in rows], device=features.device)
         padded = torch.tensor([row + [(0, 0, 0, 0.0)] * (width - len(row)) for row in rows], dtype=torch.float64)
         ids, window_index, token_index = (padded[..., i].long().to(features.device) for i in range(3))
-        chosen = states[window_index, token_index]
+        valid = frame_mask(counts, width)
+        chosen = states[window_index[valid], token_index[valid]]
         extra = self.residual(self.norm(chosen))
-        if self.alternatives:
-            extra = extra + self.gate * self._alternatives(chosen) / self.embedding_rms
-        text = embed_tokens(ids).to(extra.dtype)
-        embeddings = text + extra * (self.residual_scale * self.embedding_rms)
-        embeddings = embeddings * frame_mask(counts, width)[..., None]
-        return SpeechEmbeddings(embeddings, counts, padded[..., 3].float().to(features.device), classes=ids)
+        if self.gate is not None:
+            longest = max(1, max(map(len, tokens)))
+            written = torch.tensor(
+                [own + [self.eos_id] * (longest - len(own)) for own in tokens], device=features.device
+            )
+            alternatives = self._alternatives(
+                chosen, written[window_index[valid], token_index[valid]], token_index[valid] == 0
+            )
+            extra = extra + self.gate * alternatives / self.embedding_rms
+        text = embed_tokens(ids[valid]).to(extra.dtype)
+        embeddings = text.new_zeros(*ids.shape, text.shape[-1])
+        embeddings[valid] = text + extra * (self.residual_scale * self.embedding_rms)
+        centers = padded[..., 3].float().to(features.device)
+        return SpeechEmbeddings(embeddings, counts, centers, classes=ids, encoded=(windows, sizes))
 
-    def _alternatives(self, states: Tensor) -> Tensor:
-        """Mean LLM embedding of the most likely tokens minus that of the first. (B, P, D) -> (B, P, H)."""
+    def _alternatives(self, states: Tensor, written: Tensor, first: Tensor) -> Tensor:
+        """Mean LLM embedding (R, H) of the likely tokens minus that of the written one; zero where none was written.
+
+        Args:
+            states: (R, D) that predicted the tokens.
+            written: (R,) tokens, or the end of text.
+            first: (R,) whether a token begins its window.
+        """
         weight = self._output_weight()
+        size = max(1, 2**24 // len(weight))
         with torch.no_grad():
-            flat = states.flatten(0, -2)
-            size = max(1, 2**24 // len(weight))
             best = torch.cat([
-                (nn.functional.linear(part, weight) + self.suppressed[1]).topk(self.alternatives).indices
-                for part in flat.split(size)
+                (nn.functional.linear(part, weight) + self.suppressed[(~begins).long()]).topk(self.alternatives).indices
+                for part, begins in zip(states.split(size), first.split(size), strict=True)
             ])  # fmt: skip
-        logits = torch.einsum("rd,rkd->rk", flat.to(weight.dtype), weight[best]).float()
-        meaning = self.piece_embeddings[best].float()  # (R, K, H)
-        mean = torch.einsum("rk,rkh->rh", logits.softmax(-1), meaning)
-        return (mean - meaning[:, 0]).unflatten(0, states.shape[:-1])
+        logits = torch.einsum("rd,rkd->rk", states.to(weight.dtype), weight[best]).float()
+        table = self.piece_embeddings
+        # A bag: no (R, K, H) tensor.
+        mean = nn.functional.embedding_bag(
+            best, table, mode="sum", per_sample_weights=logits.softmax(-1).to(table.dtype)
+        )
+        spoken = (written != self.eos_id)[:, None]
+        return ((mean - table[written]) * spoken).float()
 
     def _language_model_tokens(self, tokenizer: Any, tokens: list[int], first: bool) -> list[tuple[int, int]]:
         """The LLM's tokens of a window's text, each with the index of the Whisper token that wrote its last byte."""
@@ -344,15 +390,22 @@ def whisper_decoder_settings(name: str, language: str | None, kept_layers: int |
         kept_layers: of the encoder that stay frozen (None: all).
 
     Raises:
-        ConfigError: a multilingual model without a language.
+        ConfigError: a multilingual model without a language, an English one with one, no generation_config.json.
     """
     from transformers import AutoConfig, GenerationConfig
 
     config = AutoConfig.from_pretrained(name)
-    generation = GenerationConfig.from_pretrained(name)
-    tokenizer = _whisper_tokenizer(name, language)
+    try:
+        generation = GenerationConfig.from_pretrained(name)
+    except OSError as error:
+        raise ConfigError(
+            f"{name} has no generation_config.json, which names the tokens that are never written."
+        ) from error
     if getattr(generation, "is_multilingual", False) and language is None:
         raise ConfigError(f"{name} is multilingual: set model.perception.modality_adapter.language, e.g. en.")
+    if not getattr(generation, "is_multilingual", False) and language is not None:
+        raise ConfigError(f"{name} knows English alone: leave model.perception.modality_adapter.language out.")
+    tokenizer = _whisper_tokenizer(name, language)
     keep = (
         "d_model", "encoder_attention_heads", "encoder_ffn_dim", "decoder_layers", "decoder_attention_heads",
         "decoder_ffn_dim", "vocab_size", "max_source_positions", "max_target_positions", "pad_token_id",

@@ -25,6 +25,8 @@ class SpeechEmbeddings:
         centers: (B, P) time of each position in encoder frames, non-decreasing; slices speech by word times.
         ctc_log_probs: (B, P', V_ctc + 1) of a CTC connector, blank first; None otherwise.
         ctc_lengths: (B,) valid rows of ``ctc_log_probs``.
+        encoded: frames (W, T, D) and their lengths (W,) after the layers that the connector trains before its tokens; None
+            without such.
         classes: (B, P) the token (of a CTC connector: the class) of each position; None for connectors without tokens.
     """
 
@@ -34,6 +36,7 @@ class SpeechEmbeddings:
     ctc_log_probs: Tensor | None = None
     ctc_lengths: Tensor | None = None
     classes: Tensor | None = None
+    encoded: tuple[Tensor, Tensor] | None = None
 
 
 class Connector(nn.Module):

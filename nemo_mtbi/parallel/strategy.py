@@ -21,14 +21,15 @@ class TensorParallelStrategy(DDPStrategy):
     Args:
         tensor_model_parallel_size: ranks of one LLM.
         ddp: arguments of ``DDPStrategy``. Its ``timeout`` is long by default, because ranks may wait for the one that draws
-            the data up to its place again; a rank that dies ends the job at once all the same.
+            the data up to its place again; a rank that dies ends the job at once all the same. Buffers hold the LLM's
+            embeddings, the same on all ranks, and are not broadcast.
 
     Raises:
         ConfigError: the number of processes is no multiple of ``tensor_model_parallel_size``.
     """
 
     def __init__(self, tensor_model_parallel_size: int, **ddp: Any) -> None:
-        super().__init__(**{"timeout": PATIENCE, **ddp})
+        super().__init__(**{"timeout": PATIENCE, "broadcast_buffers": False, **ddp})
         self.tensor_model_parallel_size = tensor_model_parallel_size
         self.device_mesh: DeviceMesh | None = None
 

@@ -121,7 +121,11 @@ def build_trainer(cfg: DictConfig, name: str, callbacks: Sequence[pl.Callback] =
         if size > 1:
             options["strategy"] = TensorParallelStrategy(size, find_unused_parameters=unused)
         elif several or torch.cuda.device_count() > 1:
-            options["strategy"] = DDPStrategy(find_unused_parameters=unused, timeout=PATIENCE)
+            options["strategy"] = DDPStrategy(
+                find_unused_parameters=unused,
+                timeout=PATIENCE,
+                broadcast_buffers=False,  # they hold the LLM's embeddings
+            )
     elif size > 1:
         raise ConfigError("trainer.tensor_model_parallel_size > 1 chooses the strategy; leave trainer.strategy out.")
     options["plugins"] = [*options.get("plugins", []), AtomicCheckpointIO()]

@@ -87,7 +87,7 @@ def test_positions_do_not_depend_on_padding_or_on_windows(connector):
         torch.testing.assert_close(batch.embeddings[row, :count], alone.embeddings[0, :count], rtol=1e-3, atol=1e-4)
         assert (batch.centers[row, :count].diff() >= 0).all() and float(batch.centers[row, count - 1]) < length
     assert (batch.embeddings[1, int(batch.lengths[1]) :] == 0).all()
-    parts = [connector.transcribe(features[:1, a:b], torch.tensor([b - a]))[0] for a, b in ((0, 1500), (1500, 1540))]
+    parts = [connector.transcribe(features[:1, a:b], torch.tensor([b - a]))[0] for a, b in ((0, 770), (770, 1540))]
     assert connector.transcribe(features[:1], lengths[:1]) == [" ".join(parts)]
     tokenizer, _ = connector._language_model
     assert batch.classes[0, : int(batch.lengths[0])].tolist() == [
@@ -107,6 +107,14 @@ def test_each_llm_token_reads_the_whisper_token_that_wrote_its_last_byte(model):
         text = tokenizer.decode([t for t, _ in pieces[: index + 1]])
         assert len(before.encode()) < len(text.encode()) <= len(written.encode())
     assert connector._language_model_tokens(tokenizer, [], True) == []
+
+
+def test_a_batch_without_a_usable_transcript_has_a_graph(connector):
+    loss, count = connector.transcription_loss(None, torch.zeros(1, 1600, 32), torch.tensor([1600]), ["too long"])
+    loss.backward()
+    assert (
+        count == 0 and float(loss) == 0 and not any(p.grad.any() for p in connector.parameters() if p.grad is not None)
+    )
 
 
 def test_silence_is_read_as_nothing_heard(connector, monkeypatch):
@@ -137,15 +145,21 @@ def test_transcription_loss_is_a_plain_cross_entropy(connector):
     grads = [torch.autograd.grad(value, connector.decoder.layers[0].fc1.weight)[0] for value in (loss, expected)]
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-5)
     assert connector.transcription_loss(None, features[:1], lengths[:1], transcripts[:1])[1] == 0
+    short, sizes, words = features[1:, :60], lengths[1:], transcripts[1:]
+    again, _ = connector.transcription_loss(connector.connect(short, sizes), short, sizes, words)
+    torch.testing.assert_close(again, loss, rtol=1e-4, atol=1e-4)
 
 
 def test_alternatives_are_the_mean_embedding_of_likely_tokens(connector):
-    states = torch.randn(1, 2, 32)
-    logits = states[0] @ connector._output_weight().t() + connector.suppressed[1]
+    states, written = torch.randn(3, 32, requires_grad=True), torch.tensor([500, 600, connector.eos_id])
+    found = connector._alternatives(states, written, torch.tensor([True, False, False]))
     for row in range(2):
-        values, ids = logits[row].topk(8)
-        mean = values.softmax(0) @ connector.piece_embeddings[ids] - connector.piece_embeddings[ids[0]]
-        torch.testing.assert_close(connector._alternatives(states)[0, row], mean, rtol=1e-4, atol=1e-5)
+        values, ids = (states[row] @ connector._output_weight().t() + connector.suppressed[row]).topk(8)
+        mean = values.softmax(0) @ connector.piece_embeddings[ids] - connector.piece_embeddings[written[row]]
+        torch.testing.assert_close(found[row], mean, rtol=1e-4, atol=1e-5)
+    assert (found[2] == 0).all()  # nothing was written
+    found.sum().backward()
+    assert (states.grad[:2].abs().sum(1) > 0).all() and (states.grad[2] == 0).all()
     _, embed = connector._language_model
     word = connector.tokenizer.encode(" cat", add_special_tokens=False).ids
     tokenizer, _ = connector._language_model
@@ -156,7 +170,7 @@ def test_alternatives_are_the_mean_embedding_of_likely_tokens(connector):
 def test_gradients_of_the_llm_reach_the_decoder(config):
     model = MTBISALM(copy.deepcopy(config))
     connector = model.perception.modality_adapter
-    torch.nn.init.normal_(connector.residual.weight, std=0.1)
+    torch.nn.init.ones_(connector.gate)
     grads = gradients(model, [make_batch(model, 3)])
     for name in ("residual.weight", "gate", "decoder.layers.0.encoder_attn.k_proj.weight"):
         assert float(grads[f"perception.modality_adapter.{name}"].abs().sum()) > 0

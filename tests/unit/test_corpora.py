@@ -11,7 +11,7 @@ from sklearn.metrics import f1_score
 from nemo_mtbi.errors import DataError
 from nemo_mtbi.evaluation.benchmark import entries
 from nemo_mtbi.evaluation.corpora import READERS
-from nemo_mtbi.evaluation.labelled import LabelledConfig, label_measures
+from nemo_mtbi.evaluation.labelled import LabelledConfig, label_measures, letter_of
 
 pytestmark = pytest.mark.unit
 
@@ -124,6 +124,7 @@ def test_spoken_squad_joins_the_sentences_of_a_paragraph(tmp_path):
     path = write(tmp_path / "spoken_test-v1.1.json", json.dumps({"data": [{"title": "t", "paragraphs": [paragraph]}]}))
     (question,) = ask("spoken_squad", path, tmp_path / "out")
     assert question.prompt == "Who {sat}? Answer in a few words." and question.others == ("a cat",)
+    assert question.transcript is None
     assert soundfile.info(question.audio).frames == 16000
     row = {"reference": "the cat", "others": ["a dog"], "choices": [], "metric": "answer", "language": "en"}
     assert label_measures({**row, "answer": "Cat."})["exact_match"] == (1.0, 1)
@@ -138,6 +139,15 @@ def voicebench(folder, subset, row):
     path.parent.mkdir(parents=True)
     Dataset.from_list([{"audio": {"bytes": source.read_bytes(), "path": "q.wav"}, **row}]).to_parquet(str(path))
     return path
+
+
+@pytest.mark.parametrize(
+    "answer, letter",
+    [("B", "B"), ("b", None), ("B. It is a mammal", "B"), ("(C) because", "C"), ("The answer is B, a plant.", "B"),
+     ("It is a mammal.", None), ("A mammal.", None), ("A", "A"), ("I think it is D", "D"), ("B or C", None)],
+)  # fmt: skip
+def test_letters_are_not_articles(answer, letter):
+    assert letter_of(answer, list("ABCD")) == letter
 
 
 def test_voicebench(tmp_path):

@@ -162,6 +162,7 @@ def test_pocketsphinx_says_why_it_cannot_align():
 def test_lora_trains_teaches_without_itself_and_exports_whole_alone_or_merged(tiny_config, tmp_path):
     from .test_model import gradients, make_batch
 
+    torch.manual_seed(0)
     lora = {"task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
     model = MTBISALM(
         {**copy.deepcopy(tiny_config), "lora": lora, "interleaving": {"probability": 1.0, "text_share": 1.0}}
@@ -189,6 +190,6 @@ def test_lora_trains_teaches_without_itself_and_exports_whole_alone_or_merged(ti
     model.merge_lora()
     merged = MTBISALM.restore_from(save_directory(model, tmp_path / "merged"))
     assert not any("lora" in n for n in merged.state_dict())
-    assert max_abs_logit_difference(again, merged) < 1e-5
+    assert max_abs_logit_difference(again, merged) < 1e-4  # one product instead of two: rounding
     with pytest.raises(ConfigError, match="no LoRA"):
         merged.merge_lora()

@@ -6,6 +6,7 @@ from nemo_mtbi.data.rendering import Message, PromptRenderer, Spoken
 from nemo_mtbi.errors import ConfigError
 
 SPEECH_POSITIONS = ("after", "before")
+NOTHING_HEARD = "..."  # what the LLM reads where a recognizer wrote nothing
 
 
 def user_message(prompt: str, spoken: Spoken | str, speech_position: str) -> Message:

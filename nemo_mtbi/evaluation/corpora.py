@@ -101,10 +101,10 @@ def read_covost2(config: LabelledConfig, folder: Path) -> Iterator[Question]:
     sentences = {}
     transcripts = path.parent / "validated.tsv"
     if transcripts.is_file():
-        sentences = {r["path"]: r["sentence"] for r in _tsv(transcripts, {"path", "sentence"})}
+        sentences = {r["path"]: r["sentence"] for r in _tsv(transcripts, {"path", "sentence"}, **PLAIN)}
     audio, split = _folder(config, path.parent / "clips"), config.split or "test"
     prompt = _prompt(config, "translation", language=language)
-    for row in _tsv(path, {"path", "translation", "split"}):
+    for row in _tsv(path, {"path", "translation", "split"}, **PLAIN):
         if row["split"] == split:
             yield Question(
                 audio / row["path"], "translation", prompt, row["translation"], "translation",
@@ -213,7 +213,10 @@ def read_jsonl(config: LabelledConfig, folder: Path) -> Iterator[Question]:
             yield question
 
 
-PLAIN: dict[str, Any] = {"quoting": csv.QUOTE_NONE, "escapechar": "\\"}  # as CoVoST's own script reads its tables
+PLAIN: dict[str, Any] = {
+    "quoting": csv.QUOTE_NONE,
+    "escapechar": "\\",
+}  # quotation marks as they are, as CoVoST's own script reads them
 READERS: dict[str, Callable[[LabelledConfig, Path], Iterator[Question]]] = {
     "librispeech": read_librispeech,
     "slurp": read_slurp,
@@ -245,13 +248,9 @@ def _folder(config: LabelledConfig, published: Path) -> Path:
     return folder
 
 
-def _tsv(path: Path, columns: set[str]) -> list[dict[str, str]]:
-    # Common Voice writes quotation marks as they are; JSON in a column has its own.
+def _tsv(path: Path, columns: set[str], **dialect: Any) -> list[dict[str, str]]:
     with open(path, encoding="utf-8", newline="") as stream:
-        first = stream.readline()
-        stream.seek(0)
-        plain = "sentence" in first or "translation" in first
-        rows = list(csv.DictReader(stream, delimiter="\t", **(PLAIN if plain else {})))
+        rows = list(csv.DictReader(stream, delimiter="\t", **dialect))
     if not rows or not columns <= set(rows[0]):
         raise DataError(f"{path} needs the columns {', '.join(sorted(columns))}.")
     return rows

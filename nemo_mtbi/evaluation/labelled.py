@@ -14,6 +14,7 @@ from lhotse import CutSet
 from lhotse.cut import Cut
 
 from nemo_mtbi.data.conversation import MTBIConversation
+from nemo_mtbi.data.messages import NOTHING_HEARD
 from nemo_mtbi.data.sources import utterance_cut
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.evaluation.metrics import (
@@ -26,7 +27,6 @@ from nemo_mtbi.evaluation.metrics import (
     text_measures,
     word_errors,
 )
-from nemo_mtbi.evaluation.systems import EMPTY_TRANSCRIPT
 from nemo_mtbi.targets.record import TARGETS_FIELD, Target
 from nemo_mtbi.tasks.forms import choose
 
@@ -151,7 +151,7 @@ def _cut(cut_id: str, audio: Path, asked: list[Question], tokenizer: Any, end: i
         }  # fmt: skip
     first = asked[0]
     return utterance_cut(
-        cut_id, audio, first.transcript or EMPTY_TRANSCRIPT, None, first.language,
+        cut_id, audio, first.transcript or NOTHING_HEARD, None, first.language,
         {TARGETS_FIELD: targets, LABELS_FIELD: labels},
     )  # fmt: skip
 

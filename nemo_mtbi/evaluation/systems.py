@@ -17,16 +17,14 @@ from tqdm import tqdm
 from nemo_mtbi.data.audio import mono_samples
 from nemo_mtbi.data.conversation import ConversationIterator, MTBIConversation, TargetSelection, transcript
 from nemo_mtbi.data.dataset import Example, MTBIDataset
-from nemo_mtbi.data.messages import user_message
+from nemo_mtbi.data.messages import NOTHING_HEARD, user_message
 from nemo_mtbi.data.rendering import Spoken
-from nemo_mtbi.losses.imitation import ImitationObjective, imitation_loss
+from nemo_mtbi.losses.imitation import CROSS_ENTROPY, ImitationObjective, imitation_loss
 from nemo_mtbi.models.generation import collate_waveforms
 from nemo_mtbi.models.mtbi_salm import MTBISALM
 from nemo_mtbi.modules.language_model import teacher_hidden_states
 
 KL_ONLY = ImitationObjective(w_ce=0.0, w_kl=1.0, temperature=1.0)
-CE_ONLY = ImitationObjective(w_ce=1.0, w_kl=0.0, temperature=1.0)
-EMPTY_TRANSCRIPT = "..."  # what the cascade's LLM reads where the ASR heard nothing
 
 
 class Questions:
@@ -134,7 +132,7 @@ class TextSystem:
     def _spoken(self, conversation: MTBIConversation) -> Spoken:
         own = self.transcripts
         text = transcript(conversation.cut) if own is None else own[conversation.source_id]
-        return Spoken(text.strip() or EMPTY_TRANSCRIPT)
+        return Spoken(text.strip() or NOTHING_HEARD)
 
     def hidden(self, reading: Reading, responses: list[list[int]]) -> Tensor:
         return text_hidden(self.model, reading.inputs, responses, reading.examples)
@@ -222,13 +220,13 @@ class TextLLM:
     def hidden(self, model: MTBISALM, reading: Reading) -> Tensor:
         """States (R, H) that predict the stored responses of a batch."""
         keys = [(*e.prompt_ids, -1, *e.response_ids) for e in reading.examples]
-        missing = [e for e, key in zip(reading.examples, keys, strict=True) if key not in self.kept]
+        missing = {key: e for e, key in zip(reading.examples, keys, strict=True) if key not in self.kept}
         fresh: dict[tuple[int, ...], Tensor] = {}
         if missing:
-            responses = [e.response_ids for e in missing]
-            states = text_hidden(model, [e.prompt_ids for e in missing], responses, missing)
-            for e, own in zip(missing, states.split([len(r) for r in responses]), strict=True):
-                fresh[(*e.prompt_ids, -1, *e.response_ids)] = own
+            examples = list(missing.values())
+            responses = [e.response_ids for e in examples]
+            states = text_hidden(model, [e.prompt_ids for e in examples], responses, examples)
+            fresh = dict(zip(missing, states.split([len(r) for r in responses]), strict=True))
         hidden = torch.cat([fresh[k] if k in fresh else self.kept[k].to(model.device) for k in keys])
         for key, own in fresh.items():
             size = own.numel() * own.element_size()
@@ -257,7 +255,7 @@ def log_likelihoods(model: MTBISALM, system: System, reading: Reading, responses
     """Log-probability in nats of one response (token ids) for each example."""
     hidden = system.hidden(reading, responses)
     ids = torch.tensor([t for r in responses for t in r], device=hidden.device)
-    loss = imitation_loss(hidden, model.head(), ids, CE_ONLY)
+    loss = imitation_loss(hidden, model.head(), ids, CROSS_ENTROPY)
     return [-float(part.sum()) for part in loss.per_token.split([len(r) for r in responses])]
 
 

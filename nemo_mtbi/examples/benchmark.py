@@ -85,24 +85,22 @@ def main(cfg: DictConfig) -> None:
         return min(own, limit or own)
 
     def choices(conversation: Any) -> list[str]:
-        return library[conversation.target.task].choices
+        label = label_of(conversation)
+        return label["choices"] if label else library[conversation.target.task].choices
 
     text_llm = TextLLM()
 
     def predict(name: str, model: Any, make: Any, *key: Any) -> None:
         """``make(questions)`` gives the system for a manifest."""
-        folder, own = (
-            output / "predictions" / name,
-            key_of(llm, cfg.llm_dtype, limit, *key, *([] if cfg.generate else ["forced"])),
+        own = key_of(llm, cfg.llm_dtype, limit, *key, *([] if cfg.generate else ["forced"]))
+        predictions = Predictions(
+            output / "predictions" / name, own, choices, budget, cfg.batch_size, text_llm, cfg.generate
         )
-        predictions = Predictions(folder, own, choices, budget, cfg.batch_size, text_llm, cfg.generate)
         for manifest, columns in references.items():
             for column in COLUMNS:
                 questions = Questions(model, CutSet.from_file(columns[column]), cfg.cached_features)
                 found = predictions.predict(f"{manifest}.{column}", model, make(questions), questions)
                 records[manifest].setdefault(name, {})[column] = found
-        chosen = lambda c: label_of(c)["choices"]  # noqa: E731
-        predictions = Predictions(folder, own, chosen, budget, cfg.batch_size, text_llm, cfg.generate)
         for corpus, (cuts, transcribed) in labelled.items():
             if name != TOPLINE or transcribed:
                 questions = Questions(model, cuts, cached_features=False)

@@ -55,6 +55,9 @@ class ImitationObjective:
             raise ConfigError(f"temperature={self.temperature} must be positive.")
 
 
+CROSS_ENTROPY = ImitationObjective(w_ce=1.0, w_kl=0.0)
+
+
 @dataclass(frozen=True)
 class Head:
     """The output layer: ``logits = softcap * tanh(scale * (h W^T + b) / softcap)``.

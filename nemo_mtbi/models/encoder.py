@@ -58,9 +58,13 @@ def setup_perception(model: Any) -> None:
     elif whisper:
         model.perception = AudioPerceptionModule(perception).train()
         if cfg.pretrained_weights:
-            _load_whisper(model.perception.encoder, name)
+            from transformers import WhisperModel
+
+            pretrained = WhisperModel.from_pretrained(name)
+            state, own = pretrained.encoder.state_dict(), model.perception.encoder.whisper.state_dict()
+            model.perception.encoder.whisper.load_state_dict({key: value for key, value in state.items() if key in own})
             if decoder:
-                load_whisper_decoder(model.perception.modality_adapter, name)
+                load_whisper_decoder(model.perception.modality_adapter, pretrained, name)
     else:
         setup_speech_encoder(model, pretrained_weights=cfg.pretrained_weights)
 
@@ -101,13 +105,6 @@ def _configure_whisper(perception: DictConfig, name: str) -> None:
         **shared,
         **({} if kept is None else {"layers": kept}),
     }
-
-
-def _load_whisper(encoder: Any, name: str) -> None:
-    from transformers import WhisperModel
-
-    state, own = WhisperModel.from_pretrained(name).encoder.state_dict(), encoder.whisper.state_dict()
-    encoder.whisper.load_state_dict({key: value for key, value in state.items() if key in own})
 
 
 def _nemo_width(name: str) -> int:

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperDecoder, WhisperEncoderLayer
 
+from nemo_mtbi.data.messages import NOTHING_HEARD
 from nemo_mtbi.errors import ConfigError
-from nemo_mtbi.losses.imitation import Head, ImitationObjective, imitation_loss
+from nemo_mtbi.losses.imitation import CROSS_ENTROPY, Head, imitation_loss
 from nemo_mtbi.modules.connectors import Connector, SpeechEmbeddings, frame_mask, mask_spans
 
-CROSS_ENTROPY = ImitationObjective(w_ce=1.0, w_kl=0.0)
-NOTHING_HEARD = "..."  # what the LLM reads where no token was emitted
 FRAMES_PER_SECOND = 50
 
 
@@ -421,11 +420,8 @@ def whisper_decoder_settings(name: str, language: str | None, kept_layers: int |
     }
 
 
-def load_whisper_decoder(connector: WhisperDecoderConnector, name: str) -> None:
-    """Take a Whisper model's decoder and tokenizer."""
-    from transformers import WhisperModel
-
-    whisper = WhisperModel.from_pretrained(name)
+def load_whisper_decoder(connector: WhisperDecoderConnector, whisper: Any, name: str) -> None:
+    """Take the decoder and the upper encoder layers of a ``transformers.WhisperModel``, and the tokenizer of that name."""
     connector.decoder.load_state_dict(whisper.decoder.state_dict())
     first = whisper.config.encoder_layers - len(connector.encoder_layers)
     for own, given in zip(connector.encoder_layers, whisper.encoder.layers[first:], strict=True):

@@ -9,9 +9,9 @@ import gradio as gr
 import numpy as np
 from fastapi import FastAPI
 
+from nemo_mtbi.data.messages import NOTHING_HEARD
 from nemo_mtbi.errors import ConfigError, MTBIError
 from nemo_mtbi.evaluation.asr import RATE, WhisperASR
-from nemo_mtbi.evaluation.systems import EMPTY_TRANSCRIPT
 from nemo_mtbi.models.generation import load_waveform
 from nemo_mtbi.models.mtbi_salm import MTBISALM
 from nemo_mtbi.serving.batching import Batcher, Request, Sampling
@@ -54,7 +54,7 @@ class Page:
         assert self.asr is not None
         heard = self.asr.transcripts([self._waveform(audio, RATE)])[0]
         yield heard, ""
-        for text in self._answer([self._written(heard or EMPTY_TRANSCRIPT, prompt)], [], max_tokens):
+        for text in self._answer([self._written(heard or NOTHING_HEARD, prompt)], [], max_tokens):
             yield heard, text
 
     def _written(self, transcript: str, prompt: str) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
     python benchmarks/encoder_cache.py [--quick] [--json FILE]
 
-The default connector and LLM of conf/model/offline.yaml, 32 utterances of 4 s, at 30 s windows and at the audio's own length.
+The default connector and LLM of conf/model/offline.yaml, 32 utterances of 4 s, at 30 s windows and at the audio's own
+length.
 """
 
 import argparse
@@ -21,22 +22,29 @@ BATCH, SECONDS = 32, 4.0
 def build(input_length: str) -> Any:
     from nemo_mtbi.models import MTBISALM
 
-    model = MTBISALM({
-        "pretrained_llm": "offline:smollm2-135m-instruct", "pretrained_asr": "offline:whisper-tiny.en",
-        "prompt_format": "chatml", "llm_dtype": "bfloat16",
-        "perception": {
-            "input_length": input_length,
-            "modality_adapter": {"_target_": "nemo_mtbi.modules.connectors.CTCCompressConnector", "vocab_size": 300},
-        },
-        "imitation": {"w_kl": 0.0, "teacher": "none"},
-    })  # fmt: skip
+    model = MTBISALM(
+        {
+            "pretrained_llm": "offline:smollm2-135m-instruct",
+            "pretrained_asr": "offline:whisper-tiny.en",
+            "prompt_format": "chatml",
+            "llm_dtype": "bfloat16",
+            "perception": {
+                "input_length": input_length,
+                "modality_adapter": {
+                    "_target_": "nemo_mtbi.modules.connectors.CTCCompressConnector",
+                    "vocab_size": 300,
+                },
+            },
+            "imitation": {"w_kl": 0.0, "teacher": "none"},
+        }
+    )
     model.set_ctc_vocabulary(list(range(1000, 1300)))
     model.log = model.log_dict = lambda *a, **k: None
     return model.train()
 
 
 def make_batch(model: Any) -> dict[str, Any]:
-    from nemo_mtbi.data.dataset import Example
+    from nemo_mtbi.data.example import Example
     from nemo_mtbi.data.interleaving import Word, timeline
 
     g = torch.Generator().manual_seed(0)
@@ -59,7 +67,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    from nemo_mtbi.training.cpu import tune
+    from nemo_mtbi.process import tune
 
     tune(2)
     result: dict[str, Any] = {"command": " ".join(["python", *sys.argv])}

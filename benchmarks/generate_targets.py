@@ -2,9 +2,10 @@
 
     python benchmarks/generate_targets.py [--quick] [--json FILE]
 
-1,000 prompts of mixed length (task prompts of the library over everyday sentences), SmolLM2-135M, greedy, bf16; the text is
-compared in fp32 by tests/parity/test_decoder.py. The fixed-batch loop is Transformers' ``generate`` over the prompts in their
-given order, as the usual script does; its upper limit is one batch of equal lengths that runs to the end.
+1,000 prompts of mixed length (task prompts of the library over everyday sentences), SmolLM2-135M, greedy, bf16; the
+text is compared in fp32 by tests/parity/test_decoder.py. The fixed-batch loop is Transformers' ``generate`` over the
+prompts in their given order, as the usual script does; its upper limit is one batch of equal lengths that runs to the
+end.
 """
 
 import argparse
@@ -29,14 +30,14 @@ def main() -> None:
     from nemo.collections.common.tokenizers import AutoTokenizer
 
     from nemo_mtbi import models as models
-    from nemo_mtbi.data.everyday import everyday_sentences
     from nemo_mtbi.data.messages import user_message
     from nemo_mtbi.data.rendering import PromptRenderer, Spoken
+    from nemo_mtbi.preparation.everyday import everyday_sentences
     from nemo_mtbi.pretrained.offline import resolve_pretrained
+    from nemo_mtbi.process import tune
     from nemo_mtbi.targets.decoder import RefillDecoder, Request
     from nemo_mtbi.targets.engine import HFEngine
     from nemo_mtbi.tasks.library import load_library, render_template, select_tasks
-    from nemo_mtbi.training.cpu import tune
 
     tune(2)
     name = "offline:smollm2-135m-instruct"
@@ -65,9 +66,13 @@ def main() -> None:
         ids = torch.tensor([[0] * (width - len(r.prompt_ids)) + r.prompt_ids for r in batch])
         mask = torch.tensor([[0] * (width - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in batch])
         llm.generate(
-            input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=max(r.max_new_tokens for r in batch),
-            eos_token_id=sorted(engine.stop_ids), pad_token_id=0,
-        )  # fmt: skip
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=max(r.max_new_tokens for r in batch),
+            eos_token_id=sorted(engine.stop_ids),
+            pad_token_id=0,
+        )
     fixed = time.perf_counter() - begin
 
     equal = torch.tensor([requests[0].prompt_ids[:30]] * BATCH)

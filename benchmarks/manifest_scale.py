@@ -2,10 +2,11 @@
 
     python benchmarks/manifest_scale.py [--quick] [--json FILE]
 
-``start_seconds``: from the generator's construction to the first rendered prompt. ``peak_gb``: resident memory of the process
-while ``--shards`` shards are drawn, answered by an engine that returns one fixed token, filtered and written.
-``resume_check_seconds``: finding out that every shard is finished. ``merge_seconds``: shards to the final manifest. Shards beyond
-``--shards`` get the files of the first ones under their own digests, so that resume and merge work on the whole million.
+``start_seconds``: from the generator's construction to the first rendered prompt. ``peak_gb``: resident memory of the
+process while ``--shards`` shards are drawn, answered by an engine that returns one fixed token, filtered and written.
+``resume_check_seconds``: finding out that every shard is finished. ``merge_seconds``: shards to the final manifest.
+Shards beyond ``--shards`` get the files of the first ones under their own digests, so that resume and merge work on
+the whole million.
 """
 
 import argparse
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     from nemo_mtbi import models as models
-    from nemo_mtbi.data import jsonl
+    from nemo_mtbi.io import jsonl
     from nemo_mtbi.pretrained.offline import resolve_pretrained
     from nemo_mtbi.targets.config import TargetsConfig
     from nemo_mtbi.targets.decoder import Answer, Request
@@ -60,9 +61,12 @@ def main() -> None:
     try:
         write_manifest(folder / "cuts.jsonl", lines)
         config = TargetsConfig(
-            cuts={"train": str(folder / "cuts.jsonl")}, output_dir=str(folder / "targets"), prompt_format="chatml",
-            llm=resolve_pretrained("offline:smollm2-135m-instruct"), task_names=["repeat", "about", "rewrite", "keywords"],
-        )  # fmt: skip
+            cuts={"train": str(folder / "cuts.jsonl")},
+            output_dir=str(folder / "targets"),
+            prompt_format="chatml",
+            llm=resolve_pretrained("offline:smollm2-135m-instruct"),
+            task_names=["repeat", "about", "rewrite", "keywords"],
+        )
         before = peak_gb()
         begin = time.perf_counter()
         generator = TargetGenerator(config)

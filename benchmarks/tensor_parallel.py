@@ -1,15 +1,18 @@
-"""A frozen LLM spread over processes with Megatron-Core: memory, agreement, communication and step time against one process.
+"""A frozen LLM spread over processes with Megatron-Core: memory, agreement, communication and step time against one
+process.
 
     python benchmarks/tensor_parallel.py [--quick] [--json FILE]
 
-The LLM has SmolLM2-135M's shape with 12 attention and 4 key/value heads (so that 2 and 4 ranks divide it), random weights, fp32,
-read from safetensors; a step is forward and backward of 4 x 96 positions through the body, and the fused CE + KL on 128 of them.
+The LLM has SmolLM2-135M's shape with 12 attention and 4 key/value heads (so that 2 and 4 ranks divide it), random
+weights, fp32, read from safetensors; a step is forward and backward of 4 x 96 positions through the body, and the
+fused CE + KL on 128 of them.
 
 - ``llm_bytes_fraction``: bytes of the LLM's parameters on a rank over those of the whole LLM;
-  ``load_peak_fraction``: growth of a rank's resident memory while it reads its shard, over the same growth for the whole LLM.
+  ``load_peak_fraction``: growth of a rank's resident memory while it reads its shard, over the same growth for the
+      whole LLM.
 - ``max_rel_diff``: largest difference of the gradient with respect to the input embeddings, over its largest value.
-- ``bytes_per_token``: all-reduced by a rank; ``theoretical_bytes_per_token``: 2 all-reduces a layer forward, 2 backward, each of
-  H values.
+- ``bytes_per_token``: all-reduced by a rank; ``theoretical_bytes_per_token``: 2 all-reduces a layer forward, 2
+  backward, each of H values.
 - ``step_vs_one_process``: with gloo over shared memory on the same two cores, so it can only be larger than 1 here.
 """
 
@@ -32,7 +35,8 @@ LAYERS, HIDDEN, VOCABULARY, ROWS, POSITIONS, RESPONSE_ROWS = 30, 576, 49_152, 4,
 def step(llm: Any, shard: Any) -> tuple[torch.Tensor, float]:
     """-> gradient with respect to the embeddings, seconds."""
     from nemo_mtbi.losses.imitation import ImitationObjective, imitation_loss
-    from nemo_mtbi.modules.language_model import hidden_states, output_head
+    from nemo_mtbi.models.language_model import hidden_states
+    from nemo_mtbi.modules.causal_lm import output_head
 
     g = torch.Generator().manual_seed(0)
     inputs = (0.1 * torch.randn(ROWS, POSITIONS, HIDDEN, generator=g)).requires_grad_()
@@ -70,7 +74,9 @@ def warm_up(folder: str) -> None:
 def worker(rank: int, size: int, port: int, folder: str, rounds: int, results: Any) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from nemo_mtbi.parallel.sharding import empty_llm, initialize, load_shards, shard_llm
+    from nemo_mtbi.parallel.launch import initialize
+    from nemo_mtbi.parallel.loading import empty_llm, load_shards
+    from nemo_mtbi.parallel.sharding import shard_llm
 
     torch.set_num_threads(max(1, 2 // size))
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
@@ -111,9 +117,15 @@ def main() -> None:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=1536, num_hidden_layers=LAYERS, num_attention_heads=12,
-        num_key_value_heads=4, head_dim=48, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=1536,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        head_dim=48,
+        tie_word_embeddings=True,
+    )
     result: dict[str, Any] = {"command": " ".join(["python", *sys.argv]), "torch": torch.__version__}
     with tempfile.TemporaryDirectory() as folder, mp.Manager() as manager:
         LlamaForCausalLM(config).save_pretrained(folder)

@@ -2,12 +2,13 @@
 
     python benchmarks/train_step.py [--quick] [--json FILE]
 
-Same model (SmolLM2-135M and Whisper tiny.en shapes, a stacking connector), same batch, same response tokens: 8 utterances
-of 5 s, 111 positions, 24 response tokens. Variants take turns within one run; ratios are of medians.
+Same model (SmolLM2-135M and Whisper tiny.en shapes, a stacking connector), same batch, same response tokens: 8
+utterances of 5 s, 111 positions, 24 response tokens. Variants take turns within one run; ratios are of medians.
 
-Two processes take turns: one as NeMo leaves it, and one with our launchers' heap settings (``training/cpu.py``), which speed
-up SALM too. ``examples_per_s_vs_salm_ce`` compares our defaults (heap settings, keys and values of prompt beginnings kept, cached
-teacher) with SALM as its own launcher runs it; ``_same_heap`` gives SALM our heap, ``_all_positions`` no kept prompts to us.
+Two processes take turns: one as NeMo leaves it, and one with our launchers' heap settings (``process.py``),
+which speed up SALM too. ``examples_per_s_vs_salm_ce`` compares our defaults (heap settings, keys and values of prompt
+beginnings kept, cached teacher) with SALM as its own launcher runs it; ``_same_heap`` gives SALM our heap,
+``_all_positions`` no kept prompts to us.
 """
 
 import argparse
@@ -33,19 +34,26 @@ MEMORY_TOKENS, MEMORY_VOCABULARY, MEMORY_HIDDEN = 4096, 150_000, 576
 def build(dtype: str) -> Any:
     from nemo_mtbi.models import MTBISALM
 
-    return MTBISALM({
-        "pretrained_llm": "offline:smollm2-135m-instruct", "pretrained_asr": "offline:whisper-tiny.en",
-        "prompt_format": "chatml", "llm_dtype": dtype, "encoder_dtype": "float32",
-        "perception": {
-            "input_length": "own", "round_seconds": 1.0,
-            "modality_adapter": {"_target_": "nemo_mtbi.modules.connectors.StackMLPConnector", "factor": FACTOR},
-        },
-        "interleaving": {"probability": 0.0}, "imitation": {"teacher": "cached"},
-    })  # fmt: skip
+    return MTBISALM(
+        {
+            "pretrained_llm": "offline:smollm2-135m-instruct",
+            "pretrained_asr": "offline:whisper-tiny.en",
+            "prompt_format": "chatml",
+            "llm_dtype": dtype,
+            "encoder_dtype": "float32",
+            "perception": {
+                "input_length": "own",
+                "round_seconds": 1.0,
+                "modality_adapter": {"_target_": "nemo_mtbi.modules.connectors.StackMLPConnector", "factor": FACTOR},
+            },
+            "interleaving": {"probability": 0.0},
+            "imitation": {"teacher": "cached"},
+        }
+    )
 
 
 def make_batch(model: Any) -> dict[str, Any]:
-    from nemo_mtbi.data.dataset import Example
+    from nemo_mtbi.data.example import Example
     from nemo_mtbi.data.interleaving import Word, timeline
 
     g = torch.Generator().manual_seed(0)
@@ -71,8 +79,8 @@ def variants(model: Any) -> dict[str, Callable[[], None]]:
     """Each runs one forward and backward pass."""
     from nemo.collections.speechlm2.models.salm import SALM
 
-    from nemo_mtbi.models.assembly import plan_batch
-    from nemo_mtbi.modules.language_model import PrefixStore, hidden_states
+    from nemo_mtbi.data.example import plan_batch
+    from nemo_mtbi.models.language_model import PrefixStore, hidden_states
 
     model.train()
     model.llm.eval()
@@ -164,7 +172,7 @@ class Worker:
 def serve(dtype: str, tuned: bool) -> None:
     """The worker's side: variant names come in, seconds go out."""
     if tuned:
-        from nemo_mtbi.training.cpu import tune
+        from nemo_mtbi.process import tune
 
         tune(2)
     torch.set_num_threads(2)

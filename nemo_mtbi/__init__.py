@@ -4,6 +4,9 @@ Importing this package is cheap on purpose (NeMo takes about 15 s to import): ``
 loads NeMo and registers the plugin with it (``nemo_mtbi/registration.py``).
 """
 
+from nemo_mtbi import _moved
 from nemo_mtbi.version import __version__
+
+_moved.install()
 
 __all__ = ["__version__"]

@@ -1,4 +1,7 @@
-"""``mtbi COMMAND [key=value ...]``: the launchers under one name. Nothing heavy is imported before a launcher needs it."""
+"""``mtbi COMMAND [key=value ...]``: the launchers under one name.
+
+Nothing heavy is imported before a launcher needs it.
+"""
 
 import importlib
 import sys
@@ -62,10 +65,16 @@ def named(command: str, arguments: list[str]) -> list[str]:
 def usage() -> str:
     """All commands, on one screen."""
     lines = [f"  {name:12s}{text}" for name, (_, _, text) in COMMANDS.items()]
-    return "\n".join([
-        "usage: mtbi COMMAND [key=value ...]", "", *lines, "",
-        "mtbi COMMAND --help   what it takes", "mtbi COMMAND --cfg job   all values, with yours filled in",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            "usage: mtbi COMMAND [key=value ...]",
+            "",
+            *lines,
+            "",
+            "mtbi COMMAND --help   what it takes",
+            "mtbi COMMAND --cfg job   all values, with yours filled in",
+        ]
+    )
 
 
 def command_help(command: str, config: str) -> str:

@@ -20,8 +20,8 @@ TEACHERS = ("online", "cached", "none")
 class ImitationConfig:
     """Objective of the imitation stage; see :mod:`nemo_mtbi.losses.imitation`.
 
-    ``w_ctc`` weighs the connector's own loss on the transcripts (CTC; cross-entropy of an attention decoder), ``w_align`` the
-    word-level alignment term; ``teacher`` is ``online``, ``cached``
+    ``w_ctc`` weighs the connector's own loss on the transcripts (CTC; cross-entropy of an attention decoder),
+    ``w_align`` the word-level alignment term; ``teacher`` is ``online``, ``cached``
     (top-k stored with the targets) or ``none`` (CE alone); ``task_weights`` multiplies the loss of a task.
     """
 
@@ -59,7 +59,10 @@ class InterleavingConfig:
 
 @dataclass
 class AlignmentStageConfig:
-    """Weights of the two terms of the alignment stage (the connector's warm start; ``alignment_stage`` in train.yaml)."""
+    """Weights of the two terms of the alignment stage (the connector's warm start.
+
+    ``alignment_stage`` in train.yaml).
+    """
 
     w_ctc: float = 1.0
     w_align: float = 0.0
@@ -79,15 +82,17 @@ class ModelConfig:
 
     Attributes:
         pretrained_llm: ``offline:`` part, hub name or local directory of the LLM.
-        pretrained_asr: Whisper or NeMo ASR model that provides the speech encoder (``offline:``, hub name, path, .nemo).
+        pretrained_asr: Whisper or NeMo ASR model that provides the speech encoder (``offline:``, hub name, path,
+            .nemo).
         prompt_format: a NeMo prompt format, or ``chat_template`` for the tokenizer's own.
         speech_position: the speech stands ``after`` or ``before`` the task prompt.
         llm_dtype, encoder_dtype: storage and compute type of the frozen parts; the connector stays float32.
         prefix_cache_tokens: tokens of prompt beginnings whose keys and values are kept (0: none); see PrefixStore.
         tensor_model_parallel_size: ranks that hold the LLM together; ``trainer.tensor_model_parallel_size`` sets it.
-        sequence_parallel: with tensor parallelism, spread what lies between attention and feed-forward blocks over positions.
-        activation_checkpointing: keep only each layer's input for the backward pass and compute the rest again; turns the
-            kept prompt beginnings off.
+        sequence_parallel: with tensor parallelism, spread what lies between attention and feed-forward blocks over
+            positions.
+        activation_checkpointing: keep only each layer's input for the backward pass and compute the rest again; turns
+            the kept prompt beginnings off.
         fused_norms: RMSNorms of the LLM as one kernel each (Transformer Engine's, NVIDIA apex's or PyTorch's).
         max_bad_steps: stop after this many optimizer steps skipped for a non-finite loss or gradient.
     """

@@ -1,7 +1,7 @@
 """Training examples: one utterance, one task prompt, and the text LLM's answer to the transcript.
 
 The ``input_cfg`` type ``mtbi`` (registered in :mod:`nemo_mtbi.registration`) reads a CutSet or Shar whose cuts carry
-``custom["targets"]`` (see :mod:`nemo_mtbi.targets.record`) and yields one :class:`MTBIConversation` per visit to a cut.
+``custom["targets"]`` (see :mod:`nemo_mtbi.data.target`) and yields one :class:`MTBIConversation` per visit to a cut.
 """
 
 import itertools
@@ -19,8 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_mtbi.data.messages import user_message
 from nemo_mtbi.data.rendering import Message, RenderedPrompt, Spoken, TimedWord
+from nemo_mtbi.data.target import TARGETS_FIELD, Target
 from nemo_mtbi.errors import ConfigError, DataError
-from nemo_mtbi.targets.record import TARGETS_FIELD, Target
 
 INPUT_TYPE = "mtbi"
 # What the alignment stage reads of every cut: it needs the transcript alone, so cuts without answers serve it too.
@@ -92,8 +92,8 @@ class TargetSelection:
 
     Attributes:
         tasks: sampling weight of each task; None: every task that the data holds, equally.
-        temperature: tasks are drawn with probability proportional to weight ** temperature: among those of a cut, and by
-            passing over cuts whose tasks weigh less than the heaviest one (cuts that have a single task each).
+        temperature: tasks are drawn with probability proportional to weight ** temperature: among those of a cut, and
+            by passing over cuts whose tasks weigh less than the heaviest one (cuts that have a single task each).
         every_target: yield all targets at every visit instead of one (evaluation).
         seed: decides the draw together with the cut's id and the visit number.
     """
@@ -187,9 +187,20 @@ class ConversationIterator:
 
 
 KNOWN_KEYS = {
-    "type", "cuts_path", "shar_path", "weight", "tags", "tasks", "task_temperature", "every_target", "seed",
-    "speech_position", "shared_prefix", "every_cut", "first_visit",
-}  # fmt: skip
+    "type",
+    "cuts_path",
+    "shar_path",
+    "weight",
+    "tags",
+    "tasks",
+    "task_temperature",
+    "every_target",
+    "seed",
+    "speech_position",
+    "shared_prefix",
+    "every_cut",
+    "first_visit",
+}
 
 
 def read_mtbi(config: DictConfig) -> tuple[CutSet, bool]:

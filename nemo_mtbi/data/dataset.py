@@ -1,6 +1,5 @@
 """The batch contract: conversations to tensors."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,46 +12,23 @@ from nemo.collections.common.prompts import PromptFormatter
 from nemo.utils import logging
 
 from nemo_mtbi.data.conversation import MTBIConversation, transcript
+from nemo_mtbi.data.example import Example
 from nemo_mtbi.data.feature_cache import FEATURES_FIELD, load_array
-from nemo_mtbi.data.interleaving import Unit, timeline
+from nemo_mtbi.data.interleaving import timeline
 from nemo_mtbi.data.rendering import PromptRenderer
+from nemo_mtbi.data.target import TEACHER_IDS_FIELD, TEACHER_LOG_PROBS_FIELD, Target
 from nemo_mtbi.errors import DataError
-from nemo_mtbi.targets.record import TEACHER_IDS_FIELD, TEACHER_LOG_PROBS_FIELD, Target
-
-
-@dataclass(frozen=True)
-class Example:
-    """One conversation of a batch, as plain Python values (it stays on the CPU, where interleaving is planned).
-
-    Attributes:
-        id, visit: key of everything random about the example.
-        task, prompt_id: for weights and the record of what was seen.
-        prompt_ids: the text LLM's input, transcript in place of speech.
-        units: pieces of the utterance that may be speech or text (see :mod:`nemo_mtbi.data.interleaving`).
-        response_ids: the teacher's answer, end-of-turn included.
-        duration_seconds: of the audio.
-        transcript: of the audio.
-    """
-
-    id: str
-    visit: int
-    task: str
-    prompt_id: str
-    prompt_ids: list[int]
-    units: list[Unit]
-    response_ids: list[int]
-    duration_seconds: float
-    transcript: str
 
 
 class MTBIDataset(torch.utils.data.Dataset):
     """Turns a mini-batch of :class:`MTBIConversation` into a dictionary with these keys (B conversations):
 
-    - ``examples``: list of B :class:`Example`.
+    - ``examples``: list of B :class:`nemo_mtbi.data.example.Example`.
     - ``audios`` (B, S) float32, zero-padded, and ``audio_lens`` (B,) int64 samples; absent with cached features.
-    - ``encoder_features`` (B, T, D) bfloat16, zero-padded, and ``encoder_feature_lens`` (B,); only with cached features.
-    - ``teacher_ids`` (R, K) int64 and ``teacher_log_probs`` (R, K) float32: the teacher's top-k of all R response tokens
-      of the batch, in order; absent unless every example has them.
+    - ``encoder_features`` (B, T, D) bfloat16, zero-padded, and ``encoder_feature_lens`` (B,); only with cached
+      features.
+    - ``teacher_ids`` (R, K) int64 and ``teacher_log_probs`` (R, K) float32: the teacher's top-k of all R response
+      tokens of the batch, in order; absent unless every example has them.
 
     A conversation whose audio cannot be read is left out, logged and counted by NeMo; None if none is left.
 
@@ -113,15 +89,23 @@ class MTBIDataset(torch.utils.data.Dataset):
         own = Target.rendering_of(self.prompt_format, conversation.speech_position, self.llm_key)
         if self.llm_key and target.rendering and target.rendering != own:
             raise DataError(
-                f"The answer of {conversation.id} was given under {target.rendering} (prompt format / speech position / LLM), "
+                f"The answer of {conversation.id} was given under {target.rendering} (prompt format / speech "
+                f"position / LLM), "
                 f"this model has {own}. Use the same in both, or generate the targets again."
             )
         rendered = conversation.rendered or self.renderer.render(conversation.messages())
         duration = conversation.cut.duration
         return Example(
-            conversation.id, conversation.visit, target.task, target.prompt_id, rendered.ids,
-            timeline(rendered.spoken[-1], duration), target.response_ids, duration, transcript(conversation.cut),
-        )  # fmt: skip
+            conversation.id,
+            conversation.visit,
+            target.task,
+            target.prompt_id,
+            rendered.ids,
+            timeline(rendered.spoken[-1], duration),
+            target.response_ids,
+            duration,
+            transcript(conversation.cut),
+        )
 
     def _teacher(self, items: list[MTBIConversation]) -> dict[str, torch.Tensor]:
         ids, log_probs = [], []
@@ -141,8 +125,10 @@ class MTBIDataset(torch.utils.data.Dataset):
             fits = len(ids[-1]) == len(target.response_ids)
             if not fits or not (ids[-1] == np.asarray(target.response_ids)[:, None]).any(1).all():
                 raise DataError(
-                    f"The teacher log-probabilities of {item.id} ({len(ids[-1])} rows) belong to another answer than its "
-                    f"{len(target.response_ids)} response tokens. The target files are inconsistent: generate them again."
+                    f"The teacher log-probabilities of {item.id} ({len(ids[-1])} rows) belong to another answer "
+                    f"than its "
+                    f"{len(target.response_ids)} response tokens. The target files are inconsistent: generate "
+                    f"them again."
                 )
         return {
             "teacher_ids": torch.from_numpy(np.concatenate(ids)),

@@ -8,15 +8,18 @@ import numpy as np
 import torch
 from lhotse.cut import Cut
 
-from nemo_mtbi.data import array_storage as array_storage  # registers the storage with Lhotse
 from nemo_mtbi.errors import DataError
+from nemo_mtbi.io import array_storage as array_storage  # registers the storage with Lhotse
 
 FEATURES_FIELD = "encoder_features"
 KEY_FIELD = "encoder_features_key"
 
 
 def features_key(cut: Cut, encoder_key: str) -> str:
-    """Identity of a cut's features: the encoder (weights, input length) and the audio (file, its size and time, span)."""
+    """Identity of a cut's features.
+
+    The encoder (weights, input length) and the audio (file, its size and time, span).
+    """
     digest = hashlib.blake2b(encoder_key.encode(), digest_size=12)
     digest.update(f"{cut.start}/{cut.duration}/{cut.sampling_rate}".encode())
     for source in cut.recording.sources if hasattr(cut, "recording") and cut.recording else []:

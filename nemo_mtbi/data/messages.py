@@ -31,8 +31,8 @@ def user_message(prompt: str, spoken: Spoken | str, speech_position: str) -> Mes
 def require_same_rendering(renderer: PromptRenderer, audio_tag: str, speech_position: str) -> None:
     """Check that training and inference give the LLM the same text around the speech.
 
-    Training replaces the tokens of the transcript; inference knows no transcript and tokenizes an audio tag in its place.
-    A tokenizer that merges the text before the speech differently in the two cases would make them differ.
+    Training replaces the tokens of the transcript; inference knows no transcript and tokenizes an audio tag in its
+    place. A tokenizer that merges the text before the speech differently in the two cases would make them differ.
 
     Raises:
         ConfigError: they differ, with this prompt format and speech position.
@@ -45,6 +45,7 @@ def require_same_rendering(renderer: PromptRenderer, audio_tag: str, speech_posi
     tag = renderer.tokenizer.token_to_id(audio_tag)
     if tag not in ids or [ids[: ids.index(tag)], ids[ids.index(tag) + 1 :]] != training:
         raise ConfigError(
-            f"With speech_position={speech_position} and this prompt_format, the tokenizer renders the text around the speech "
+            f"With speech_position={speech_position} and this prompt_format, the tokenizer renders the text "
+            f"around the speech "
             "differently in training and at inference. Use the other speech_position or another prompt_format."
         )

@@ -4,9 +4,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from nemo_mtbi.data import jsonl
-from nemo_mtbi.data.html import save_picture, subplots
-from nemo_mtbi.training.report import scalars
+from nemo_mtbi.evaluation.run_report import scalars
+from nemo_mtbi.io import jsonl
+from nemo_mtbi.io.html import save_picture, subplots
 
 MEASURES = ("token_agreement", "kl_per_token", "rouge_l", "form")
 
@@ -37,8 +37,9 @@ def _by_variant(columns: dict[str, Any], runs: dict[str, dict[int, Path]]) -> di
         for column, scores in columns.items():
             result[name][column] = {
                 m: _spread([scores[s]["scores"][m] for s in systems])
-                for m in MEASURES if all(m in scores[s]["scores"] for s in systems)
-            }  # fmt: skip
+                for m in MEASURES
+                if all(m in scores[s]["scores"] for s in systems)
+            }
     return result
 
 
@@ -51,10 +52,13 @@ def _spread(scores: list[dict[str, float]]) -> dict[str, float]:
 def markdown(table: dict[str, Any], command: str) -> str:
     """Token agreement of every variant in the three columns."""
     lines = [
-        f"Benchmark: `{command}`", "",
-        "Token agreement with the text LLM: mean over seeds, the mean bootstrap interval over utterances, and ± the standard "
-        "deviation over seeds.", "",
-    ]  # fmt: skip
+        f"Benchmark: `{command}`",
+        "",
+        "Token agreement with the text LLM: mean over seeds, the mean bootstrap interval over utterances, and ± "
+        "the standard "
+        "deviation over seeds.",
+        "",
+    ]
     for manifest, variants in table.items():
         columns = [c for c in next(iter(variants.values())) if c != "seeds"]
         lines += [f"## {manifest}", "", f"| variant | seeds | {' | '.join(c.replace('_', ' ') for c in columns)} |"]

@@ -10,11 +10,11 @@ from lhotse.cut import Cut
 from nemo.utils import logging
 from tqdm import tqdm
 
-from nemo_mtbi.data import jsonl
 from nemo_mtbi.data.audio import mono_samples
 from nemo_mtbi.data.feature_cache import features_key
 from nemo_mtbi.errors import ConfigError
-from nemo_mtbi.models.encoder import is_whisper
+from nemo_mtbi.io import jsonl
+from nemo_mtbi.modules.perception import is_whisper
 from nemo_mtbi.pretrained.fingerprint import fingerprint
 from nemo_mtbi.pretrained.offline import resolve_pretrained
 

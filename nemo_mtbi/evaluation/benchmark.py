@@ -7,43 +7,198 @@
     <output_dir>/benchmark.json, .md, .html, .png
 """
 
-import hashlib
-import statistics
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from lhotse import CutSet
+from omegaconf import DictConfig
 
-from nemo_mtbi.data import jsonl
-from nemo_mtbi.data.audio import mono_samples
-from nemo_mtbi.data.conversation import MTBIConversation, transcript
-from nemo_mtbi.data.feature_cache import features_key
-from nemo_mtbi.evaluation.asr import RATE, WhisperASR
-from nemo_mtbi.evaluation.labelled import label_measures, label_of
-from nemo_mtbi.evaluation.metrics import Measure, measures, sums_of
-from nemo_mtbi.evaluation.statistics import Bootstrap, Sums
-from nemo_mtbi.evaluation.systems import (
-    Questions,
-    Reading,
-    System,
-    TextLLM,
-    against_the_text_llm,
-    log_likelihoods,
-    readings,
+from nemo_mtbi.checkpoints.run_directory import RunDirectory
+from nemo_mtbi.data.conversation import MTBIConversation, check_manifest
+from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.evaluation.asr import WhisperASR
+from nemo_mtbi.evaluation.benchmark_report import write_report
+from nemo_mtbi.evaluation.columns import (
+    CASCADE,
+    COLUMNS,
+    NORMALIZED_CASCADE,
+    SEEN_PROMPTS,
+    TOPLINE,
+    UNSEEN_PROMPTS,
+    UNSEEN_TASKS,
 )
+from nemo_mtbi.evaluation.labelled import label_of, labelled_cuts
+from nemo_mtbi.evaluation.latency import seconds_to_first_token
+from nemo_mtbi.evaluation.predictions import Predictions, digest, key_of
+from nemo_mtbi.evaluation.score import normalize
+from nemo_mtbi.evaluation.summary import summarize, summarize_labels
+from nemo_mtbi.evaluation.systems import EvaluationSet, SALMSystem, SpeechSystem, System, TextLLM, TextSystem
 from nemo_mtbi.models.mtbi_salm import MTBISALM
 from nemo_mtbi.targets import workers
 from nemo_mtbi.targets.config import TargetsConfig
-from nemo_mtbi.tasks.library import Task
+from nemo_mtbi.tasks.library import load_library, select_tasks
 
-SEEN_PROMPTS, UNSEEN_PROMPTS, UNSEEN_TASKS = COLUMNS = ("seen_prompts", "unseen_prompts", "unseen_tasks")
-TOPLINE, CASCADE, NORMALIZED_CASCADE = "text_topline", "cascade", "cascade_normalized"
-Scored = dict[str, tuple[dict[str, Any], dict[str, Measure]]]  # id of a record -> the record and its measures
+SALM_PREFIX = "salm:"
+Records = dict[str, dict[str, Any]]
+
+
+class Benchmark:
+    """One call of ``conf/benchmark.yaml``.
+
+    Raises:
+        ConfigError: systems, tasks or names that cannot be compared.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.cfg, self.output = cfg, Path(cfg.output_dir)
+        self._check_names()
+        folders = list(cfg.task_folders) if cfg.task_folders else None
+        self.library = load_library(folders)
+        groups = ((cfg.trained_tasks, "train"), (cfg.unseen_tasks, "held_out"))
+        self.trained, self.unseen = (
+            [t.name for t in select_tasks(self.library, list(names) if names is not None else None, group)]
+            for names, group in groups
+        )
+        if both := set(self.trained) & set(self.unseen):
+            raise ConfigError(f"{sorted(both)[0]} stands in trained_tasks and in unseen_tasks.")
+        # Ours first: one of them gives the text LLM. NeMo's other speech LLMs have their own.
+        self.specs = dict(sorted(cfg.systems.items(), key=lambda item: item[1].startswith(SALM_PREFIX)))
+        if next(iter(self.specs.values())).startswith(SALM_PREFIX):
+            raise ConfigError("systems: at least one must be trained with nemo_mtbi; its LLM is the text LLM.")
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.text_llm = TextLLM()
+        self.model, self.weights = self._open(next(iter(self.specs.values())))
+        self.llm = self.model.references["llm"]
+        self.references = write_references(
+            self.output / "references", dict(cfg.cuts), self.trained, self.unseen, self._target_settings(folders)
+        )
+        tokenizer, end = self.model.tokenizer.tokenizer, self.model.stop_ids()[-1]
+        self.labelled = {
+            name: labelled_cuts(name, dict(options), tokenizer, end, self.output / "audio")
+            for name, options in (cfg.labelled or {}).items()
+        }
+        self.records: dict[str, dict[str, Records]] = {name: {} for name in cfg.cuts}
+        self.label_records: dict[str, Records] = {name: {} for name in self.labelled}
+
+    def run(self, command: str) -> dict[str, Path]:
+        """Ask every system, score, and write the report.
+
+        Args:
+            command: for the record.
+        """
+        self._ask(TOPLINE, lambda questions: TextSystem(self.model, None))
+        latency = self._ask_cascades()
+        for index, (name, spec) in enumerate(self.specs.items()):
+            self._ask_system(name, spec, first=index == 0)
+        resamples, baseline = int(self.cfg.resamples), self.cfg.baseline
+        results = {
+            manifest: summarize(systems, self.library, baseline, resamples)
+            for manifest, systems in self.records.items()
+        }
+        for corpus, systems in self.label_records.items():
+            results[corpus] = {"labels": summarize_labels(systems, baseline, resamples)}
+        about = {
+            "trained_tasks": self.trained,
+            "unseen_tasks": self.unseen,
+            "systems": self.specs,
+            "baseline": baseline,
+            "resamples": self.cfg.resamples,
+            "seconds_to_first_token": latency,
+        }
+        return write_report(self.output, results, about, command)
+
+    def _check_names(self) -> None:
+        cfg = self.cfg
+        if reserved := {TOPLINE, CASCADE, NORMALIZED_CASCADE} & set(cfg.systems):
+            raise ConfigError(f"systems: {sorted(reserved)[0]} is a name of the benchmark's own; choose another.")
+        if cfg.baseline not in {TOPLINE, *cfg.systems, *([CASCADE] if cfg.cascade else [])}:
+            raise ConfigError(f"baseline={cfg.baseline} is none of the systems ({', '.join(cfg.systems)}).")
+        for path in cfg.cuts.values():
+            check_manifest(path)
+
+    def _target_settings(self, folders: list[str] | None) -> dict[str, Any]:
+        cfg, model = self.cfg, self.model
+        return {
+            "llm": cfg.llm or model.config.pretrained_llm,
+            "prompt_format": model.cfg.prompt_format,
+            "dtype": cfg.llm_dtype,
+            "speech_position": model.config.speech_position,
+            "prompts_per_task": cfg.prompts_per_task,
+            "max_new_tokens": cfg.max_new_tokens,
+            "task_folders": folders,
+        }
+
+    def _open(self, spec: str) -> tuple[MTBISALM, Path]:
+        model, weights = open_system(spec, self.cfg.llm_dtype)
+        return model.to(self.device), weights
+
+    def _budget(self, conversation: MTBIConversation) -> int:
+        assert conversation.target is not None
+        own = label_of(conversation).get("max_new_tokens") or self.library[conversation.target.task].max_new_tokens
+        return min(own, self.cfg.max_new_tokens or own)
+
+    def _choices(self, conversation: MTBIConversation) -> list[str]:
+        assert conversation.target is not None
+        label = label_of(conversation)
+        return label["choices"] if label else self.library[conversation.target.task].choices
+
+    def _ask(self, name: str, system_for: Callable[[EvaluationSet], System], *key: Any) -> None:
+        """Predictions of one system for every set.
+
+        Args:
+            name: of the system.
+            system_for: gives the system for a set.
+            key: what decides its answers, besides the LLM.
+        """
+        cfg = self.cfg
+        own = key_of(self.llm, cfg.llm_dtype, cfg.max_new_tokens, *key, *([] if cfg.generate else ["forced"]))
+        folder = self.output / "predictions" / name
+        predictions = Predictions(folder, own, self._choices, self._budget, cfg.batch_size, self.text_llm, cfg.generate)
+        for manifest, columns in self.references.items():
+            for column in COLUMNS:
+                questions = EvaluationSet(self.model, CutSet.from_file(columns[column]), cfg.cached_features)
+                found = predictions.predict(f"{manifest}.{column}", self.model, system_for(questions), questions)
+                self.records[manifest].setdefault(name, {})[column] = found
+        for corpus, (cuts, transcribed) in self.labelled.items():
+            if name != TOPLINE or transcribed:
+                questions = EvaluationSet(self.model, cuts, cached_features=False)
+                found = predictions.predict(corpus, self.model, system_for(questions), questions, imitation=False)
+                self.label_records[corpus][name] = found
+
+    def _ask_cascades(self) -> dict[str, float]:
+        """The cascades' predictions; seconds to the first token, if they are asked for."""
+        cfg, model = self.cfg, self.model
+        recognizer = WhisperASR(model.config.pretrained_asr) if cfg.cascade else None
+        if recognizer is not None:
+            cache, asr = self.output / "cascade_transcripts.jsonl", recognizer.transcribe
+            self._ask(CASCADE, lambda questions: TextSystem(model, asr(questions.cuts, cache)), recognizer.key)
+            if cfg.normalized_cascade:
+
+                def normalized(questions: EvaluationSet) -> System:
+                    return TextSystem(model, {i: normalize(t) for i, t in asr(questions.cuts, cache).items()})
+
+                self._ask(NORMALIZED_CASCADE, normalized, recognizer.key, "normalized")
+        if not cfg.latency_utterances:
+            return {}
+        first = CutSet.from_file(next(iter(cfg.cuts.values())))
+        return seconds_to_first_token(model, first, "What is this about?", int(cfg.latency_utterances), recognizer)
+
+    def _ask_system(self, name: str, spec: str, first: bool) -> None:
+        if spec.startswith(SALM_PREFIX):
+            source = spec.removeprefix(SALM_PREFIX)
+            other = SALMSystem(source, self.device)
+            self._ask(name, lambda questions: other, digest(Path(source)) if Path(source).is_dir() else source)
+            return
+        if not first:
+            self.model, self.weights = self._open(spec)
+        model = self.model
+        if model.references["llm"] != self.llm:
+            raise ConfigError(
+                f"systems.{name} has another LLM than the first system; their answers cannot be compared."
+            )
+        self._ask(name, lambda questions: SpeechSystem(model), digest(self.weights), model.encoder_key)
 
 
 def write_references(
@@ -75,219 +230,17 @@ def write_references(
     return manifests
 
 
-class Predictions:
-    """Answers and teacher-forced sums of one system, kept as JSONL and continued after an interruption.
+def open_system(spec: str, llm_dtype: str) -> tuple[Any, Path]:
+    """A model with its LLM in ``llm_dtype``, and the file or folder that its trained weights come from.
 
-    Args:
-        folder: of the system's files.
-        key: of everything that decides its answers; records with another key are made anew.
-        choices: possible answers to a conversation's prompt; none for free text.
-        budget: tokens that an answer may take.
-        batch_size: conversations read together.
-        text_llm: that the stored responses are compared with; one for all systems saves its forward passes.
-        generate: let the system answer too; without answers only what teacher forcing gives is scored.
+    ``spec``: a training run, ``RUN@STAGE``, a ``.nemo`` file or an exported directory.
     """
-
-    def __init__(
-        self,
-        folder: Path,
-        key: str, choices: Callable[[MTBIConversation], list[str]],
-        budget: Callable[[MTBIConversation], int], batch_size: int,
-        text_llm: TextLLM | None = None, generate: bool = True,
-    ) -> None:  # fmt: skip
-        self.folder, self.key, self.choices = folder, key, choices
-        self.budget, self.batch_size, self.generate = budget, batch_size, generate
-        self.text_llm = text_llm or TextLLM()
-
-    @torch.no_grad()
-    def predict(
-        self, name: str, model: MTBISALM, system: System, questions: Questions, imitation: bool = True
-    ) -> dict[str, dict[str, Any]]:
-        """Records by conversation id.
-
-        Args:
-            name: of the file.
-            model: gives LLM and tokenizer.
-            system: that answers.
-            questions: conversations.
-            imitation: score the stored responses against the text LLM on the transcript, too.
-        """
-        file = self.folder / f"{name}.jsonl"
-        jsonl.repair(file)
-        wanted = {record_id(c): c for c in questions.conversations}
-        keys = {i: self._key(c) for i, c in wanted.items()}
-        done = {r["id"]: r for r in jsonl.read(file) if keys.get(r["id"]) == r["key"]}
-        missing = [c for i, c in wanted.items() if i not in done]
-        title = f"{self.folder.name}: {name}"
-        with jsonl.Appender(file) as out:
-            for reading in readings(system, questions, missing, self.batch_size, title):
-                for record in self._records(model, system, reading, imitation):
-                    out.write(record)
-                    done[record["id"]] = record
-        return {i: done[i] for i in wanted if i in done}
-
-    def _key(self, conversation: MTBIConversation) -> str:
-        """Of everything that decides a record: the system, the question with its reference answer and label, and the audio."""
-        target = conversation.target
-        assert target is not None
-        said = (transcript(conversation.cut), label_of(conversation))
-        return key_of(
-            self.key, target.rendering, target.prompt, target.response, *said, features_key(conversation.cut, "")
-        )
-
-    def _records(self, model: MTBISALM, system: System, reading: Reading, imitation: bool) -> Iterable[dict[str, Any]]:
-        forced = None
-        if imitation and system.teacher_forced:
-            forced = against_the_text_llm(model, system, reading, self.text_llm)
-        answers: list[str] = []
-        if self.generate:
-            answers = system.answers(reading, max(self.budget(c) for c in reading.conversations))
-        chosen = self._choices(model, system, reading)
-        for i, (conversation, example) in enumerate(zip(reading.conversations, reading.examples, strict=True)):
-            target = conversation.target
-            assert target is not None
-            languages = [s.language for s in conversation.cut.supervisions if s.language]
-            record = {
-                "id": record_id(conversation), "key": self._key(conversation),
-                "utterance": conversation.source_id, "task": target.task,
-                "prompt_id": target.prompt_id, "prompt": target.prompt, "transcript": example.transcript,
-                "language": languages[0] if languages else "en", "reference": target.response,
-                "answer": answers[i] if answers else None, "choice": chosen[i],
-            }  # fmt: skip
-            yield record | label_of(conversation) | (asdict(forced[i]) if forced else {})
-
-    def _choices(self, model: MTBISALM, system: System, reading: Reading) -> list[str | None]:
-        """The most likely choice of each example whose task has choices, by log-likelihood of its tokens and the end of turn."""
-        tokenizer, end = model.tokenizer.tokenizer, model.stop_ids()[-1:]
-        scores: list[dict[str, float]] = [{} for _ in reading.examples]
-        options = [self.choices(c) if system.teacher_forced else [] for c in reading.conversations]
-        for place in range(max(map(len, options))):
-            rows = [o[place % len(o)] if o else "" for o in options]
-            if not any(rows):
-                continue
-            ids = [tokenizer.encode(r, add_special_tokens=False) + end for r in rows]
-            for row, choice, value in zip(scores, rows, log_likelihoods(model, system, reading, ids), strict=True):
-                row[choice] = value
-        return [max(s, key=lambda c: s[c]) if o else None for s, o in zip(scores, options, strict=True)]
-
-
-def record_id(conversation: MTBIConversation) -> str:
-    """Identity of a conversation across systems."""
-    assert conversation.target is not None
-    return f"{conversation.source_id}/{conversation.target.task}/{conversation.target.prompt_id}"
-
-
-def key_of(*parts: Any) -> str:
-    """Short hash of what decides a system's answers."""
-    return hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).hexdigest()
-
-
-def digest(path: Path) -> str:
-    """Content hash of a file, or of the weights of an exported directory: all of it, since a connector is a small part."""
-    value = hashlib.blake2b(digest_size=16)
-    with open(path / "model.safetensors" if path.is_dir() else path, "rb") as stream:
-        while block := stream.read(1 << 24):
-            value.update(block)
-    return value.hexdigest()
-
-
-def summarize(
-    records: dict[str, dict[str, dict[str, dict[str, Any]]]], tasks: dict[str, Task], baseline: str, resamples: int
-) -> dict[str, Any]:
-    """Scores of one set of cuts with intervals, by task, and paired tests.
-
-    Args:
-        records: ``[system][column][id]``; the topline's among them.
-        tasks: the task library.
-        baseline: system that the others are compared with.
-        resamples: of the bootstrap.
-
-    Returns:
-        ``[column][system]`` -> :func:`entries`.
-    """
-    columns = list(dict.fromkeys(c for system in records.values() for c in system))
-    result: dict[str, Any] = {}
-    for column in columns:
-        own = {name: system[column] for name, system in records.items() if column in system}
-        topline = own[TOPLINE]
-        scored = {
-            name: {i: (r, measures(r, topline[i], tasks[r["task"]])) for i, r in rows.items()}
-            for name, rows in own.items()
-        }
-        result[column] = entries(scored, baseline, resamples)
-    return result
-
-
-def summarize_labels(records: dict[str, dict[str, dict[str, Any]]], baseline: str, resamples: int) -> dict[str, Any]:
-    """Scores against labels: ``[system][id]`` -> :func:`entries`."""
-    scored = {name: {i: (r, label_measures(r)) for i, r in rows.items()} for name, rows in records.items()}
-    return entries(scored, baseline, resamples)
-
-
-def entries(scored: dict[str, Scored], baseline: str, resamples: int) -> dict[str, Any]:
-    """Scores of every system.
-
-    Returns:
-        ``[system]`` -> ``answers``, ``missing`` (the audio could not be read), ``scores`` (value, low, high), ``by_task``, and
-        ``against`` the baseline, over the answers that both have.
-    """
-    asked = {i for rows in scored.values() for i in rows}
-    utterances = {r["utterance"] for rows in scored.values() for r, _ in rows.values()}
-    bootstrap = Bootstrap(sorted(utterances), resamples)
-    result: dict[str, Any] = {}
-    for name, rows in scored.items():
-        by_task: dict[str, Scored] = defaultdict(dict)
-        for key, (record, values) in rows.items():
-            by_task[record["task"]][key] = (record, values)
-        result[name] = {
-            "answers": len(rows), "missing": len(asked) - len(rows),
-            "scores": {
-                m: dict(zip(("value", "low", "high"), (s.value, *bootstrap.interval(s)), strict=True))
-                for m, s in totals(rows).items()
-            },
-            "by_task": {t: {m: s.value for m, s in totals(own).items()} for t, own in sorted(by_task.items())},
-        }  # fmt: skip
-        if name != baseline and baseline in scored:
-            both = rows.keys() & scored[baseline].keys()
-            ours, theirs = (totals({i: r for i, r in side.items() if i in both}) for side in (rows, scored[baseline]))
-            result[name]["against"] = {m: bootstrap.compare(ours[m], theirs[m]) for m in ours if m in theirs}
-    return result
-
-
-def totals(rows: Scored) -> dict[str, Sums]:
-    """Sums of each measure by utterance."""
-    values: dict[str, dict[str, list[Measure]]] = defaultdict(lambda: defaultdict(list))
-    for record, own in rows.values():
-        for measure, value in own.items():
-            values[measure][record["utterance"]].append(value)
-    return {m: sums_of(m, by_utterance) for m, by_utterance in values.items()}
-
-
-@torch.no_grad()
-def seconds_to_first_token(
-    model: MTBISALM, cuts: CutSet, prompt: str, count: int, asr: WhisperASR | None
-) -> dict[str, float]:
-    """Median seconds from the waveform in memory to the first token, one utterance at a time; systems take turns.
-
-    The cascade (with ``asr``) transcribes, then the text LLM reads prompt and transcript. One utterance is a warm-up.
-    """
-    waveforms = [mono_samples(c, RATE) for _, c in zip(range(count + 1), cuts, strict=False)]
-
-    def speech(waveform: Any) -> None:
-        audio = torch.from_numpy(waveform)[None]
-        model.generate([[model.user_turn(prompt)]], audio, torch.tensor([len(waveform)]), max_new_tokens=1)
-
-    def cascade(waveform: Any) -> None:
-        assert asr is not None
-        turn = model.user_turn(prompt)
-        text = turn["content"].replace(model.audio_locator_tag, asr.transcripts([waveform])[0])
-        model.generate([[{**turn, "content": text}]], max_new_tokens=1)
-
-    systems: dict[str, Callable[[Any], None]] = {"speech LLM": speech} | ({CASCADE: cascade} if asr else {})
-    seconds: dict[str, list[float]] = defaultdict(list)
-    for waveform in waveforms:
-        for name, run in systems.items():
-            begin = time.perf_counter()
-            run(waveform)
-            seconds[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values[1:] or values) for name, values in seconds.items()}
+    if (Path(spec.partition("@")[0]) / "model.json").is_file():
+        run, name = RunDirectory.parse(spec)
+        return MTBISALM.from_run(run, name, llm_dtype), run.weights(name)
+    model = MTBISALM.restore_from(spec)
+    dtype = getattr(torch, llm_dtype)
+    model.llm.to(dtype)
+    model.embed_tokens.to(dtype)
+    model.bind_connector()
+    return model, Path(spec)

@@ -4,19 +4,30 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from nemo_mtbi.data import jsonl
-from nemo_mtbi.data.html import picture, save_picture, subplots, write_page
 from nemo_mtbi.evaluation.metrics import LIBRARIES
+from nemo_mtbi.io import jsonl
+from nemo_mtbi.io.html import picture, save_picture, subplots, write_page
 
 _TEMPLATE = Path(__file__).with_name("benchmark.html.j2")
 TITLES = {
-    "token_agreement": "token agreement", "kl_per_token": "KL / token", "rouge_l": "ROUGE-L", "chrf": "chrF",
-    "form": "form kept", "accuracy_text": "choice, by text", "accuracy_likelihood": "choice, by likelihood",
-    "f1_text": "F1, by text", "f1_likelihood": "F1, by likelihood",
-    "wer": "WER to transcript", "wer_to_text_llm": "WER to the text LLM", "bleu": "BLEU", "exact_match": "exact match",
-    "answer_f1": "answer F1", "contains_label": "contains the label", "instructions": "instructions followed",
+    "token_agreement": "token agreement",
+    "kl_per_token": "KL / token",
+    "rouge_l": "ROUGE-L",
+    "chrf": "chrF",
+    "form": "form kept",
+    "accuracy_text": "choice, by text",
+    "accuracy_likelihood": "choice, by likelihood",
+    "f1_text": "F1, by text",
+    "f1_likelihood": "F1, by likelihood",
+    "wer": "WER to transcript",
+    "wer_to_text_llm": "WER to the text LLM",
+    "bleu": "BLEU",
+    "exact_match": "exact match",
+    "answer_f1": "answer F1",
+    "contains_label": "contains the label",
+    "instructions": "instructions followed",
     "prompts": "prompts followed",
-}  # fmt: skip
+}
 BY_TASK = ("token_agreement", "accuracy_likelihood")  # shown for each task: the first one that there is
 TESTED = ("token_agreement", "kl_per_token", "rouge_l")
 
@@ -38,9 +49,14 @@ def write_report(folder: Path, results: dict[str, Any], about: dict[str, Any], c
     figures = {name: plot(columns) for name, columns in results.items() if "labels" not in columns}
     save_picture(next(iter(figures.values())), paths["png"])
     write_page(
-        paths["html"], _TEMPLATE, sections=sections, command=command, versions=versions, about=about,
+        paths["html"],
+        _TEMPLATE,
+        sections=sections,
+        command=command,
+        versions=versions,
+        about=about,
         pictures={name: picture(figure) for name, figure in figures.items()},
-    )  # fmt: skip
+    )
     return paths
 
 
@@ -75,12 +91,15 @@ def _sections(name: str, columns: dict[str, Any], baseline: str) -> list[tuple[s
 def markdown(sections: list[tuple[str, list[list[str]]]], about: dict[str, Any], command: str, versions: dict) -> str:
     """The tables with their command."""
     lines = [
-        f"Command: `{command}`", "",
+        f"Command: `{command}`",
+        "",
         f"Trained tasks: {', '.join(about['trained_tasks'])}. Unseen tasks: {', '.join(about['unseen_tasks'])}. "
         f"Brackets: 95 % bootstrap intervals over utterances ({about['resamples']} resamples). Token agreement is the "
-        "recovery of the text topline's behavior, whose own agreement is 1.", "",
-        "Versions: " + ", ".join(f"{k} {v}" for k, v in versions.items()), "",
-    ]  # fmt: skip
+        "recovery of the text topline's behavior, whose own agreement is 1.",
+        "",
+        "Versions: " + ", ".join(f"{k} {v}" for k, v in versions.items()),
+        "",
+    ]
     if about["seconds_to_first_token"]:
         times = ", ".join(f"{k} {v:.3f} s" for k, v in about["seconds_to_first_token"].items())
         lines += [f"Median time to first token, one utterance at a time: {times}", ""]

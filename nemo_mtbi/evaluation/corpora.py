@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from nemo_mtbi.data import jsonl
 from nemo_mtbi.errors import DataError
-from nemo_mtbi.evaluation.labelled import METRICS, LabelledConfig, Question
+from nemo_mtbi.evaluation.questions import METRICS, LabelledConfig, Question
+from nemo_mtbi.io import jsonl
 
 CHOICE_PROMPT = "{question} Answer with one of these and nothing else: {choices}."
 SLOT_PROMPT = CHOICE_PROMPT.replace("{question}", "Which {slot} was ordered?")
@@ -64,7 +64,10 @@ def read_slurp(config: LabelledConfig, folder: Path) -> Iterator[Question]:
 
 
 def read_minds14(config: LabelledConfig, folder: Path) -> Iterator[Question]:
-    """Intents in e-banking. CSV: a head, then file, transcript, English transcript, intent; the locale is the file's name."""
+    """Intents in e-banking. CSV: a head, then file, transcript, English transcript, intent.
+
+    The locale is the file's name.
+    """
     path = Path(config.path)
     rows: list[tuple[Path, str, str]]
     if path.suffix == ".parquet":
@@ -107,16 +110,22 @@ def read_covost2(config: LabelledConfig, folder: Path) -> Iterator[Question]:
     for row in _tsv(path, {"path", "translation", "split"}, **PLAIN):
         if row["split"] == split:
             yield Question(
-                audio / row["path"], "translation", prompt, row["translation"], "translation",
-                transcript=sentences.get(row["path"]), language=source, answer_language=target,
-            )  # fmt: skip
+                audio / row["path"],
+                "translation",
+                prompt,
+                row["translation"],
+                "translation",
+                transcript=sentences.get(row["path"]),
+                language=source,
+                answer_language=target,
+            )
 
 
 def read_spoken_squad(config: LabelledConfig, folder: Path) -> Iterator[Question]:
     """Questions about read paragraphs: SQuAD's JSON; sentence k of paragraph j of article i is ``i_j_k.wav``.
 
-    A paragraph's sentences are joined into one recording under ``folder``. The JSON's text is a recognizer's, so there is no
-    transcript.
+    A paragraph's sentences are joined into one recording under ``folder``. The JSON's text is a recognizer's, so
+    there is no transcript.
     """
     path = Path(config.path)
     audio = _folder(config, path.parent / "dev_wav")
@@ -133,14 +142,19 @@ def read_spoken_squad(config: LabelledConfig, folder: Path) -> Iterator[Question
             for question in questions:
                 answers = list(dict.fromkeys(a["text"] for a in question["answers"]))
                 yield Question(
-                    whole, "answer", _prompt(config, "answer", question=question["question"].strip()), answers[0], "answer",
+                    whole,
+                    "answer",
+                    _prompt(config, "answer", question=question["question"].strip()),
+                    answers[0],
+                    "answer",
                     others=tuple(answers[1:]),
-                )  # fmt: skip
+                )
 
 
 def read_voicebench(config: LabelledConfig, folder: Path) -> Iterator[Question]:
-    """Spoken instructions. Letters as references are choices; other references must stand in the answer; IFEval's instructions
-    are checked. Subsets without either (``alpacaeval``, ``commoneval``, ``advbench``) need a judge and are refused."""
+    """Spoken instructions. Letters as references are choices; other references must stand in the answer; IFEval's
+    instructions are checked. Subsets without either (``alpacaeval``, ``commoneval``, ``advbench``) need a judge and
+    are refused."""
     path = Path(config.path)
     table = _parquet(path)
     if not {"reference", "instruction_id_list"} & set(table.column_names):
@@ -155,14 +169,20 @@ def read_voicebench(config: LabelledConfig, folder: Path) -> Iterator[Question]:
         label = row.get("reference") or ""
         metric = "accuracy" if letters else "contains" if label else "instructions"
         yield Question(
-            _audio_of(row, folder, index), path.parent.name, prompt, label, metric, letters, row["prompt"],
+            _audio_of(row, folder, index),
+            path.parent.name,
+            prompt,
+            label,
+            metric,
+            letters,
+            row["prompt"],
             instructions=_instructions(row),
-        )  # fmt: skip
+        )
 
 
 def read_speech_ifeval(config: LabelledConfig, folder: Path) -> Iterator[Question]:
-    """Prompts with verifiable instructions about their answer's form; recognition is scored by WER, other labels must stand in
-    the answer."""
+    """Prompts with verifiable instructions about their answer's form; recognition is scored by WER, other labels must
+    stand in the answer."""
     path = Path(config.path)
     audio = _folder(config, path.parent.parent / "audios")
     for row in jsonl.read(path):
@@ -175,7 +195,8 @@ def read_speech_ifeval(config: LabelledConfig, folder: Path) -> Iterator[Questio
 
 
 def read_slots(config: LabelledConfig, folder: Path) -> Iterator[Question]:
-    """Tab-separated table of ``path`` (relative to the table) and ``slots`` (JSON object): a question for each filled slot.
+    """Tab-separated table of ``path`` (relative to the table) and ``slots`` (JSON object): a question for each filled
+    slot.
 
     The choices of a question are all values that its slot has in the table, so they do not depend on ``utterances``.
     """
@@ -207,7 +228,8 @@ def read_jsonl(config: LabelledConfig, folder: Path) -> Iterator[Question]:
                 raise DataError(f"{path}, line {number}: {type(error).__name__}: {error}.") from error
             if question.metric not in METRICS or (question.metric == "accuracy") != bool(question.choices):
                 raise DataError(
-                    f"{path}, line {number}: metric={question.metric!r} with {len(question.choices)} choices; metrics are "
+                    f"{path}, line {number}: metric={question.metric!r} with {len(question.choices)} choices; "
+                    f"metrics are "
                     f"{', '.join(METRICS)}, and accuracy needs choices (the others none)."
                 )
             yield question

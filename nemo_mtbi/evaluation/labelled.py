@@ -1,12 +1,12 @@
 """Corpora with human labels as questions about speech: cuts whose targets are the labels.
 
-A reader (:mod:`nemo_mtbi.evaluation.corpora`) gives :class:`Question`; :func:`labelled_cuts` turns them into cuts with targets,
-which the systems of the benchmark read like any other. Without transcripts there is no text topline, so only the label is scored.
+A reader (:mod:`nemo_mtbi.evaluation.corpora`) gives :class:`nemo_mtbi.evaluation.questions.Question`;
+:func:`labelled_cuts` turns them into cuts with targets, which the systems of the benchmark read like any other.
+Without transcripts there is no text topline, so only the label is scored.
 """
 
 import hashlib
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from lhotse.cut import Cut
 
 from nemo_mtbi.data.conversation import MTBIConversation
 from nemo_mtbi.data.messages import NOTHING_HEARD
-from nemo_mtbi.data.sources import utterance_cut
+from nemo_mtbi.data.target import TARGETS_FIELD, Target
 from nemo_mtbi.errors import ConfigError, DataError
+from nemo_mtbi.evaluation.corpora import READERS
 from nemo_mtbi.evaluation.metrics import (
     Measure,
     bleu_counts,
@@ -27,66 +28,11 @@ from nemo_mtbi.evaluation.metrics import (
     text_measures,
     word_errors,
 )
-from nemo_mtbi.targets.record import TARGETS_FIELD, Target
+from nemo_mtbi.evaluation.questions import LabelledConfig, Question
+from nemo_mtbi.preparation.sources import utterance_cut
 from nemo_mtbi.tasks.forms import choose
 
 LABELS_FIELD = "labels"
-METRICS = ("accuracy", "wer", "text", "translation", "answer", "contains", "instructions")
-
-
-@dataclass(frozen=True)
-class Question:
-    """One question about one recording with its label.
-
-    Attributes:
-        audio: the recording.
-        task: name of the question's kind; figures are given for each.
-        prompt: what is asked.
-        label: the right answer; empty if only ``instructions`` are checked.
-        metric: ``accuracy`` and macro F1 (one of ``choices``), ``wer``, ``text`` (ROUGE-L and chrF), ``translation`` (BLEU and
-            chrF), ``answer`` (SQuAD's exact match and F1), ``contains`` (the label within the answer), ``instructions``.
-        choices: possible answers.
-        transcript: of the audio, if known; it gives the text topline.
-        language: of the speech.
-        answer_language: of the label, where it is another one.
-        others: further right answers (metric ``answer``).
-        instructions: IFEval's instructions that the answer must follow, each {"id", "kwargs"}; checked beside any metric.
-    """
-
-    audio: Path
-    task: str
-    prompt: str
-    label: str = ""
-    metric: str = "text"
-    choices: tuple[str, ...] = ()
-    transcript: str | None = None
-    language: str = "en"
-    answer_language: str | None = None
-    others: tuple[str, ...] = ()
-    instructions: tuple[dict[str, Any], ...] = ()
-
-
-@dataclass
-class LabelledConfig:
-    """One labelled corpus in ``benchmark.yaml``.
-
-    Attributes:
-        kind: name of a reader; see :data:`nemo_mtbi.evaluation.corpora.READERS`.
-        path: of its table, in the published form.
-        audio: folder of the recordings, where it is not at the published place.
-        split: of a table that holds several.
-        prompts: wording of the question of each task, with the reader's ``{...}`` in the default ones.
-        utterances: upper limit, the first ones of the table (0: all).
-        max_new_tokens: of an answer; by default enough for the label, 512 where instructions are checked.
-    """
-
-    kind: str
-    path: str
-    audio: str | None = None
-    split: str | None = None
-    prompts: dict[str, str] = field(default_factory=dict)
-    utterances: int = 0
-    max_new_tokens: int | None = None
 
 
 def labelled_cuts(name: str, options: dict[str, Any], tokenizer: Any, end: int, folder: Path) -> tuple[CutSet, bool]:
@@ -103,8 +49,6 @@ def labelled_cuts(name: str, options: dict[str, Any], tokenizer: Any, end: int, 
         ConfigError: unknown kind or field.
         DataError: the table or a recording is missing, or it asks nothing.
     """
-    from nemo_mtbi.evaluation.corpora import READERS
-
     try:
         config = LabelledConfig(**options)
         reader = READERS[config.kind]
@@ -145,15 +89,22 @@ def _cut(cut_id: str, audio: Path, asked: list[Question], tokenizer: Any, end: i
         budget = limit or (512 if question.instructions else max(48, 2 * len(ids)))
         targets.append(Target("", task, prompt_id, question.prompt, question.label, ids).to_dict())
         labels[prompt_id] = {
-            "metric": question.metric, "choices": list(question.choices), "others": list(question.others),
-            "instructions": list(question.instructions), "answer_language": question.answer_language or question.language,
+            "metric": question.metric,
+            "choices": list(question.choices),
+            "others": list(question.others),
+            "instructions": list(question.instructions),
+            "answer_language": question.answer_language or question.language,
             "max_new_tokens": budget,
-        }  # fmt: skip
+        }
     first = asked[0]
     return utterance_cut(
-        cut_id, audio, first.transcript or NOTHING_HEARD, None, first.language,
+        cut_id,
+        audio,
+        first.transcript or NOTHING_HEARD,
+        None,
+        first.language,
         {TARGETS_FIELD: targets, LABELS_FIELD: labels},
-    )  # fmt: skip
+    )
 
 
 def label_of(conversation: MTBIConversation) -> dict[str, Any]:
@@ -164,8 +115,8 @@ def label_of(conversation: MTBIConversation) -> dict[str, Any]:
 
 
 def letter_of(answer: str, letters: list[str]) -> str | None:
-    """The letter that an answer chooses: at its beginning with punctuation, after "answer is", or the only one that stands
-    alone. ("A" and "I" before a word are words.)"""
+    """The letter that an answer chooses: at its beginning with punctuation, after "answer is", or the only one that
+    stands alone. ("A" and "I" before a word are words.)"""
     patterns = (
         r"^\W*([A-Z])(?:[.,:;)]|\s*$)",
         r"\b(?:[Aa]nswer|[Cc]hoice|[Oo]ption)\b\W*(?:is\b\W*)?([A-Z])\b",
@@ -179,7 +130,10 @@ def letter_of(answer: str, letters: list[str]) -> str | None:
 
 
 def label_measures(record: dict[str, Any]) -> dict[str, Measure]:
-    """Measures of one prediction against its label (``reference``); without an answer, that of the most likely choice alone."""
+    """Measures of one prediction against its label (``reference``).
+
+    Without an answer, that of the most likely choice alone.
+    """
     label, answer = record["reference"], record["answer"]
     choices: list[str] = record["choices"]
     language = record.get("answer_language", record["language"])

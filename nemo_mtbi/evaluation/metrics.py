@@ -1,7 +1,7 @@
 """Measures of one answer as values that add up over answers, so that a set's score can be resampled.
 
-Most are (numerator, denominator), and the score is the ratio of the sums. BLEU adds n-gram counts and lengths, macro F1 the
-counts of each class (:data:`SCORES`).
+Most are (numerator, denominator), and the score is the ratio of the sums. BLEU adds n-gram counts and lengths, macro
+F1 the counts of each class (:data:`SCORES`).
 
 | measure | of an answer |
 | --- | --- |
@@ -15,7 +15,8 @@ counts of each class (:data:`SCORES`).
 | ``bleu`` | sacrebleu's corpus BLEU / 100, of translations (and ``chrf``) |
 | ``exact_match``, ``answer_f1`` | SQuAD's, of answers in few words (torchmetrics) |
 | ``contains_label`` | the answer contains the label, both normalized |
-| ``instructions``, ``prompts`` | IFEval's strict shares of instructions followed, and of answers that follow all of them |
+| ``instructions``, ``prompts`` | IFEval's strict shares of instructions followed, and of answers that follow all of
+them |
 
 WER counts words after Whisper's English normalizer (Transformers), for other languages its basic one.
 """
@@ -40,7 +41,8 @@ def measures(record: dict[str, Any], reference: dict[str, Any], task: Task) -> d
     """Measures of one prediction.
 
     Args:
-        record: of the system; keys ``answer``, ``prompt``, and as far as it has them ``tokens``, ``agreed``, ``kl``, ``choice``.
+        record: of the system; keys ``answer``, ``prompt``, and as far as it has them ``tokens``, ``agreed``, ``kl``,
+            ``choice``.
         reference: the text topline's record of the same conversation.
         task: of the conversation.
     """
@@ -101,7 +103,9 @@ def macro_f1(sums: np.ndarray) -> np.ndarray:
 
 
 def bleu_counts(reference: str, answer: str, language: str) -> Measure:
-    """Matching and all n-grams (1 to 4), lengths of answer and reference, after sacrebleu's tokenizer of the language."""
+    """Matching and all n-grams (1 to 4), lengths of answer and reference, after sacrebleu's tokenizer of the
+    language.
+    """
     score = _bleu(language.split("-")[0].lower()).sentence_score(answer, [reference])
     return (*map(float, score.counts), *map(float, score.totals), float(score.sys_len), float(score.ref_len))
 
@@ -144,8 +148,11 @@ def instruction_measures(instructions: list[dict[str, Any]], prompt: str, answer
         raise ConfigError("Instructions are checked by if-verifiable: pip install nemo-mtbi[ifeval].") from error
     langdetect.DetectorFactory.seed = 0  # it guesses at random otherwise
     sample = IFEvalSample(
-        key=0, prompt=prompt, instruction_id_list=[i["id"] for i in instructions], kwargs=[i["kwargs"] for i in instructions]
-    )  # fmt: skip
+        key=0,
+        prompt=prompt,
+        instruction_id_list=[i["id"] for i in instructions],
+        kwargs=[i["kwargs"] for i in instructions],
+    )
     results, scores = evaluate_output_for_sample("ifeval", sample, answer)
     return {"instructions": (scores.partial_strict * len(results), len(results)), "prompts": (scores.binary_strict, 1)}
 

@@ -4,12 +4,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from nemo_mtbi.data import jsonl
-from nemo_mtbi.data.html import save_picture, subplots
+from nemo_mtbi.io import jsonl
+from nemo_mtbi.io.html import save_picture, subplots
 
 LIBRARIES = ("nemo_toolkit", "transformers", "torch", "lhotse", "jiwer")
-COLUMNS = (("token_agreement", "token agreement"), ("kl_per_token", "KL / token"), ("repeat_wer", "repeat WER"),
-           ("repeat_wer_to_transcript", "repeat WER to transcript"))  # fmt: skip
+COLUMNS = (
+    ("token_agreement", "token agreement"),
+    ("kl_per_token", "KL / token"),
+    ("repeat_wer", "repeat WER"),
+    ("repeat_wer_to_transcript", "repeat WER to transcript"),
+)
 
 
 def write_report(folder: Path, results: dict[str, dict[str, Any]], command: str) -> dict[str, Path]:

@@ -14,8 +14,8 @@ import jiwer
 import torch
 from lhotse import CutSet
 
-from nemo_mtbi.data.dataset import Example
-from nemo_mtbi.evaluation.systems import Questions, System, TextLLM, against_the_text_llm, readings
+from nemo_mtbi.data.example import Example
+from nemo_mtbi.evaluation.systems import EvaluationSet, System, TextLLM, against_the_text_llm, system_batches
 from nemo_mtbi.models.mtbi_salm import MTBISALM
 
 REPEAT = "repeat"
@@ -71,7 +71,7 @@ class Evaluation:
 
     def __init__(self, model: MTBISALM, cuts: CutSet, cached_features: bool, batch_size: int = 32) -> None:
         self.model, self.batch_size = model, batch_size
-        self.questions = Questions(model, cuts, cached_features)
+        self.questions = EvaluationSet(model, cuts, cached_features)
         self.text_llm = TextLLM()
 
     @torch.no_grad()
@@ -80,7 +80,7 @@ class Evaluation:
         scores = Scores()
         decode = self.model.tokenizer.tokenizer.decode
         everything = self.questions.conversations
-        for reading in readings(system, self.questions, everything, self.batch_size, name):
+        for reading in system_batches(system, self.questions, everything, self.batch_size, name):
             for example, forced in zip(
                 reading.examples, against_the_text_llm(self.model, system, reading, self.text_llm), strict=True
             ):
@@ -88,7 +88,7 @@ class Evaluation:
                 scores.agreed[example.task] += forced.agreed
                 scores.kl[example.task] += forced.kl
         repeat = [c for c in everything if c.target and c.target.task == REPEAT] if generate else []
-        for reading in readings(system, self.questions, repeat, self.batch_size, f"{name}: repeat"):
+        for reading in system_batches(system, self.questions, repeat, self.batch_size, f"{name}: repeat"):
             answers = system.answers(reading, budget(reading.examples))
             for example, answer in zip(reading.examples, answers, strict=True):
                 own = decode(example.response_ids, skip_special_tokens=True)

@@ -1,6 +1,8 @@
-"""Bootstrap over utterances: confidence intervals of scores that are functions of sums, and a paired test between systems.
+"""Bootstrap over utterances: confidence intervals of scores that are functions of sums, and a paired test between
+systems.
 
-An utterance is resampled with all its answers, since they share its audio (Bisani & Ney 2004; Koehn 2004 for the paired test).
+An utterance is resampled with all its answers, since they share its audio (Bisani & Ney 2004; Koehn 2004 for the
+paired test).
 """
 
 from collections.abc import Callable

@@ -1,6 +1,7 @@
 """Systems that answer prompts about speech, behind one interface: the speech LLM, the text topline and the cascade.
 
-A :class:`Reading` is what a system makes of a batch of conversations once; answers and teacher-forced scores are taken from it.
+A :class:`SystemBatch` is what a system makes of a batch of conversations once; answers and teacher-forced scores are
+taken from it.
 """
 
 from collections.abc import Iterator
@@ -14,20 +15,22 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from nemo_mtbi.data.audio import mono_samples
+from nemo_mtbi.data.audio import collate_waveforms, mono_samples
 from nemo_mtbi.data.conversation import ConversationIterator, MTBIConversation, TargetSelection, transcript
-from nemo_mtbi.data.dataset import Example, MTBIDataset
+from nemo_mtbi.data.dataset import MTBIDataset
+from nemo_mtbi.data.example import Example
 from nemo_mtbi.data.messages import NOTHING_HEARD, user_message
 from nemo_mtbi.data.rendering import Spoken
-from nemo_mtbi.losses.imitation import CROSS_ENTROPY, ImitationObjective, imitation_loss
-from nemo_mtbi.models.generation import collate_waveforms
+from nemo_mtbi.losses.imitation import imitation_loss
+from nemo_mtbi.losses.objective import CROSS_ENTROPY, ImitationObjective
+from nemo_mtbi.models.language_model import teacher_hidden_states
 from nemo_mtbi.models.mtbi_salm import MTBISALM
-from nemo_mtbi.modules.language_model import teacher_hidden_states
+from nemo_mtbi.models.speech import batch_features
 
 KL_ONLY = ImitationObjective(w_ce=0.0, w_kl=1.0, temperature=1.0)
 
 
-class Questions:
+class EvaluationSet:
     """The conversations of one manifest of cuts with targets, as a model reads them.
 
     Args:
@@ -38,8 +41,10 @@ class Questions:
 
     def __init__(self, model: MTBISALM, cuts: CutSet, cached_features: bool) -> None:
         options = {
-            "audio_locator_tag": model.audio_locator_tag, "speech_position": model.config.speech_position, "force_finite": True
-        }  # fmt: skip
+            "audio_locator_tag": model.audio_locator_tag,
+            "speech_position": model.config.speech_position,
+            "force_finite": True,
+        }
         self.dataset = MTBIDataset(
             model.tokenizer,
             model.cfg.prompt_format,
@@ -59,9 +64,9 @@ class Questions:
 
 
 @dataclass
-class Reading:
-    """A batch as a system reads it. ``examples[i]`` belongs to ``conversations[i]``; conversations whose audio cannot be read
-    are left out. ``inputs`` is the system's own."""
+class SystemBatch:
+    """A batch as a system reads it. ``examples[i]`` belongs to ``conversations[i]``; conversations whose audio cannot
+    be read are left out. ``inputs`` is the system's own."""
 
     conversations: list[MTBIConversation]
     examples: list[Example]
@@ -71,17 +76,18 @@ class Reading:
 class System(Protocol):
     """What the evaluation asks of a system.
 
-    ``teacher_forced``: whether it has ``hidden``, states for the head of the text LLM; without them answers alone are scored.
+    ``teacher_forced``: whether it has ``hidden``, states for the head of the text LLM; without them answers alone are
+        scored.
     """
 
     teacher_forced: bool
 
-    def read(self, questions: Questions, conversations: list[MTBIConversation]) -> Reading | None: ...
+    def read(self, questions: EvaluationSet, conversations: list[MTBIConversation]) -> SystemBatch | None: ...
 
-    def hidden(self, reading: Reading, responses: list[list[int]]) -> Tensor:
+    def hidden(self, reading: SystemBatch, responses: list[list[int]]) -> Tensor:
         """(R, H): states that predict the tokens of one response for each example, under teacher forcing."""
 
-    def answers(self, reading: Reading, max_new_tokens: int) -> list[str]:
+    def answers(self, reading: SystemBatch, max_new_tokens: int) -> list[str]:
         """Greedy answers."""
 
 
@@ -93,20 +99,20 @@ class SpeechSystem:
     def __init__(self, model: MTBISALM) -> None:
         self.model = model
 
-    def read(self, questions: Questions, conversations: list[MTBIConversation]) -> Reading | None:
+    def read(self, questions: EvaluationSet, conversations: list[MTBIConversation]) -> SystemBatch | None:
         batch = questions.dataset[CutSet(conversations)]
         if batch is None:
             return None
         batch = self.model.transfer_batch_to_device(batch, self.model.device, 0)
-        self.model.batch_features(batch)  # once, for all that is asked of the reading
+        batch_features(self.model.perception, batch)  # once, for all that is asked of the reading
         own = {c.id: c for c in conversations}
-        return Reading([own[e.id] for e in batch["examples"]], batch["examples"], batch)
+        return SystemBatch([own[e.id] for e in batch["examples"]], batch["examples"], batch)
 
-    def hidden(self, reading: Reading, responses: list[list[int]]) -> Tensor:
+    def hidden(self, reading: SystemBatch, responses: list[list[int]]) -> Tensor:
         examples = [replace(e, response_ids=r) for e, r in zip(reading.examples, responses, strict=True)]
         return self.model.student({**reading.inputs, "examples": examples}, interleave=False).hidden
 
-    def answers(self, reading: Reading, max_new_tokens: int) -> list[str]:
+    def answers(self, reading: SystemBatch, max_new_tokens: int) -> list[str]:
         return decoded(self.model, self.model.answer(reading.inputs, max_new_tokens))
 
 
@@ -121,28 +127,29 @@ class TextSystem:
     def __init__(self, model: MTBISALM, transcripts: dict[str, str] | None) -> None:
         self.model, self.transcripts = model, transcripts
 
-    def read(self, questions: Questions, conversations: list[MTBIConversation]) -> Reading | None:
+    def read(self, questions: EvaluationSet, conversations: list[MTBIConversation]) -> SystemBatch | None:
         if self.transcripts is not None:
             conversations = [c for c in conversations if c.source_id in self.transcripts]
         if not conversations:
             return None
         prompts = [questions.dataset.renderer.render(c.messages(self._spoken(c))).ids for c in conversations]
-        return Reading(conversations, [questions.dataset._example(c) for c in conversations], prompts)
+        return SystemBatch(conversations, [questions.dataset._example(c) for c in conversations], prompts)
 
     def _spoken(self, conversation: MTBIConversation) -> Spoken:
         own = self.transcripts
         text = transcript(conversation.cut) if own is None else own[conversation.source_id]
         return Spoken(text.strip() or NOTHING_HEARD)
 
-    def hidden(self, reading: Reading, responses: list[list[int]]) -> Tensor:
+    def hidden(self, reading: SystemBatch, responses: list[list[int]]) -> Tensor:
         return text_hidden(self.model, reading.inputs, responses, reading.examples)
 
-    def answers(self, reading: Reading, max_new_tokens: int) -> list[str]:
+    def answers(self, reading: SystemBatch, max_new_tokens: int) -> list[str]:
         return decoded(self.model, self.model.answer_text(reading.inputs, max_new_tokens))
 
 
 class SALMSystem:
-    """Any speech LLM of NeMo's class ``SALM``, with an LLM of its own: its answers are scored, its probabilities are not.
+    """Any speech LLM of NeMo's class ``SALM``, with an LLM of its own: its answers are scored, its probabilities are
+    not.
 
     Args:
         name: directory or hub name that ``SALM.from_pretrained`` opens.
@@ -156,7 +163,7 @@ class SALMSystem:
 
         self.model = SALM.from_pretrained(name).to(device).eval()
 
-    def read(self, questions: Questions, conversations: list[MTBIConversation]) -> Reading | None:
+    def read(self, questions: EvaluationSet, conversations: list[MTBIConversation]) -> SystemBatch | None:
         waveforms, kept = [], []
         for conversation in conversations:
             try:
@@ -166,12 +173,12 @@ class SALMSystem:
                 logging.warning(f"{conversation.source_id} is left out: its audio cannot be read ({error}).")
         if not kept:
             return None
-        return Reading(kept, [questions.dataset._example(c) for c in kept], collate_waveforms(waveforms))
+        return SystemBatch(kept, [questions.dataset._example(c) for c in kept], collate_waveforms(waveforms))
 
-    def hidden(self, reading: Reading, responses: list[list[int]]) -> Tensor:
+    def hidden(self, reading: SystemBatch, responses: list[list[int]]) -> Tensor:
         raise NotImplementedError("NeMo's SALM gives no states for another model's head.")
 
-    def answers(self, reading: Reading, max_new_tokens: int) -> list[str]:
+    def answers(self, reading: SystemBatch, max_new_tokens: int) -> list[str]:
         audios, lengths = (t.to(self.model.device) for t in reading.inputs)
         tag = self.model.audio_locator_tag
         prompts = [
@@ -199,7 +206,7 @@ def text_hidden(
 
 
 @dataclass(frozen=True)
-class Forced:
+class TeacherForcedSums:
     """Sums over one response under teacher forcing."""
 
     tokens: int
@@ -217,7 +224,7 @@ class TextLLM:
         self.max_bytes, self.bytes = max_bytes, 0
         self.kept: dict[tuple[int, ...], Tensor] = {}
 
-    def hidden(self, model: MTBISALM, reading: Reading) -> Tensor:
+    def hidden(self, model: MTBISALM, reading: SystemBatch) -> Tensor:
         """States (R, H) that predict the stored responses of a batch."""
         keys = [(*e.prompt_ids, -1, *e.response_ids) for e in reading.examples]
         missing = {key: e for e, key in zip(reading.examples, keys, strict=True) if key not in self.kept}
@@ -236,7 +243,9 @@ class TextLLM:
         return hidden
 
 
-def against_the_text_llm(model: MTBISALM, system: System, reading: Reading, text_llm: TextLLM) -> list[Forced]:
+def against_the_text_llm(
+    model: MTBISALM, system: System, reading: SystemBatch, text_llm: TextLLM
+) -> list[TeacherForcedSums]:
     """Agreement with, and KL from, the text LLM on the reference transcript, over the stored responses.
 
     KL(text LLM || system) over the full vocabulary at temperature 1, in nats.
@@ -248,10 +257,10 @@ def against_the_text_llm(model: MTBISALM, system: System, reading: Reading, text
     loss = imitation_loss(hidden, model.head(), ids, KL_ONLY, teacher_hidden=teacher)
     sizes = [len(r) for r in responses]
     parts = zip(sizes, loss.agreed.split(sizes), loss.per_token.split(sizes), strict=True)
-    return [Forced(n, float(agreed.sum()), float(kl.sum())) for n, agreed, kl in parts]
+    return [TeacherForcedSums(n, float(agreed.sum()), float(kl.sum())) for n, agreed, kl in parts]
 
 
-def log_likelihoods(model: MTBISALM, system: System, reading: Reading, responses: list[list[int]]) -> list[float]:
+def log_likelihoods(model: MTBISALM, system: System, reading: SystemBatch, responses: list[list[int]]) -> list[float]:
     """Log-probability in nats of one response (token ids) for each example."""
     hidden = system.hidden(reading, responses)
     ids = torch.tensor([t for r in responses for t in r], device=hidden.device)
@@ -259,9 +268,9 @@ def log_likelihoods(model: MTBISALM, system: System, reading: Reading, responses
     return [-float(part.sum()) for part in loss.per_token.split([len(r) for r in responses])]
 
 
-def readings(
-    system: System, questions: Questions, conversations: list[MTBIConversation], batch_size: int, title: str
-) -> Iterator[Reading]:
+def system_batches(
+    system: System, questions: EvaluationSet, conversations: list[MTBIConversation], batch_size: int, title: str
+) -> Iterator[SystemBatch]:
     """Batches of conversations as a system reads them, with a progress bar."""
     with tqdm(total=len(conversations), desc=title, unit="answer") as bar:
         for begin in range(0, len(conversations), batch_size):

@@ -27,7 +27,8 @@ def launcher(
 
     Args:
         config_name: YAML under ``conf``.
-        schemas: dataclasses whose defaults the YAML builds on (``prepare_schema``, or ``speech_llm/schema`` in a group).
+        schemas: dataclasses whose defaults the YAML builds on (``prepare_schema``, or ``speech_llm/schema`` in a
+            group).
     """
     for name, node in (schemas or {}).items():
         group, _, own = name.rpartition("/")

@@ -7,9 +7,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_mtbi.data import jsonl
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.examples._launcher import announce, inline, launcher, run_step
+from nemo_mtbi.io import jsonl
 
 VARIANT_KEYS = {"tasks", "data_share", "train", "warm_start"}
 
@@ -36,7 +36,8 @@ def main(cfg: DictConfig) -> None:
     )
     if wanted != held:
         raise ConfigError(
-            f"{cfg.targets.train} holds targets of {', '.join(sorted(held))}, but the variants and benchmark.trained_tasks name "
+            f"{cfg.targets.train} holds targets of {', '.join(sorted(held))}, but the variants and "
+            f"benchmark.trained_tasks name "
             f"{', '.join(sorted(wanted))}. Generate targets of all of them, or set benchmark.trained_tasks."
         )
     root = Path(cfg.output_dir)
@@ -49,9 +50,13 @@ def main(cfg: DictConfig) -> None:
                 run_step(f"train {name}, seed {seed}", "train", *overrides)
     systems = {f"{name}.{seed}": str(run) for name, seeds in runs.items() for seed, run in seeds.items()}
     run_step(
-        "benchmark", "benchmark", f"output_dir={root}/benchmark", f"cuts={inline(cfg.cuts)}",
-        f"systems={inline({'warm_start': cfg.warm_start, **systems})}", *(f"{k}={inline(v)}" for k, v in cfg.benchmark.items()),
-    )  # fmt: skip
+        "benchmark",
+        "benchmark",
+        f"output_dir={root}/benchmark",
+        f"cuts={inline(cfg.cuts)}",
+        f"systems={inline({'warm_start': cfg.warm_start, **systems})}",
+        *(f"{k}={inline(v)}" for k, v in cfg.benchmark.items()),
+    )
     paths = write_report(root, json.loads((root / "benchmark" / "benchmark.json").read_text()), runs)
     print("\n" + paths["md"].read_text())
     announce("Results", {**paths, "benchmark": root / "benchmark" / "benchmark.md"})
@@ -64,10 +69,14 @@ def train_overrides(cfg: DictConfig, variant: dict[str, Any], run: Path, seed: i
         manifest = subset(manifest, Path(cfg.output_dir) / "data", variant["data_share"])
     source = {"type": "mtbi", "cuts_path": str(manifest)} | ({"tasks": variant["tasks"]} if "tasks" in variant else {})
     overrides = {
-        **cfg.train, "output_dir": str(run), "seed": seed, "data.train_ds.input_cfg": [source],
+        **cfg.train,
+        "output_dir": str(run),
+        "seed": seed,
+        "data.train_ds.input_cfg": [source],
         "data.validation_ds.datasets.held_out.input_cfg.0.cuts_path": cfg.targets.validation,
-        "init_from": cfg.warm_start if variant.get("warm_start", True) else None, **variant.get("train", {}),
-    }  # fmt: skip
+        "init_from": cfg.warm_start if variant.get("warm_start", True) else None,
+        **variant.get("train", {}),
+    }
     return [f"{key}={inline(value)}" for key, value in overrides.items()]
 
 
@@ -93,7 +102,10 @@ def tasks_of(manifest: Path) -> set[str]:
 
 
 def subset(manifest: Path, folder: Path, share: float) -> Path:
-    """A manifest of about ``share`` of the cuts, chosen by a hash of their ids: smaller shares lie within larger ones."""
+    """A manifest of about ``share`` of the cuts, chosen by a hash of their ids.
+
+    Smaller shares lie within larger ones.
+    """
     content = hashlib.blake2b(manifest.read_bytes(), digest_size=4).hexdigest()
     path = folder / f"{manifest.stem}.{share:g}.{content}.jsonl"
     if not path.is_file():

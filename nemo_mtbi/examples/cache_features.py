@@ -11,16 +11,18 @@ from nemo_mtbi.examples._launcher import announce, launcher
 @launcher("cache_features", {"speech_llm/schema": ModelConfig})
 def main(cfg: DictConfig) -> None:
     from nemo_mtbi import models  # noqa: F401  registers our classes as NeMo targets
-    from nemo_mtbi.data.cache_features import cache_features
-    from nemo_mtbi.models.encoder import FrozenEncoder
+    from nemo_mtbi.preparation.cache_features import FrozenEncoder, cache_features
 
     encoder = FrozenEncoder(cfg.model)
     for manifest in cfg.manifests:
         report = cache_features(encoder, Path(manifest), cfg.batch_seconds)
         rate = report.bytes / 2**20 / report.hours if report.hours else 0.0
-        announce(f"{manifest}: {report.encoded} encoded, {report.cached} in the cache, {report.skipped} left out", {
-            "size": f"{report.bytes / 2**20:.1f} MiB, {rate:.0f} MiB per hour of speech",
-        })  # fmt: skip
+        announce(
+            f"{manifest}: {report.encoded} encoded, {report.cached} in the cache, {report.skipped} left out",
+            {
+                "size": f"{report.bytes / 2**20:.1f} MiB, {rate:.0f} MiB per hour of speech",
+            },
+        )
 
 
 if __name__ == "__main__":

@@ -14,14 +14,15 @@ from nemo_mtbi.examples._launcher import announce, launcher
 def main(cfg: DictConfig) -> None:
     from lhotse import CutSet
 
+    from nemo_mtbi.checkpoints.run_directory import UNTRAINED, RunDirectory
     from nemo_mtbi.data.conversation import check_manifest
     from nemo_mtbi.evaluation.asr import WhisperASR
     from nemo_mtbi.evaluation.report import write_report
     from nemo_mtbi.evaluation.score import Evaluation
     from nemo_mtbi.evaluation.systems import SpeechSystem, TextSystem
+    from nemo_mtbi.models import MTBISALM
     from nemo_mtbi.parallel.launch import from_first_rank, is_first_rank, join_ranks
-    from nemo_mtbi.training.cpu import tune
-    from nemo_mtbi.training.run_directory import UNTRAINED, RunDirectory
+    from nemo_mtbi.process import tune
 
     tune(cfg.threads)
     for path in cfg.cuts.values():
@@ -29,7 +30,7 @@ def main(cfg: DictConfig) -> None:
     device = join_ranks(cfg.tensor_model_parallel_size, "evaluate")
     run, output = RunDirectory(cfg.run), Path(cfg.output_dir or Path(cfg.run) / "evaluation")
     stages = [name for name in cfg.stages if run.weights(name).is_file()]
-    model = run.load_model(None, cfg.llm_dtype, cfg.tensor_model_parallel_size).to(device)
+    model = MTBISALM.from_run(run, None, cfg.llm_dtype, cfg.tensor_model_parallel_size).to(device)
     results: dict[str, dict] = {}
     for manifest, path in cfg.cuts.items():
         evaluation = Evaluation(model, CutSet.from_file(path), cfg.cached_features, cfg.batch_size)

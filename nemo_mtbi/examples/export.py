@@ -9,19 +9,19 @@ from nemo_mtbi.examples._launcher import announce, launcher
 
 @launcher("export")
 def main(cfg: DictConfig) -> None:
-    from nemo_mtbi.data import jsonl
+    from nemo_mtbi.checkpoints.archive import save_directory, save_nemo, save_trainable
+    from nemo_mtbi.checkpoints.card import model_card
+    from nemo_mtbi.checkpoints.round_trip import max_abs_logit_difference
+    from nemo_mtbi.checkpoints.run_directory import RunDirectory
     from nemo_mtbi.errors import ConfigError
-    from nemo_mtbi.export.archive import save_directory, save_nemo, save_trainable
-    from nemo_mtbi.export.card import model_card
-    from nemo_mtbi.export.round_trip import max_abs_logit_difference
+    from nemo_mtbi.io import jsonl
     from nemo_mtbi.models import MTBISALM
-    from nemo_mtbi.training.run_directory import RunDirectory
 
     if not (cfg.nemo or cfg.hf or cfg.trainable_only):
         raise ConfigError("Say what to write: nemo=FILE, hf=FOLDER or trainable_only=FOLDER.")
     run = RunDirectory(cfg.run)
     stage = cfg.stage or run.last_stage()
-    model = run.load_model(stage)
+    model = MTBISALM.from_run(run, stage)
     written: dict[str, Path] = {}
     difference = 0.0
 
@@ -49,7 +49,8 @@ def main(cfg: DictConfig) -> None:
     announce(f"Exported (largest difference of logits after reading back: {difference})", dict(written))
     model_path = next(iter(written.values()))
     print(
-        f'\nAsk it: python -m nemo_mtbi.examples.generate model={model_path} audio=question.wav "prompt=What is this about?"'
+        f"\nAsk it: python -m nemo_mtbi.examples.generate model={model_path} audio=question.wav "
+        '"prompt=What is this about?"'
     )
 
 

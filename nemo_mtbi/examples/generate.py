@@ -12,10 +12,10 @@ from nemo_mtbi.examples._launcher import announce, launcher
 
 @launcher("generate")
 def main(cfg: DictConfig) -> None:
-    from nemo_mtbi.data import jsonl
+    from nemo_mtbi.data.audio import collate_waveforms, load_waveform
     from nemo_mtbi.errors import DataError
+    from nemo_mtbi.io import jsonl
     from nemo_mtbi.models import MTBISALM
-    from nemo_mtbi.models.generation import collate_waveforms, load_waveform
     from nemo_mtbi.parallel.launch import is_first_rank, join_ranks
 
     inputs = list(audio_inputs(cfg.audio))
@@ -59,8 +59,8 @@ def audio_inputs(audio: Any) -> Iterator[Path]:
     Raises:
         DataError: a path that does not exist, or a folder without audio.
     """
-    from nemo_mtbi.data.sources import AUDIO_SUFFIXES
     from nemo_mtbi.errors import DataError
+    from nemo_mtbi.preparation.sources import AUDIO_SUFFIXES
 
     for item in [audio] if isinstance(audio, str) else audio:
         path = Path(item)

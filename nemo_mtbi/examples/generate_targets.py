@@ -11,16 +11,22 @@ from nemo_mtbi.targets.config import TargetsConfig
 @launcher("targets", {"targets_schema": TargetsConfig})
 def main(cfg: DictConfig) -> None:
     from nemo_mtbi import models  # noqa: F401  registers the prompt formats
+    from nemo_mtbi.process import tune
     from nemo_mtbi.targets import workers
-    from nemo_mtbi.training.cpu import tune
 
     tune()
     config = typed(TargetsConfig, cfg)
     written = workers.run(config)
     folder = Path(config.output_dir)
-    announce("Cuts with targets", {
-        **written, "manifest": folder / "manifest.json", "report": folder / "report.html", "rejected": folder / "rejected",
-    })  # fmt: skip
+    announce(
+        "Cuts with targets",
+        {
+            **written,
+            "manifest": folder / "manifest.json",
+            "report": folder / "report.html",
+            "rejected": folder / "rejected",
+        },
+    )
 
 
 if __name__ == "__main__":

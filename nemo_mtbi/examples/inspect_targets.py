@@ -1,4 +1,7 @@
-"""Show examples: transcript, word times, prompts, answers, and what interleaving makes of them. See conf/inspect.yaml."""
+"""Show examples: transcript, word times, prompts, answers, and what interleaving makes of them.
+
+See conf/inspect.yaml.
+"""
 
 from typing import Any
 
@@ -14,8 +17,8 @@ def main(cfg: DictConfig) -> None:
     from lhotse import CutSet
 
     from nemo_mtbi.data.conversation import check_manifest, spoken_part
+    from nemo_mtbi.data.target import TARGETS_FIELD, Target
     from nemo_mtbi.errors import DataError
-    from nemo_mtbi.targets.record import TARGETS_FIELD, Target
 
     check_manifest(cfg.cuts)
     cuts = CutSet.from_file(cfg.cuts)
@@ -31,7 +34,8 @@ def main(cfg: DictConfig) -> None:
             print("  " + "  ".join(f"{w.text} {w.start_seconds:.2f}-{w.end_seconds:.2f}" for w in spoken.words))
         for target in (Target(**t) for t in (cut.custom or {}).get(TARGETS_FIELD, [])):
             print(
-                f"  [{target.task}] {target.prompt}\n    -> {target.response}{'' if target.finished else '  (truncated)'}"
+                f"  [{target.task}] {target.prompt}\n    -> "
+                f"{target.response}{'' if target.finished else '  (truncated)'}"
             )
         for visit in range(cfg.visits):
             print(f"  interleaved, visit {visit}: {interleaved_view(cut, cfg, visit)}")

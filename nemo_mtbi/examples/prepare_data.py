@@ -2,8 +2,8 @@
 
 from omegaconf import DictConfig
 
-from nemo_mtbi.data.prepare import Preparation, PrepareConfig
 from nemo_mtbi.examples._launcher import announce, launcher, typed
+from nemo_mtbi.preparation.prepare import Preparation, PrepareConfig
 
 
 @launcher("prepare", {"prepare_schema": PrepareConfig})

@@ -13,8 +13,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from nemo_mtbi.data import jsonl
 from nemo_mtbi.examples._launcher import announce, inline, launcher, run_step
+from nemo_mtbi.io import jsonl
 
 SYSTEMS = {"untrained": "untrained", "warm_start": "alignment", "trained": "imitation"}
 
@@ -34,28 +34,42 @@ def main(cfg: DictConfig) -> None:
         timings[name] = round(run_step(name, module, *overrides), 1)
 
     step(
-        "prepare speech and word times", "prepare_data", f"output_dir={root}",
+        "prepare speech and word times",
+        "prepare_data",
+        f"output_dir={root}",
         *(f"{k}={inline(v)}" for k, v in cfg.prepare.items()),
-    )  # fmt: skip
+    )
     step(
-        "cache encoder features", "cache_features", f"manifests={inline(list(cuts.values()))}",
+        "cache encoder features",
+        "cache_features",
+        f"manifests={inline(list(cuts.values()))}",
         *(f"{k}={inline(v)}" for k, v in cfg.cache_features.items()),
-    )  # fmt: skip
+    )
     step(
-        "text LLM answers (targets)", "generate_targets", f"output_dir={targets}", f"cuts={inline(cuts)}",
+        "text LLM answers (targets)",
+        "generate_targets",
+        f"output_dir={targets}",
+        f"cuts={inline(cuts)}",
         *(f"{k}={inline(v)}" for k, v in cfg.targets.items()),
-    )  # fmt: skip
+    )
     step(
-        "train", "train", f"output_dir={run}", "data.cached_features=true",
+        "train",
+        "train",
+        f"output_dir={run}",
+        "data.cached_features=true",
         f"data.train_ds.input_cfg.0.cuts_path={answered['train']}",
         f"data.validation_ds.datasets.held_out.input_cfg.0.cuts_path={answered[cfg.validation_split]}",
         *(f"{k}={inline(v)}" for k, v in cfg.train.items()),
-    )  # fmt: skip
+    )
     scored = {s: answered[s] for s in cfg.evaluated_splits}
     step(
-        "evaluate", "evaluate", f"run={run}", f"cuts={inline(scored)}", "cached_features=true",
+        "evaluate",
+        "evaluate",
+        f"run={run}",
+        f"cuts={inline(scored)}",
+        "cached_features=true",
         *(f"{k}={inline(v)}" for k, v in cfg.evaluate.items()),
-    )  # fmt: skip
+    )
     trained = run / "imitation" / "trained.safetensors"
     done = nemo.exists() and hf.exists() and (run / "export.json").exists()
     if not done or trained.stat().st_mtime > nemo.stat().st_mtime:
@@ -65,13 +79,21 @@ def main(cfg: DictConfig) -> None:
     jsonl.write_json(root / "summary.json", summary)
     print_table(summary)
     wav = json.loads(Path(cuts[splits[1]]).open().readline())["recording"]["sources"][0]["source"]
-    announce("Files", {
-        "summary": root / "summary.json", "evaluation": run / "evaluation" / "results.md",
-        "picture": run / "evaluation" / "results.png", "model (.nemo)": nemo, "model (Hugging Face)": hf,
-        "curves": f"tensorboard --logdir {run}",
-    })  # fmt: skip
-    print(f"\nAsk the model about a recording:\n  {sys.executable} -m nemo_mtbi.examples.generate model={nemo} "
-          f"audio={wav} \"prompt=What is this about? Answer in one sentence.\"")  # fmt: skip
+    announce(
+        "Files",
+        {
+            "summary": root / "summary.json",
+            "evaluation": run / "evaluation" / "results.md",
+            "picture": run / "evaluation" / "results.png",
+            "model (.nemo)": nemo,
+            "model (Hugging Face)": hf,
+            "curves": f"tensorboard --logdir {run}",
+        },
+    )
+    print(
+        f"\nAsk the model about a recording:\n  {sys.executable} -m nemo_mtbi.examples.generate model={nemo} "
+        f'audio={wav} "prompt=What is this about? Answer in one sentence."'
+    )
 
 
 def summarize(run: Path, nemo: Path, hf: Path, seconds: float, timings: dict[str, float]) -> dict[str, Any]:
@@ -110,7 +132,8 @@ def print_table(summary: dict[str, Any]) -> None:
     for name, seconds in summary["step_seconds"].items():
         print(f"{name + ' (s)':38s}{seconds:14.0f}")
     print(
-        f"{'all steps (s)':38s}{summary['wall_seconds']:14.0f}\n{'peak memory (GiB)':38s}{summary['peak_memory_gib']:14.1f}"
+        f"{'all steps (s)':38s}{summary['wall_seconds']:14.0f}\n"
+        f"{'peak memory (GiB)':38s}{summary['peak_memory_gib']:14.1f}"
     )
 
 

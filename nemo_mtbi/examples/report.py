@@ -9,7 +9,7 @@ from nemo_mtbi.examples._launcher import announce, launcher
 
 @launcher("report")
 def main(cfg: DictConfig) -> None:
-    from nemo_mtbi.training.report import write_report
+    from nemo_mtbi.evaluation.run_report import write_report
 
     path = write_report(Path(cfg.run), Path(cfg.output or Path(cfg.run) / "report.html"))
     announce("Report", {"page": path})

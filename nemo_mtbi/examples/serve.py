@@ -22,9 +22,9 @@ def main(cfg: DictConfig) -> None:
 
     from nemo_mtbi.models import MTBISALM
     from nemo_mtbi.parallel.launch import join_ranks
+    from nemo_mtbi.process import tune
     from nemo_mtbi.serving.batching import Batcher
     from nemo_mtbi.serving.openai_api import Limits, create_app
-    from nemo_mtbi.training.cpu import tune
 
     tune(cfg.threads)
     device = join_ranks(1, "serve") if cfg.device == "auto" else cfg.device

@@ -11,7 +11,7 @@ from nemo_mtbi.examples._launcher import announce, launcher
 @launcher("train", {"speech_llm/schema": ModelConfig})
 def main(cfg: DictConfig) -> None:
     from nemo_mtbi import models  # noqa: F401  registers the plugin with NeMo
-    from nemo_mtbi.training.cpu import tune
+    from nemo_mtbi.process import tune
     from nemo_mtbi.training.stages import train
 
     tune(cfg.threads)
@@ -20,10 +20,14 @@ def main(cfg: DictConfig) -> None:
     except KeyboardInterrupt as stop:
         print(f"\nStopped. {stop}", file=sys.stderr)
         sys.exit(1)
-    announce("Training finished", {
-        "trained tensors": run.weights(run.last_stage()), "seen tasks and prompts": run.root / "seen.json",
-        "curves": f"tensorboard --logdir {run.root}",
-    })  # fmt: skip
+    announce(
+        "Training finished",
+        {
+            "trained tensors": run.weights(run.last_stage()),
+            "seen tasks and prompts": run.root / "seen.json",
+            "curves": f"tensorboard --logdir {run.root}",
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 A bucket is one vocabulary entry, or the "rest" of the vocabulary when the teacher is given by its top-k entries.
 Letters: R rows (response tokens), K buckets.
 
-With ``l(p, q)`` the divergence and ``a = dl / d log q``, the gradient with respect to the logits ``u`` of ``q = softmax(u)``
-is ``a - q * sum(a)``; each function below returns the row sums of ``l`` terms and the tensor ``a``.
+With ``l(p, q)`` the divergence and ``a = dl / d log q``, the gradient with respect to the logits ``u`` of ``q =
+softmax(u)`` is ``a - q * sum(a)``; each function below returns the row sums of ``l`` terms and the tensor ``a``.
 """
 
 from collections.abc import Callable

@@ -97,8 +97,8 @@ class WhisperEncoder(NeuralModule):
     Args:
         config: fields of ``transformers.WhisperConfig``.
         input_length, round_seconds: see :class:`WindowPolicy`; the same values as the preprocessor's.
-        layers: lower layers that are kept, without the final normalization (a connector that has the upper ones as its own
-            reads them); None for the whole encoder.
+        layers: lower layers that are kept, without the final normalization (a connector that has the upper ones as
+            its own reads them); None for the whole encoder.
     """
 
     subsampling_factor = SUBSAMPLING

@@ -1,9 +1,11 @@
-"""Communication around a block of sharded layers (attention, feed-forward): once for all layers that read the same input.
+"""Communication around a block of sharded layers (attention, feed-forward): once for all layers that read the same
+input.
 
-Without sequence parallelism the input of a block is the same on every rank, its gradient is summed over the ranks, and the
-output of its row-parallel layer is summed (2 all-reduces a block, as Megatron-LM, arXiv 1909.08053). With it
-(arXiv 2205.05198) each rank keeps an equal share of the positions of the residual stream between blocks: norms and residuals
-are computed once, and the activations kept for them shrink by the number of ranks. The volume sent is the same.
+Without sequence parallelism the input of a block is the same on every rank, its gradient is summed over the ranks,
+and the output of its row-parallel layer is summed (2 all-reduces a block, as Megatron-LM, arXiv 1909.08053). With it
+(arXiv 2205.05198) each rank keeps an equal share of the positions of the residual stream between blocks: norms and
+residuals are computed once, and the activations kept for them shrink by the number of ranks. The volume sent is the
+same.
 """
 
 from collections.abc import Callable

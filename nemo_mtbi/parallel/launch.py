@@ -1,5 +1,6 @@
 """Tensor parallelism outside training: launchers that ``torchrun`` starts once for each rank."""
 
+import math
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -7,6 +8,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from nemo_mtbi.errors import ConfigError
 
@@ -36,8 +38,6 @@ def join_ranks(size: int, launcher: str) -> torch.device:
             f"tensor_model_parallel_size={size} needs {size} processes, {started} started. Launch it as "
             f"torchrun --nproc-per-node={size} -m nemo_mtbi.examples.{launcher} ..."
         )
-    from nemo_mtbi.parallel.sharding import initialize
-
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -45,6 +45,25 @@ def join_ranks(size: int, launcher: str) -> torch.device:
     initialize(size, PATIENCE)
     torch.manual_seed(0)
     return device
+
+
+def initialize(tensor_model_parallel_size: int, timeout: timedelta = timedelta(minutes=30)) -> None:
+    """Set up Megatron-Core's process groups (tensor x data parallel) once ``torch.distributed`` is initialized.
+
+    Raises:
+        ConfigError: the world size is no multiple of the tensor-parallel size.
+    """
+    world = dist.get_world_size()
+    if world % tensor_model_parallel_size:
+        raise ConfigError(
+            f"{world} processes cannot be divided into tensor-parallel groups of {tensor_model_parallel_size}. "
+            "Start a multiple of tensor_model_parallel_size processes."
+        )
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor_model_parallel_size,
+            distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
+        )
 
 
 def is_first_rank() -> bool:

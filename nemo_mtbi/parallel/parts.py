@@ -82,8 +82,8 @@ def reduce_gradients(parameters: list[nn.Parameter], group: Any, source: int) ->
 
     - Whole parameters of which each rank saw a part of the effect (``partial_gradient``): summed.
     - Parts that several ranks hold: summed over the ranks that hold them.
-    - Whole parameters: the first rank's. Atomic additions on GPUs round differently on each rank, and connectors that drift
-      apart would in the end emit different numbers of positions.
+    - Whole parameters: the first rank's. Atomic additions on GPUs round differently on each rank, and connectors that
+      drift apart would in the end emit different numbers of positions.
 
     Args:
         source: global rank of the group's first process.

@@ -1,32 +1,28 @@
-"""A Transformers causal LM spread over tensor-parallel ranks with Megatron-Core layers, by the model's own published plan.
+"""A Transformers causal LM spread over tensor-parallel ranks with Megatron-Core layers, by the model's own published
+plan.
 
-The model stays what it is: its linear layers are replaced by ``ColumnParallelLinear`` and ``RowParallelLinear``, its token
-embedding by ``VocabParallelEmbedding``, its output layer by the matching rows. Logits stay spread over the vocabulary; the
-objective (:mod:`nemo_mtbi.losses.imitation`) takes them so. No NeMo import in here.
+The model stays what it is: its linear layers are replaced by ``ColumnParallelLinear`` and ``RowParallelLinear``, its
+token embedding by ``VocabParallelEmbedding``, its output layer by the matching rows. Logits stay spread over the
+vocabulary; the objective (:mod:`nemo_mtbi.losses.imitation`) takes them so. No NeMo import in here.
 """
 
 import copy
 import fnmatch
-import json
 import logging
 import math
 from collections import defaultdict
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import ModelParallelConfig, parallel_state
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.losses.vocabulary import VocabularyShard
-from nemo_mtbi.modules.language_model import causal_lm
+from nemo_mtbi.modules.causal_lm import causal_lm
 from nemo_mtbi.parallel.blocks import SequenceParallel, share_input
+from nemo_mtbi.parallel.layers import ColumnLinear, RowLinear, ScaledVocabParallelEmbedding, VocabularyHead
 from nemo_mtbi.parallel.parts import Part, part_of
 
 COLUMN, ROW = "colwise", "rowwise"
@@ -37,74 +33,6 @@ FUSED = {
     ("down_proj", "rowwise_split_input"): ROW,
 }
 REPLICATED = ("replicated_with_grad_allreduce", "replicated", "colwise_gather_output", "rowwise_split_input")
-
-
-class ColumnLinear(ColumnParallelLinear):
-    """``ColumnParallelLinear`` that returns the output alone, as ``nn.Linear`` does. (..., in) -> (..., out / ranks)."""
-
-    def forward(self, input_: Tensor) -> Tensor:
-        return super().forward(input_)[0]
-
-
-class RowLinear(RowParallelLinear):
-    """``RowParallelLinear`` that returns the output alone. (..., in / ranks) -> (..., out), summed over the ranks, or
-    this rank's summand where ``summed`` is false."""
-
-    summed = True
-
-    def forward(self, input_: Tensor) -> Tensor:
-        if self.summed:
-            return super().forward(input_)[0]
-        first = parallel_state.get_tensor_model_parallel_rank() == 0
-        return nn.functional.linear(input_, self.weight, self.bias if first else None)
-
-
-class ScaledVocabParallelEmbedding(VocabParallelEmbedding):
-    """Token embedding whose rows are spread over the ranks; ``scale`` is Gemma's factor on the output."""
-
-    def __init__(self, *args: Any, scale: float = 1.0, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.scale = scale
-
-    def forward(self, input_: Tensor) -> Tensor:
-        output = super().forward(input_)
-        return output if self.scale == 1.0 else output * self.scale
-
-
-class VocabularyHead(nn.Module):
-    """This rank's rows of ``lm_head``. Called as a layer (generation), it gathers the logits of the whole vocabulary."""
-
-    def __init__(
-        self, weight: nn.Parameter, bias: nn.Parameter | None, vocabulary: int, shard: VocabularyShard
-    ) -> None:
-        super().__init__()
-        self.weight, self.bias, self.vocabulary, self.shard = weight, bias, vocabulary, shard
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """hidden (..., H) -> logits (..., V), without a gradient."""
-        local = nn.functional.linear(hidden, self.weight, self.bias).detach().contiguous()
-        parts = [torch.empty_like(local) for _ in range(dist.get_world_size(self.shard.group))]
-        dist.all_gather(parts, local, group=self.shard.group)
-        return torch.cat(parts, -1)[..., : self.vocabulary]
-
-
-def initialize(tensor_model_parallel_size: int, timeout: timedelta = timedelta(minutes=30)) -> None:
-    """Set up Megatron-Core's process groups (tensor x data parallel) once ``torch.distributed`` is initialized.
-
-    Raises:
-        ConfigError: the world size is no multiple of the tensor-parallel size.
-    """
-    world = dist.get_world_size()
-    if world % tensor_model_parallel_size:
-        raise ConfigError(
-            f"{world} processes cannot be divided into tensor-parallel groups of {tensor_model_parallel_size}. "
-            "Start a multiple of tensor_model_parallel_size processes."
-        )
-    if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tensor_model_parallel_size,
-            distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
-        )
 
 
 def tensor_parallel_plan(llm: nn.Module) -> dict[str, str]:
@@ -123,94 +51,10 @@ def check_divisible(config: Any, size: int) -> None:
     allowed = [n for n in range(1, heads + 1) if not (heads % n or config.intermediate_size % n or (kv % n and n % kv))]
     if size not in allowed:
         raise ConfigError(
-            f"tensor_model_parallel_size={size} does not divide this LLM: {heads} attention heads, {kv} key/value heads, "
+            f"tensor_model_parallel_size={size} does not divide this LLM: {heads} attention heads, {kv} key/value "
+            f"heads, "
             f"feed-forward width {config.intermediate_size}. Sizes that do: {', '.join(map(str, allowed))}."
         )
-
-
-def empty_llm(config: Any, dtype: torch.dtype) -> Any:
-    """A ``...ForCausalLM`` whose parameters take no memory yet (``meta``); buffers are real. For :func:`load_shards`."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    with init_empty_weights(include_buffers=False):
-        llm = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    llm.tie_weights()  # the context makes a parameter of its own at every place
-    return llm
-
-
-def materialize_adapters(llm: nn.Module) -> None:
-    """Initialize the LoRA matrices of a model whose own weights are still ``meta``; they are whole until it is sharded."""
-    for layer in llm.modules():
-        if isinstance(layer, LoraLayer):
-            for name in layer.lora_A:
-                for matrix in (layer.lora_A[name], layer.lora_B[name]):
-                    matrix.to_empty(device="cpu")
-                layer.reset_lora_parameters(name, init_lora_weights=True)
-
-
-def load_shards(llm: nn.Module, folder: str | Path, device: torch.device) -> None:
-    """Read this rank's parts of all ``meta`` parameters from the safetensors files of a Hugging Face directory.
-
-    A part is read straight from the file, so no rank ever holds a whole weight that is spread.
-
-    Args:
-        llm: ``...ForCausalLM``, or one with LoRA (whose own weights are there already).
-        folder: of the LLM, or of an exported speech LLM.
-
-    Raises:
-        ConfigError: the directory has no safetensors, or a weight is missing there.
-    """
-    files = _weight_files(Path(folder))
-    loaded: dict[int, nn.Parameter] = {}  # tied parameters stay one
-    for module_name, module in causal_lm(llm).named_modules():
-        for leaf, parameter in list(module.named_parameters(recurse=False)):
-            if not parameter.is_meta:
-                continue
-            name = own_name(f"{module_name}.{leaf}".lstrip("."))
-            if id(parameter) not in loaded:
-                loaded[id(parameter)] = _read(files, name, parameter, device)
-            setattr(module, leaf, loaded[id(parameter)])
-
-
-def _weight_files(folder: Path) -> dict[str, tuple[Path, str]]:
-    """Name of a weight in the LLM -> the file that holds it, and its name there."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    else:
-        single = folder / "model.safetensors"
-        if not single.is_file():
-            raise ConfigError(f"{folder} has no safetensors weights; tensor parallelism reads no other format.")
-        with safe_open(single, "pt") as file:
-            files = dict.fromkeys(file.keys(), single)
-    return {own_name(name): (file, name) for name, file in files.items()}
-
-
-def own_name(name: str) -> str:
-    """A weight's name in the LLM; in an exported speech LLM it stands under ``llm``, the embedding beside it."""
-    if name.startswith("embed_tokens."):
-        return f"model.{name}"
-    return name.removeprefix("llm.").removeprefix("base_model.model.").replace(".base_layer.", ".")
-
-
-def _read(files: dict[str, tuple[Path, str]], name: str, parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
-    if name not in files:
-        raise ConfigError(f"The LLM's files lack the weight {name} ({len(files)} others are there).")
-    part = part_of(parameter)
-    path, stored = files[name]
-    with safe_open(path, "pt") as file:
-        if part is None:
-            value = file.get_tensor(stored)
-        else:
-            whole = file.get_slice(stored)
-            value = part.of(whole, whole.get_shape()[part.dim])
-        # A part is a view of the mapped file, which would keep more of its pages in memory than are this rank's.
-        value = value.to(device, parameter.dtype, copy=part is not None, memory_format=torch.contiguous_format)
-    new = nn.Parameter(value, requires_grad=parameter.requires_grad)
-    if part is not None:
-        new.tensor_part = part  # type: ignore[attr-defined]
-    return new
 
 
 def shard_llm(llm: nn.Module, sequence_parallel: bool = False) -> VocabularyShard:
@@ -250,7 +94,8 @@ def shard_llm(llm: nn.Module, sequence_parallel: bool = False) -> VocabularyShar
         together = len(sharded) == len(names)
         if sequence_parallel and sharded and not together:
             raise ConfigError(
-                f"sequence_parallel: {sorted(set(names) - set(sharded))[0]} has no tensor-parallel plan, its neighbours have. "
+                f"sequence_parallel: {sorted(set(names) - set(sharded))[0]} has no tensor-parallel plan, its "
+                f"neighbours have. "
                 "Set model.sequence_parallel=false."
             )
         for name in sharded:
@@ -313,9 +158,11 @@ def _shard_layer(lm: Any, name: str, style: str | None, config: ModelParallelCon
 
 
 def _shard_adapters(layer: Any, name: str, style: str | None, config: ModelParallelConfig) -> None:
-    """Cut LoRA's matrices with their layer: the rows of B of a column-parallel one, the columns of A of a row-parallel one.
+    """Cut LoRA's matrices with their layer: the rows of B of a column-parallel one, the columns of A of a
+    row-parallel one.
 
-    The other matrix is whole on every rank. That of a column-parallel layer sees only the gradient through this rank's rows.
+    The other matrix is whole on every rank. That of a column-parallel layer sees only the gradient through this
+    rank's rows.
     """
     part = part_of(layer.base_layer.weight)
     assert part is not None
@@ -337,9 +184,14 @@ def _shard_adapters(layer: Any, name: str, style: str | None, config: ModelParal
             own = copy.copy(config)
             own.params_dtype = a.weight.dtype
             row = RowLinear(
-                a.in_features, a.out_features, config=own, init_method=lambda _: None, bias=False, input_is_parallel=True,
+                a.in_features,
+                a.out_features,
+                config=own,
+                init_method=lambda _: None,
+                bias=False,
+                input_is_parallel=True,
                 skip_bias_add=False,
-            )  # fmt: skip
+            )
             row.weight = part.parameter(a.weight)
             layer.lora_A[key] = row
 
@@ -351,17 +203,27 @@ def _shard_linear(
     if style == COLUMN:
         part = _column_part(module, leaf, hf, rank, size)
         new: Any = ColumnLinear(
-            module.in_features, part.size * size, config=config, init_method=lambda _: None, bias=bias is not None,
-            gather_output=False, disable_grad_reduce=True,
-        )  # fmt: skip
+            module.in_features,
+            part.size * size,
+            config=config,
+            init_method=lambda _: None,
+            bias=bias is not None,
+            gather_output=False,
+            disable_grad_reduce=True,
+        )
         if bias is not None:
             new.bias = part.parameter(bias)
     else:
         part = Part.of_blocks(1, [module.in_features], [(rank, size)])
         new = RowLinear(
-            module.in_features, module.out_features, config=config, init_method=lambda _: None, bias=bias is not None,
-            input_is_parallel=True, skip_bias_add=False,
-        )  # fmt: skip
+            module.in_features,
+            module.out_features,
+            config=config,
+            init_method=lambda _: None,
+            bias=bias is not None,
+            input_is_parallel=True,
+            skip_bias_add=False,
+        )
         if bias is not None:
             new.bias = bias
     new.weight = part.parameter(module.weight)
@@ -408,9 +270,12 @@ def _shard_vocabulary(llm: Any, config: ModelParallelConfig, group: Any, rank: i
 
     part = Part(0, ((rank * rows, (rank + 1) * rows),), rows)
     new = ScaledVocabParallelEmbedding(
-        rows * size, embedding.weight.shape[1], init_method=lambda _: None, config=config,
+        rows * size,
+        embedding.weight.shape[1],
+        init_method=lambda _: None,
+        config=config,
         scale=float(getattr(embedding, "embed_scale", 1.0)),
-    )  # fmt: skip
+    )
     new.weight = part.parameter(embedding.weight)
     tied = head.weight is embedding.weight
     weight = new.weight if tied else part.parameter(head.weight)

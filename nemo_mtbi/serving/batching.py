@@ -13,10 +13,10 @@ from nemo.utils import logging
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from nemo_mtbi.data.audio import collate_waveforms
 from nemo_mtbi.errors import MTBIError
-from nemo_mtbi.models.generation import collate_waveforms
 from nemo_mtbi.models.mtbi_salm import MTBISALM
-from nemo_mtbi.modules.language_model import without_adapters
+from nemo_mtbi.modules.causal_lm import without_adapters
 
 
 class QueueFull(MTBIError):
@@ -170,14 +170,17 @@ class Batcher:
     def _answer(self, batch: list[Request]) -> None:
         waveforms = [w for r in batch for w in r.waveforms]
         audios, lengths = collate_waveforms(waveforms) if waveforms else (None, None)
-        pieces, _ = self.model._prompt_pieces([r.dialog for r in batch])
+        pieces, _ = self.model.prompt_pieces([r.dialog for r in batch])
         inputs, mask = self.model.generation_inputs(pieces, audios, lengths)
         for request, positions in zip(batch, mask.sum(1).tolist(), strict=True):
             request.prompt_positions = positions
         sampling = batch[0].sampling
         with without_adapters(self.model.llm) if sampling.text_llm else nullcontext():
             self.model.generate_from_embeddings(
-                inputs, mask, max_new_tokens=max(r.max_tokens for r in batch), **sampling.options(),
+                inputs,
+                mask,
+                max_new_tokens=max(r.max_tokens for r in batch),
+                **sampling.options(),
                 streamer=TokenStream(batch, self.model.tokenizer.tokenizer, set(self.model.stop_ids())),
                 stopping_criteria=StoppingCriteriaList([Finished(batch)]),
-            )  # fmt: skip
+            )

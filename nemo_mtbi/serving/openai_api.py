@@ -256,7 +256,7 @@ def read_messages(
             pieces = [p.text if isinstance(p, TextPart) else tag for p in parts]
             dialog.append({"role": message.role, "content": "\n".join(pieces)})
     try:
-        model._prompt_pieces([dialog])
+        model.prompt_pieces([dialog])
     except Exception as error:
         raise DataError(f"This dialog does not fit the prompt format of the model ({error}).") from error
     return dialog, waveforms

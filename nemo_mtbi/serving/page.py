@@ -1,4 +1,7 @@
-"""The web page (Gradio): speech in, the streamed answer out; beside it the text LLM on the transcript, and the cascade."""
+"""The web page (Gradio): speech in, the streamed answer out.
+
+Beside it the text LLM on the transcript, and the cascade.
+"""
 
 import queue
 from collections.abc import Iterator

@@ -1,8 +1,8 @@
 """Answers on disk, by content key: one append-only file a shard, and an index over all of them.
 
-A line of ``<shard>.answers.jsonl`` is ``{"run": id, "answers": [record, ...]}``, written at once: complete or absent. Engines
-whose answers depend on their company in a batch (bfloat16, and the last bit of float32) write whole chunks of a fixed
-composition, so that a killed and continued run computes what an uninterrupted one computes, to the last bit.
+A line of ``<shard>.answers.jsonl`` is ``{"run": id, "answers": [record, ...]}``, written at once: complete or absent.
+Engines whose answers depend on their company in a batch (bfloat16, and the last bit of float32) write whole chunks of
+a fixed composition, so that a killed and continued run computes what an uninterrupted one computes, to the last bit.
 """
 
 import json
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from nemo_mtbi.data import jsonl
-from nemo_mtbi.data.array_storage import RawChunkyReader, RawChunkyWriter
+from nemo_mtbi.io import jsonl
+from nemo_mtbi.io.array_storage import RawChunkyReader, RawChunkyWriter
 from nemo_mtbi.targets.decoder import Answer
 
 Record = dict[str, Any]
@@ -79,9 +79,10 @@ class AnswerFile:
         """Write (tokens, k) arrays; the fields that point to them."""
         assert self.arrays is not None
         return {
-            "top_k": [self.top_k, self.temperature], "arrays": self.arrays_path.name,
+            "top_k": [self.top_k, self.temperature],
+            "arrays": self.arrays_path.name,
             "teacher": [self.arrays.write("", ids), self.arrays.write("", log_probs)],
-        }  # fmt: skip
+        }
 
     def __enter__(self) -> "AnswerFile":
         return self
@@ -103,7 +104,8 @@ def load_top_k(record: Record, folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 class AnswerIndex:
-    """Where the answer to a key is, over all shards of an output folder; finds answers again when cuts move between shards.
+    """Where the answer to a key is, over all shards of an output folder; finds answers again when cuts move between
+    shards.
 
     An SQLite file that one process at a time brings up to date (only bytes that it has not seen) and any number read.
     Answers of the own run are left out: whether another shard is ahead must not change what a batch is made of.

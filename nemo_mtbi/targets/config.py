@@ -9,17 +9,20 @@ ENGINES = ("hf", "openai")
 
 @dataclass
 class OpenAIConfig:
-    """An OpenAI-compatible server that runs ``TargetsConfig.llm`` (vLLM, NIM, SGLang, llama.cpp, ``transformers serve``).
+    """An OpenAI-compatible server that runs ``TargetsConfig.llm`` (vLLM, NIM, SGLang, llama.cpp, ``transformers
+    serve``).
 
     Attributes:
         base_url: of the server, up to and including ``/v1``.
         model: its name on the server, if that is not ``llm``.
         concurrency: requests in flight, of each worker.
-        max_retries: of a request, with the client's exponential back-off; a ``Retry-After`` of up to two minutes is obeyed.
+        max_retries: of a request, with the client's exponential back-off; a ``Retry-After`` of up to two minutes is
+            obeyed.
         timeout_seconds: of one request.
         requests_per_minute: upper limit of each worker, if any; retries come on top.
         api_key_variable: environment variable that holds the key; the key itself is never a setting.
-        context_tokens: longest prompt with answer that the server takes (``--max-model-len``), if less than the LLM's own.
+        context_tokens: longest prompt with answer that the server takes (``--max-model-len``), if less than the LLM's
+            own.
         send_token_ids: send token ids instead of text, for servers that take them (vLLM, SGLang, llama.cpp).
     """
 
@@ -52,12 +55,14 @@ class TargetsConfig:
         languages: of the prompts.
         prompts_per_task: wordings drawn for each cut and task (0: all of the split).
         max_new_tokens: upper limit on the tasks' own budgets; longer answers are truncated, and filtered by that name.
-        tasks_per_cut: how many tasks are drawn for each cut, by output name (default: all); 0.5: one for half of the cuts.
+        tasks_per_cut: how many tasks are drawn for each cut, by output name (default: all); 0.5: one for half of the
+            cuts.
         top_k: teacher log-probabilities kept for each response token (0: none), at ``temperature``.
         filters: names of :mod:`nemo_mtbi.targets.filters`.
         max_total_tokens: prompt and response together, for the filter ``too_long``; set it to the training budget.
         max_duplicates: equal answers to one wording that the filter ``near_duplicate`` lets through.
-        shar_dir: where to write Lhotse Shar too, with audio (``shar_audio``: its format) and ``shar_size`` cuts a shard.
+        shar_dir: where to write Lhotse Shar too, with audio (``shar_audio``: its format) and ``shar_size`` cuts a
+            shard.
         seed: of the draws.
     """
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from nemo_mtbi.modules.language_model import output_head
+from nemo_mtbi.modules.causal_lm import output_head
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ class RefillDecoder:
         stop_ids: tokens that end an answer.
         batch_size: B, rows decoded together.
         refill_share: share of the rows that must be free before new prompts are brought in.
-        top_k, temperature: teacher entries kept at each token (0: none), and the temperature of their log-probabilities.
+        top_k, temperature: teacher entries kept at each token (0: none), and the temperature of their
+            log-probabilities.
     """
 
     def __init__(

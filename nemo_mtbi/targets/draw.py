@@ -15,12 +15,12 @@ from nemo_mtbi import registration as registration  # the prompt formats
 from nemo_mtbi.data.conversation import transcript
 from nemo_mtbi.data.messages import user_message
 from nemo_mtbi.data.rendering import PromptRenderer, Spoken
+from nemo_mtbi.data.target import Target
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.pretrained.fingerprint import fingerprint
 from nemo_mtbi.pretrained.offline import resolve_pretrained
 from nemo_mtbi.targets.config import TargetsConfig
 from nemo_mtbi.targets.decoder import Request
-from nemo_mtbi.targets.record import Target
 from nemo_mtbi.tasks.library import PrepareStep, Task, load_library, render_template, select_tasks
 
 PROBLEM = "_problem"
@@ -62,7 +62,8 @@ class PromptDrawer:
         for task in self.tasks:
             if empty := [s for s in sorted(splits) if not task.select(s, config.languages)]:
                 raise ConfigError(
-                    f"Task {task.name} has no prompt in split {empty[0]!r} and languages {', '.join(config.languages)}. "
+                    f"Task {task.name} has no prompt in split {empty[0]!r} and languages "
+                    f"{', '.join(config.languages)}. "
                     "Splits are seen, held_out and all; add languages, or choose other tasks."
                 )
         probe = user_message("Repeat.", Spoken("Some words."), config.speech_position)

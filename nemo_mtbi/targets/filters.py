@@ -122,7 +122,8 @@ NEAR_DUPLICATE = "near_duplicate"  # looks at all answers to a wording, so it ru
 
 
 class NearDuplicates:
-    """Finds answers to the same wording that say the same: equal words whatever their order, case, digits and punctuation.
+    """Finds answers to the same wording that say the same: equal words whatever their order, case, digits and
+    punctuation.
 
     Answers that are meant to be equal (a choice, yes or no, one word) are not judged.
 

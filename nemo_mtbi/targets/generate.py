@@ -23,9 +23,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from nemo_mtbi.config import DTYPES
-from nemo_mtbi.data import jsonl
 from nemo_mtbi.data.conversation import check_manifest
 from nemo_mtbi.errors import ConfigError, DataError
+from nemo_mtbi.io import jsonl
 from nemo_mtbi.targets.answers import AnswerIndex
 from nemo_mtbi.targets.config import ENGINES, TargetsConfig
 from nemo_mtbi.targets.draw import PromptDrawer

@@ -13,13 +13,13 @@ from filelock import FileLock
 from lhotse import CutSet
 from lhotse.cut import Cut
 
-from nemo_mtbi.data import jsonl
+from nemo_mtbi.data.target import TARGETS_FIELD, TEACHER_IDS_FIELD, TEACHER_LOG_PROBS_FIELD
 from nemo_mtbi.errors import DataError
+from nemo_mtbi.io import jsonl
 from nemo_mtbi.targets.config import TargetsConfig
 from nemo_mtbi.targets.draw import PromptDrawer
 from nemo_mtbi.targets.filters import NEAR_DUPLICATE, NearDuplicates
 from nemo_mtbi.targets.plan import Shard
-from nemo_mtbi.targets.record import TARGETS_FIELD, TEACHER_IDS_FIELD, TEACHER_LOG_PROBS_FIELD
 from nemo_mtbi.targets.shards import ShardStatus, ShardWriter, rejected_record
 
 LIBRARIES = ("nemo_toolkit", "transformers", "torch", "lhotse", "megatron-core")
@@ -27,7 +27,8 @@ BYTES_PER_ENTRY = 6  # int32 id and float16 log-probability
 
 
 def merge_manifest(name: str, shards: list[Shard], writer: ShardWriter, config: TargetsConfig) -> dict[str, Any]:
-    """Write ``<name>.jsonl`` (and Shar) and ``rejected/<name>.jsonl`` from finished shards; nothing if they are current.
+    """Write ``<name>.jsonl`` (and Shar) and ``rejected/<name>.jsonl`` from finished shards; nothing if they are
+    current.
 
     Returns:
         counts: ``kept``, ``response_tokens``, ``seconds``, ``prompts`` and ``rejected``.
@@ -39,7 +40,8 @@ def merge_manifest(name: str, shards: list[Shard], writer: ShardWriter, config: 
     statuses = [status for s in shards if (status := writer.status(s)) is not None]
     if len(statuses) != len(shards):
         raise DataError(
-            f"{len(shards) - len(statuses)} shards of {name} are not finished with these settings: another command works on "
+            f"{len(shards) - len(statuses)} shards of {name} are not finished with these settings: another "
+            f"command works on "
             f"{folder}. Run this one again when that one has ended."
         )
     near = NEAR_DUPLICATE in config.filters
@@ -92,9 +94,12 @@ def _counts(statuses: list[ShardStatus]) -> dict[str, Any]:
         prompts.update(status.prompts)
         rejected.update(status.rejected)
     return {
-        "kept": sum(s.kept for s in statuses), "response_tokens": sum(s.response_tokens for s in statuses),
-        "seconds": round(sum(s.seconds for s in statuses), 1), "prompts": dict(prompts), "rejected": dict(rejected),
-    }  # fmt: skip
+        "kept": sum(s.kept for s in statuses),
+        "response_tokens": sum(s.response_tokens for s in statuses),
+        "seconds": round(sum(s.seconds for s in statuses), 1),
+        "prompts": dict(prompts),
+        "rejected": dict(rejected),
+    }
 
 
 def _without_duplicates(
@@ -124,10 +129,11 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def write_shar(manifest: Path, folder: Path, rejected: Path, config: TargetsConfig) -> None:
-    """Lhotse Shar with audio, targets and the teacher's top-k, for training on a cluster. Cuts without targets stay out.
+    """Lhotse Shar with audio, targets and the teacher's top-k, for training on a cluster. Cuts without targets stay
+    out.
 
-    A recording that cannot be read is left out and recorded in the file ``rejected`` under ``audio``. The folder takes its name
-    when it is complete.
+    A recording that cannot be read is left out and recorded in the file ``rejected`` under ``audio``. The folder
+    takes its name when it is complete.
     """
 
     def usable(cut: Cut) -> bool:
@@ -174,9 +180,15 @@ def run_manifest(config: TargetsConfig, drawer: PromptDrawer, counts: dict[str, 
             "chat_template_digest": _digest(str(hf.chat_template)) if hf.chat_template else None,
         },
         "decoding": {"method": "greedy", "engine": config.engine, "dtype": config.dtype}
-        | ({"server": config.openai.base_url, "model": config.openai.model or config.llm} if config.engine == "openai" else {}),
+        | (
+            {"server": config.openai.base_url, "model": config.openai.model or config.llm}
+            if config.engine == "openai"
+            else {}
+        ),
         "settings": {
-            k: v for k, v in asdict(config).items() if k not in ("cuts", "output_dir", "llm", "dtype", "engine", "openai")
+            k: v
+            for k, v in asdict(config).items()
+            if k not in ("cuts", "output_dir", "llm", "dtype", "engine", "openai")
         },
         "top_k": config.top_k,
         "temperature": config.temperature,
@@ -188,7 +200,7 @@ def run_manifest(config: TargetsConfig, drawer: PromptDrawer, counts: dict[str, 
         "rejected": dict(rejected),
         "worker_seconds": round(sum(c["seconds"] for c in counts.values()), 1),
         "versions": {name: version(name) for name in LIBRARIES},
-    }  # fmt: skip
+    }
 
 
 def _digest(text: str) -> str:

@@ -1,6 +1,7 @@
 """Answers from an OpenAI-compatible server, through the official client's ``/v1/completions``.
 
-The prompt is rendered here, as in training, and sent as text (or token ids); a chat endpoint would apply its own template.
+The prompt is rendered here, as in training, and sent as text (or token ids); a chat endpoint would apply its own
+template.
 """
 
 import os
@@ -92,20 +93,24 @@ class OpenAIEngine:
         except e.BadRequestError as error:
             raise ConfigError(
                 f"{where} refuses a prompt of {len(request.prompt_ids)} tokens with {request.max_new_tokens} new ones: "
-                f"{error.message}. If it is too long, set openai.context_tokens; such prompts are then rejected and counted."
+                f"{error.message}. If it is too long, set openai.context_tokens; such prompts are then rejected "
+                f"and counted."
             ) from error
         except e.APITimeoutError as error:
             raise DataError(
-                f"{where} did not answer within {self.config.timeout_seconds} s, {self.config.max_retries} retries included. "
+                f"{where} did not answer within {self.config.timeout_seconds} s, {self.config.max_retries} "
+                f"retries included. "
                 "Raise openai.timeout_seconds or lower openai.concurrency; the same command continues."
             ) from error
         except e.APIConnectionError as error:
             raise DataError(
-                f"Cannot reach {where}: {error}. Is the server running? The same command continues where this one stopped."
+                f"Cannot reach {where}: {error}. Is the server running? The same command continues where this one "
+                f"stopped."
             ) from error
         except e.APIStatusError as error:
             raise DataError(
-                f"{where} still fails after {self.config.max_retries} retries: HTTP {error.status_code}, {error.message}. "
+                f"{where} still fails after {self.config.max_retries} retries: HTTP {error.status_code}, "
+                f"{error.message}. "
                 "Lower openai.concurrency or set openai.requests_per_minute; the same command continues."
             ) from error
         except e.OpenAIError as error:

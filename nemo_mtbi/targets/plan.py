@@ -1,4 +1,7 @@
-"""A manifest as shards: ranges of lines that workers take one at a time, found without holding the manifest in memory."""
+"""A manifest as shards.
+
+Ranges of lines that workers take one at a time, found without holding the manifest in memory.
+"""
 
 import hashlib
 import json
@@ -13,8 +16,8 @@ from lhotse.cut.data import DataCut
 from lhotse.serialization import deserialize_item
 from tqdm import tqdm
 
-from nemo_mtbi.data import jsonl
 from nemo_mtbi.errors import DataError
+from nemo_mtbi.io import jsonl
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class Shard:
                     item = deserialize_item(json.loads(line))
                 except Exception as error:
                     raise DataError(
-                        f"Cut {number} after byte {self.offset} of {self.path} cannot be read ({type(error).__name__}: {error})."
+                        f"Cut {number} after byte {self.offset} of {self.path} cannot be read "
+                        f"({type(error).__name__}: {error})."
                     ) from error
                 if not isinstance(item, DataCut):
                     raise DataError(

@@ -6,8 +6,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from nemo_mtbi.data import jsonl
-from nemo_mtbi.data.html import picture, subplots, write_page
+from nemo_mtbi.io import jsonl
+from nemo_mtbi.io.html import picture, subplots, write_page
 
 EXAMPLES, REJECTED_EXAMPLES = 4, 20
 
@@ -32,9 +32,14 @@ def write_report(path: Path, manifest: dict[str, Any], written: dict[str, Path],
             examples.append({k: target[k] for k in ("task", "prompt", "response")} | {"transcript": transcript})
     side = list(islice((record for path in rejected for record in jsonl.read(path)), REJECTED_EXAMPLES))
     write_page(
-        path, _TEMPLATE, m=manifest, rejected_total=sum(manifest["rejected"].values()), picture=_histogram(lengths),
-        rejected=side, examples=[e for task in sorted(shown) for e in shown[task]],
-    )  # fmt: skip
+        path,
+        _TEMPLATE,
+        m=manifest,
+        rejected_total=sum(manifest["rejected"].values()),
+        picture=_histogram(lengths),
+        rejected=side,
+        examples=[e for task in sorted(shown) for e in shown[task]],
+    )
 
 
 def _targets(written: dict[str, Path]) -> Iterator[tuple[str, dict[str, Any]]]:

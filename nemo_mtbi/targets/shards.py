@@ -1,4 +1,7 @@
-"""One unit of work: the cuts of a shard with their answers. Any number of processes may work on the same output folder."""
+"""One unit of work: the cuts of a shard with their answers.
+
+Any number of processes may work on the same output folder.
+"""
 
 import hashlib
 import json
@@ -12,10 +15,11 @@ import numpy as np
 from lhotse.cut import Cut
 from tqdm import tqdm
 
-from nemo_mtbi.data import jsonl
-from nemo_mtbi.data.array_storage import RawChunkyWriter
 from nemo_mtbi.data.conversation import transcript
+from nemo_mtbi.data.target import TARGETS_FIELD, TEACHER_IDS_FIELD, TEACHER_LOG_PROBS_FIELD, Target
 from nemo_mtbi.errors import DataError
+from nemo_mtbi.io import jsonl
+from nemo_mtbi.io.array_storage import RawChunkyWriter
 from nemo_mtbi.targets.answers import AnswerFile, AnswerIndex, Record
 from nemo_mtbi.targets.config import TargetsConfig
 from nemo_mtbi.targets.decoder import Answer, Request
@@ -23,12 +27,21 @@ from nemo_mtbi.targets.draw import Job, PromptDrawer
 from nemo_mtbi.targets.engine import Engine
 from nemo_mtbi.targets.filters import Candidate, choose_filters
 from nemo_mtbi.targets.plan import Shard
-from nemo_mtbi.targets.record import TARGETS_FIELD, TEACHER_IDS_FIELD, TEACHER_LOG_PROBS_FIELD, Target
 
 CHUNK = 1024  # requests that an engine gets together
 # Settings that change how answers are come by, and not what is written.
-OPERATIONAL = ("cuts", "output_dir", "batch_size", "workers", "shard_cuts", "openai", "max_duplicates", "shar_dir",
-               "shar_audio", "shar_size")  # fmt: skip
+OPERATIONAL = (
+    "cuts",
+    "output_dir",
+    "batch_size",
+    "workers",
+    "shard_cuts",
+    "openai",
+    "max_duplicates",
+    "shar_dir",
+    "shar_audio",
+    "shar_size",
+)
 # Rejected without a filter: prompts that the LLM has no room for, and cuts that nothing can be asked about.
 CONTEXT, NO_TRANSCRIPT = "context", "no_transcript"
 
@@ -193,16 +206,23 @@ class ShardWriter:
         return status
 
     def arrays_path(self, shard: Shard) -> Path:
-        """Top-k of a shard's targets. Other answers go to another file, so the manifest of an earlier run stays readable
-        until the merge replaces it."""
+        """Top-k of a shard's targets. Other answers go to another file, so the manifest of an earlier run stays
+        readable until the merge replaces it."""
         return self.folder / "teacher" / f"{shard.name}.{shard.label}-{self.digest(shard)[:12]}.bin"
 
     def _target(self, job: Job, record: Record, begin: int) -> Target:
         return Target(
-            key=job.request.key, task=job.task, prompt_id=job.prompt_id, prompt=job.prompt, response=record["response"],
-            response_ids=record["response_ids"], finished=record["finished"], rendering=self.drawer.rendering,
-            teacher_begin=begin, teacher_temperature=self.config.temperature,
-        )  # fmt: skip
+            key=job.request.key,
+            task=job.task,
+            prompt_id=job.prompt_id,
+            prompt=job.prompt,
+            response=record["response"],
+            response_ids=record["response_ids"],
+            finished=record["finished"],
+            rendering=self.drawer.rendering,
+            teacher_begin=begin,
+            teacher_temperature=self.config.temperature,
+        )
 
     def _write_top_k(self, path: Path, cuts: list[Cut], lines: list[dict[str, Any]], answers: AnswerFile) -> None:
         temporary = path.with_name(f".{path.name}")
@@ -222,11 +242,16 @@ class ShardWriter:
         if record is None:
             return CONTEXT, f"prompt of {len(job.request.prompt_ids)} tokens and {job.request.max_new_tokens} new ones"
         candidate = Candidate(
-            task=self.drawer.by_name[job.task], transcript=job.transcript, response=record["response"],
-            response_ids=record["response_ids"], finished=record["finished"], values=job.values,
-            prompt_tokens=len(job.request.prompt_ids), languages=job.languages,
+            task=self.drawer.by_name[job.task],
+            transcript=job.transcript,
+            response=record["response"],
+            response_ids=record["response_ids"],
+            finished=record["finished"],
+            values=job.values,
+            prompt_tokens=len(job.request.prompt_ids),
+            languages=job.languages,
             max_total_tokens=self.config.max_total_tokens,
-        )  # fmt: skip
+        )
         for filter_name, check in self.filters:
             if (why := check(candidate)) is not None:
                 return filter_name, why
@@ -238,9 +263,14 @@ def rejected_record(
 ) -> Record:
     """One line of ``rejected.jsonl``."""
     return {
-        "manifest": manifest, "cut": cut, "task": task, "prompt_id": prompt_id, "filter": name, "reason": reason,
+        "manifest": manifest,
+        "cut": cut,
+        "task": task,
+        "prompt_id": prompt_id,
+        "filter": name,
+        "reason": reason,
         "response": record["response"] if record else "",
-    }  # fmt: skip
+    }
 
 
 class LazyEngine:

@@ -38,7 +38,7 @@ def run(config: TargetsConfig) -> dict[str, Path]:
 def worker_context() -> multiprocessing.context.ForkServerContext:
     """Processes that start with everything imported (NeMo takes 10 s) and nothing computed (no threads, no CUDA)."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nemo_mtbi.models", "nemo_mtbi.targets.generate"])
+    context.set_forkserver_preload(["nemo_mtbi.registration", "nemo_mtbi.targets.generate"])
     return context
 
 
@@ -46,9 +46,9 @@ def work(config: TargetsConfig, rank: int) -> None:
     """One worker process."""
     import torch
 
-    from nemo_mtbi import models  # noqa: F401  registers the prompt formats
+    from nemo_mtbi import registration  # noqa: F401  the prompt formats
+    from nemo_mtbi.process import tune
     from nemo_mtbi.targets.generate import TargetGenerator, explained
-    from nemo_mtbi.training.cpu import tune
 
     if torch.cuda.device_count():
         torch.cuda.set_device(rank % torch.cuda.device_count())

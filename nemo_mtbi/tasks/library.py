@@ -91,7 +91,8 @@ def load_task(path: Path) -> Task:
         raise ConfigError(f"Task file {path}: {type(error).__name__}: {error}") from error
     if task.name != path.stem or task.group not in GROUPS or not task.prompts or task.form.get("kind") not in FORMS:
         raise ConfigError(
-            f"Task file {path}: name must be {path.stem!r}, group one of {GROUPS}, form.kind one of {FORMS}, and there must "
+            f"Task file {path}: name must be {path.stem!r}, group one of {GROUPS}, form.kind one of {FORMS}, and "
+            f"there must "
             f"be prompts (got name={task.name!r}, group={task.group!r}, form={task.form}, {len(task.prompts)} prompts)."
         )
     if slashed := [p.id for p in task.prompts if "/" in p.id]:
@@ -104,7 +105,10 @@ def load_task(path: Path) -> Task:
 
 
 def load_library(folders: Sequence[str | Path] | None = None) -> dict[str, Task]:
-    """The shipped tasks and those of further folders, by name; a task of a later folder replaces one of the same name."""
+    """The shipped tasks and those of further folders, by name.
+
+    A task of a later folder replaces one of the same name.
+    """
     library: dict[str, Task] = {}
     for folder in [DEFAULT_FOLDER, *(folders or [])]:
         files = sorted(Path(folder).glob("*.yaml"))

@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
-from nemo_mtbi.data import jsonl
+from nemo_mtbi.io import jsonl
 
 SAMPLES_FILE = "samples.jsonl"
 
@@ -68,11 +68,18 @@ class SampleAnswers(pl.Callback):
             few = {k: v[: self.count] for k, v in part.items() if not k.startswith("teacher_")}
             answers = pl_module.answer(few, self.max_new_tokens)
             self._rows += [
-                {"step": trainer.global_step, "set": name, "id": e.id, "task": e.task, "prompt": e.prompt_id,
-                 "transcript": e.transcript, "teacher": decode(e.response_ids, skip_special_tokens=True),
-                 "answer": decode(a, skip_special_tokens=True)}
+                {
+                    "step": trainer.global_step,
+                    "set": name,
+                    "id": e.id,
+                    "task": e.task,
+                    "prompt": e.prompt_id,
+                    "transcript": e.transcript,
+                    "teacher": decode(e.response_ids, skip_special_tokens=True),
+                    "answer": decode(a, skip_special_tokens=True),
+                }
                 for e, a in zip(few["examples"], answers, strict=True)
-            ]  # fmt: skip
+            ]
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         rows, self._rows = self._rows, []

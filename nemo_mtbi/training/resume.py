@@ -1,4 +1,7 @@
-"""Training that survives interruption: atomic checkpoints, SIGTERM, and a resumed run that goes on as if nothing had happened."""
+"""Training that survives interruption.
+
+Atomic checkpoints, SIGTERM, and a resumed run that goes on as if nothing had happened.
+"""
 
 import os
 import signal
@@ -79,9 +82,9 @@ class Preemption(pl.Callback):
 class WholeSteps(pl.Callback):
     """A resumed run goes on with the first batch of the next optimizer step.
 
-    Checkpoints are written while Lightning's counters stand between two batches (one short at the end of a step, or in the middle
-    of an accumulation after a validation). Gradients are not in a checkpoint, so an unfinished step is done again, whole;
-    the counters, and the training data (:func:`skip_batches`), are set to where it begins.
+    Checkpoints are written while Lightning's counters stand between two batches (one short at the end of a step, or
+    in the middle of an accumulation after a validation). Gradients are not in a checkpoint, so an unfinished step is
+    done again, whole; the counters, and the training data (:func:`skip_batches`), are set to where it begins.
     """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -101,8 +104,8 @@ class WholeSteps(pl.Callback):
 def settle_checkpoints(folder: Path) -> None:
     """Bring a stage's checkpoints into the state that NeMo resumes from, after a kill at any time.
 
-    All ranks of a job may do this at once. Partial files go, and of several ``*last.ckpt`` (an older one is removed after
-    the newer is complete) the newest stays.
+    All ranks of a job may do this at once. Partial files go, and of several ``*last.ckpt`` (an older one is removed
+    after the newer is complete) the newest stays.
     """
     for marker in folder.glob("*-unfinished"):  # NeMo's; with AtomicCheckpointIO a file that is there is complete
         marker.unlink(missing_ok=True)
@@ -126,8 +129,8 @@ def step_of(checkpoint: str | Path) -> int:
 class SkippingSampler:
     """A Lhotse sampler that leaves out its first ``skip`` mini-batches: metadata is drawn, audio is not read.
 
-    At every iteration, because Lightning makes an iterator, and drops it, before the one that it trains with; training data has
-    no second epoch.
+    At every iteration, because Lightning makes an iterator, and drops it, before the one that it trains with;
+    training data has no second epoch.
     """
 
     def __init__(self, sampler: Any, skip: int) -> None:
@@ -148,12 +151,18 @@ class SkippingSampler:
 
 
 def skip_batches(loader: BroadcastingDataLoader, skip: int) -> BroadcastingDataLoader:
-    """The training data loader without its first ``skip`` batches. A rank that gets its batches from another has no source."""
+    """The training data loader without its first ``skip`` batches.
+
+    A rank that gets its batches from another has no source.
+    """
     source: DataLoader | None = loader._source
     if not skip or source is None:
         return loader
     loader._source = DataLoader(
-        source.dataset, sampler=SkippingSampler(source.sampler, skip), batch_size=None, num_workers=source.num_workers,
+        source.dataset,
+        sampler=SkippingSampler(source.sampler, skip),
+        batch_size=None,
+        num_workers=source.num_workers,
         pin_memory=source.pin_memory,
-    )  # fmt: skip
+    )
     return loader

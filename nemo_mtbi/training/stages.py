@@ -17,15 +17,16 @@ from nemo.utils.get_rank import is_global_rank_zero
 from nemo.utils.trainer_utils import resolve_trainer_cfg
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo_mtbi.config import ModelConfig, model_config
-from nemo_mtbi.data import jsonl
+from nemo_mtbi.checkpoints.run_directory import ALIGNMENT, IMITATION, UNTRAINED, RunDirectory
+from nemo_mtbi.config import ModelConfig, model_config, plain
 from nemo_mtbi.data.conversation import INPUT_TYPE, check_manifest, transcript
-from nemo_mtbi.data.ctc_vocabulary import choose_tokens, count_tokens
 from nemo_mtbi.data.dataset import MTBIDataset
 from nemo_mtbi.data.messages import require_same_rendering
 from nemo_mtbi.errors import ConfigError
-from nemo_mtbi.models.encoder import connector_of, require_fixed_features
-from nemo_mtbi.models.mtbi_salm import MTBISALM, container
+from nemo_mtbi.io import jsonl
+from nemo_mtbi.models.mtbi_salm import MTBISALM
+from nemo_mtbi.modules.connectors.ctc_vocabulary import choose_tokens, count_tokens
+from nemo_mtbi.modules.perception import connector_of, require_fixed_features
 from nemo_mtbi.parallel.launch import PATIENCE
 from nemo_mtbi.parallel.strategy import TensorParallelStrategy
 from nemo_mtbi.pretrained.offline import resolve_pretrained
@@ -39,7 +40,6 @@ from nemo_mtbi.training.resume import (
     skip_batches,
     step_of,
 )
-from nemo_mtbi.training.run_directory import ALIGNMENT, IMITATION, UNTRAINED, RunDirectory
 
 CTC_TARGET = "CTCCompressConnector"
 
@@ -55,7 +55,7 @@ def train(cfg: DictConfig) -> RunDirectory:
     run = RunDirectory(cfg.output_dir)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     tokens = ctc_tokens(cfg, config, run)
-    model_cfg = container(cfg.model)
+    model_cfg = plain(cfg.model)
     model_cfg.setdefault("freeze_params", config.freeze_params)
     if tokens is not None:
         model_cfg["perception"]["modality_adapter"]["vocab_size"] = len(tokens)
@@ -103,7 +103,7 @@ def run_stage(cfg: DictConfig, model: MTBISALM, run: RunDirectory, name: str) ->
     trainer.fit(model, data_module(stage.data, model, step, stage.trainer.accumulate_grad_batches))
     if trainer.interrupted or trainer.global_step < trainer.max_steps:
         raise KeyboardInterrupt(f"Stage {name} stopped at step {trainer.global_step}; the same command continues it.")
-    seen = model.seen_manifest()
+    seen = model.seen.manifest(model.data_parallel_group())
     run.save_weights(model, name)
     if trainer.is_global_zero:
         jsonl.write_json(run.root / "seen.json", seen)
@@ -111,7 +111,10 @@ def run_stage(cfg: DictConfig, model: MTBISALM, run: RunDirectory, name: str) ->
 
 
 def build_trainer(cfg: DictConfig, name: str, callbacks: Sequence[pl.Callback] = ()) -> pl.Trainer:
-    """Lightning's trainer with our strategy, atomic checkpoints and the handling of SIGTERM; ``callbacks`` come first."""
+    """Lightning's trainer with our strategy, atomic checkpoints and the handling of SIGTERM.
+
+    ``callbacks`` come first.
+    """
     options: Any = resolve_trainer_cfg(cfg)
     size = options.pop("tensor_model_parallel_size", 1)
     # The alignment stage leaves the part of the connector that only the LLM reads without a gradient.
@@ -164,8 +167,9 @@ def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulate
     """NeMo's data module over our dataset; options that follow from the model are filled in.
 
     Args:
-        step: optimizer step at which training goes on, after ``accumulated`` batches each. Manifests are drawn up to that
-            place again, without reading audio, so training goes on with the very next batch. Shar is read in random order
+        step: optimizer step at which training goes on, after ``accumulated`` batches each. Manifests are drawn up to
+            that place again, without reading audio, so training goes on with the very next batch. Shar is read in
+            random order
             of its shards: there other seeds and visit numbers draw anew instead of repeating the beginning.
     """
     cfg = DictConfig(OmegaConf.to_container(data_cfg, resolve=True))
@@ -186,12 +190,14 @@ def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulate
                 entry.every_cut = model.stage == ALIGNMENT
     imitation = model.config.imitation
     dataset = MTBIDataset(
-        model.tokenizer, model.cfg.prompt_format, cached_features=cached,
+        model.tokenizer,
+        model.cfg.prompt_format,
+        cached_features=cached,
         teacher_temperature=imitation.temperature if imitation.teacher == "cached" and imitation.w_kl > 0 else None,
         encoder_key=model.encoder_key,
         llm_key=model.references["llm"],
         sampling_rate=model.sampling_rate,
-    )  # fmt: skip
+    )
     tarred = any("shar_path" in entry for entry in _entries(cfg.get("train_ds") or OmegaConf.create()))
     if tarred:
         for entry in _entries(cfg.train_ds):

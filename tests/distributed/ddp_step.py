@@ -1,4 +1,7 @@
-"""One optimizer step of MTBISALM under Lightning, on 1 or 2 ranks; writes the parameters. Run by test_normalization.py."""
+"""One optimizer step of MTBISALM under Lightning, on 1 or 2 ranks; writes the parameters.
+
+Run by test_normalization.py.
+"""
 
 import json
 import sys
@@ -19,9 +22,10 @@ class Batches(torch.utils.data.Dataset):
         batch = make_batch(model, 6)
         keep = list(range(rank, 6, ranks))
         self.batch = {
-            "examples": [batch["examples"][i] for i in keep], "audios": batch["audios"][keep],
+            "examples": [batch["examples"][i] for i in keep],
+            "audios": batch["audios"][keep],
             "audio_lens": batch["audio_lens"][keep],
-        }  # fmt: skip
+        }
 
     def __len__(self):
         return 1
@@ -36,9 +40,16 @@ def main(config, ranks, out):
     torch.manual_seed(0)
     model = MTBISALM(config)
     trainer = pl.Trainer(
-        accelerator="cpu", devices=ranks, max_steps=1, logger=False, enable_checkpointing=False, use_distributed_sampler=False,
-        strategy="ddp" if ranks > 1 else "auto", enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+        accelerator="cpu",
+        devices=ranks,
+        max_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+        strategy="ddp" if ranks > 1 else "auto",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
 
     class Data(pl.LightningDataModule):
         def train_dataloader(self):

@@ -1,4 +1,7 @@
-"""Sharded LLMs (Megatron-Core layers, gloo) against the whole model: hidden states, loss, input gradients, greedy text."""
+"""Sharded LLMs (Megatron-Core layers, gloo) against the whole model.
+
+Hidden states, loss, input gradients, greedy text.
+"""
 
 import pytest
 import torch
@@ -24,16 +27,29 @@ from transformers import (
 
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.losses.imitation import ImitationObjective, imitation_loss
-from nemo_mtbi.modules.language_model import hidden_states, output_head
+from nemo_mtbi.models.language_model import hidden_states
+from nemo_mtbi.modules.causal_lm import output_head
+from nemo_mtbi.parallel.launch import initialize
+from nemo_mtbi.parallel.loading import empty_llm, load_shards
 from nemo_mtbi.parallel.parts import gradient_norm, part_of, reduce_gradients
-from nemo_mtbi.parallel.sharding import check_divisible, empty_llm, initialize, load_shards, shard_llm
+from nemo_mtbi.parallel.sharding import check_divisible, shard_llm
 
 pytestmark = [pytest.mark.distributed, pytest.mark.parity]
 V = 131  # no multiple of 2 or 4: padded
 SIZE = dict(
-    vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.2, attn_implementation="eager",
-)  # fmt: skip
+    vocab_size=V,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    initializer_range=0.2,
+    attn_implementation="eager",
+)
 MODELS = {
     "llama": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": False}),

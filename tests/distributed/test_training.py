@@ -45,23 +45,40 @@ def manifests(root, tiny_llm):
         cuts.append(MonoCut(f"u{i}", 0, recording.duration, 0, recording=recording, supervisions=[supervision]))
     CutSet(cuts).to_file(root / "cuts.jsonl")
     config = TargetsConfig(
-        cuts={"train": str(root / "cuts.jsonl")}, output_dir=str(root / "targets"), llm=tiny_llm, dtype="float32",
-        prompt_format="chatml", task_names=["repeat", "about"], filters=["empty"], max_new_tokens=6,
-    )  # fmt: skip
+        cuts={"train": str(root / "cuts.jsonl")},
+        output_dir=str(root / "targets"),
+        llm=tiny_llm,
+        dtype="float32",
+        prompt_format="chatml",
+        task_names=["repeat", "about"],
+        filters=["empty"],
+        max_new_tokens=6,
+    )
     return TargetGenerator(config).run()["train"]
 
 
 @pytest.fixture(scope="module")
 def overrides(manifests, tiny_llm, tiny_whisper):
     return [
-        f"data.train_ds.input_cfg.0.cuts_path={manifests}", "data.train_ds.batch_size=4", "threads=1",
-        f"data.validation_ds.datasets.held_out.input_cfg.0.cuts_path={manifests}", "data.train_ds.use_bucketing=false",
-        f"model.pretrained_llm={tiny_llm}", f"model.pretrained_asr={tiny_whisper}", "model.llm_dtype=float32",
-        "model.perception.modality_adapter.d_model=32", "+model.perception.modality_adapter.heads=4",
-        "alignment_stage.enabled=false", f"trainer.max_steps={STEPS}", "trainer.val_check_interval=20",
-        "trainer.log_every_n_steps=1", "trainer.accelerator=cpu", "model.optimizer.lr=1e-3",
-        "exp_manager.checkpoint_callback_params.every_n_train_steps=2", "model.prefix_cache_tokens=0",
-    ]  # fmt: skip
+        f"data.train_ds.input_cfg.0.cuts_path={manifests}",
+        "data.train_ds.batch_size=4",
+        "threads=1",
+        f"data.validation_ds.datasets.held_out.input_cfg.0.cuts_path={manifests}",
+        "data.train_ds.use_bucketing=false",
+        f"model.pretrained_llm={tiny_llm}",
+        f"model.pretrained_asr={tiny_whisper}",
+        "model.llm_dtype=float32",
+        "model.perception.modality_adapter.d_model=32",
+        "+model.perception.modality_adapter.heads=4",
+        "alignment_stage.enabled=false",
+        f"trainer.max_steps={STEPS}",
+        "trainer.val_check_interval=20",
+        "trainer.log_every_n_steps=1",
+        "trainer.accelerator=cpu",
+        "model.optimizer.lr=1e-3",
+        "exp_manager.checkpoint_callback_params.every_n_train_steps=2",
+        "model.prefix_cache_tokens=0",
+    ]
 
 
 def command(output, overrides, *more):
@@ -124,7 +141,10 @@ def wait_for_checkpoint(process, output):
         time.sleep(0.02)
 
 
-LORA = "+model.lora={task_type: CAUSAL_LM, r: 4, lora_alpha: 8, target_modules: [q_proj, v_proj, o_proj, up_proj, down_proj]}"
+LORA = (
+    "+model.lora={task_type: CAUSAL_LM, r: 4, lora_alpha: 8, "
+    "target_modules: [q_proj, v_proj, o_proj, up_proj, down_proj]}"
+)
 
 
 @pytest.mark.slow
@@ -170,9 +190,12 @@ def test_sigterm_in_a_validation_loses_no_step(root, overrides, whole):
     more = ["trainer.accumulate_grad_batches=2", "exp_manager.checkpoint_callback_params.every_n_train_steps=1000"]
     arguments = command(output, overrides, *more)[3:]
     run = subprocess.run(
-        [sys.executable, "-c", TERMINATED_IN_VALIDATION, *arguments], capture_output=True, text=True, timeout=600,
+        [sys.executable, "-c", TERMINATED_IN_VALIDATION, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=600,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     assert [f.name for f in (output / "imitation" / "checkpoints").glob("*step=10*last.ckpt")]
     assert_same(train(output, overrides, *more), whole, 0.0)

@@ -1,4 +1,7 @@
-"""The fused loss on a vocabulary spread over three processes (gloo) against one process; no NeMo import in the workers."""
+"""The fused loss on a vocabulary spread over three processes (gloo) against one process.
+
+No NeMo import in the workers.
+"""
 
 import pytest
 import torch

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import soundfile
 
+from nemo_mtbi.evaluation.run_report import scalars
 from nemo_mtbi.examples._launcher import CONF
-from nemo_mtbi.training.report import scalars
 
 pytestmark = pytest.mark.functional
 WORDS = "one two three four five six seven eight nine ten".split()
@@ -48,17 +48,23 @@ def corpus(root):
 @pytest.fixture(scope="module")
 def model(tiny_llm, tiny_whisper):
     return [
-        f"model.pretrained_llm={tiny_llm}", f"model.pretrained_asr={tiny_whisper}", "model.llm_dtype=float32",
-        "model.perception.modality_adapter.d_model=32", "+model.perception.modality_adapter.heads=4",
-    ]  # fmt: skip
+        f"model.pretrained_llm={tiny_llm}",
+        f"model.pretrained_asr={tiny_whisper}",
+        "model.llm_dtype=float32",
+        "model.perception.modality_adapter.d_model=32",
+        "+model.perception.modality_adapter.heads=4",
+    ]
 
 
 @pytest.fixture(scope="module")
 def prepared(root, corpus):
     launch(
-        "prepare_data", f"output_dir={root}/data", f"sources=[{{kind: tsv, path: {corpus}}}]", "aligner=none",
+        "prepare_data",
+        f"output_dir={root}/data",
+        f"sources=[{{kind: tsv, path: {corpus}}}]",
+        "aligner=none",
         "split.shares={train: 0.6, held_out: 0.4}",
-    )  # fmt: skip
+    )
     return root / "data"
 
 
@@ -75,21 +81,34 @@ def cached(prepared, model):
 @pytest.fixture(scope="module")
 def targets(root, cached, tiny_llm):
     launch(
-        "generate_targets", f"output_dir={root}/targets", f"llm={tiny_llm}", "dtype=float32", "prompt_format=chatml",
-        f"cuts={{train: {cached}/cuts.train.jsonl, held_out: {cached}/cuts.held_out.jsonl}}", "task_names=[repeat,about]",
-        "top_k=4", "filters=[empty]",
-    )  # fmt: skip
+        "generate_targets",
+        f"output_dir={root}/targets",
+        f"llm={tiny_llm}",
+        "dtype=float32",
+        "prompt_format=chatml",
+        f"cuts={{train: {cached}/cuts.train.jsonl, held_out: {cached}/cuts.held_out.jsonl}}",
+        "task_names=[repeat,about]",
+        "top_k=4",
+        "filters=[empty]",
+    )
     return root / "targets"
 
 
 def train_overrides(root, targets, name, *more):
     return [
-        f"output_dir={root}/{name}", f"data.train_ds.input_cfg.0.cuts_path={targets}/train.jsonl",
+        f"output_dir={root}/{name}",
+        f"data.train_ds.input_cfg.0.cuts_path={targets}/train.jsonl",
         f"data.validation_ds.datasets.held_out.input_cfg.0.cuts_path={targets}/held_out.jsonl",
-        "data.cached_features=true", "trainer.max_steps=4", "trainer.val_check_interval=2",
-        "alignment_stage.trainer.max_steps=2", "data.train_ds.batch_size=4", "model.imitation.teacher=cached",
-        "exp_manager.checkpoint_callback_params.every_n_train_steps=2", "trainer.log_every_n_steps=1", *more,
-    ]  # fmt: skip
+        "data.cached_features=true",
+        "trainer.max_steps=4",
+        "trainer.val_check_interval=2",
+        "alignment_stage.trainer.max_steps=2",
+        "data.train_ds.batch_size=4",
+        "model.imitation.teacher=cached",
+        "exp_manager.checkpoint_callback_params.every_n_train_steps=2",
+        "trainer.log_every_n_steps=1",
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -146,9 +165,13 @@ def test_evaluation_export_and_an_answer(root, trained, targets):
         launch("generate", f"model={root}/{source}", f"audio={root}/3.wav", "prompt=What is this?", "max_new_tokens=4")
     (root / "bad.wav").write_text("no audio")
     out = launch(
-        "generate", f"model={root}/m.nemo", f"audio=[{root}/3.wav,{root}/bad.wav]", "prompt=What?", "max_new_tokens=3",
+        "generate",
+        f"model={root}/m.nemo",
+        f"audio=[{root}/3.wav,{root}/bad.wav]",
+        "prompt=What?",
+        "max_new_tokens=3",
         f"output={root}/answers.jsonl",
-    )  # fmt: skip
+    )
     assert "left out" in out and len((root / "answers.jsonl").read_text().splitlines()) == 1
 
 
@@ -158,11 +181,17 @@ def test_benchmark_resumes_and_is_reproducible(root, trained, prepared):
         "path\tslots\n" + "".join(f"{i}.wav\t{json.dumps(s)}\n" for i, s in enumerate(slots))
     )
     overrides = [
-        f"output_dir={root}/benchmark", f"cuts={{held_out: {prepared}/cuts.held_out.jsonl}}", "cached_features=true",
-        f"systems={{ours: {trained}, warm_start: {trained}@alignment}}", "trained_tasks=[repeat, sentiment]",
-        "unseen_tasks=[reply, translation]", "max_new_tokens=6", "resamples=50", "latency_utterances=1",
+        f"output_dir={root}/benchmark",
+        f"cuts={{held_out: {prepared}/cuts.held_out.jsonl}}",
+        "cached_features=true",
+        f"systems={{ours: {trained}, warm_start: {trained}@alignment}}",
+        "trained_tasks=[repeat, sentiment]",
+        "unseen_tasks=[reply, translation]",
+        "max_new_tokens=6",
+        "resamples=50",
+        "latency_utterances=1",
         f"labelled={{orders: {{kind: slots, path: {root}/labels.tsv}}}}",
-    ]  # fmt: skip
+    ]
     launch("benchmark", *overrides)
     folder = root / "benchmark"
     results = json.loads((folder / "benchmark.json").read_text())["results"]["held_out"]
@@ -203,9 +232,14 @@ def test_two_ranks_evaluate_and_answer_like_one(root, trained, targets):
     results = json.loads((trained / "evaluation" / "results.json").read_text())["results"]["held_out"]
     spread = root / "spread"
     launch(
-        "evaluate", f"run={trained}", f"cuts={{held_out: {targets}/held_out.jsonl}}", "cached_features=true",
-        "tensor_model_parallel_size=2", f"output_dir={spread}", ranks=2,
-    )  # fmt: skip
+        "evaluate",
+        f"run={trained}",
+        f"cuts={{held_out: {targets}/held_out.jsonl}}",
+        "cached_features=true",
+        "tensor_model_parallel_size=2",
+        f"output_dir={spread}",
+        ranks=2,
+    )
     for system, scores in json.loads((spread / "results.json").read_text())["results"]["held_out"].items():
         for key in ("kl_per_token", "token_agreement"):
             assert scores[key] == pytest.approx(results[system][key], rel=1e-4, abs=1e-5), (system, key)

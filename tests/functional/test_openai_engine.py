@@ -1,4 +1,7 @@
-"""Answers from a real OpenAI-compatible server: ``transformers serve`` with SmolLM2, and from servers that misbehave."""
+"""Answers from a real OpenAI-compatible server.
+
+``transformers serve`` with SmolLM2, and from servers that misbehave.
+"""
 
 import json
 import os
@@ -55,9 +58,14 @@ def test_a_real_server_gives_the_answers_of_the_hf_engine(tmp_path, smollm2, ser
     texts = ["the train to rome leaves at noon", "my sister bought a red umbrella", "please turn off the light"]
     cuts = write_cuts(tmp_path / "cuts.jsonl", 3, lambda i: texts[i])
     values = {
-        "cuts": {"train": cuts}, "llm": smollm2, "dtype": "float32", "prompt_format": "chatml", "max_new_tokens": 24,
-        "task_names": ["about", "repeat"], "filters": ["empty"],
-    }  # fmt: skip
+        "cuts": {"train": cuts},
+        "llm": smollm2,
+        "dtype": "float32",
+        "prompt_format": "chatml",
+        "max_new_tokens": 24,
+        "task_names": ["about", "repeat"],
+        "filters": ["empty"],
+    }
     own = TargetGenerator(TargetsConfig(**values, output_dir=str(tmp_path / "hf"))).run()["train"]
     remote = OpenAIConfig(base_url=server, model=smollm2, concurrency=2)
     asked = TargetsConfig(**values, output_dir=str(tmp_path / "openai"), engine="openai", openai=remote)

@@ -45,9 +45,11 @@ def without_microphone(browser):
 def files(tmp_path):
     rng = np.random.default_rng(0)
     made = {
-        "speech": 0.1 * rng.standard_normal(22050), "other": 0.1 * rng.standard_normal(30000),
-        "silence": np.zeros(16000), "long": 0.1 * rng.standard_normal(16000 * 25),
-    }  # fmt: skip
+        "speech": 0.1 * rng.standard_normal(22050),
+        "other": 0.1 * rng.standard_normal(30000),
+        "silence": np.zeros(16000),
+        "long": 0.1 * rng.standard_normal(16000 * 25),
+    }
     for name, samples in made.items():
         soundfile.write(tmp_path / f"{name}.wav", samples, 16000)
     (tmp_path / "text.wav").write_text("this is no audio")

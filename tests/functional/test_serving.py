@@ -18,7 +18,7 @@ import psutil
 import pytest
 import soundfile
 
-from nemo_mtbi.export.archive import save_directory
+from nemo_mtbi.checkpoints.archive import save_directory
 from nemo_mtbi.models import MTBISALM
 
 pytestmark = pytest.mark.functional
@@ -44,10 +44,14 @@ def folder(tmp_path_factory, tiny_llm, tiny_whisper):
 
     torch.manual_seed(0)
     adapter = {"_target_": "nemo_mtbi.modules.connectors.StackMLPConnector", "factor": 5, "hidden_dim": 32}
-    model = MTBISALM({
-        "pretrained_llm": tiny_llm, "pretrained_asr": tiny_whisper, "prompt_format": "chatml",
-        "perception": {"input_length": "own", "round_seconds": 1.0, "modality_adapter": adapter},
-    })  # fmt: skip
+    model = MTBISALM(
+        {
+            "pretrained_llm": tiny_llm,
+            "pretrained_asr": tiny_whisper,
+            "prompt_format": "chatml",
+            "perception": {"input_length": "own", "round_seconds": 1.0, "modality_adapter": adapter},
+        }
+    )
     return save_directory(model, tmp_path_factory.mktemp("served") / "tiny")
 
 
@@ -113,7 +117,7 @@ def test_openais_client_gets_the_models_answer_whole_and_in_pieces(client, model
 
 
 def test_turns_with_several_audios_follow_the_dialog(client, model):
-    from nemo_mtbi.models.dialog import Conversation
+    from nemo_mtbi.models.conversation import Conversation
 
     first, second = wav(1.0, 1), wav(1.5, 2)
     messages = [{"role": "user", "content": content(first, PROMPTS[0])}]

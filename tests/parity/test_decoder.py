@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from nemo_mtbi.modules.language_model import output_head, teacher_hidden_states
+from nemo_mtbi.models.language_model import teacher_hidden_states
+from nemo_mtbi.modules.causal_lm import output_head
 from nemo_mtbi.targets.decoder import RefillDecoder, Request
 
 pytestmark = pytest.mark.parity
@@ -27,8 +28,12 @@ def requests(count, seed=0):
 
 def stops_that_happen(llm, items):
     """Tokens that the random model does emit, so that answers end at different times."""
-    out = [llm.generate(input_ids=torch.tensor([r.prompt_ids]), max_new_tokens=8, do_sample=False, pad_token_id=0,
-                        eos_token_id=-1)[0, len(r.prompt_ids) :] for r in items[:12]]  # fmt: skip
+    out = [
+        llm.generate(
+            input_ids=torch.tensor([r.prompt_ids]), max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=-1
+        )[0, len(r.prompt_ids) :]
+        for r in items[:12]
+    ]
     return {int(row[3]) for row in out}
 
 
@@ -41,9 +46,12 @@ def test_same_text_as_transformers(llm, batch_size):
     finished = 0
     for request in items:
         expected = llm.generate(
-            input_ids=torch.tensor([request.prompt_ids]), max_new_tokens=request.max_new_tokens, do_sample=False,
-            eos_token_id=sorted(stop), pad_token_id=0,
-        )[0, len(request.prompt_ids) :].tolist()  # fmt: skip
+            input_ids=torch.tensor([request.prompt_ids]),
+            max_new_tokens=request.max_new_tokens,
+            do_sample=False,
+            eos_token_id=sorted(stop),
+            pad_token_id=0,
+        )[0, len(request.prompt_ids) :].tolist()
         answer = answers[request.key]
         assert answer.response_ids == expected
         assert answer.finished == (expected[-1] in stop)

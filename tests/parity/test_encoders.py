@@ -10,8 +10,8 @@ from nemo_mtbi.modules.connectors import (
     ConvBottleneckConnector,
     CTCCompressConnector,
     StackMLPConnector,
-    frame_mask,
 )
+from nemo_mtbi.modules.connectors.base import frame_mask
 from nemo_mtbi.modules.whisper import SAMPLE_RATE, WhisperEncoder, WhisperPreprocessor, WindowPolicy
 
 pytestmark = pytest.mark.parity

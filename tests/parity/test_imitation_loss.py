@@ -1,4 +1,6 @@
-"""The fused imitation loss against the plain full-vocabulary formula of METHOD (CE + T^2 * KL), values and gradients."""
+"""The fused imitation loss against the plain full-vocabulary formula of METHOD (CE + T^2 * KL), values and
+gradients.
+"""
 
 import pytest
 import torch
@@ -91,9 +93,15 @@ def test_gradcheck_in_float64(temperature):
 
     def loss(h, w, b):
         return imitation_loss(
-            h, Head(w, b), ids, objective, teacher_hidden=teacher, teacher_head=fixed, token_weights=weights,
+            h,
+            Head(w, b),
+            ids,
+            objective,
+            teacher_hidden=teacher,
+            teacher_head=fixed,
+            token_weights=weights,
             chunk_rows=5,
-        ).loss  # fmt: skip
+        ).loss
 
     assert torch.autograd.gradcheck(loss, (hidden, weight, bias))
 

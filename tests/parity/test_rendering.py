@@ -6,12 +6,11 @@ from nemo.collections.common.prompts import PromptFormatter
 from nemo.collections.common.tokenizers import AutoTokenizer
 
 from nemo_mtbi import models as models
-from nemo_mtbi.data.dataset import Example
+from nemo_mtbi.data.example import Example, plan_batch
 from nemo_mtbi.data.interleaving import InterleavingPolicy, SpeechSpan, timeline
 from nemo_mtbi.data.messages import require_same_rendering, user_message
 from nemo_mtbi.data.rendering import PromptRenderer, Spoken, TimedWord
 from nemo_mtbi.errors import ConfigError, DataError
-from nemo_mtbi.models.assembly import plan_batch
 
 pytestmark = pytest.mark.parity
 TEXT = "Mister O'Neil's dog, the grey one, isn't here: it ran away (again)!"
@@ -63,7 +62,9 @@ def test_words_map_to_their_own_tokens(tokenizer, name):
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("position", ["after", "before"])
 def test_pure_speech_is_what_inference_renders(tokenizer, name, position):
-    """The training prompt without its spoken tokens equals the inference prompt without its audio tag, or is refused."""
+    """The training prompt without its spoken tokens equals the inference prompt without its audio tag, or is
+    refused.
+    """
     own = renderer(tokenizer, name)
     if (
         name == "llama3"
@@ -84,7 +85,10 @@ def test_pure_speech_is_what_inference_renders(tokenizer, name, position):
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_interleaved_prompts(tokenizer, share):
-    """Share 1 is the teacher's input token for token; share 0 has one span; between, text stays the teacher's tokens."""
+    """Share 1 is the teacher's input token for token; share 0 has one span.
+
+    Between, text stays the teacher's tokens.
+    """
     part = spoken()
     rendered = renderer(tokenizer, "chatml").render([user_message("Repeat this.", part, "after")])
     units = timeline(rendered.spoken[0], part.duration_seconds)
@@ -114,8 +118,11 @@ def test_multi_turn_dialogs(tokenizer):
 def test_words_the_aligner_changed_or_dropped(tokenizer):
     times = (TimedWord("mister", 0.0, 0.3), TimedWord("dog", 0.9, 1.2), TimedWord("again", 3.0, 3.4))
     rendered = renderer(tokenizer, "chatml").render([user_message("Hm.", Spoken(TEXT, times, 4.0), "after")])
-    timed = {tokenizer.tokenizer.decode(rendered.ids[w.token_begin : w.token_end]).strip() for w in rendered.spoken[0]
-             if w.start_seconds is not None}  # fmt: skip
+    timed = {
+        tokenizer.tokenizer.decode(rendered.ids[w.token_begin : w.token_end]).strip()
+        for w in rendered.spoken[0]
+        if w.start_seconds is not None
+    }
     assert timed == {"Mister", "dog,", "(again)!"}
     units = timeline(rendered.spoken[0], 4.0)
     assert units[0].words + sum(u.words for u in units[1:]) == len(TEXT.split())

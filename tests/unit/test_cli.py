@@ -30,6 +30,7 @@ def test_exit_codes(capsys):
     assert main(["sing"]) == 2 and "Commands: prepare" in capsys.readouterr().err
     run = subprocess.run(
         [sys.executable, "-m", "nemo_mtbi.cli", "evaluate", "run=/nowhere", "cuts={a: /nowhere.jsonl}"],
-        capture_output=True, text=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 1 and "There is no manifest /nowhere.jsonl" in run.stderr

@@ -97,8 +97,11 @@ def test_yaml_loads(text):
 def test_the_site_builds_without_a_warning(tmp_path):
     run = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
-        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     api = (tmp_path / "site" / "api" / "index.html").read_text()
     assert "restore_from" in api and "InterleavingPolicy" in api

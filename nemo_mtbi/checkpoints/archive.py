@@ -1,0 +1,191 @@
+"""Exports that need nothing else: a Hugging Face directory, and the same directory as one ``.nemo`` file.
+
+Contents: ``config.json`` (SALM's configuration format, encoder and connector described completely),
+``model.safetensors`` (every weight), the tokenizer's files, ``llm_backbone/config.json`` and
+``generation_config.json``, and ``README.md``.
+No pickle, no code: classes come from the configuration through NeMo's list of allowed targets.
+"""
+
+import json
+import os
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nemo.collections.speechlm2.parts.hf_hub import LLM_BACKBONE_DIR
+from omegaconf import OmegaConf
+from safetensors import SafetensorError, safe_open
+
+from nemo_mtbi.checkpoints.card import model_card
+from nemo_mtbi.checkpoints.run_directory import RunDirectory
+from nemo_mtbi.errors import CheckpointError
+from nemo_mtbi.io import jsonl
+from nemo_mtbi.modules.causal_lm import causal_lm
+
+CONFIG, WEIGHTS, NEMO_CONFIG = "config.json", "model.safetensors", "model_config.yaml"
+# Settings of training that mean nothing to a user of the model.
+TRAINING_KEYS = (
+    "optimizer",
+    "lr_scheduler",
+    "alignment_stage",
+    "ctc_vocabulary",
+    "max_bad_steps",
+    "prefix_cache_tokens",
+)
+
+
+def exported_config(model: Any) -> dict[str, Any]:
+    """The configuration with which the exported weights load without their pretrained sources."""
+    cfg: dict[str, Any] = OmegaConf.to_container(model.cfg, resolve=True)  # type: ignore[assignment]
+    cfg = {k: v for k, v in cfg.items() if k not in TRAINING_KEYS}
+    return cfg | {"pretrained_weights": False, "references": model.references, "trust_remote_code": False}
+
+
+def save_directory(model: Any, folder: Path, card: str | None = None) -> Path:
+    """Write the Hugging Face directory; it is complete or absent.
+
+    Args:
+        model: a :class:`nemo_mtbi.models.MTBISALM`.
+        folder: where to; must not exist or be empty.
+        card: text of README.md; by default one without the run's records.
+
+    Raises:
+        CheckpointError: the folder is in use.
+    """
+    with _new_folder(folder) as temporary:
+        # torch_dtype etc. of SALM are left alone: weights are stored in the type that each part computes in.
+        model.save_pretrained(temporary, config=exported_config(model))
+        model.tokenizer.tokenizer.save_pretrained(temporary)
+        backbone = causal_lm(model.llm)
+        backbone.config.save_pretrained(temporary / LLM_BACKBONE_DIR)
+        backbone.generation_config.save_pretrained(temporary / LLM_BACKBONE_DIR)
+        jsonl.write_text(temporary / "README.md", card or model_card(model))
+    return folder
+
+
+def save_trainable(model: Any, folder: Path, stage: str, card: str | None = None) -> Path:
+    """Write what was trained alone, with references to what is frozen: a few MB, laid out as a training run.
+
+    ``MTBISALM.restore_from`` opens it where the same LLM and encoder can be found under the names in ``model.json``.
+
+    Args:
+        model: what to export.
+        folder: where to; must not exist or be empty.
+        stage: name of the training stage that the weights come from.
+        card: text of README.md.
+
+    Raises:
+        CheckpointError: the folder is in use.
+    """
+    with _new_folder(folder) as temporary:
+        run = RunDirectory(temporary)
+        run.save_config(model, {k: v for k, v in model.hparams["cfg"].items() if k not in TRAINING_KEYS})
+        run.save_weights(model, stage)
+        jsonl.write_text(temporary / "README.md", card or model_card(model, whole=False))
+    return folder
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A folder that takes its name when it is complete."""
+    if folder.exists() and any(folder.iterdir()):
+        raise CheckpointError(f"{folder} is not empty; name another folder or remove it.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
+        temporary = Path(name) / folder.name
+        temporary.mkdir()
+        yield temporary
+        if folder.exists():
+            folder.rmdir()
+        temporary.rename(folder)
+
+
+def save_nemo(model: Any, path: Path, card: str | None = None) -> Path:
+    """Write one ``.nemo`` archive (uncompressed tar of the directory, and ``model_config.yaml`` as NeMo's archives
+    have).
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as name:
+        folder = save_directory(model, Path(name) / "model", card)
+        OmegaConf.save(
+            OmegaConf.create({"target": "nemo_mtbi.models.MTBISALM", **exported_config(model)}), folder / NEMO_CONFIG
+        )
+        temporary = Path(name) / "archive"
+        with tarfile.open(temporary, "w:") as tar:
+            for file in sorted(folder.rglob("*")):
+                tar.add(file, arcname=f"./{file.relative_to(folder)}", recursive=False)
+        os.replace(temporary, path)
+    return path
+
+
+@contextmanager
+def unpacked_nemo(path: Path) -> Iterator[Path]:
+    """The content of a ``.nemo`` archive that :func:`save_nemo` wrote, as a folder.
+
+    Raises:
+        CheckpointError: missing, truncated, hostile, or of another model.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"There is no file {path}.")
+    with tempfile.TemporaryDirectory() as name:
+        try:
+            with tarfile.open(path, "r:") as tar:
+                members = {m.name.removeprefix("./") for m in tar.getmembers()}
+                if CONFIG not in members or WEIGHTS not in members:
+                    raise CheckpointError(
+                        f"{path} is a NeMo archive of another kind of model (it holds "
+                        f"{', '.join(sorted(members)[:5])}); "
+                        "MTBISALM.restore_from opens what export.py writes."
+                    )
+                unsafe = [m for m in members if m.startswith("/") or ".." in Path(m).parts]
+                if unsafe:
+                    raise CheckpointError(f"{path} is unsafe: it would write to {unsafe[0]}; it was not opened.")
+                tar.extractall(name, filter="data")
+        except (tarfile.TarError, EOFError, OSError) as error:
+            raise CheckpointError(
+                f"{path} is damaged or unsafe ({error}); it was not opened. Copy it again."
+            ) from error
+        yield Path(name)
+
+
+def checked_directory(folder: Path) -> set[str]:
+    """Names of the tensors of an exported directory, after every check that needs no model.
+
+    Raises:
+        CheckpointError: no export, of another kind of model, damaged, or one that asks for its own code to be run.
+    """
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).is_file():
+            raise CheckpointError(f"{folder} is not an exported model: it has no {file}.")
+    config = json.loads((folder / CONFIG).read_text())
+    if "modality_adapter" not in (config.get("perception") or {}):
+        raise CheckpointError(
+            f"{folder / CONFIG} does not describe a speech LLM: it has no perception.modality_adapter."
+        )
+    if config.get("trust_remote_code"):
+        raise CheckpointError(
+            f"{folder / CONFIG} asks to run code that came with the model; set trust_remote_code to false."
+        )
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as weights:
+            return set(weights.keys())
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder / WEIGHTS} is truncated or no safetensors file ({error}).") from error
+
+
+def require_every_weight(model: Any, folder: Path, names: set[str]) -> None:
+    """
+    Raises:
+        CheckpointError: the model has tensors that are not among the ``names`` in ``folder``.
+    """
+    tie = causal_lm(model.llm).config.tie_word_embeddings
+    tied = {n for n in model.state_dict() if tie and n.endswith("lm_head.weight")}
+    own = {n for n in model.state_dict() if not n.endswith("_extra_state")}  # Megatron's layers name one that is empty
+    missing = own - names - tied
+    if missing:
+        raise CheckpointError(
+            f"{folder / WEIGHTS} lacks {len(missing)} tensors of the model, e.g. {sorted(missing)[0]}."
+        )

@@ -1,0 +1,127 @@
+"""Where a training run keeps what later steps need.
+
+::
+
+    <output_dir>/model.json                          the model's configuration, with the CTC vocabulary size filled in
+    <output_dir>/<stage>/trained.safetensors         trained tensors at the end of a stage (untrained, alignment,
+    imitation) <output_dir>/<stage>/checkpoints, events...      NeMo's exp_manager: resumable checkpoints and
+    TensorBoard curves <output_dir>/data.json                           manifests that were trained and validated on
+    <output_dir>/<stage>/samples.jsonl               answers at each validation beside the teacher's
+    <output_dir>/seen.json                           examples and response tokens of each task and prompt
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from nemo.utils.get_rank import is_global_rank_zero
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from nemo_mtbi.checkpoints.trained_state import TrainableCheckpoint
+from nemo_mtbi.errors import CheckpointError, ConfigError
+from nemo_mtbi.io import jsonl
+
+UNTRAINED, ALIGNMENT, IMITATION = "untrained", "alignment", "imitation"
+
+
+class RunDirectory:
+    """Paths and files of one run."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+
+    def stage(self, name: str) -> Path:
+        return self.root / name
+
+    def weights(self, name: str) -> Path:
+        return self.stage(name) / "trained.safetensors"
+
+    def last_stage(self) -> str:
+        """The furthest finished stage."""
+        for name in (IMITATION, ALIGNMENT, UNTRAINED):
+            if self.weights(name).is_file():
+                return name
+        raise CheckpointError(f"{self.root} holds no trained model. Run train.py with output_dir={self.root} first.")
+
+    @classmethod
+    def parse(cls, name: str) -> tuple["RunDirectory", str]:
+        """``RUN`` or ``RUN@STAGE`` -> the run, and the stage (default: the furthest finished)."""
+        path, _, stage = name.partition("@")
+        run = cls(path)
+        return run, stage or run.last_stage()
+
+    def save_config(self, model: TrainableCheckpoint, cfg: dict[str, Any]) -> None:
+        jsonl.write_json(self.root / "model.json", {"model": cfg, "references": model.references})
+
+    def save_data_paths(self, paths: dict[str, list[str]]) -> None:
+        jsonl.write_json(self.root / "data.json", paths)
+
+    def check_same_model(self, model: TrainableCheckpoint) -> None:
+        """
+        Raises:
+            ConfigError: stages are finished here with another encoder, LLM or input length.
+        """
+        file = self.root / "model.json"
+        if file.is_file() and any(self.weights(s).is_file() for s in (ALIGNMENT, IMITATION)):
+            before = json.loads(file.read_text())["references"]
+            if before != model.references:
+                raise ConfigError(
+                    f"{self.root} was trained with {before}, now {model.references}. Use another output_dir."
+                )
+
+    def save_weights(self, model: TrainableCheckpoint, name: str) -> Path:
+        """Trained tensors and references, written under a temporary name and renamed.
+
+        All ranks call this, one writes.
+        """
+        path = self.weights(name)
+        state = model.trained_state()
+        if not is_global_rank_zero():
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        save_file(state, temporary, metadata={"references": json.dumps(model.references)})
+        temporary.replace(path)
+        return path
+
+    def load_weights(self, model: TrainableCheckpoint, name: str) -> None:
+        """
+        Raises:
+            CheckpointError: another LLM or encoder, or tensors that do not fit.
+        """
+        load_trained(model, self.weights(name))
+
+    def model_config(self) -> dict[str, Any]:
+        """The model's configuration.
+
+        Raises:
+            CheckpointError: not a training run.
+        """
+        file = self.root / "model.json"
+        if not file.is_file():
+            raise CheckpointError(f"{self.root} is not a training run: there is no model.json.")
+        return json.loads(file.read_text())["model"]
+
+
+def load_trained(model: TrainableCheckpoint, path: Path) -> None:
+    """Load trained tensors into a model with the same frozen parts."""
+    if not path.is_file():
+        raise CheckpointError(f"There is no {path}.")
+    try:
+        with safe_open(path, "pt") as file:
+            references = json.loads((file.metadata() or {}).get("references", "{}"))
+        state = load_file(path)
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read ({error}). Was it copied completely?") from error
+    for part, value in model.references.items():
+        if references.get(part) != value:
+            raise CheckpointError(f"{path} was trained with another {part}: {references.get(part)}, now {value}.")
+    missing = model.trainable_names() - set(state)
+    unexpected = set(state) - set(model.state_dict())
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{path} does not fit the model: {len(missing)} tensors missing, {len(unexpected)} unexpected."
+        )
+    model.load_trained_state(state)

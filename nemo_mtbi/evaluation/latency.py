@@ -1,0 +1,45 @@
+"""Time to the first token of an answer."""
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lhotse import CutSet
+
+from nemo_mtbi.data.audio import mono_samples
+from nemo_mtbi.evaluation.asr import RATE, WhisperASR
+from nemo_mtbi.evaluation.columns import CASCADE
+from nemo_mtbi.models.mtbi_salm import MTBISALM
+
+
+@torch.no_grad()
+def seconds_to_first_token(
+    model: MTBISALM, cuts: CutSet, prompt: str, count: int, asr: WhisperASR | None
+) -> dict[str, float]:
+    """Median seconds from the waveform in memory to the first token, one utterance at a time; systems take turns.
+
+    The cascade (with ``asr``) transcribes, then the text LLM reads prompt and transcript. One utterance is a warm-up.
+    """
+    waveforms = [mono_samples(c, RATE) for _, c in zip(range(count + 1), cuts, strict=False)]
+
+    def speech(waveform: Any) -> None:
+        audio = torch.from_numpy(waveform)[None]
+        model.generate([[model.user_turn(prompt)]], audio, torch.tensor([len(waveform)]), max_new_tokens=1)
+
+    def cascade(waveform: Any) -> None:
+        assert asr is not None
+        turn = model.user_turn(prompt)
+        text = turn["content"].replace(model.audio_locator_tag, asr.transcripts([waveform])[0])
+        model.generate([[{**turn, "content": text}]], max_new_tokens=1)
+
+    systems: dict[str, Callable[[Any], None]] = {"speech LLM": speech} | ({CASCADE: cascade} if asr else {})
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for waveform in waveforms:
+        for name, run in systems.items():
+            begin = time.perf_counter()
+            run(waveform)
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values[1:] or values) for name, values in seconds.items()}

@@ -1,0 +1,159 @@
+"""Answers and teacher-forced sums of one system, kept in files that survive an interruption."""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_mtbi.data.conversation import MTBIConversation, transcript
+from nemo_mtbi.data.feature_cache import features_key
+from nemo_mtbi.evaluation.labelled import label_of
+from nemo_mtbi.evaluation.systems import (
+    EvaluationSet,
+    System,
+    SystemBatch,
+    TextLLM,
+    against_the_text_llm,
+    log_likelihoods,
+    system_batches,
+)
+from nemo_mtbi.io import jsonl
+from nemo_mtbi.models.mtbi_salm import MTBISALM
+
+
+class Predictions:
+    """Answers and teacher-forced sums of one system, kept as JSONL and continued after an interruption.
+
+    Args:
+        folder: of the system's files.
+        key: of everything that decides its answers; records with another key are made anew.
+        choices: possible answers to a conversation's prompt; none for free text.
+        budget: tokens that an answer may take.
+        batch_size: conversations read together.
+        text_llm: that the stored responses are compared with; one for all systems saves its forward passes.
+        generate: let the system answer too; without answers only what teacher forcing gives is scored.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        key: str,
+        choices: Callable[[MTBIConversation], list[str]],
+        budget: Callable[[MTBIConversation], int],
+        batch_size: int,
+        text_llm: TextLLM | None = None,
+        generate: bool = True,
+    ) -> None:
+        self.folder, self.key, self.choices = folder, key, choices
+        self.budget, self.batch_size, self.generate = budget, batch_size, generate
+        self.text_llm = text_llm or TextLLM()
+
+    @torch.no_grad()
+    def predict(
+        self, name: str, model: MTBISALM, system: System, questions: EvaluationSet, imitation: bool = True
+    ) -> dict[str, dict[str, Any]]:
+        """Records by conversation id.
+
+        Args:
+            name: of the file.
+            model: gives LLM and tokenizer.
+            system: that answers.
+            questions: conversations.
+            imitation: score the stored responses against the text LLM on the transcript, too.
+        """
+        file = self.folder / f"{name}.jsonl"
+        jsonl.repair(file)
+        wanted = {record_id(c): c for c in questions.conversations}
+        keys = {i: self._key(c) for i, c in wanted.items()}
+        done = {r["id"]: r for r in jsonl.read(file) if keys.get(r["id"]) == r["key"]}
+        missing = [c for i, c in wanted.items() if i not in done]
+        title = f"{self.folder.name}: {name}"
+        with jsonl.Appender(file) as out:
+            for reading in system_batches(system, questions, missing, self.batch_size, title):
+                for record in self._records(model, system, reading, imitation):
+                    out.write(record)
+                    done[record["id"]] = record
+        return {i: done[i] for i in wanted if i in done}
+
+    def _key(self, conversation: MTBIConversation) -> str:
+        """Of everything that decides a record.
+
+        The system, the question with its reference answer and label, and the audio.
+        """
+        target = conversation.target
+        assert target is not None
+        said = (transcript(conversation.cut), label_of(conversation))
+        return key_of(
+            self.key, target.rendering, target.prompt, target.response, *said, features_key(conversation.cut, "")
+        )
+
+    def _records(
+        self, model: MTBISALM, system: System, reading: SystemBatch, imitation: bool
+    ) -> Iterable[dict[str, Any]]:
+        forced = None
+        if imitation and system.teacher_forced:
+            forced = against_the_text_llm(model, system, reading, self.text_llm)
+        answers: list[str] = []
+        if self.generate:
+            answers = system.answers(reading, max(self.budget(c) for c in reading.conversations))
+        chosen = self._choices(model, system, reading)
+        for i, (conversation, example) in enumerate(zip(reading.conversations, reading.examples, strict=True)):
+            target = conversation.target
+            assert target is not None
+            languages = [s.language for s in conversation.cut.supervisions if s.language]
+            record = {
+                "id": record_id(conversation),
+                "key": self._key(conversation),
+                "utterance": conversation.source_id,
+                "task": target.task,
+                "prompt_id": target.prompt_id,
+                "prompt": target.prompt,
+                "transcript": example.transcript,
+                "language": languages[0] if languages else "en",
+                "reference": target.response,
+                "answer": answers[i] if answers else None,
+                "choice": chosen[i],
+            }
+            yield record | label_of(conversation) | (asdict(forced[i]) if forced else {})
+
+    def _choices(self, model: MTBISALM, system: System, reading: SystemBatch) -> list[str | None]:
+        """The most likely choice of each example whose task has choices, by log-likelihood of its tokens and the end
+        of turn.
+        """
+        tokenizer, end = model.tokenizer.tokenizer, model.stop_ids()[-1:]
+        scores: list[dict[str, float]] = [{} for _ in reading.examples]
+        options = [self.choices(c) if system.teacher_forced else [] for c in reading.conversations]
+        for place in range(max(map(len, options))):
+            rows = [o[place % len(o)] if o else "" for o in options]
+            if not any(rows):
+                continue
+            ids = [tokenizer.encode(r, add_special_tokens=False) + end for r in rows]
+            for row, choice, value in zip(scores, rows, log_likelihoods(model, system, reading, ids), strict=True):
+                row[choice] = value
+        return [max(s, key=lambda c: s[c]) if o else None for s, o in zip(scores, options, strict=True)]
+
+
+def record_id(conversation: MTBIConversation) -> str:
+    """Identity of a conversation across systems."""
+    assert conversation.target is not None
+    return f"{conversation.source_id}/{conversation.target.task}/{conversation.target.prompt_id}"
+
+
+def key_of(*parts: Any) -> str:
+    """Short hash of what decides a system's answers."""
+    return hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).hexdigest()
+
+
+def digest(path: Path) -> str:
+    """Content hash of a file, or of the weights of an exported directory.
+
+    All of it, since a connector is a small part.
+    """
+    value = hashlib.blake2b(digest_size=16)
+    with open(path / "model.safetensors" if path.is_dir() else path, "rb") as stream:
+        while block := stream.read(1 << 24):
+            value.update(block)
+    return value.hexdigest()

@@ -1,0 +1,64 @@
+"""What a reader of a labelled corpus gives, and what it is told."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+METRICS = ("accuracy", "wer", "text", "translation", "answer", "contains", "instructions")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about one recording with its label.
+
+    Attributes:
+        audio: the recording.
+        task: name of the question's kind; figures are given for each.
+        prompt: what is asked.
+        label: the right answer; empty if only ``instructions`` are checked.
+        metric: ``accuracy`` and macro F1 (one of ``choices``), ``wer``, ``text`` (ROUGE-L and chrF), ``translation``
+            (BLEU and chrF), ``answer`` (SQuAD's exact match and F1), ``contains`` (the label within the answer),
+            ``instructions``.
+        choices: possible answers.
+        transcript: of the audio, if known; it gives the text topline.
+        language: of the speech.
+        answer_language: of the label, where it is another one.
+        others: further right answers (metric ``answer``).
+        instructions: IFEval's instructions that the answer must follow, each {"id", "kwargs"}; checked beside any
+            metric.
+    """
+
+    audio: Path
+    task: str
+    prompt: str
+    label: str = ""
+    metric: str = "text"
+    choices: tuple[str, ...] = ()
+    transcript: str | None = None
+    language: str = "en"
+    answer_language: str | None = None
+    others: tuple[str, ...] = ()
+    instructions: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass
+class LabelledConfig:
+    """One labelled corpus in ``benchmark.yaml``.
+
+    Attributes:
+        kind: name of a reader; see :data:`nemo_mtbi.evaluation.corpora.READERS`.
+        path: of its table, in the published form.
+        audio: folder of the recordings, where it is not at the published place.
+        split: of a table that holds several.
+        prompts: wording of the question of each task, with the reader's ``{...}`` in the default ones.
+        utterances: upper limit, the first ones of the table (0: all).
+        max_new_tokens: of an answer; by default enough for the label, 512 where instructions are checked.
+    """
+
+    kind: str
+    path: str
+    audio: str | None = None
+    split: str | None = None
+    prompts: dict[str, str] = field(default_factory=dict)
+    utterances: int = 0
+    max_new_tokens: int | None = None

@@ -1,0 +1,85 @@
+"""Scores of the benchmark's predictions: intervals, by task, and paired tests against a baseline."""
+
+from collections import defaultdict
+from typing import Any
+
+from nemo_mtbi.evaluation.columns import TOPLINE
+from nemo_mtbi.evaluation.labelled import label_measures
+from nemo_mtbi.evaluation.metrics import Measure, measures, sums_of
+from nemo_mtbi.evaluation.statistics import Bootstrap, Sums
+from nemo_mtbi.tasks.library import Task
+
+Scored = dict[str, tuple[dict[str, Any], dict[str, Measure]]]  # id of a record -> the record and its measures
+
+
+def summarize(
+    records: dict[str, dict[str, dict[str, dict[str, Any]]]], tasks: dict[str, Task], baseline: str, resamples: int
+) -> dict[str, Any]:
+    """Scores of one set of cuts with intervals, by task, and paired tests.
+
+    Args:
+        records: ``[system][column][id]``; the topline's among them.
+        tasks: the task library.
+        baseline: system that the others are compared with.
+        resamples: of the bootstrap.
+
+    Returns:
+        ``[column][system]`` -> :func:`entries`.
+    """
+    columns = list(dict.fromkeys(c for system in records.values() for c in system))
+    result: dict[str, Any] = {}
+    for column in columns:
+        own = {name: system[column] for name, system in records.items() if column in system}
+        topline = own[TOPLINE]
+        scored = {
+            name: {i: (r, measures(r, topline[i], tasks[r["task"]])) for i, r in rows.items()}
+            for name, rows in own.items()
+        }
+        result[column] = entries(scored, baseline, resamples)
+    return result
+
+
+def summarize_labels(records: dict[str, dict[str, dict[str, Any]]], baseline: str, resamples: int) -> dict[str, Any]:
+    """Scores against labels: ``[system][id]`` -> :func:`entries`."""
+    scored = {name: {i: (r, label_measures(r)) for i, r in rows.items()} for name, rows in records.items()}
+    return entries(scored, baseline, resamples)
+
+
+def entries(scored: dict[str, Scored], baseline: str, resamples: int) -> dict[str, Any]:
+    """Scores of every system.
+
+    Returns:
+        ``[system]`` -> ``answers``, ``missing`` (the audio could not be read), ``scores`` (value, low, high),
+        ``by_task``, and ``against`` the baseline, over the answers that both have.
+    """
+    asked = {i for rows in scored.values() for i in rows}
+    utterances = {r["utterance"] for rows in scored.values() for r, _ in rows.values()}
+    bootstrap = Bootstrap(sorted(utterances), resamples)
+    result: dict[str, Any] = {}
+    for name, rows in scored.items():
+        by_task: dict[str, Scored] = defaultdict(dict)
+        for key, (record, values) in rows.items():
+            by_task[record["task"]][key] = (record, values)
+        result[name] = {
+            "answers": len(rows),
+            "missing": len(asked) - len(rows),
+            "scores": {
+                m: dict(zip(("value", "low", "high"), (s.value, *bootstrap.interval(s)), strict=True))
+                for m, s in totals(rows).items()
+            },
+            "by_task": {t: {m: s.value for m, s in totals(own).items()} for t, own in sorted(by_task.items())},
+        }
+        if name != baseline and baseline in scored:
+            both = rows.keys() & scored[baseline].keys()
+            ours, theirs = (totals({i: r for i, r in side.items() if i in both}) for side in (rows, scored[baseline]))
+            result[name]["against"] = {m: bootstrap.compare(ours[m], theirs[m]) for m in ours if m in theirs}
+    return result
+
+
+def totals(rows: Scored) -> dict[str, Sums]:
+    """Sums of each measure by utterance."""
+    values: dict[str, dict[str, list[Measure]]] = defaultdict(lambda: defaultdict(list))
+    for record, own in rows.values():
+        for measure, value in own.items():
+            values[measure][record["utterance"]].append(value)
+    return {m: sums_of(m, by_utterance) for m, by_utterance in values.items()}

@@ -1,0 +1,165 @@
+"""Hidden states of student and teacher at the positions that predict the response; no logits.
+
+Letters: B examples, L positions, P columns of kept prompt beginnings, R response tokens, H LLM width.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from nemo_mtbi.modules.causal_lm import causal_lm, without_adapters
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values of each row's constant beginning, left-padded to P columns.
+
+    Attributes:
+        layers: for each layer, keys and values (B, heads, P, d).
+        lengths: (B,) valid columns.
+    """
+
+    layers: list[tuple[Tensor, Tensor]]
+    lengths: Tensor
+
+
+def hidden_states(llm: nn.Module, inputs_embeds: Tensor, prefix: Prefix | None = None) -> Tensor:
+    """Last hidden states (B, L, H) of right-padded embeddings (B, L, H), after an optional prefix.
+
+    No mask is passed without a prefix: under causal attention, padding on the right never reaches a valid position, and
+    the attention kernels then take their fastest path.
+    """
+    model = causal_lm(llm).model
+    if prefix is None:
+        return model(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
+    width = inputs_embeds.shape[1]
+    columns = prefix.layers[0][0].shape[2]
+    position = torch.arange(columns + width, device=inputs_embeds.device)
+    mask = (position >= columns - prefix.lengths[:, None]).long()
+    return model(
+        inputs_embeds=inputs_embeds,
+        attention_mask=mask,
+        position_ids=prefix.lengths[:, None] + position[:width],
+        past_key_values=DynamicCache(prefix.layers),
+        use_cache=True,
+    ).last_hidden_state
+
+
+class PrefixStore:
+    """Keys and values of prompt beginnings (system turn and task prompt), computed once and kept.
+
+    They come before the first speech position, so they depend on nothing that is trained: neither their forward nor
+    their backward pass is repeated. Valid only while the LLM itself is frozen.
+
+    Args:
+        max_tokens: tokens kept; the least recently used beginnings go first.
+    """
+
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        self.kept: OrderedDict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = OrderedDict()
+
+    def clear(self) -> None:
+        self.kept.clear()
+
+    @torch.no_grad()
+    def get(self, llm: nn.Module, embed_tokens: nn.Module, prefixes: list[list[int]]) -> Prefix | None:
+        """The prefix of every row; None where no row has one."""
+        columns = max(map(len, prefixes))
+        if columns == 0:
+            return None
+        rows = [tuple(p) for p in prefixes]
+        have = {r: self.kept.pop(r) for r in dict.fromkeys(rows) if r in self.kept}
+        missing = [r for r in dict.fromkeys(rows) if r not in have]
+        if missing:
+            device = next(embed_tokens.parameters()).device
+            ids, _ = pad_right([list(r) for r in missing], device)
+            cache = DynamicCache()
+            causal_lm(llm).model(inputs_embeds=embed_tokens(ids), past_key_values=cache, use_cache=True)
+            for index, row in enumerate(missing):
+                have[row] = [
+                    (layer.keys[index, :, : len(row)].clone(), layer.values[index, :, : len(row)].clone())
+                    for layer in cast(list[Any], cache.layers)
+                ]
+        self.kept.update(have)
+        tokens = sum(map(len, self.kept))
+        while tokens > self.max_tokens and len(self.kept) > 1:
+            tokens -= len(self.kept.popitem(last=False)[0])
+        layers = [
+            (
+                torch.stack([_pad_columns(have[r][i][0], columns) for r in rows]),
+                torch.stack([_pad_columns(have[r][i][1], columns) for r in rows]),
+            )
+            for i in range(len(have[rows[0]]))
+        ]
+        return Prefix(layers, torch.tensor([len(r) for r in rows], device=layers[0][0].device))
+
+
+def _pad_columns(tensor: Tensor, columns: int) -> Tensor:
+    """(heads, P, d) -> (heads, columns, d), padded on the left."""
+    return nn.functional.pad(tensor, (0, 0, columns - tensor.shape[1], 0))
+
+
+def pad_right(sequences: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token lists -> ids (B, L) padded with 0 on the right, and their lengths (B,)."""
+    width = max(map(len, sequences))
+    ids = torch.zeros(len(sequences), width, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.tensor(sequence)
+    return ids.to(device), torch.tensor([len(s) for s in sequences], device=device)
+
+
+@torch.no_grad()
+def teacher_hidden_states(
+    llm: nn.Module,
+    embed_tokens: nn.Module,
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    store: PrefixStore | None = None,
+    prefix_lengths: list[int] | None = None,
+) -> Tensor:
+    """The text LLM's hidden states (R, H) at the positions before each response token; no gradient, no logits.
+
+    Args:
+        prompts: token ids with the transcript in place of speech.
+        responses: the teacher's answers; the last token is never an input.
+        store, prefix_lengths: where each prompt's constant beginning is kept, and its length.
+    """
+    device = next(embed_tokens.parameters()).device
+    skip = prefix_lengths if store is not None and prefix_lengths is not None else [0] * len(prompts)
+    rest = [p[n:] + r[:-1] for p, r, n in zip(prompts, responses, skip, strict=True)]
+    parts: dict[int, Tensor] = {}
+    for group in length_groups([len(tokens) for tokens in rest]):
+        ids, _ = pad_right([rest[i] for i in group], device)
+        with without_adapters(llm):
+            prefix = None
+            if store is not None:
+                prefix = store.get(llm, embed_tokens, [prompts[i][: skip[i]] for i in group])
+            hidden = hidden_states(llm, embed_tokens(ids), prefix)
+        for row, i in enumerate(group):
+            parts[i] = hidden[row, len(rest[i]) - len(responses[i]) : len(rest[i])]
+    return torch.cat([parts[i] for i in range(len(rest))])
+
+
+def length_groups(lengths: list[int], waste: float = 0.05, smallest: int = 4) -> list[list[int]]:
+    """Split rows into groups of similar length, so that padding stays below ``waste`` of a group's positions.
+
+    Rows go from long to short; a group is closed when the next row would bring its padding over the limit and it has at
+    least ``smallest`` rows.
+    """
+    groups: list[list[int]] = []
+    valid = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        group = groups[-1] if groups else []
+        longest = lengths[group[0]] if group else 0
+        if group and (len(group) < smallest or valid + lengths[index] >= (1 - waste) * longest * (len(group) + 1)):
+            group.append(index)
+            valid += lengths[index]
+        else:
+            groups.append([index])
+            valid = lengths[index]
+    return groups

@@ -1,0 +1,131 @@
+"""The LLM's input from pieces of text and speech: one index over their embeddings.
+
+Letters: B examples, L positions (right-padded), N text tokens of the batch, M speech positions of the batch, R response
+tokens, H LLM width.
+"""
+
+from bisect import bisect_left
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nemo_mtbi.data.example import Piece
+from nemo_mtbi.data.interleaving import SpeechSpan
+from nemo_mtbi.modules.connectors.base import SpeechEmbeddings, frame_mask
+
+
+def build_inputs(
+    pieces: list[list[Piece]],
+    responses: list[list[int]],
+    speech: SpeechEmbeddings,
+    speech_seconds: list[float],
+    frame_seconds: float,
+    embed_tokens: nn.Module,
+) -> tuple[Tensor, "BatchLayout"]:
+    """Text and speech embeddings in order. -> inputs (B, L, H) in the LLM's dtype, right-padded, and the layout.
+
+    Args:
+        pieces, responses, speech_seconds, frame_seconds: see :func:`lay_out_batch`.
+        speech: what the spans of the pieces are cut from.
+        embed_tokens: of the LLM.
+    """
+    device = speech.embeddings.device
+    layout = lay_out_batch(
+        pieces, responses, speech.lengths.tolist(), speech.centers.tolist(), speech_seconds, frame_seconds, device
+    )
+    text = embed_tokens(layout.text_ids)
+    valid = frame_mask(speech.lengths, speech.embeddings.shape[1])
+    rows = torch.cat([text, speech.embeddings[valid].to(text.dtype)])
+    # index_select: the backward of rows[index] is serial on CPUs.
+    return rows.index_select(0, layout.index.flatten()).unflatten(0, layout.index.shape), layout
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """How to build the LLM's input from ``cat([embed(text_ids), speech])``.
+
+    Attributes:
+        text_ids: (N,) tokens to embed.
+        index: (B, L) rows of ``cat([text (N, H), speech (M, H)])``; padding points at row 0.
+        lengths: (B,) valid positions.
+        response_rows: (R,) positions of the flattened (B * L) hidden states that predict each response token.
+        response_ids: (R,).
+        response_counts: response tokens of each example.
+        empty_spans: speech spans for which the connector had no position (their words are lost to the LLM).
+    """
+
+    text_ids: Tensor
+    index: Tensor
+    lengths: Tensor
+    response_rows: Tensor
+    response_ids: Tensor
+    response_counts: list[int]
+    empty_spans: int
+
+
+def lay_out_batch(
+    pieces: list[list[Piece]],
+    responses: list[list[int]],
+    speech_lengths: list[int],
+    speech_centers: list[list[float]],
+    speech_seconds: list[float],
+    frame_seconds: float,
+    device: torch.device | str = "cpu",
+) -> BatchLayout:
+    """Lay out the batch.
+
+    Args:
+        pieces: of each example's prompt.
+        responses: response tokens of each example; the last one is predicted but never an input.
+        speech_lengths: connector positions of each audio; the M speech rows are these, concatenated.
+        speech_centers: time of each position in encoder frames.
+        speech_seconds: duration of each audio; a span that reaches it takes every position that is left.
+        frame_seconds: duration of an encoder frame.
+        device: where the tensors go.
+    """
+    offsets = [0]
+    for length in speech_lengths:
+        offsets.append(offsets[-1] + length)
+    text_ids: list[int] = []
+    rows: list[list[int]] = []  # text: token position; speech: -1 - speech row
+    empty = 0
+    for example, response in zip(pieces, responses, strict=True):
+        row: list[int] = []
+        for piece in [*example, response[:-1]]:
+            if isinstance(piece, SpeechSpan):
+                a = piece.audio
+                chosen = _positions(piece, speech_centers[a][: speech_lengths[a]], speech_seconds[a], frame_seconds)
+                empty += not chosen
+                row += [-1 - offsets[piece.audio] - c for c in chosen]
+            else:
+                row += range(len(text_ids), len(text_ids) + len(piece))
+                text_ids += piece
+        rows.append(row)
+    width = max(len(row) for row in rows)
+    index = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        index[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+    index = torch.where(index < 0, len(text_ids) - 1 - index, index)
+    response_rows = [
+        i * width + len(row) - len(response) + j
+        for i, (row, response) in enumerate(zip(rows, responses, strict=True))
+        for j in range(len(response))
+    ]
+    return BatchLayout(
+        torch.tensor(text_ids, dtype=torch.long, device=device),
+        index.to(device),
+        torch.tensor([len(row) for row in rows], device=device),
+        torch.tensor(response_rows, dtype=torch.long, device=device),
+        torch.tensor([t for r in responses for t in r], dtype=torch.long, device=device),
+        [len(r) for r in responses],
+        empty,
+    )
+
+
+def _positions(span: SpeechSpan, centers: list[float], audio_seconds: float, frame_seconds: float) -> list[int]:
+    """Positions whose center lies in the span. Spans that meet share no position, and together they skip none."""
+    times = [(c + 0.5) * frame_seconds for c in centers]
+    begin = 0 if span.start_seconds <= 0 else bisect_left(times, span.start_seconds)
+    end = len(times) if span.end_seconds >= audio_seconds else bisect_left(times, span.end_seconds)
+    return list(range(begin, end))

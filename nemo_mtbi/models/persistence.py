@@ -1,0 +1,137 @@
+"""A speech LLM from files and to files: exports, training runs, hubs, merged LoRA."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from nemo.collections.speechlm2.parts.hf_hub import LLM_BACKBONE_DIR
+from nemo.collections.speechlm2.parts.pretrained import move_embedding
+from omegaconf import open_dict
+from safetensors import safe_open
+from typing_extensions import Self
+
+from nemo_mtbi.checkpoints.archive import (
+    CONFIG,
+    WEIGHTS,
+    checked_directory,
+    require_every_weight,
+    save_nemo,
+    unpacked_nemo,
+)
+from nemo_mtbi.checkpoints.run_directory import RunDirectory
+from nemo_mtbi.errors import ConfigError
+
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+
+
+class PersistenceMixin:
+    """Mixin for :class:`nemo_mtbi.models.MTBISALM`."""
+
+    @classmethod
+    def restore_from(cls, path: str | Path, map_location: str = "cpu", tensor_model_parallel_size: int = 1) -> Self:
+        """Open a ``.nemo`` file or a directory that ``export.py`` wrote; nothing else is needed.
+
+        A training run, or an export of what was trained alone, is opened too; that needs the LLM and the encoder by
+        the names that its ``model.json`` gives.
+
+        Args:
+            tensor_model_parallel_size: ranks that hold the LLM together, in a job that
+                :func:`nemo_mtbi.parallel.launch.join_ranks` has joined.
+
+        Raises:
+            CheckpointError: missing, damaged, hostile, or another kind of model.
+        """
+        path = Path(path)
+        if (path / "model.json").is_file():
+            run = RunDirectory(path)
+            model = cls.from_run(run, tensor_model_parallel_size=tensor_model_parallel_size)
+            return model.to(map_location)  # type: ignore[attr-defined]
+        if path.is_dir():
+            return cls._from_export(path, map_location, tensor_model_parallel_size)
+        with unpacked_nemo(path) as folder:
+            return cls._from_export(folder, map_location, tensor_model_parallel_size)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, map_location: str = "cpu", **hub: Any) -> Self:
+        """Open an exported directory, or one that was pushed to a hub; ``hub`` goes to ``snapshot_download``.
+
+        The checks are those of :meth:`restore_from`: every weight there, safetensors only, no code from the model.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            folder = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=HUB_PATTERNS, **hub))
+        return cls._from_export(folder, map_location)
+
+    @classmethod
+    def from_run(
+        cls,
+        run: RunDirectory,
+        stage: str | None = None,
+        llm_dtype: str | None = None,
+        tensor_model_parallel_size: int = 1,
+    ) -> Self:
+        """The model of a stage of a training run, in evaluation mode.
+
+        Args:
+            run: where it was trained.
+            stage: default: the furthest finished one.
+            llm_dtype: other than the one that it was trained with.
+            tensor_model_parallel_size: ranks that hold the LLM together.
+
+        Raises:
+            CheckpointError: no training run, or weights that do not fit.
+        """
+        stage = stage or run.last_stage()
+        own = {"llm_dtype": llm_dtype, "tensor_model_parallel_size": tensor_model_parallel_size}
+        model: Any = cls(run.model_config() | {k: v for k, v in own.items() if v})  # type: ignore[call-arg]
+        model.configure_model()
+        run.load_weights(model, stage)
+        return model.eval()
+
+    @classmethod
+    def _from_export(cls, folder: Path, map_location: str, ranks: int = 1) -> Self:
+        names = checked_directory(folder)
+        model = cls._sharded(folder, ranks) if ranks > 1 else cls._whole(folder, map_location)
+        require_every_weight(model, folder, names)
+        return model.eval()
+
+    @classmethod
+    def _whole(cls, folder: Path, map_location: str) -> Any:
+        return super().from_pretrained(str(folder), map_location=map_location, strict=False)  # type: ignore[misc]
+
+    @classmethod
+    def _sharded(cls, folder: Path, ranks: int) -> Any:
+        cfg: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+        local = {
+            "pretrained_llm": str(folder / LLM_BACKBONE_DIR),
+            "tokenizer_path": str(folder),
+            "pretrained_weights": False,
+            "tensor_model_parallel_size": ranks,
+        }
+        model: Any = cls(cfg | local)  # type: ignore[call-arg]
+        model.llm_weights = folder
+        model.configure_model()
+        with safe_open(folder / WEIGHTS, "pt") as weights:
+            rest = [n for n in weights.keys() if "lora_" in n or not n.startswith(("llm.", "embed_tokens."))]
+            model.load_trained_state({name: weights.get_tensor(name) for name in rest})
+        return model
+
+    def save_to(self, path: str | Path) -> Path:
+        """Write one self-contained ``.nemo`` file."""
+        return save_nemo(self, Path(path))
+
+    def merge_lora(self: Any) -> None:
+        """Add the LoRA adapters to the LLM's own weights; the model computes the same without them, up to rounding.
+
+        Raises:
+            ConfigError: the model has no LoRA.
+        """
+        if self.config.lora is None:
+            raise ConfigError("The model has no LoRA adapters to merge (model.lora is not set).")
+        with move_embedding(self):
+            self.llm = self.llm.merge_and_unload()
+        self.config.lora = None
+        self.references["llm"] += "+lora"  # another LLM from now on: targets and systems of the old one do not fit it
+        with open_dict(self.cfg):
+            del self.cfg["lora"]

@@ -1,0 +1,111 @@
+"""How MTBISALM is put together from its configuration: tokenizer, LLM, speech side, and what is frozen."""
+
+from typing import Any
+
+import torch
+from nemo.collections.common.tokenizers import AutoTokenizer
+from nemo.collections.speechlm2.parts.lora import maybe_install_lora
+from nemo.collections.speechlm2.parts.optim_setup import is_frozen
+from nemo.collections.speechlm2.parts.pretrained import load_pretrained_hf
+from nemo.utils import logging
+from omegaconf import DictConfig
+from transformers import AutoConfig
+
+from nemo_mtbi.config import ModelConfig
+from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.models.language_model import PrefixStore
+from nemo_mtbi.modules.fused_norm import fuse_norms, rms_norm_class
+from nemo_mtbi.modules.perception import freeze, input_length_reference, setup_perception
+from nemo_mtbi.parallel.loading import empty_llm, materialize_adapters
+from nemo_mtbi.pretrained.fingerprint import fingerprint
+from nemo_mtbi.pretrained.offline import resolve_pretrained
+
+# Fields of SALM's configuration that NeMo reads from ``model.cfg``.
+SALM_KEYS = ("pretrained_weights", "audio_locator_tag", "prompt_format", "freeze_params", "prevent_freeze_params")
+
+
+def setup_parts(model: Any, cfg: dict[str, Any], config: ModelConfig) -> None:
+    """Give ``model`` the parts that SALM has (``tokenizer``, ``llm``, ``embed_tokens``, ``perception``), and freeze
+    them.
+
+    SALM.__init__ would load every encoder as a NeMo ASR model and the LLM in fp32, so its steps are taken here.
+
+    Raises:
+        ConfigError: parts that cannot be trained together.
+    """
+    model.cfg = DictConfig(cfg)
+    for key in SALM_KEYS:
+        model.cfg[key] = getattr(config, key)
+    model.audio_locator_tag = config.audio_locator_tag
+    llm_path = resolve_pretrained(config.pretrained_llm)
+    model.tokenizer = AutoTokenizer(
+        config.tokenizer_path or llm_path, use_fast=True, trust_remote_code=config.trust_remote_code
+    )
+    model.tokenizer.add_special_tokens({"additional_special_tokens": [model.audio_locator_tag]})
+    model.llm_weights = llm_path  # where a rank reads its shard
+    setup_llm(model, llm_path, config)
+    setup_perception(model)
+    model.perception.encoder.to(getattr(torch, config.encoder_dtype))
+    model.references = config.references or {
+        "llm": fingerprint(llm_path),
+        "encoder": fingerprint(resolve_pretrained(config.pretrained_asr)),
+        **input_length_reference(model.cfg.perception),
+    }
+    # Now rather than with the optimizer, so that evaluation tools see it too.
+    freeze(model.named_parameters(), config)
+    check_trainable(model, config)
+    model.prefixes = prefix_store(model, config)
+
+
+def setup_llm(model: Any, path: str, config: ModelConfig) -> None:
+    """LLM and token embedding apart, as SALM has them; LoRA adapters and fused norms where they are asked for."""
+    dtype, remote_code = getattr(torch, config.llm_dtype), config.trust_remote_code
+    sharded = config.tensor_model_parallel_size > 1
+    if sharded:  # read in configure_model, when the ranks know each other
+        model.llm = empty_llm(AutoConfig.from_pretrained(path, trust_remote_code=remote_code), dtype)
+    else:
+        model.llm = load_pretrained_hf(path, config.pretrained_weights, dtype, remote_code)
+    model.embed_tokens = model.llm.model.embed_tokens
+    del model.llm.model.embed_tokens
+    if config.fused_norms:
+        count = fuse_norms(model.llm)
+        logging.info(f"{count} norms of the LLM are {rms_norm_class().__module__}'s")
+    maybe_install_lora(model)
+    if sharded:
+        materialize_adapters(model.llm)
+
+
+def check_trainable(model: Any, config: ModelConfig) -> None:
+    """
+    Raises:
+        ConfigError: weights of the LLM itself are trained under tensor parallelism, or with the LLM as its own online
+            teacher.
+    """
+    llm_parts = ("llm.", "embed_tokens.")
+    trained = [
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad and name.startswith(llm_parts) and "lora_" not in name
+    ]
+    if trained and config.tensor_model_parallel_size > 1:
+        raise ConfigError(
+            f"model.freeze_params leaves {trained[0]} trainable; with trainer.tensor_model_parallel_size > 1 only LoRA "
+            "(model.lora) can train in the LLM."
+        )
+    if trained and config.imitation.teacher == "online":
+        raise ConfigError(
+            "teacher=online reads the LLM that is being trained here (model.freeze_params leaves some of it "
+            "trainable). "
+            "Use teacher=cached, or train LoRA adapters instead (model.lora), which the teacher does without."
+        )
+
+
+def prefix_store(model: Any, config: ModelConfig) -> PrefixStore | None:
+    """Where prompt beginnings are kept; None where they cannot be.
+
+    With LoRA the LLM changes, and so do the keys and values of the prompts; a layer that is computed twice would add
+    its own to the kept ones twice.
+    """
+    frozen = is_frozen(model.llm) and is_frozen(model.embed_tokens) and not config.activation_checkpointing
+    keep = config.prefix_cache_tokens if frozen else 0
+    return PrefixStore(keep) if keep else None

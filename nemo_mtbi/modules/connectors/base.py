@@ -1,0 +1,112 @@
+"""Connectors from encoder frames to the LLM's embedding space; each plugs in as NeMo's ``modality_adapter``.
+
+Letters: B utterances, T encoder frames, D encoder width, P output positions, H LLM width.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nemo_mtbi.data.example import Example
+from nemo_mtbi.errors import ConfigError
+
+
+@dataclass
+class SpeechEmbeddings:
+    """A connector's output.
+
+    Attributes:
+        embeddings: (B, P, H), zero-padded on the right.
+        lengths: (B,) valid positions.
+        centers: (B, P) time of each position in encoder frames, non-decreasing; slices speech by word times.
+        ctc_log_probs: (B, P', V_ctc + 1) of a CTC connector, blank first; None otherwise.
+        ctc_lengths: (B,) valid rows of ``ctc_log_probs``.
+        encoded: frames (W, T, D) and their lengths (W,) after the layers that the connector trains before its tokens;
+            None without such.
+        labels: (B, P) the token (of a CTC connector: the CTC label) of each position; None for connectors without
+            tokens.
+    """
+
+    embeddings: Tensor
+    lengths: Tensor
+    centers: Tensor
+    ctc_log_probs: Tensor | None = None
+    ctc_lengths: Tensor | None = None
+    labels: Tensor | None = None
+    encoded: tuple[Tensor, Tensor] | None = None
+
+
+class Connector(nn.Module):
+    """Base class. ``connect`` is what we use; ``forward`` is NeMo's channel-first adapter contract."""
+
+    subsampling_factor: int = 1
+    emits_tokens = False  # see TokenConnector
+
+    def bind_language_model(self, tokenizer: Any, embed_tokens: nn.Module) -> None:
+        """Take what depends on the LLM (its fast tokenizer, its embeddings).
+
+        Not part of the checkpoint, called after a load.
+        """
+
+    def word_centers(self, speech: SpeechEmbeddings, examples: list[Example], frame_seconds: float) -> Tensor:
+        """Times (B, P), in encoder frames, by which the positions are given to the words of the transcripts.
+
+        Args:
+            speech: what ``connect`` gave.
+            examples: of the B utterances.
+            frame_seconds: duration of an encoder frame.
+        """
+        return speech.centers
+
+    def transcription_loss(
+        self, speech: SpeechEmbeddings | None, features: Tensor, lengths: Tensor, transcripts: list[str]
+    ) -> tuple[Tensor, int]:
+        """The connector's own loss on the transcripts (w_ctc), as a sum, and the number of target tokens.
+
+        Args:
+            speech: what ``connect`` gave for these features, if it ran.
+            features, lengths: as in ``connect``.
+            transcripts: of the B utterances.
+
+        Raises:
+            ConfigError: the connector emits no tokens.
+        """
+        raise ConfigError(
+            f"w_ctc > 0 needs a connector that emits tokens as modality_adapter (CTCCompressConnector, "
+            f"WhisperDecoderConnector); {type(self).__name__} does not."
+        )
+
+    def connect(self, features: Tensor, lengths: Tensor) -> SpeechEmbeddings:
+        """features (B, T, D), lengths (B,) encoder frames -> :class:`SpeechEmbeddings`."""
+        raise NotImplementedError
+
+    def forward(self, audio_signal: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+        """audio_signal (B, D, T), length (B,) -> (B, H, P), (B,)."""
+        out = self.connect(audio_signal.transpose(1, 2), length)
+        return out.embeddings.transpose(1, 2), out.lengths
+
+
+def frame_mask(lengths: Tensor, size: int) -> Tensor:
+    """(B,) -> (B, size) bool, True where a position is valid."""
+    return torch.arange(size, device=lengths.device) < lengths[:, None]
+
+
+def uniform_centers(positions: int, factor: int, like: Tensor) -> Tensor:
+    """Centers (B, P), in input frames, of positions that each cover ``factor`` frames. like: (B, ...)."""
+    centers = (torch.arange(positions, device=like.device) + 0.5) * factor - 0.5
+    return centers.expand(like.shape[0], -1)
+
+
+def mask_spans(features: Tensor, lengths: Tensor, count: int, longest: int) -> Tensor:
+    """SpecAugment's time masks: zero ``count`` random spans of (B, T, D), each up to ``longest`` frames; at most half
+    of an utterance can be lost."""
+    keep = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
+    position = torch.arange(features.shape[1], device=features.device)
+    limit = torch.minimum(lengths // (2 * max(1, count)), torch.full_like(lengths, longest))
+    for _ in range(count):
+        size = torch.rand(len(lengths), device=features.device) * (limit + 1)
+        begin = torch.rand(len(lengths), device=features.device) * (lengths - size).clamp_min(0)
+        keep &= ~((position >= begin[:, None].floor()) & (position < (begin + size.floor())[:, None].floor()))
+    return features * keep[..., None]

@@ -1,0 +1,389 @@
+"""A connector that is Whisper's own decoder: it reads the frozen encoder's frames and writes the LLM's tokens.
+
+Letters: B utterances, W windows of at most 30 s, T encoder frames, D Whisper's width, N tokens of a window, P output
+positions, H LLM width.
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, EncoderDecoderCache, WhisperConfig
+from transformers.models.whisper.modeling_whisper import WhisperDecoder, WhisperEncoderLayer
+
+from nemo_mtbi.data.messages import NOTHING_HEARD
+from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.losses.head import Head
+from nemo_mtbi.losses.imitation import imitation_loss
+from nemo_mtbi.losses.objective import CROSS_ENTROPY
+from nemo_mtbi.modules.connectors.base import SpeechEmbeddings, frame_mask, mask_spans
+from nemo_mtbi.modules.connectors.token import TokenConnector
+
+FRAMES_PER_SECOND = 50
+
+
+class WhisperDecoderConnector(TokenConnector):
+    """Whisper's decoder, trained on, whose greedy tokens become the LLM's.
+
+    The decoder's text is cut into the LLM's tokens. The embedding of token j, whose last byte Whisper's token i
+    wrote, is::
+
+        E_j  +  residual_scale (rms(E) residual(norm(h_i)) + gate (sum_k p_ik M_k - M_i))
+
+    with ``h_i`` the decoder's last hidden state that predicted token i, ``p_i`` its ``alternatives`` most likely tokens
+    (renormalized) and ``M_k`` the LLM's mean embedding of Whisper's token k. ``residual`` and ``gate`` start at zero:
+    the LLM of an untrained connector reads the text that Whisper's decoder writes from these frames. (They are the
+    audio's own, without the silence that fills Whisper's 30 s, so that text can differ from a cascade's.) Transcripts
+    teach the decoder (:meth:`transcription_loss`); the LLM's gradients reach it through ``h`` and ``p``.
+
+    Args:
+        feat_in: D, must be Whisper's own width.
+        output_dim: H, LLM width.
+        decoder: fields of ``transformers.WhisperConfig``.
+        encoder_layers: upper layers of the encoder that the connector has as its own and trains; the frozen encoder
+            keeps the others (``perception.encoder_layers``).
+        prompt_ids: tokens that every window begins with (start, language, task, no timestamps).
+        eos_id: end of text; tokens above it are special and never emitted.
+        suppress_ids: tokens that are never emitted; ``begin_suppress_ids``: not as the first token.
+        tokenizer_bytes: size of Whisper's tokenizer.json, which is kept among the weights (``tokenizer_json``).
+        language: of a multilingual Whisper (``en``); None for English-only ones.
+        alternatives: 0 leaves the second term out.
+        dropout: in the decoder.
+        time_masks, time_mask_frames: as in the CTC connector.
+        residual_scale: how far both terms can go in a step of the optimizer.
+        max_tokens_per_second: of speech, plus 8; ends a decoder that loops.
+
+    Raises:
+        ConfigError: the encoder is not that Whisper's.
+    """
+
+    tokenizer_json: Tensor
+    embedding_rms: Tensor
+    suppressed: Tensor
+    piece_embeddings: Tensor
+
+    def __init__(
+        self,
+        feat_in: int,
+        output_dim: int,
+        decoder: dict[str, Any],
+        prompt_ids: list[int],
+        eos_id: int,
+        tokenizer_bytes: int,
+        encoder_layers: int = 0,
+        suppress_ids: Iterable[int] = (),
+        begin_suppress_ids: Iterable[int] = (),
+        language: str | None = None,
+        alternatives: int = 8,
+        dropout: float = 0.1,
+        time_masks: int = 0,
+        time_mask_frames: int = 20,
+        residual_scale: float = 5.0,
+        max_tokens_per_second: float = 25.0,
+    ) -> None:
+        super().__init__()
+        config = WhisperConfig(**decoder, dropout=dropout)
+        if feat_in != config.d_model:
+            raise ConfigError(f"The encoder's width is {feat_in}, that of this Whisper decoder {config.d_model}.")
+        self.language, self.alternatives = language, alternatives
+        self.time_masks, self.time_mask_frames = time_masks, time_mask_frames
+        self.residual_scale, self.max_tokens_per_second = residual_scale, max_tokens_per_second
+        self.prompt_ids, self.eos_id = list(prompt_ids), eos_id
+        self.window = config.max_source_positions
+        self.max_tokens = config.max_target_positions - len(self.prompt_ids)
+        self.encoder_layers = nn.ModuleList(WhisperEncoderLayer(config) for _ in range(encoder_layers))
+        self.encoder_norm = nn.LayerNorm(config.d_model) if encoder_layers else nn.Identity()
+        self.decoder = WhisperDecoder(config)
+        self.decoder.embed_tokens.weight.requires_grad_(False)  # a few hours of transcripts hold few of its tokens
+        self.norm = nn.LayerNorm(config.d_model)
+        self.residual = nn.Linear(config.d_model, output_dim)
+        nn.init.zeros_(self.residual.weight)
+        nn.init.zeros_(self.residual.bias)
+        self.gate = nn.Parameter(torch.zeros(())) if alternatives else None
+        self.register_buffer("tokenizer_json", torch.zeros(tokenizer_bytes, dtype=torch.uint8))
+        self.register_buffer("embedding_rms", torch.ones(()), persistent=False)
+        pieces = eos_id + 1 if alternatives else 0
+        self.register_buffer("piece_embeddings", torch.zeros(pieces, output_dim), persistent=False)
+        suppressed = torch.zeros(2, eos_id + 1)
+        suppressed[:, [i for i in suppress_ids if i < eos_id]] = -torch.inf
+        suppressed[0, [i for i in begin_suppress_ids if i <= eos_id]] = -torch.inf
+        self.register_buffer("suppressed", suppressed, persistent=False)  # rows: first token, later ones
+        self._tokenizer: Any = None
+        self._language_model: tuple[Any, Any] | None = None
+
+    # -- set-up ---------------------------------------------------------------------------------------------------
+
+    def set_tokenizer(self, json: str) -> None:
+        """Keep Whisper's tokenizer.json."""
+        self.tokenizer_json.copy_(torch.frombuffer(bytearray(json.encode()), dtype=torch.uint8))
+        self._tokenizer = None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        given = state_dict.get(f"{prefix}tokenizer_json")
+        if given is not None and given.shape != self.tokenizer_json.shape:  # written by another version of tokenizers
+            self.tokenizer_json = torch.zeros_like(given, device=self.tokenizer_json.device)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    @property
+    def tokenizer(self) -> Any:
+        """Whisper's tokenizer (``tokenizers.Tokenizer``)."""
+        if self._tokenizer is None:
+            from tokenizers import Tokenizer
+
+            self._tokenizer = Tokenizer.from_str(bytes(self.tokenizer_json.tolist()).decode())
+        return self._tokenizer
+
+    @torch.no_grad()
+    def bind_language_model(self, tokenizer: Any, embed_tokens: nn.Module) -> None:
+        self._tokenizer = None  # the buffer may just have been loaded
+        self._language_model = (tokenizer, embed_tokens)  # in a tuple: not a submodule
+        weight = next(embed_tokens.parameters())
+        if weight.is_meta or not self.tokenizer_json.any():  # a shard, or our own weights, that are not read yet
+            return
+        every = max(1, tokenizer.vocab_size // 4096)
+        sample = embed_tokens(torch.arange(0, tokenizer.vocab_size, every, device=weight.device))
+        self.embedding_rms.copy_(sample.float().square().mean().sqrt().clamp_min(1e-6))
+        if self.alternatives:
+            self.piece_embeddings = self._mean_embeddings(tokenizer, embed_tokens, weight.device).to(weight.dtype)
+
+    def _mean_embeddings(self, tokenizer: Any, embed_tokens: nn.Module, device: torch.device) -> Tensor:
+        """The LLM's mean embedding (eos + 1, H) of the text of each of Whisper's tokens; zero for the end of text."""
+        texts = self.tokenizer.decode_batch([[i] for i in range(self.eos_id)], skip_special_tokens=False)
+        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        rows = torch.tensor([row for row, own in enumerate(ids) for _ in own], device=device)
+        tokens = torch.tensor([i for own in ids for i in own], device=device)
+        result = torch.zeros(self.piece_embeddings.shape, device=device)
+        counts = result.new_zeros(len(result)).index_add(0, rows, torch.ones_like(rows, dtype=result.dtype))
+        for begin in range(0, len(rows), 8192):
+            part = slice(begin, begin + 8192)
+            result.index_add_(0, rows[part], embed_tokens(tokens[part]).float())
+        return result / counts.clamp_min(1)[:, None]
+
+    def labels_of(self, tokens: Iterable[int]) -> list[int]:
+        return list(tokens)
+
+    # -- transcription --------------------------------------------------------------------------------------------
+
+    def transcription_loss(
+        self, speech: SpeechEmbeddings | None, features: Tensor, lengths: Tensor, transcripts: list[str]
+    ) -> tuple[Tensor, int]:
+        """Cross-entropy of the transcripts under teacher forcing; utterances that exceed a window contribute nothing.
+
+        What ``connect`` encoded is read again, so that the encoder's upper layers run once a step.
+        """
+        ids = [
+            [*self.tokenizer.encode(" " + t.strip(), add_special_tokens=False).ids, self.eos_id] for t in transcripts
+        ]
+        kept = [
+            i
+            for i, (own, frames) in enumerate(zip(ids, lengths.tolist(), strict=True))
+            if len(own) <= self.max_tokens and frames <= self.window
+        ]
+        if not kept:
+            trained = [p.sum() for p in self.parameters() if p.requires_grad]
+            return torch.stack(trained).sum() * 0.0, 0  # with a graph: the step of the other ranks goes on
+        if (
+            speech is not None and speech.encoded is not None and len(speech.encoded[1]) == len(lengths)
+        ):  # a window each
+            features = speech.encoded[0][kept]
+        else:
+            features = features[kept][:, : self.window]
+            if self.training:
+                features = mask_spans(features, lengths[kept], self.time_masks, self.time_mask_frames)
+            features = self._encode(features, lengths[kept])
+        targets = [ids[i] for i in kept]
+        states = self._forced_states(features, lengths[kept], [own[:-1] for own in targets])
+        flat = torch.tensor([token for own in targets for token in own], device=features.device)
+        sizes = torch.tensor([len(own) for own in targets], device=features.device)
+        rows = states[frame_mask(sizes, states.shape[1])]
+        return imitation_loss(rows, Head(self._output_weight()), flat, CROSS_ENTROPY).loss, len(flat)
+
+    @torch.no_grad()
+    def transcribe(self, features: Tensor, lengths: Tensor) -> list[str]:
+        """features (B, T, D), lengths (B,) -> greedy transcripts."""
+        windows, sizes, owners = self._windows(features, lengths)
+        tokens, _ = self._greedy(self._encode(windows, sizes), sizes)
+        texts: list[list[str]] = [[] for _ in lengths]
+        for owner, own in zip(owners, tokens, strict=True):
+            texts[owner[0]].append(self.tokenizer.decode(own).strip())
+        return [" ".join(filter(None, own)) for own in texts]
+
+    def _output_weight(self) -> Tensor:
+        return self.decoder.embed_tokens.weight[: self.eos_id + 1]
+
+    def _windows(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
+        """-> windows (W, T, D), their frames (W,), and the utterance and first frame of each."""
+        if features.shape[1] <= self.window:
+            return features, lengths, [(row, 0) for row in range(len(lengths))]
+        owners, parts = [], []
+        for row, frames in enumerate(lengths.tolist()):
+            size = math.ceil(frames / math.ceil(frames / self.window))  # equal parts: no window is a few frames
+            owners += [(row, at) for at in range(0, frames, size)]
+            parts += [features[row, at : min(at + size, frames)] for at in range(0, frames, size)]
+        sizes = torch.tensor([len(p) for p in parts], device=features.device)
+        return nn.utils.rnn.pad_sequence(parts, batch_first=True), sizes, owners
+
+    def _encode(self, windows: Tensor, sizes: Tensor) -> Tensor:
+        """The encoder's upper layers (W, T, D), where they are the connector's."""
+        mask = self._frame_mask(sizes, windows.shape[1]) if self.encoder_layers else None
+        for layer in self.encoder_layers:
+            windows = layer(windows, mask)
+        return self.encoder_norm(windows)
+
+    def _step(
+        self, ids: Tensor, begin: int, features: Tensor, mask: Tensor | None, cache: EncoderDecoderCache | None
+    ) -> Tensor:
+        """Last hidden states (W, n, D) of tokens (W, n) that stand from position ``begin`` on."""
+        decoder = self.decoder
+        hidden = decoder.embed_tokens(ids) + decoder.embed_positions.weight[begin : begin + ids.shape[1]]
+        hidden = nn.functional.dropout(hidden, decoder.dropout, decoder.training)
+        for layer in decoder.layers:
+            # Transformers' own forward has no mask over padded frames. By position: the cache's name changes with
+            # versions.
+            hidden = layer(hidden, None, features, mask, cache, cache is not None)
+        return decoder.layer_norm(hidden)
+
+    def _frame_mask(self, sizes: Tensor, frames: int) -> Tensor | None:
+        """(W, 1, 1, T) additive, or None where nothing is padded."""
+        valid = frame_mask(sizes, frames)
+        if bool(valid.all()):
+            return None
+        zeros = torch.zeros(valid.shape, dtype=self.norm.weight.dtype, device=valid.device)
+        return zeros.masked_fill(~valid, torch.finfo(zeros.dtype).min)[:, None, None]
+
+    def _forced_states(self, features: Tensor, sizes: Tensor, tokens: list[list[int]]) -> Tensor:
+        """States (W, N + 1, D) that predict each token and what follows the last one."""
+        width = max(map(len, tokens))
+        ids = torch.tensor([self.prompt_ids + own + [self.eos_id] * (width - len(own)) for own in tokens])
+        mask = self._frame_mask(sizes, features.shape[1])
+        hidden = self._step(ids.to(features.device), 0, features, mask, None)
+        return hidden[:, len(self.prompt_ids) - 1 :]
+
+    @torch.no_grad()
+    def _greedy(self, features: Tensor, sizes: Tensor) -> tuple[list[list[int]], Tensor]:
+        """Tokens of each window, and the states (W, N + 1, D) that predicted them and the end; without dropout."""
+        training = self.decoder.training
+        self.decoder.eval()
+        try:
+            return self._write(features, sizes)
+        finally:
+            self.decoder.train(training)
+
+    def _write(self, features: Tensor, sizes: Tensor) -> tuple[list[list[int]], Tensor]:
+        mask = self._frame_mask(sizes, features.shape[1])
+        seconds = sizes.float() / FRAMES_PER_SECOND
+        limits = (seconds * self.max_tokens_per_second).ceil().long().add(8).clamp_max(self.max_tokens - 1)
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        ids = torch.tensor(self.prompt_ids, device=features.device).expand(len(sizes), -1)
+        begin = 0
+        written, states = [], []
+        done = torch.zeros(len(sizes), dtype=torch.bool, device=features.device)
+        while True:
+            hidden = self._step(ids, begin, features, mask, cache)[:, -1]
+            states.append(hidden)
+            begin += ids.shape[1]
+            logits = nn.functional.linear(hidden, self._output_weight()).float()
+            best = (logits + self.suppressed[0 if len(states) == 1 else 1]).argmax(-1)
+            done |= (best == self.eos_id) | (limits <= len(states) - 1)
+            if bool(done.all()):
+                break
+            ids = best.masked_fill(done, self.eos_id)[:, None]
+            written.append(ids)
+        rows = torch.cat(written, 1).tolist() if written else [[] for _ in sizes]
+        return [own[: own.index(self.eos_id)] if self.eos_id in own else own for own in rows], torch.stack(states, 1)
+
+    # -- connector ------------------------------------------------------------------------------------------------
+
+    def connect(self, features: Tensor, lengths: Tensor) -> SpeechEmbeddings:
+        assert self._language_model is not None
+        tokenizer, embed_tokens = self._language_model
+        windows, sizes, owners = self._windows(features, lengths)
+        if self.training:
+            windows = mask_spans(windows, sizes, self.time_masks, self.time_mask_frames)
+        windows = self._encode(windows, sizes)
+        tokens, states = self._greedy(windows, sizes)
+        if torch.is_grad_enabled():
+            states = self._forced_states(windows, sizes, tokens)
+        rows: list[list[tuple[int, int, int, float]]] = [
+            [] for _ in lengths
+        ]  # LLM token, window, Whisper token, center
+        for window, ((utterance, first), own, frames) in enumerate(zip(owners, tokens, sizes.tolist(), strict=True)):
+            for token, index in self._language_model_tokens(tokenizer, own, not rows[utterance]):
+                rows[utterance].append((token, window, index, first + (index + 0.5) / max(1, len(own)) * frames))
+        for utterance, row in enumerate(rows):
+            if not row:
+                window = next(w for w, (own, _) in enumerate(owners) if own == utterance)
+                row += [(t, window, 0, 0.0) for t in tokenizer(NOTHING_HEARD, add_special_tokens=False)["input_ids"]]
+        width = max(map(len, rows))
+        counts = torch.tensor([len(row) for row in rows], device=features.device)
+        padded = torch.tensor([row + [(0, 0, 0, 0.0)] * (width - len(row)) for row in rows], dtype=torch.float64)
+        ids, window_index, token_index = (padded[..., i].long().to(features.device) for i in range(3))
+        valid = frame_mask(counts, width)
+        chosen = states[window_index[valid], token_index[valid]]
+        extra = self.residual(self.norm(chosen))
+        if self.gate is not None:
+            longest = max(1, max(map(len, tokens)))
+            written = torch.tensor(
+                [own + [self.eos_id] * (longest - len(own)) for own in tokens], device=features.device
+            )
+            alternatives = self._alternatives(
+                chosen, written[window_index[valid], token_index[valid]], token_index[valid] == 0
+            )
+            extra = extra + self.gate * alternatives / self.embedding_rms
+        text = embed_tokens(ids[valid]).to(extra.dtype)
+        embeddings = text.new_zeros(*ids.shape, text.shape[-1])
+        embeddings[valid] = text + extra * (self.residual_scale * self.embedding_rms)
+        centers = padded[..., 3].float().to(features.device)
+        return SpeechEmbeddings(embeddings, counts, centers, labels=ids, encoded=(windows, sizes))
+
+    def _alternatives(self, states: Tensor, written: Tensor, first: Tensor) -> Tensor:
+        """Mean LLM embedding (R, H) of the likely tokens minus that of the written one; zero where none was written.
+
+        Args:
+            states: (R, D) that predicted the tokens.
+            written: (R,) tokens, or the end of text.
+            first: (R,) whether a token begins its window.
+        """
+        weight = self._output_weight()
+        size = max(1, 2**24 // len(weight))
+        with torch.no_grad():
+            best = torch.cat(
+                [
+                    (nn.functional.linear(part, weight) + self.suppressed[(~begins).long()])
+                    .topk(self.alternatives)
+                    .indices
+                    for part, begins in zip(states.split(size), first.split(size), strict=True)
+                ]
+            )
+        logits = torch.einsum("rd,rkd->rk", states.to(weight.dtype), weight[best]).float()
+        table = self.piece_embeddings
+        # A bag: no (R, K, H) tensor.
+        mean = nn.functional.embedding_bag(
+            best, table, mode="sum", per_sample_weights=logits.softmax(-1).to(table.dtype)
+        )
+        spoken = (written != self.eos_id)[:, None]
+        return ((mean - table[written]) * spoken).float()
+
+    def _language_model_tokens(self, tokenizer: Any, tokens: list[int], first: bool) -> list[tuple[int, int]]:
+        """The LLM's tokens of a window's text, each with the index of the Whisper token that wrote its last byte."""
+        text = self.tokenizer.decode(tokens)
+        lead = len(text) - len(text.lstrip())
+        text = text.strip()
+        if not text:
+            return []
+        # One character of a byte-level piece is one byte of the text.
+        ends, position = [], 0
+        for token in tokens:
+            position += len(self.tokenizer.id_to_token(token))
+            ends.append(position)
+        joint = text if first else " " + text  # a further window of the same utterance
+        shift = lead - (0 if first else 1)
+        encoded = tokenizer(joint, add_special_tokens=False, return_offsets_mapping=True)
+        result = []
+        for token, (_, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            byte = len(joint[:end].encode()) + shift
+            result.append((token, min(bisect_left(ends, byte), len(tokens) - 1)))
+        return result

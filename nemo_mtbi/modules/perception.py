@@ -1,0 +1,176 @@
+"""NeMo's ``AudioPerceptionModule`` around a Whisper or a NeMo ASR encoder and a connector.
+
+How it is built and identified.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from nemo.collections.speechlm2.modules import AudioPerceptionModule
+from nemo.collections.speechlm2.parts.optim_setup import is_frozen
+from nemo.collections.speechlm2.parts.pretrained import setup_speech_encoder
+from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import nn
+
+from nemo_mtbi.config import ModelConfig
+from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.modules.connectors.base import Connector
+from nemo_mtbi.modules.connectors.whisper_weights import load_whisper_decoder, whisper_decoder_settings
+from nemo_mtbi.modules.whisper import SUBSAMPLING
+from nemo_mtbi.pretrained.offline import resolve_pretrained
+
+DECODER_TARGET = "WhisperDecoderConnector"
+WHISPER_KEYS = ("input_length", "round_seconds")
+
+
+def setup_perception(model: Any) -> None:
+    """Set ``model.perception`` from ``model.cfg`` and ``model.llm``; the encoder's weights with ``pretrained_weights``.
+
+    The connector's ``feat_in``, ``output_dim`` and (CTC) ``vocab_size`` are filled in from the encoder, the LLM and the
+    token set, where the configuration leaves them out.
+    """
+    cfg: DictConfig = model.cfg
+    perception = cfg.perception
+    # An exported configuration describes the encoder completely, so its source is not needed any more.
+    built = not cfg.pretrained_weights and "_target_" in perception.get("encoder", {})
+    name = cfg.pretrained_asr if built else resolve_pretrained(cfg.pretrained_asr)
+    whisper = not built and is_whisper(name)
+    with open_dict(cfg):
+        adapter = perception.modality_adapter
+        decoder = adapter._target_.endswith(DECODER_TARGET)
+        if decoder and not whisper and not built:
+            raise ConfigError(f"{DECODER_TARGET} needs a Whisper model as model.pretrained_asr, {name} is none.")
+        if whisper:
+            _configure_whisper(perception, name)
+        if decoder and whisper:
+            adapter.update(whisper_decoder_settings(name, adapter.get("language"), perception.encoder.get("layers")))
+        elif whisper and "layers" in perception.encoder and adapter._target_.startswith("nemo_mtbi."):
+            raise ConfigError(f"perception.encoder_layers leaves the upper layers to a {DECODER_TARGET}; use that one.")
+        if adapter._target_.startswith("nemo_mtbi."):
+            adapter.output_dim = model.llm.config.hidden_size
+            if "feat_in" not in adapter:
+                adapter.feat_in = perception.encoder.config.d_model if whisper else _nemo_width(name)
+        perception.output_dim = model.llm.config.hidden_size
+    if built:
+        model.perception = AudioPerceptionModule(perception).train()
+    elif whisper:
+        model.perception = AudioPerceptionModule(perception).train()
+        if cfg.pretrained_weights:
+            from transformers import WhisperModel
+
+            pretrained = WhisperModel.from_pretrained(name)
+            state, own = pretrained.encoder.state_dict(), model.perception.encoder.whisper.state_dict()
+            model.perception.encoder.whisper.load_state_dict({key: value for key, value in state.items() if key in own})
+            if decoder:
+                load_whisper_decoder(model.perception.modality_adapter, pretrained, name)
+    else:
+        setup_speech_encoder(model, pretrained_weights=cfg.pretrained_weights)
+
+
+def is_whisper(name: str) -> bool:
+    """Whether the name is a Whisper model for Transformers (a directory with config.json, or a hub name)."""
+    if name.endswith(".nemo"):
+        return False
+    if Path(name).is_dir() or "whisper" in name.lower():
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(name).model_type == "whisper"
+    return False
+
+
+def _configure_whisper(perception: DictConfig, name: str) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(name)
+    keep = (
+        "d_model",
+        "encoder_layers",
+        "encoder_attention_heads",
+        "encoder_ffn_dim",
+        "num_mel_bins",
+        "max_source_positions",
+    )
+    shared = {key: perception.pop(key) for key in WHISPER_KEYS if key in perception}
+    perception.preprocessor = {
+        "_target_": "nemo_mtbi.modules.whisper.WhisperPreprocessor",
+        "num_mel_bins": config.num_mel_bins,
+        **shared,
+    }
+    kept = perception.pop("encoder_layers", None)
+    if kept == config.encoder_layers:  # all of them: the whole encoder, with its final normalization
+        kept = None
+    perception.encoder = {
+        "_target_": "nemo_mtbi.modules.whisper.WhisperEncoder",
+        "config": {key: getattr(config, key) for key in keep},
+        **shared,
+        **({} if kept is None else {"layers": kept}),
+    }
+
+
+def _nemo_width(name: str) -> int:
+    from nemo.collections.asr.models import ASRModel
+
+    config = (
+        ASRModel.restore_from(name, return_config=True)
+        if name.endswith(".nemo")
+        else ASRModel.from_pretrained(name, return_config=True)
+    )
+    return int(OmegaConf.select(config, "encoder.d_model"))
+
+
+def freeze(parameters: Iterable[tuple[str, nn.Parameter]], config: ModelConfig) -> None:
+    """Freeze what ``freeze_params`` matches and ``prevent_freeze_params`` does not; LoRA adapters stay trainable."""
+    frozen = [re.compile(p) for p in config.freeze_params]
+    kept = [re.compile(p) for p in config.prevent_freeze_params]
+    for name, parameter in parameters:
+        if "lora_" not in name and any(p.match(name) for p in frozen) and not any(p.match(name) for p in kept):
+            parameter.requires_grad_(False)
+
+
+def require_fixed_features(perception: AudioPerceptionModule) -> None:
+    """
+    Raises:
+        ConfigError: features of the encoder differ from step to step, so they cannot be cached.
+    """
+    if not is_frozen(perception.encoder):
+        raise ConfigError("Encoder features cannot be cached: the encoder is trained (see model.freeze_params).")
+    if perception.spec_augmentation is not None:
+        raise ConfigError("Encoder features cannot be cached: perception.spec_augment changes them at every step.")
+
+
+def _input_length(perception_cfg: DictConfig) -> list[str]:
+    encoder = perception_cfg.encoder
+    if "layers" in encoder:
+        return [
+            str(v) for v in (encoder.get("input_length", "trained"), encoder.get("round_seconds", 2.0), encoder.layers)
+        ]
+    return [str(encoder[k]) for k in WHISPER_KEYS if k in encoder]
+
+
+def input_length_reference(perception_cfg: DictConfig) -> dict[str, str]:
+    """The encoder's input length and layers as a reference that trained weights are bound to.
+
+    Empty for NeMo encoders.
+    """
+    values = _input_length(perception_cfg)
+    return {"input_length": "/".join(values)} if values else {}
+
+
+def encoder_key(perception_cfg: DictConfig, fingerprint: str, dtype: str) -> str:
+    """Identity of an encoder's features: weights, input length, layers and precision; the key of the feature cache."""
+    return "-".join([fingerprint, *_input_length(perception_cfg), dtype])
+
+
+def encoder_frame_seconds(perception: AudioPerceptionModule) -> float:
+    """Duration of one frame that the connector receives."""
+    featurizer = perception.preprocessor.featurizer
+    hop = featurizer.hop_length / featurizer.sample_rate
+    return hop * getattr(perception.encoder, "subsampling_factor", SUBSAMPLING)
+
+
+def connector_of(perception: AudioPerceptionModule) -> Connector | None:
+    """Our connector, or None where the modality adapter is one of NeMo's own."""
+    adapter = perception.modality_adapter
+    return adapter if isinstance(adapter, Connector) else None

@@ -1,0 +1,105 @@
+"""An LLM whose weights each rank reads by itself: built empty, then filled from the files, as far as it holds them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from torch import nn
+
+from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.modules.causal_lm import causal_lm
+from nemo_mtbi.parallel.parts import part_of
+
+
+def empty_llm(config: Any, dtype: torch.dtype) -> Any:
+    """A ``...ForCausalLM`` whose parameters take no memory yet (``meta``); buffers are real.
+
+    For :func:`load_shards`.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        llm = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    llm.tie_weights()  # the context makes a parameter of its own at every place
+    return llm
+
+
+def materialize_adapters(llm: nn.Module) -> None:
+    """Initialize the LoRA matrices of a model whose own weights are still ``meta``.
+
+    They are whole until it is sharded.
+    """
+    for layer in llm.modules():
+        if isinstance(layer, LoraLayer):
+            for name in layer.lora_A:
+                for matrix in (layer.lora_A[name], layer.lora_B[name]):
+                    matrix.to_empty(device="cpu")
+                layer.reset_lora_parameters(name, init_lora_weights=True)
+
+
+def load_shards(llm: nn.Module, folder: str | Path, device: torch.device) -> None:
+    """Read this rank's parts of all ``meta`` parameters from the safetensors files of a Hugging Face directory.
+
+    A part is read straight from the file, so no rank ever holds a whole weight that is spread.
+
+    Args:
+        llm: ``...ForCausalLM``, or one with LoRA (whose own weights are there already).
+        folder: of the LLM, or of an exported speech LLM.
+
+    Raises:
+        ConfigError: the directory has no safetensors, or a weight is missing there.
+    """
+    files = _weight_files(Path(folder))
+    loaded: dict[int, nn.Parameter] = {}  # tied parameters stay one
+    for module_name, module in causal_lm(llm).named_modules():
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.is_meta:
+                continue
+            name = own_name(f"{module_name}.{leaf}".lstrip("."))
+            if id(parameter) not in loaded:
+                loaded[id(parameter)] = _read(files, name, parameter, device)
+            setattr(module, leaf, loaded[id(parameter)])
+
+
+def _weight_files(folder: Path) -> dict[str, tuple[Path, str]]:
+    """Name of a weight in the LLM -> the file that holds it, and its name there."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    else:
+        single = folder / "model.safetensors"
+        if not single.is_file():
+            raise ConfigError(f"{folder} has no safetensors weights; tensor parallelism reads no other format.")
+        with safe_open(single, "pt") as file:
+            files = dict.fromkeys(file.keys(), single)
+    return {own_name(name): (file, name) for name, file in files.items()}
+
+
+def own_name(name: str) -> str:
+    """A weight's name in the LLM; in an exported speech LLM it stands under ``llm``, the embedding beside it."""
+    if name.startswith("embed_tokens."):
+        return f"model.{name}"
+    return name.removeprefix("llm.").removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def _read(files: dict[str, tuple[Path, str]], name: str, parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
+    if name not in files:
+        raise ConfigError(f"The LLM's files lack the weight {name} ({len(files)} others are there).")
+    part = part_of(parameter)
+    path, stored = files[name]
+    with safe_open(path, "pt") as file:
+        if part is None:
+            value = file.get_tensor(stored)
+        else:
+            whole = file.get_slice(stored)
+            value = part.of(whole, whole.get_shape()[part.dim])
+        # A part is a view of the mapped file, which would keep more of its pages in memory than are this rank's.
+        value = value.to(device, parameter.dtype, copy=part is not None, memory_format=torch.contiguous_format)
+    new = nn.Parameter(value, requires_grad=parameter.requires_grad)
+    if part is not None:
+        new.tensor_part = part  # type: ignore[attr-defined]
+    return new

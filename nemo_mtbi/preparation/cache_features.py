@@ -1,0 +1,148 @@
+"""Runs the frozen encoder once over a manifest and attaches its features to the cuts.
+
+Files: ``<manifest>.features.bin`` (Lhotse array storage, bfloat16), ``<manifest>.features.jsonl`` (progress) beside the
+manifest, whose lines are then rewritten with ``encoder_features``. A killed run continues; a cut whose audio or encoder
+changed is encoded again.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from lhotse import CutSet
+from lhotse.cut import Cut
+from nemo.collections.speechlm2.modules import AudioPerceptionModule
+from nemo.utils import logging
+from omegaconf import DictConfig
+from torch import Tensor
+from tqdm import tqdm
+
+from nemo_mtbi.config import model_config, plain
+from nemo_mtbi.data.audio import collate_waveforms, mono_samples
+from nemo_mtbi.data.conversation import check_manifest
+from nemo_mtbi.data.feature_cache import FEATURES_FIELD, KEY_FIELD, features_key
+from nemo_mtbi.io import jsonl
+from nemo_mtbi.io.array_storage import RawChunkyWriter
+from nemo_mtbi.models.speech import encode
+from nemo_mtbi.modules.perception import encoder_key, freeze, require_fixed_features, setup_perception
+from nemo_mtbi.pretrained.fingerprint import fingerprint
+from nemo_mtbi.pretrained.offline import resolve_pretrained
+
+
+class FrozenEncoder:
+    """Preprocessor and encoder alone, without the LLM: what fills the feature cache.
+
+    Args:
+        cfg: the ``model`` section of a configuration; its connector and LLM are not built.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        config = model_config(cfg)
+        self.cfg = DictConfig(plain(cfg))
+        self.cfg.pretrained_weights = True
+        self.cfg.perception.modality_adapter = {
+            "_target_": "nemo.collections.speechlm2.modules.perception.IdentityConnector"
+        }
+        self.llm = SimpleNamespace(config=SimpleNamespace(hidden_size=1))
+        self.perception: Any = None
+        setup_perception(self)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.perception = cast(AudioPerceptionModule, self.perception).to(self.device).eval()
+        freeze(self.perception.named_parameters(prefix="perception"), config)
+        require_fixed_features(self.perception)
+        self.perception.encoder.to(getattr(torch, config.encoder_dtype))
+        self.key = encoder_key(
+            self.cfg.perception, fingerprint(resolve_pretrained(config.pretrained_asr)), config.encoder_dtype
+        )
+        self.sampling_rate: int = self.perception.preprocessor.featurizer.sample_rate
+
+    def encode(self, audios: Tensor, audio_lens: Tensor) -> tuple[Tensor, Tensor]:
+        return encode(self.perception, audios.to(self.device), audio_lens.to(self.device))
+
+
+@dataclass
+class CacheReport:
+    """What a run did: utterances encoded now, found in the cache, left out; bytes and hours of speech in the cache."""
+
+    encoded: int = 0
+    cached: int = 0
+    skipped: int = 0
+    bytes: int = 0
+    hours: float = 0.0
+
+
+def cache_features(encoder: FrozenEncoder, manifest: Path, batch_seconds: float = 120.0) -> CacheReport:
+    """Attach encoder features to every cut of a manifest (see the module's description).
+
+    Args:
+        encoder: whose features.
+        manifest: CutSet (.jsonl), rewritten in place under a temporary name.
+        batch_seconds: audio encoded together.
+    """
+    check_manifest(str(manifest))
+    report = CacheReport()
+    cuts = list(CutSet.from_file(manifest))
+    progress = manifest.with_suffix(".features.jsonl")
+    jsonl.repair(progress)
+    arrays = {r["key"]: r["array"] for r in jsonl.read(progress)}
+    keys = {cut.id: features_key(cut, encoder.key) for cut in cuts}
+    missing = [c for c in cuts if keys[c.id] not in arrays]
+    report.cached = len(cuts) - len(missing)
+    with (
+        jsonl.Appender(progress) as out,
+        RawChunkyWriter(manifest.with_suffix(".features.bin")) as writer,
+        tqdm(total=len(missing), desc="encoder features", unit="utt", disable=not missing) as bar,
+    ):
+        for batch in _batches(missing, batch_seconds):
+            for cut, features in _encode(encoder, batch, report):
+                array = writer.store_array(cut.id, features)
+                writer.flush()
+                out.write({"key": keys[cut.id], "array": array.to_dict()})
+                arrays[keys[cut.id]] = array.to_dict()
+                report.encoded += 1
+            bar.update(len(batch))
+    lines = []
+    for cut in cuts:
+        array = arrays.get(keys[cut.id])
+        if array is None:
+            continue
+        report.bytes += 2 * int(np.prod(array["shape"]))
+        report.hours += cut.duration / 3600
+        line = cut.to_dict()
+        line["custom"] = {**line.get("custom", {}), FEATURES_FIELD: array, KEY_FIELD: keys[cut.id]}
+        lines.append(jsonl.dumps(line) + "\n")
+    jsonl.write_text(manifest, "".join(lines))
+    return report
+
+
+def _batches(cuts: list[Cut], seconds: float) -> Iterator[list[Cut]]:
+    batch: list[Cut] = []
+    for cut in sorted(cuts, key=lambda c: c.duration):
+        if batch and cut.duration * (len(batch) + 1) > seconds:
+            yield batch
+            batch = []
+        batch.append(cut)
+    if batch:
+        yield batch
+
+
+def _encode(encoder: FrozenEncoder, cuts: list[Cut], report: CacheReport) -> Iterator[tuple[Cut, torch.Tensor]]:
+    waveforms: list[Any] = []
+    kept: list[Cut] = []
+    for cut in cuts:
+        try:
+            waveforms.append(mono_samples(cut, encoder.sampling_rate))
+            kept.append(cut)
+        except Exception as error:  # one broken recording must not stop the run
+            report.skipped += 1
+            logging.warning(f"{cut.id} left out: {type(error).__name__}: {str(error)[:200]}")
+    if not kept:
+        return
+    audios, lengths = collate_waveforms(waveforms)
+    features, counts = encoder.encode(audios, lengths)
+    for cut, row, count in zip(kept, features, counts.tolist(), strict=True):
+        yield cut, row[:count].to("cpu", torch.bfloat16)

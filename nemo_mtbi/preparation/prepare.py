@@ -1,0 +1,293 @@
+"""Any paired speech and transcripts to Lhotse CutSets with word times, split by speaker.
+
+Files under ``output_dir``: ``cuts.<split>.jsonl`` (for ``generate_targets.py``), ``prepared.jsonl`` (progress: one
+line per finished utterance, so a killed run continues) and ``report.json`` (hours, words, skipped utterances with
+reasons).
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lhotse.cut import Cut
+from lhotse.supervision import AlignmentItem
+from omegaconf import MISSING
+from tqdm import tqdm
+
+from nemo_mtbi.data.audio import mono_samples
+from nemo_mtbi.data.rendering import TimedWord
+from nemo_mtbi.errors import ConfigError, DataError
+from nemo_mtbi.io import jsonl
+from nemo_mtbi.preparation.sentences import read_sentences
+from nemo_mtbi.preparation.sources import READERS, Entry, SourceConfig
+from nemo_mtbi.preparation.word_times import ALIGNER_RATE, Aligner, Unalignable, build_aligner
+
+KINDS = (*READERS, "sentences")
+DEFAULT_SHARES = {"train": 0.8, "held_out": 0.2}
+
+
+@dataclass
+class SplitConfig:
+    """How utterances are split.
+
+    Attributes:
+        by: ``speaker`` (a speaker is in one split only) or ``utterance``.
+        shares: share of the speakers (or utterances) in each split; they sum to 1. Empty: DEFAULT_SHARES (the command
+            line adds to mappings, so a default here could not be replaced).
+        speakers: split of single speakers, by id; wins over the shares.
+        seed: of the hash that decides.
+    """
+
+    by: str = "speaker"
+    shares: dict[str, float] = field(default_factory=dict)
+    speakers: dict[str, str] = field(default_factory=dict)
+    seed: int = 0
+
+    def assign(self, entry: Entry) -> str:
+        """Split of an utterance; stable under adding data."""
+        if entry.split is not None:
+            return entry.split
+        if entry.speaker is not None and entry.speaker in self.speakers:
+            return self.speakers[entry.speaker]
+        key = entry.speaker if self.by == "speaker" and entry.speaker is not None else entry.id
+        digest = hashlib.blake2b(f"{self.seed}/{key}".encode(), digest_size=8).digest()
+        point, total = int.from_bytes(digest, "big") / 2**64, 0.0
+        shares = self.shares or DEFAULT_SHARES
+        for name, share in shares.items():
+            total += share
+            if point < total:
+                return name
+        return list(shares)[-1]
+
+
+@dataclass
+class PrepareConfig:
+    """``conf/prepare.yaml``.
+
+    Attributes:
+        output_dir: where everything goes.
+        sources: see :class:`SourceConfig`.
+        aligner: ``pocketsphinx``, ``none``, a NeMo CTC model, or ``textgrids:FOLDER`` (Montreal Forced Aligner output).
+        unaligned: ``keep`` utterances without word times (they are never interleaved) or ``skip`` them.
+        min_seconds, max_seconds: durations that are kept.
+        max_words_per_second: transcripts that are longer cannot belong to their audio.
+        split: see :class:`SplitConfig`.
+    """
+
+    output_dir: str = MISSING
+    sources: list[SourceConfig] = MISSING
+    aligner: str = "pocketsphinx"
+    unaligned: str = "keep"
+    min_seconds: float = 0.2
+    max_seconds: float = 600.0
+    max_words_per_second: float = 8.0
+    split: SplitConfig = field(default_factory=SplitConfig)
+
+
+class Skip(Exception):
+    """The reason why an utterance is left out."""
+
+
+class Preparation:
+    """Runs the step for a :class:`PrepareConfig`."""
+
+    def __init__(self, config: PrepareConfig) -> None:
+        if not config.sources:
+            raise ConfigError("prepare: sources is empty; name at least one (cuts, shar, nemo, tsv, folder, ...).")
+        for source in config.sources:
+            if source.kind not in KINDS:
+                raise ConfigError(f"Unknown source kind {source.kind!r}. Known kinds: {', '.join(KINDS)}.")
+        if config.unaligned not in ("keep", "skip"):
+            raise ConfigError(f"unaligned={config.unaligned!r}: use keep or skip.")
+        if abs(sum((config.split.shares or DEFAULT_SHARES).values()) - 1) > 1e-6 or config.split.by not in (
+            "speaker",
+            "utterance",
+        ):
+            raise ConfigError(
+                f"split: shares {config.split.shares} must sum to 1, and by must be speaker or utterance."
+            )
+        self.config = config
+        self.folder = Path(config.output_dir)
+        self._aligner: Aligner | None = None
+        self.textgrids = (
+            Path(config.aligner.removeprefix("textgrids:")) if config.aligner.startswith("textgrids:") else None
+        )
+        if self.textgrids is not None and not self.textgrids.is_dir():
+            raise DataError(f"aligner: {self.textgrids} is not a folder of TextGrid files.")
+
+    @property
+    def aligner(self) -> Aligner | None:
+        if self._aligner is None and self.textgrids is None:
+            self._aligner = build_aligner(self.config.aligner)
+        return self._aligner
+
+    def run(self) -> dict[str, Path]:
+        """Prepare what is missing; returns the written manifests by split.
+
+        Raises:
+            DataError: a source is missing or empty, or no utterance is left.
+        """
+        progress = self.folder / "prepared.jsonl"
+        settings = self._settings_key()
+        with jsonl.Appender(progress) as out:
+            done = {r["id"]: r for r in jsonl.read(progress) if r.get("settings") == settings}
+            entries = list(self._entries())
+            duplicates = [i for i, n in Counter(e.id for e in entries).items() if n > 1]
+            if duplicates:
+                raise DataError(
+                    f"Utterance id {duplicates[0]} occurs twice ({len(duplicates)} such). Give the sources names."
+                )
+            # A changed transcript is prepared again, and a skipped utterance is tried again.
+            stale = {
+                e.id for e in entries if e.id in done and ("skipped" in done[e.id] or done[e.id].get("text") != e.text)
+            }
+            todo = [e for e in entries if e.id not in done or e.id in stale]
+            for entry in tqdm(todo, desc="prepare", unit="utt", disable=not todo):
+                record: dict[str, Any] = {"id": entry.id, "settings": settings, "text": entry.text}
+                try:
+                    cut, unaligned = self._prepare(entry)
+                    record |= {"cut": cut.to_dict(), "unaligned": unaligned}
+                except Skip as skip:
+                    record["skipped"] = str(skip)
+                out.write(record)
+                done[entry.id] = record
+        return self._write([(self.config.split.assign(e), done[e.id]) for e in entries])
+
+    def _settings_key(self) -> str:
+        c = self.config
+        return json.dumps([c.aligner, c.unaligned, c.min_seconds, c.max_seconds, c.max_words_per_second])
+
+    def _entries(self) -> Iterator[Entry]:
+        for source in self.config.sources:
+            yield from (
+                read_sentences(source, self.folder) if source.kind == "sentences" else READERS[source.kind](source)
+            )
+
+    def _prepare(self, entry: Entry) -> tuple[Cut, str | None]:
+        """The cut with word times, and why it has none."""
+        if not entry.text.strip():
+            raise Skip("empty transcript")
+        try:
+            cut = entry.load()
+        except Exception as error:  # one broken recording among a million must not stop the run
+            raise Skip(f"unreadable audio: {_first_line(error)}") from None
+        c = self.config
+        if not c.min_seconds <= cut.duration <= c.max_seconds:
+            raise Skip(f"duration outside [{c.min_seconds}, {c.max_seconds}] s")
+        if len(entry.text.split()) / cut.duration > c.max_words_per_second:
+            raise Skip(f"more than {c.max_words_per_second} words a second: transcript and audio cannot match")
+        try:
+            cut = self._on_disk(cut)
+            samples = self._samples(cut)
+        except Exception as error:
+            raise Skip(f"unreadable audio: {_first_line(error)}") from None
+        if all((s.alignment or {}).get("word") for s in cut.supervisions):
+            return cut, None
+        try:
+            words = self._align(cut, entry, samples)
+        except Unalignable as reason:
+            if c.unaligned == "skip":
+                raise Skip(f"unalignable: {reason}") from None
+            return cut, str(reason)
+        supervision = cut.supervisions[0]
+        supervision.alignment = {
+            "word": [
+                AlignmentItem(w.text, w.start_seconds, round(w.end_seconds - w.start_seconds, 8))
+                for w in words
+                if w.start_seconds is not None and w.end_seconds is not None
+            ]
+        }
+        return cut, None
+
+    def _on_disk(self, cut: Cut) -> Cut:
+        """Audio that a Shar brought in memory becomes a FLAC file, since manifests refer to files."""
+        if any(source.type in ("memory", "shar") for source in cut.recording.sources):
+            path = self.folder / "audio" / f"{cut.id.replace('/', '-')}.flac"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cut = cut.save_audio(str(path))
+            # Shar notes where a cut came from as a Path, which is no JSON.
+            cut.custom = {k: str(v) if isinstance(v, Path) else v for k, v in (cut.custom or {}).items()}
+        return cut
+
+    def _samples(self, cut: Cut) -> np.ndarray:
+        mono = mono_samples(cut, ALIGNER_RATE)
+        if not len(mono):
+            raise ValueError("no samples")
+        return mono
+
+    def _align(self, cut: Cut, entry: Entry, samples: np.ndarray) -> list[TimedWord]:
+        if self.textgrids is not None:
+            return read_textgrid(self.textgrids, cut)
+        if self.aligner is None:
+            raise Unalignable("no aligner is configured")
+        return self.aligner.align(samples, entry.text)
+
+    def _write(self, records: list[tuple[str, dict[str, Any]]]) -> dict[str, Path]:
+        lines: dict[str, list[str]] = {}
+        report: dict[str, Any] = {"splits": {}}
+        skipped: Counter[str] = Counter()
+        unaligned: Counter[str] = Counter()
+        for split, record in records:
+            if "skipped" in record:
+                skipped[record["skipped"]] += 1
+                continue
+            cut = record["cut"]
+            stats = report["splits"].setdefault(split, {"utterances": 0, "hours": 0.0, "words": 0, "speakers": []})
+            stats["utterances"] += 1
+            stats["hours"] += cut["duration"] / 3600
+            stats["words"] += sum(len(s.get("text", "").split()) for s in cut["supervisions"])
+            speakers = {s["speaker"] for s in cut["supervisions"] if s.get("speaker")}
+            stats["speakers"] = sorted({*stats["speakers"], *speakers})
+            if record.get("unaligned"):
+                unaligned[record["unaligned"]] += 1
+            lines.setdefault(split, []).append(jsonl.dumps(record["cut"]) + "\n")
+        report |= {
+            "skipped": sum(skipped.values()),
+            "skipped_reasons": dict(skipped.most_common()),
+            "without_word_times": sum(unaligned.values()),
+            "without_word_times_reasons": dict(unaligned.most_common(50)),
+        }
+        jsonl.write_json(self.folder / "report.json", report)
+        if not lines:
+            raise DataError(
+                f"No utterance is left: all {sum(skipped.values())} were skipped, most often for "
+                f"{skipped.most_common(1)[0][0]!r}. See {self.folder / 'report.json'}."
+                if skipped
+                else "The sources hold no utterance."
+            )
+        written = {}
+        for old in self.folder.glob("cuts.*.jsonl"):
+            if not old.name.endswith(".features.jsonl") and old.name.split(".")[1] not in lines:
+                old.unlink()
+        for split, rows in lines.items():
+            written[split] = self.folder / f"cuts.{split}.jsonl"
+            jsonl.write_text(written[split], "".join(rows))
+        return written
+
+
+def read_textgrid(folder: Path, cut: Cut) -> list[TimedWord]:
+    """Word tier of ``<cut id>.TextGrid`` or ``<audio stem>.TextGrid``, as the Montreal Forced Aligner writes it."""
+    import re
+
+    stems = [cut.id, Path(str(cut.recording.sources[0].source)).stem]
+    file = next((f for s in stems for f in folder.rglob(f"{s}.TextGrid")), None)
+    if file is None:
+        raise Unalignable(f"no TextGrid for {stems[0]}")
+    text = file.read_text(encoding="utf-8")
+    tier = re.search(r'name = "words".*?(?=\n\s*item \[|\Z)', text, re.DOTALL)
+    if tier is None:
+        raise Unalignable(f"{file.name} has no tier named words")
+    pattern = r'xmin = ([\d.]+)\s+xmax = ([\d.]+)\s+text = "([^"]*)"'
+    return [
+        TimedWord(w, float(a), float(b)) for a, b, w in re.findall(pattern, tier.group()) if w and not w.startswith("<")
+    ]
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]

@@ -1,0 +1,109 @@
+"""Word times by forced alignment.
+
+An aligner gives one :class:`TimedWord` per word of the transcript, or says why not.
+"""
+
+import re
+from typing import Any, Protocol
+
+import numpy as np
+
+from nemo_mtbi.data.rendering import TimedWord
+from nemo_mtbi.errors import ConfigError
+
+ALIGNER_RATE = 16_000
+
+
+class Unalignable(Exception):
+    """The reason why an utterance has no word times."""
+
+
+class Aligner(Protocol):
+    """``align`` takes float32 mono samples at 16 kHz and the transcript.
+
+    Raises:
+        Unalignable: with the reason.
+    """
+
+    def align(self, samples: np.ndarray, transcript: str) -> list[TimedWord]: ...
+
+
+class PocketSphinxAligner:
+    """CMU PocketSphinx (BSD): offline, English, 0.01 x real time. Words outside its dictionary get no times.
+
+    Unknown words are left out of the aligned text; their neighbours keep their times.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from pocketsphinx import Decoder
+        except ImportError:
+            raise ConfigError("aligner=pocketsphinx needs `pip install nemo-mtbi[align]`.") from None
+        self.decoder: Any = Decoder(lm=None, samprate=ALIGNER_RATE, loglevel="FATAL", bestpath=False)
+
+    def align(self, samples: np.ndarray, transcript: str) -> list[TimedWord]:
+        words = transcript.split()
+        keys = [re.sub(r"[^a-z']", "", w.lower()).strip("'") for w in words]
+        known = [(i, k) for i, k in enumerate(keys) if k and self.decoder.lookup_word(k)]
+        if not known:
+            raise Unalignable("no word of the transcript is in PocketSphinx's dictionary")
+        if len(known) < 0.5 * len(words):
+            raise Unalignable(f"{len(words) - len(known)} of {len(words)} words are not in PocketSphinx's dictionary")
+        pcm = (np.clip(samples, -1, 1) * 32767).astype(np.int16).tobytes()
+        try:
+            self.decoder.set_align_text(" ".join(k for _, k in known))
+            self.decoder.start_utt()
+            self.decoder.process_raw(pcm, full_utt=True)
+            self.decoder.end_utt()
+        except RuntimeError as error:
+            raise Unalignable(f"PocketSphinx: {error}") from None
+        segments = [s for s in self.decoder.seg() or [] if not s.word.startswith(("<", "[", "+"))]
+        if len(segments) != len(known):
+            raise Unalignable("the transcript does not fit the audio")
+        times = [TimedWord(w) for w in words]
+        rate = 100  # PocketSphinx frames per second
+        for (index, _), segment in zip(known, segments, strict=True):
+            times[index] = TimedWord(words[index], segment.start_frame / rate, (segment.end_frame + 1) / rate)
+        return times
+
+
+class NeMoCTCAligner:
+    """NeMo's forced-alignment utilities (as its ``ForceAligner`` uses them) with a CTC or hybrid model.
+
+    Args:
+        model: NeMo ASR model, name or .nemo.
+    """
+
+    def __init__(self, model: str) -> None:
+        from nemo.collections.asr.models import ASRModel
+
+        self.model = (ASRModel.restore_from if model.endswith(".nemo") else ASRModel.from_pretrained)(model).eval()
+        self.seconds = self.model.cfg.preprocessor.window_stride * self.model.encoder.subsampling_factor
+
+    def align(self, samples: np.ndarray, transcript: str) -> list[TimedWord]:
+        from nemo.collections.asr.parts.utils import aligner_utils as nemo
+
+        variables = nemo.get_batch_variables(
+            audio=[samples],
+            model=self.model,
+            gt_text_batch=[transcript],
+            output_timestep_duration=self.seconds,
+            verbose=False,
+        )
+        log_probs, tokens, frames, token_counts, utterances, seconds = variables
+        if int(token_counts[0]) <= 1:  # NeMo leaves one blank of a transcript that does not fit
+            raise Unalignable("NeMo found more tokens in the transcript than frames in the audio")
+        path = nemo.viterbi_decoding(log_probs, tokens, frames, token_counts, self.model.device)[0]
+        utterance = nemo.add_t_start_end_to_utt_obj(utterances[0], path, seconds)
+        words = [w for s in utterance.segments_and_tokens if isinstance(s, nemo.Segment) for w in s.words_and_tokens]
+        return [TimedWord(w.text, w.t_start, w.t_end) for w in words if isinstance(w, nemo.Word)]
+
+
+def build_aligner(name: str | None) -> Aligner | None:
+    """``pocketsphinx``, a NeMo CTC model name or .nemo path, or None for no alignment."""
+    if name in (None, "none"):
+        return None
+    if name == "pocketsphinx":
+        return PocketSphinxAligner()
+    assert name is not None
+    return NeMoCTCAligner(name)

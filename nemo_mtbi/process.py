@@ -1,0 +1,28 @@
+"""Settings of the process for work on CPUs."""
+
+import ctypes
+import sys
+
+import torch
+
+# glibc's mallopt parameters (malloc.h)
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+LARGEST_THRESHOLD = 32 * 2**20  # glibc accepts no more; larger blocks stay mapped, which also limits fragmentation
+
+
+def tune(threads: int | None = None) -> None:
+    """Number of PyTorch threads (None: its own choice), and a heap that keeps what it has.
+
+    Large temporaries are otherwise mapped, page-faulted and unmapped at every operation, which takes a good part of
+    the loss's time. GPU memory is not concerned.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if sys.platform == "linux" and not torch.cuda.is_available():
+        try:
+            mallopt = ctypes.CDLL("libc.so.6").mallopt
+        except (OSError, AttributeError):  # musl and others
+            return
+        mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_TOP_PAD, 2**27)

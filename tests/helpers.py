@@ -1,0 +1,80 @@
+"""Batches over noise, and the gradients of one optimizer step, for tests of tiny models."""
+
+import copy
+
+import torch
+
+from nemo_mtbi.data.example import Example
+from nemo_mtbi.data.interleaving import Word, timeline
+from nemo_mtbi.models import MTBISALM
+
+SECONDS = 1.2
+
+
+def build(config, **changes):
+    torch.manual_seed(0)
+    config = copy.deepcopy(config)
+    for key, value in changes.items():
+        config[key] = {**config.get(key, {}), **value} if isinstance(value, dict) else value
+    return MTBISALM(config)
+
+
+def make_batch(model, count, seed=0):
+    """``count`` examples over noise, with prompts and answers of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    examples = []
+    for index in range(count):
+        prompt = torch.randint(100, 4000, (9 + index % 3,), generator=generator).tolist()
+        words = [Word(3 + i, 4 + i, 0.2 * i, 0.2 * i + 0.15) for i in range(4)]
+        answer = [*torch.randint(100, 4000, (2 + index % 4,), generator=generator).tolist(), 2]
+        examples.append(
+            Example(
+                f"utt{index}", 0, "repeat", f"p{index}", prompt, timeline(words, SECONDS), answer, SECONDS, "one two"
+            )
+        )
+    audio = 0.1 * torch.randn(count, round(SECONDS * 16000), generator=generator)
+    return {"examples": examples, "audios": audio, "audio_lens": torch.full((count,), audio.shape[1])}
+
+
+def split(batch, sizes):
+    parts, begin = [], 0
+    for size in sizes:
+        rows = slice(begin, begin + size)
+        parts.append(
+            {
+                "examples": batch["examples"][rows],
+                "audios": batch["audios"][rows],
+                "audio_lens": batch["audio_lens"][rows],
+            }
+        )
+        begin += size
+    return parts
+
+
+class OneStepTrainer:
+    """What ``on_before_optimizer_step`` reads of Lightning's trainer."""
+
+    def __init__(self, accumulate):
+        self.accumulate_grad_batches = accumulate
+        self.global_step = 0
+
+
+def gradients(model, parts):
+    """Connector gradients of one optimizer step over micro-batches, as Lightning would accumulate them."""
+    model.zero_grad(set_to_none=True)
+    model.log = model.log_dict = lambda *args, **kwargs: None
+    model._trainer = OneStepTrainer(len(parts))
+    model.train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    for part in parts:
+        (model.training_step(part, 0)["loss"] / len(parts)).backward()
+    model.on_before_optimizer_step(optimizer)
+    model._trainer = None
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(got, expected, tolerance=1e-4):
+    """Every gradient within ``tolerance`` of the expected one's norm."""
+    assert got.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert float((got[name] - gradient).norm()) <= tolerance * float(gradient.norm()), name

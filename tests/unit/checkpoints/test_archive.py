@@ -1,0 +1,73 @@
+"""Exports: complete, readable, and refused where damaged, foreign or hostile."""
+
+import io
+import json
+import tarfile
+
+import pytest
+
+from nemo_mtbi.checkpoints.archive import save_directory
+from nemo_mtbi.checkpoints.round_trip import max_abs_logit_difference
+from nemo_mtbi.errors import CheckpointError
+from nemo_mtbi.models import MTBISALM
+
+pytestmark = pytest.mark.unit
+
+
+def test_exports_need_nothing_else_and_compute_the_same(exported):
+    model, nemo, hf = exported
+    for source in (nemo, hf):
+        other = MTBISALM.restore_from(source)
+        assert max_abs_logit_difference(model, other) < 1e-5
+        assert other.perception.modality_adapter.vocabulary.token_ids == list(range(300, 309))
+        assert other.encoder_key == model.encoder_key
+    assert max_abs_logit_difference(model, MTBISALM.from_pretrained(str(hf))) < 1e-5
+    assert not any(f.suffix in (".bin", ".pt", ".ckpt", ".pkl") for f in hf.rglob("*"))
+
+
+def test_damaged_and_foreign_archives_are_refused(exported, tmp_path):
+    _, nemo, hf = exported
+    data = nemo.read_bytes()
+    (tmp_path / "cut.nemo").write_bytes(data[: len(data) // 2])
+    (tmp_path / "text.nemo").write_text("hello")
+    with tarfile.open(tmp_path / "asr.nemo", "w") as tar:
+        tar.add(hf / "config.json", "model_config.yaml")
+    for name, message in (
+        ("cut", "damaged|truncated"),
+        ("text", "damaged"),
+        ("asr", "another kind"),
+        ("none", "no file"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            MTBISALM.restore_from(tmp_path / f"{name}.nemo")
+    with pytest.raises(CheckpointError, match="not empty"):
+        save_directory(exported[0], hf)
+
+
+@pytest.mark.parametrize("name", ["../escape.txt", "/tmp/escape_mtbi.txt", "link"])
+def test_hostile_archives_write_nothing_outside(exported, tmp_path, name):
+    _, nemo, _ = exported
+    evil = tmp_path / "evil.nemo"
+    with tarfile.open(nemo) as source, tarfile.open(evil, "w") as tar:
+        for member in source.getmembers():
+            tar.addfile(member, source.extractfile(member))
+        info = tarfile.TarInfo(name)
+        if name == "link":
+            info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            tar.addfile(info)
+        else:
+            info.size = 4
+            tar.addfile(info, io.BytesIO(b"evil"))
+    with pytest.raises(CheckpointError, match="unsafe"):
+        MTBISALM.restore_from(evil)
+    assert not (tmp_path / "escape.txt").exists()
+
+
+def test_an_export_cannot_ask_for_remote_code(exported, tmp_path):
+    import shutil
+
+    shutil.copytree(exported[2], tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "trust_remote_code": True}))
+    with pytest.raises(CheckpointError, match="trust_remote_code"):
+        MTBISALM.restore_from(tmp_path / "hf")

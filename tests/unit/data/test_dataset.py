@@ -1,0 +1,98 @@
+"""The batch contract: audio, cached features, teacher, refusals."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from lhotse import CutSet
+from nemo.collections.common.tokenizers import AutoTokenizer
+from omegaconf import OmegaConf
+
+from nemo_mtbi import models as models
+from nemo_mtbi.data.conversation import read_mtbi
+from nemo_mtbi.data.dataset import MTBIDataset
+from nemo_mtbi.errors import DataError
+from nemo_mtbi.io.array_storage import RawChunkyWriter
+from nemo_mtbi.targets.config import TargetsConfig
+from nemo_mtbi.targets.generate import TargetGenerator
+from tests.unit.data_helpers import conversations, target
+
+pytestmark = pytest.mark.unit
+
+
+def test_batch_contract_and_a_broken_recording(manifest, smollm2, tmp_path):
+    dataset = MTBIDataset(AutoTokenizer(smollm2, use_fast=True), "chatml")
+    items = conversations(manifest)
+    batch = dataset[CutSet(items)]
+    assert batch["audios"].shape == (3, 35200) and batch["audio_lens"].tolist() == [16000, 24000, 35200]
+    assert [e.transcript for e in batch["examples"]] == ["one two three"] * 3
+    (tmp_path / "1.wav").write_text("no audio any more")
+    batch = dataset[CutSet(items)]
+    assert [e.id.split("/")[0] for e in batch["examples"]] == ["utt0", "utt2"] and batch["audios"].shape[0] == 2
+
+
+def test_same_cut_with_several_targets_in_one_batch(manifest, smollm2):
+    dataset = MTBIDataset(AutoTokenizer(smollm2, use_fast=True), "chatml")
+    batch = dataset[CutSet(conversations(manifest, every_target=True))]
+    assert len(batch["examples"]) == 6 == batch["audios"].shape[0]
+
+
+def test_targets_as_shar_give_the_same_batches(manifest, tiny_llm, tmp_path):
+    """Audio, targets and the teacher's top-k from Lhotse Shar as from the manifest; a broken recording stays out."""
+    config = TargetsConfig(
+        cuts={"train": str(manifest)},
+        output_dir=str(tmp_path / "targets"),
+        llm=tiny_llm,
+        dtype="float32",
+        prompt_format="chatml",
+        task_names=["repeat", "about"],
+        filters=["empty"],
+        max_new_tokens=6,
+        top_k=4,
+        shar_dir=str(tmp_path / "shar"),
+        shar_size=2,
+    )
+    (tmp_path / "1.wav").write_text("no audio")
+    written = TargetGenerator(config).run()["train"]
+
+    def batch(**source):
+        entry = {"every_target": True, "audio_locator_tag": "<|audio|>", "force_finite": True, **source}
+        items = list(read_mtbi(OmegaConf.create(entry))[0])
+        dataset = MTBIDataset(AutoTokenizer(tiny_llm, use_fast=True), "chatml", teacher_temperature=1.0)
+        return dataset[CutSet(sorted(items, key=lambda c: c.id))]
+
+    from_manifest, from_shar = batch(cuts_path=str(written)), batch(shar_path=str(tmp_path / "shar" / "train"))
+    assert [e.id for e in from_shar["examples"]] == [e.id for e in from_manifest["examples"]]
+    assert len(from_shar["examples"]) == 4
+    for key in ("audio_lens", "teacher_ids", "teacher_log_probs"):
+        assert torch.equal(from_shar[key], from_manifest[key]), key
+    assert torch.allclose(from_shar["audios"], from_manifest["audios"], atol=1e-4)
+
+
+def test_teacher_of_another_temperature_or_length_is_refused(manifest, smollm2, tmp_path):
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    writer = RawChunkyWriter(tmp_path / "t.bin")
+    for row in rows:
+        row["custom"]["targets"] = [target("repeat", 1, teacher_begin=0, teacher_temperature=1.0).to_dict()]
+        for name, value in (
+            ("teacher_ids", np.zeros((2, 4), np.int32)),
+            ("teacher_log_probs", np.zeros((2, 4), np.float16)),
+        ):
+            row["custom"][name] = writer.store_array("", value).to_dict()
+    writer.close()
+    manifest.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    tokenizer = AutoTokenizer(smollm2, use_fast=True)
+    with pytest.raises(DataError, match="stored at temperature 1.0"):
+        MTBIDataset(tokenizer, "chatml", teacher_temperature=2.0)[CutSet(conversations(manifest))]
+    with pytest.raises(DataError, match=r"utt0/.*\(2 rows\) belong to another answer than its 3"):
+        MTBIDataset(tokenizer, "chatml", teacher_temperature=1.0)[CutSet(conversations(manifest))]
+
+
+def test_answers_given_under_another_rendering_are_refused(manifest, smollm2):
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    for row in rows:
+        row["custom"]["targets"] = [target("repeat", 1, rendering="llama3/after/abc").to_dict()]
+    manifest.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with pytest.raises(DataError, match="given under llama3/after/abc.*this model has chatml/after/def"):
+        MTBIDataset(AutoTokenizer(smollm2, use_fast=True), "chatml", llm_key="def")[CutSet(conversations(manifest))]

@@ -1,0 +1,119 @@
+"""Which words are text: every word once, shares, spans, seeds, schedules."""
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemo_mtbi.data.interleaving import InterleavingPolicy, Schedule, SpeechSpan, Word, merge, timeline
+from nemo_mtbi.errors import ConfigError
+
+pytestmark = pytest.mark.unit
+
+
+@st.composite
+def utterances(draw):
+    """Words with gaps, overlaps, missing times, times outside the audio, and tokens that cross words."""
+    count = draw(st.integers(1, 25))
+    duration = draw(st.floats(0.3, 20))
+    words, token = [], draw(st.integers(0, 5))
+    for _ in range(count):
+        size = draw(st.integers(1, 3))
+        timed = draw(st.booleans())
+        start = draw(st.floats(-1, 25)) if timed else None
+        end = start + draw(st.floats(-0.1, 1)) if start is not None else None
+        words.append(Word(token, token + size, start, end, draw(st.booleans())))
+        token += size
+    return words, duration
+
+
+def even_units(count):
+    return timeline([Word(i, i + 1, float(i), i + 0.9) for i in range(count)], float(count))
+
+
+@given(utterances(), st.floats(0, 1), st.floats(1, 6), st.integers(0, 5))
+@settings(max_examples=200, deadline=None)
+def test_every_word_and_moment_exactly_once(utterance, share, span, seed):
+    words, duration = utterance
+    units = timeline(words, duration)
+    assert units[0].start_seconds == 0 and units[-1].end_seconds == duration
+    assert units[0].token_begin == words[0].token_begin and units[-1].token_end == words[-1].token_end
+    assert sum(u.words for u in units) == len(words)
+    for before, after in zip(units, units[1:], strict=False):
+        assert before.token_end == after.token_begin and before.end_seconds == after.start_seconds
+        assert before.start_seconds < before.end_seconds
+    plan = InterleavingPolicy(1.0, share, span, seed=seed).plan(units, "key", 0, 0)
+    tokens, time = [], 0.0
+    for piece in merge(units, plan, audio=0):
+        if isinstance(piece, SpeechSpan):
+            assert piece.start_seconds >= time
+            time = piece.end_seconds
+        else:
+            tokens += range(*piece)
+    spoken = [t for u, text in zip(units, plan, strict=True) if not text for t in range(u.token_begin, u.token_end)]
+    assert sorted(tokens + spoken) == list(range(words[0].token_begin, words[-1].token_end))
+    assert tokens == sorted(tokens)
+
+
+@pytest.mark.parametrize("distribution", ["geometric", "uniform", "fixed"])
+def test_share_and_span_length_are_what_was_asked_for(distribution):
+    policy = InterleavingPolicy(1.0, 0.4, 3.0, distribution)
+    units = even_units(40)
+    text, spans = 0, 0
+    for visit in range(300):
+        plan = policy.plan(units, "utt", visit, 0)
+        text += sum(plan)
+        spans += sum(a and not b for a, b in zip([*plan, False], [False, *plan], strict=True))
+    assert text / (300 * 40) == pytest.approx(0.4, abs=0.04)
+    assert text / spans == pytest.approx(3.0, rel=0.15)  # spans are cut short by the ends of the utterance
+
+
+def test_plans_depend_on_seed_example_and_visit_only():
+    units, policy = even_units(30), InterleavingPolicy(0.9, 0.5)
+    assert policy.plan(units, "a", 3, 0) == policy.plan(units, "a", 3, 0)
+    others = [policy.plan(units, "a", v, 0) for v in range(8)] + [policy.plan(units, "b", 3, 0)]
+    assert len({tuple(p) for p in others}) > 5
+
+
+def test_share_zero_and_one():
+    units = even_units(10)
+    assert not any(InterleavingPolicy(1.0, 0.0).plan(units, "a", 0, 0))
+    assert all(InterleavingPolicy(1.0, 1.0).plan(units, "a", 0, 0))
+    assert not any(InterleavingPolicy(0.0, 1.0).plan(units, "a", 0, 0))
+
+
+def test_schedule_moves_towards_pure_speech():
+    schedule = Schedule({0: 1.0, 100: 0.2})
+    assert [schedule(s) for s in (0, 50, 100, 1000)] == pytest.approx([1.0, 0.6, 0.2, 0.2])
+    policy = InterleavingPolicy(1.0, 1.0, schedule=Schedule({0: 1.0, 10: 0.0}))
+    units = even_units(3)
+    assert all(policy.plan(units, "a", 0, 0)) and not any(policy.plan(units, "a", 0, 10))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"probability": 1.5},
+        {"text_share": -0.1},
+        {"span_words": 0.5},
+        {"span_distribution": "normal"},
+        {"level": "token"},
+    ],
+)
+def test_bad_policies_are_refused(values):
+    with pytest.raises(ConfigError, match="interleaving"):
+        InterleavingPolicy(**values)
+
+
+def test_bad_schedule_is_refused():
+    with pytest.raises(ConfigError, match="schedule"):
+        Schedule({-1: 1.0})
+    assert math.isclose(Schedule()(10**6), 1.0)
+
+
+@pytest.mark.parametrize("share", [0.8, 0.9])
+def test_large_shares_are_reached(share):
+    policy, units = InterleavingPolicy(1.0, share, 3.0), even_units(60)
+    text = sum(sum(policy.plan(units, "utt", v, 0)) for v in range(300))
+    assert text / (300 * 60) == pytest.approx(share, abs=0.04)

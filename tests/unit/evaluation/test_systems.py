@@ -1,0 +1,68 @@
+"""Systems behind one interface."""
+
+import copy
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from transformers import AutoModelForCausalLM
+
+from nemo_mtbi.checkpoints.archive import save_directory
+from nemo_mtbi.evaluation.systems import SystemBatch, TextLLM, TextSystem, against_the_text_llm, log_likelihoods
+from nemo_mtbi.models import MTBISALM
+from tests.helpers import make_batch
+from tests.unit.nemo_helpers import ADAPTERS
+
+pytestmark = pytest.mark.unit
+
+
+def test_any_salm_is_a_system_of_the_benchmark(tiny_config, nemo_asr, tmp_path):
+    """A stock SALM answers the benchmark's questions; an unreadable recording is left out."""
+    from lhotse import CutSet
+
+    from nemo_mtbi.data.target import TARGETS_FIELD, Target
+    from nemo_mtbi.evaluation.predictions import Predictions
+    from nemo_mtbi.evaluation.systems import EvaluationSet, SALMSystem
+    from nemo_mtbi.preparation.sources import utterance_cut
+
+    config = {
+        **copy.deepcopy(tiny_config),
+        "pretrained_asr": nemo_asr,
+        "perception": {"modality_adapter": ADAPTERS["nemo"]},
+    }
+    ours = MTBISALM(config).eval()
+    system = SALMSystem(str(save_directory(ours, tmp_path / "hf")))
+    target = Target("", "qa", "qa-0", "What is it?", "a tone", [300, 2]).to_dict()
+    cuts = []
+    for name in ("good", "bad"):
+        soundfile.write(tmp_path / f"{name}.wav", 0.1 * np.random.default_rng(0).standard_normal(16000), 16000)
+        cuts.append(utterance_cut(name, tmp_path / f"{name}.wav", "beep", None, "en", {TARGETS_FIELD: [target]}))
+    (tmp_path / "bad.wav").write_bytes(b"")
+    questions = EvaluationSet(ours, CutSet.from_cuts(cuts), cached_features=False)
+    predictions = Predictions(tmp_path / "salm", "key", lambda c: ["a", "b"], lambda c: 4, 2)
+    (record,) = predictions.predict("set", ours, system, questions).values()
+    assert record["utterance"] == "good" and isinstance(record["answer"], str)
+    assert record["choice"] is None and "agreed" not in record
+
+
+def test_teacher_forced_scores_equal_transformers_and_keep_ids_in_bfloat16(tiny_config):
+    model = MTBISALM(copy.deepcopy(tiny_config)).eval()
+    reading = SystemBatch([], make_batch(model, 2)["examples"], None)
+    reading.inputs = [e.prompt_ids for e in reading.examples]
+    system = TextSystem(model, None)
+    responses = [[999, 1001, 2], [48_999, 2]]  # bfloat16 would round them
+    with torch.no_grad():
+        found = log_likelihoods(model, system, reading, responses)
+        llm = AutoModelForCausalLM.from_pretrained(tiny_config["pretrained_llm"], dtype=torch.float32).eval()
+        for value, example, response in zip(found, reading.examples, responses, strict=True):
+            ids = torch.tensor([example.prompt_ids + response])
+            log_probs = llm(ids).logits[0].log_softmax(-1)[len(example.prompt_ids) - 1 : -1]
+            assert value == pytest.approx(float(log_probs.gather(1, torch.tensor(response)[:, None]).sum()), rel=1e-4)
+        low = MTBISALM({**copy.deepcopy(tiny_config), "llm_dtype": "bfloat16"}).eval()
+        assert log_likelihoods(low, TextSystem(low, None), reading, responses) == pytest.approx(found, rel=0.02)
+        text_llm = TextLLM()
+        forced, again = (against_the_text_llm(low, TextSystem(low, None), reading, text_llm) for _ in range(2))
+    assert len(text_llm.kept) == 2 and forced == again  # the second system reads the states that were kept
+    assert [f.tokens for f in forced] == [len(e.response_ids) for e in reading.examples]
+    assert all(f.kl == pytest.approx(0, abs=1e-3) for f in forced)  # the topline against itself

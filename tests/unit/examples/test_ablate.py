@@ -1,0 +1,51 @@
+"""Ablation variants as command lines."""
+
+import importlib
+import json
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from nemo_mtbi.cli import CONF
+from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.examples.ablate import finished, subset, tasks_of, train_overrides
+
+pytestmark = pytest.mark.unit
+
+
+def test_ablation_variants_as_command_lines(tmp_path):
+    targets = [{"id": f"c{i}", "custom": {"targets": [{"task": "repeat"}, {"task": "about"}]}} for i in range(200)]
+    manifest = tmp_path / "train.jsonl"
+    manifest.write_text("".join(json.dumps(t) + "\n" for t in targets))
+    assert tasks_of(manifest) == {"repeat", "about"}
+    half, quarter = (subset(manifest, tmp_path / "data", share) for share in (0.5, 0.25))
+    assert set(quarter.read_text().splitlines()) < set(half.read_text().splitlines())
+    assert 0.4 < len(half.read_text().splitlines()) / 200 < 0.6
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        cfg = compose(
+            "ablate",
+            [
+                f"output_dir={tmp_path}",
+                "warm_start=w@alignment",
+                "cuts={a: b}",
+                f"targets={{train: {manifest}, validation: v}}",
+            ],
+        )
+        importlib.import_module("nemo_mtbi.examples.train")
+        for name, variant in cfg.variants.items():
+            overrides = train_overrides(cfg, OmegaConf.to_container(variant), tmp_path / name, 3)
+            own = compose("train", overrides)
+            assert (
+                own.seed == 3
+                and own.trainer.max_steps == 150
+                and own.init_from == (None if name == "no_warm_start" else "w@alignment")
+            )
+            if name == "continuation_only":
+                assert own.data.train_ds.input_cfg[0].tasks == ["continuation"]
+            if name == "data_1_4":
+                assert own.data.train_ds.input_cfg[0].cuts_path == str(quarter)
+    run = tmp_path / "full"
+    assert not finished(run, ["a=1"]) and not finished(run, ["a=1"])
+    with pytest.raises(ConfigError, match="other settings"):
+        finished(run, ["a=2"])

@@ -1,0 +1,169 @@
+"""One step of MTBISALM on tiny random parts: batches, objective, normalization, what is trained."""
+
+import pytest
+import torch
+from nemo.collections.speechlm2.models.salm import SALM
+
+from nemo_mtbi.checkpoints.run_directory import RunDirectory
+from nemo_mtbi.errors import CheckpointError, ConfigError
+from tests.helpers import assert_same, build, gradients, make_batch, split
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("sizes", [[4, 4], [2, 6], [1] * 8])
+def test_gradient_does_not_depend_on_how_a_batch_is_cut(tiny_config, sizes):
+    model = build(tiny_config)
+    batch = make_batch(model, 8)
+    whole = gradients(model, [batch])
+    cut = gradients(model, split(batch, sizes))
+    assert_same(cut, whole)
+
+
+@pytest.mark.parity
+def test_ce_and_gradients_equal_nemo_salm(tiny_config):
+    """CE alone, without interleaving: the same loss and gradients as NeMo's own SALM.training_step."""
+    model = build(tiny_config, imitation={"w_kl": 0.0, "teacher": "none"}, interleaving={"probability": 0.0})
+    batch = make_batch(model, 5)
+    ours = gradients(model, [batch])
+    pad, tag = 0, model.audio_locator_tag_id
+    model.__class__.text_pad_id = property(lambda self: pad)
+    ids, masks = [], []
+    for e in batch["examples"]:
+        row = e.prompt_ids[:3] + [tag] + e.prompt_ids[7:] + e.response_ids
+        ids.append(torch.tensor(row))
+        masks.append(torch.tensor([False] * (len(row) - len(e.response_ids)) + [True] * len(e.response_ids)))
+    pad_left = lambda rows, value: torch.nn.utils.rnn.pad_sequence(rows, True, value, padding_side="left")  # noqa: E731
+    salm_batch = {**batch, "input_ids": pad_left(ids, pad), "loss_mask": pad_left(masks, False)}
+    try:
+        model.zero_grad(set_to_none=True)
+        inputs = SALM.prepare_inputs(model, salm_batch)
+        logits = SALM.forward(model, inputs["input_embeds"], inputs["attention_mask"])["logits"]
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), inputs["target_ids"].flatten(), ignore_index=-100
+        )
+        loss.backward()
+    finally:
+        del model.__class__.text_pad_id
+    assert_same(ours, {n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+
+
+@pytest.mark.parity
+def test_text_share_one_is_the_teacher(tiny_config):
+    """Everything as text: the student reads what the teacher reads, so KL is zero and no speech position is used."""
+    model = build(tiny_config, prefix_cache_tokens=0, interleaving={"probability": 1.0, "text_share": 1.0}).eval()
+    batch = make_batch(model, 3)
+    student = model.student(batch, interleave=True)
+    loss = model.imitation(batch, student)
+    assert abs(float(loss.kl)) < 1e-4
+    texts = sum(len(e.prompt_ids) + len(e.response_ids) - 1 for e in batch["examples"])
+    assert int(student.layout.lengths.sum()) == texts == len(student.layout.text_ids)
+
+
+def test_cached_features_give_the_same_step(tiny_config):
+    model = build(tiny_config)
+    batch = make_batch(model, 3)
+    features, lengths = model.encode(batch["audios"], batch["audio_lens"])
+    cached = {"examples": batch["examples"], "encoder_features": features, "encoder_feature_lens": lengths}
+    with_audio, with_cache = gradients(model, [batch]), gradients(model, [cached])
+    assert_same(with_cache, with_audio)
+
+
+@pytest.mark.parity
+def test_cached_teacher_with_the_whole_vocabulary_equals_online(tiny_config):
+    from nemo_mtbi.models.language_model import teacher_hidden_states
+
+    online = build(tiny_config, imitation={"temperature": 1.5})
+    batch = make_batch(online, 3)
+    examples = batch["examples"]
+    hidden = teacher_hidden_states(
+        online.llm, online.embed_tokens, [e.prompt_ids for e in examples], [e.response_ids for e in examples]
+    )
+    log_probs, ids = (online.head().logits(hidden) / 1.5).log_softmax(-1).sort(descending=True)
+    cached = build(tiny_config, imitation={"temperature": 1.5, "teacher": "cached"})
+    expected = gradients(online, [batch])
+    got = gradients(cached, [{**batch, "teacher_ids": ids, "teacher_log_probs": log_probs}])
+    assert_same(got, expected)
+
+
+@pytest.mark.parity
+def test_kept_prompt_beginnings_change_nothing(tiny_config):
+    plain, kept = build(tiny_config, prefix_cache_tokens=0), build(tiny_config)
+    batch = make_batch(plain, 5)
+    assert plain.prefixes is None
+    expected = gradients(plain, [batch])
+    assert_same(gradients(kept, [batch]), expected)
+    assert len(kept.prefixes.kept) == 5
+    assert_same(gradients(kept, [batch]), expected)  # from the store now
+    kept.prefixes.max_tokens = 4
+    assert_same(gradients(kept, [batch]), expected)
+    assert len(kept.prefixes.kept) == 1
+
+
+def test_recomputed_activations_give_the_same_gradient_from_less_memory(tiny_config):
+    plain, checkpointed = build(tiny_config, prefix_cache_tokens=0), build(tiny_config, activation_checkpointing=True)
+    batch = make_batch(plain, 8)
+    expected = gradients(plain, [batch])
+    assert checkpointed.prefixes is None
+    assert_same(gradients(checkpointed, [batch]), expected)
+    kept = []
+    for model in (plain, checkpointed):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, to=sizes: to.append(t.nbytes) or t, lambda t: t):
+            model.training_step(batch, 0)
+        kept.append(sum(sizes))
+    assert kept[1] < 0.5 * kept[0]
+    assert not any(layer.training for layer in checkpointed.eval().llm.model.layers)
+
+
+def test_fused_norms_compute_the_same(tiny_config):
+    plain, fused = build(tiny_config), build(tiny_config, fused_norms=True)
+    assert sum(isinstance(m, torch.nn.RMSNorm) for m in fused.llm.modules()) == 5
+    assert {n for n, _ in plain.named_parameters()} == {n for n, _ in fused.named_parameters()}
+    batch = make_batch(plain, 4)
+    assert_same(gradients(fused, [batch]), gradients(plain, [batch]), 1e-5)
+
+
+def test_waveform_interleaving_encodes_the_pieces(tiny_config):
+    model = build(
+        tiny_config, interleaving={"probability": 1.0, "text_share": 0.5, "span_words": 1, "level": "waveform"}
+    )
+    batch = make_batch(model, 4)
+    student = model.student(batch, interleave=True)
+    assert student.speech.embeddings.shape[0] >= 4 and torch.isfinite(student.hidden).all()
+    with pytest.raises(ConfigError, match="waveform"):
+        model.student({**batch, "encoder_features": torch.zeros(4, 5, 32)}, interleave=True)
+
+
+def test_non_finite_gradients_skip_the_step_and_stop_in_the_end(tiny_config):
+    model = build(tiny_config, max_bad_steps=1)
+    batch = make_batch(model, 2)
+    broken = {**batch, "audios": batch["audios"] * float("nan")}
+    assert gradients(model, [broken]) == {}
+    assert model.bad_steps == 1
+    with pytest.raises(RuntimeError, match="non-finite"):
+        gradients(model, [broken])
+
+
+def test_only_the_connector_is_trained_and_checkpointed(tiny_config, tmp_path):
+    model = build(tiny_config)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(n.startswith("perception.modality_adapter.") for n in trained)
+    checkpoint = {"state_dict": model.state_dict()}
+    model.on_save_checkpoint(checkpoint)
+    assert set(checkpoint["state_dict"]) == trained
+    run = RunDirectory(tmp_path)
+    run.save_weights(model, "imitation")
+    other = build(tiny_config)
+    for parameter in other.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.zeros_(parameter)
+    run.load_weights(other, "imitation")
+    for name in trained:
+        torch.testing.assert_close(other.state_dict()[name], model.state_dict()[name])
+    other.references = {**other.references, "llm": "another"}
+    with pytest.raises(CheckpointError, match="another llm"):
+        run.load_weights(other, "imitation")
+    with pytest.raises(CheckpointError, match="another llm"):
+        other.on_load_checkpoint(checkpoint)

@@ -1,0 +1,202 @@
+"""The connector on Whisper's decoder, against Transformers' Whisper, a plain cross-entropy and the text LLM."""
+
+import copy
+
+import pytest
+import torch
+from transformers import WhisperForConditionalGeneration, WhisperTokenizer
+from transformers.modeling_outputs import BaseModelOutput
+
+from nemo_mtbi.checkpoints.archive import save_nemo
+from nemo_mtbi.checkpoints.round_trip import max_abs_logit_difference
+from nemo_mtbi.data.example import plan_batch
+from nemo_mtbi.evaluation.systems import text_hidden
+from nemo_mtbi.models import MTBISALM
+from tests.helpers import gradients, make_batch
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture(scope="module")
+def model(config):
+    return MTBISALM(copy.deepcopy(config)).eval()
+
+
+@pytest.fixture
+def connector(model):
+    """The tiny connector with residuals that are not zero, as after training; its decoder likes some words."""
+    connector = copy.deepcopy(model.perception.modality_adapter)
+    torch.manual_seed(1)
+    torch.nn.init.normal_(connector.residual.weight)
+    torch.nn.init.ones_(connector.gate)
+    return connector
+
+
+@pytest.fixture(scope="module")
+def config(tiny_llm, tiny_whisper):
+    return {
+        "pretrained_llm": tiny_llm,
+        "pretrained_asr": tiny_whisper,
+        "prompt_format": "chatml",
+        "perception": {"input_length": "own", "modality_adapter": {"_target_": TARGET, "dropout": 0.0}},
+        "imitation": {"teacher": "online"},
+        "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1},
+    }
+
+
+TARGET = "nemo_mtbi.modules.connectors.whisper_decoder.WhisperDecoderConnector"
+
+
+@torch.no_grad()
+@pytest.mark.parity
+def test_greedy_tokens_are_transformers(model, tiny_whisper):
+    whisper = WhisperForConditionalGeneration.from_pretrained(tiny_whisper).eval()
+    connector = model.perception.modality_adapter
+    features = torch.randn(2, 1500, 32, generator=torch.Generator().manual_seed(0))
+    tokens, states = connector._greedy(features, torch.tensor([1500, 1500]))
+    ids = whisper.generate(
+        encoder_outputs=BaseModelOutput(features),
+        generation_config=whisper.generation_config,
+        max_new_tokens=30,
+        min_length=0,
+    )
+    text = WhisperTokenizer.from_pretrained(tiny_whisper)
+    for row, own in zip(ids.tolist(), tokens, strict=True):
+        given = [i for i in row if i not in text.all_special_ids]
+        assert len(given) > 3 and own[: len(given)] == given
+    forced = connector._forced_states(features, torch.tensor([1500, 1500]), tokens)
+    torch.testing.assert_close(forced, states, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_untrained_connector_is_the_text_llm_on_its_own_transcript(model):
+    batch = make_batch(model, 3)
+    student = model.student(batch, interleave=False)
+    texts = model.perception.modality_adapter.transcribe(*model.encode(batch["audios"], batch["audio_lens"]))
+    prompts = []
+    for example, text in zip(batch["examples"], texts, strict=True):
+        heard = model.tokenizer.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids, units = example.prompt_ids, example.units
+        prompts.append(ids[: units[0].token_begin] + heard + ids[units[-1].token_end :])
+    expected = text_hidden(model, prompts, [e.response_ids for e in batch["examples"]], batch["examples"])
+    torch.testing.assert_close(student.hidden, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_positions_do_not_depend_on_padding_or_on_windows(connector):
+    features = torch.randn(2, 1540, 32, generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([1540, 70])
+    batch = connector.connect(features, lengths)
+    for row, length in enumerate(lengths.tolist()):
+        alone = connector.connect(features[row : row + 1, :length], lengths[row : row + 1])
+        count = int(batch.lengths[row])
+        assert count == int(alone.lengths[0])
+        torch.testing.assert_close(batch.embeddings[row, :count], alone.embeddings[0, :count], rtol=1e-3, atol=1e-4)
+        assert (batch.centers[row, :count].diff() >= 0).all() and float(batch.centers[row, count - 1]) < length
+    assert (batch.embeddings[1, int(batch.lengths[1]) :] == 0).all()
+    parts = [connector.transcribe(features[:1, a:b], torch.tensor([b - a]))[0] for a, b in ((0, 770), (770, 1540))]
+    assert connector.transcribe(features[:1], lengths[:1]) == [" ".join(parts)]
+    tokenizer, _ = connector._language_model
+    assert batch.labels[0, : int(batch.lengths[0])].tolist() == [
+        token for text in (parts[0], " " + parts[1]) for token in tokenizer(text, add_special_tokens=False)["input_ids"]
+    ]
+
+
+def test_each_llm_token_reads_the_whisper_token_that_wrote_its_last_byte(model):
+    connector = model.perception.modality_adapter
+    tokenizer, _ = connector._language_model
+    own = connector.tokenizer.encode(" Unbelievably naïve cafés", add_special_tokens=False).ids
+    pieces = connector._language_model_tokens(tokenizer, own, True)
+    assert tokenizer.decode([t for t, _ in pieces]) == "Unbelievably naïve cafés"
+    for index, (_, owner) in enumerate(pieces):
+        written = connector.tokenizer.decode(own[: owner + 1]).strip()
+        before = connector.tokenizer.decode(own[:owner]).strip()
+        text = tokenizer.decode([t for t, _ in pieces[: index + 1]])
+        assert len(before.encode()) < len(text.encode()) <= len(written.encode())
+    assert connector._language_model_tokens(tokenizer, [], True) == []
+
+
+def test_a_batch_without_a_usable_transcript_has_a_graph(connector):
+    loss, count = connector.transcription_loss(None, torch.zeros(1, 1600, 32), torch.tensor([1600]), ["too long"])
+    loss.backward()
+    assert (
+        count == 0 and float(loss) == 0 and not any(p.grad.any() for p in connector.parameters() if p.grad is not None)
+    )
+
+
+def test_silence_is_read_as_nothing_heard(connector, monkeypatch):
+    monkeypatch.setattr(connector, "_greedy", lambda f, s: ([[]] * len(s), torch.zeros(len(s), 1, 32)))
+    with torch.no_grad():
+        speech = connector.connect(torch.randn(2, 50, 32), torch.tensor([50, 30]))
+    tokenizer, _ = connector._language_model
+    assert tokenizer.decode(speech.labels[0]) == "..."
+
+
+def test_transcription_loss_is_a_plain_cross_entropy(connector):
+    connector.train()
+    features = torch.randn(3, 1600, 32, generator=torch.Generator().manual_seed(0))
+    lengths, transcripts = torch.tensor([1600, 60, 40]), ["too long", "one two", "three"]
+    loss, count = connector.transcription_loss(None, features, lengths, transcripts)
+    expected, tokens = torch.zeros(()), 0
+    for row in (1, 2):  # the first one exceeds a window
+        ids = [*connector.tokenizer.encode(" " + transcripts[row], add_special_tokens=False).ids, connector.eos_id]
+        inputs = torch.tensor([connector.prompt_ids + ids[:-1]])
+        hidden = connector.decoder(
+            inputs, encoder_hidden_states=features[row : row + 1, : lengths[row]], use_cache=False
+        ).last_hidden_state[0, len(connector.prompt_ids) - 1 :]
+        logits = hidden @ connector.decoder.embed_tokens.weight[: connector.eos_id + 1].t()
+        expected = expected + torch.nn.functional.cross_entropy(logits, torch.tensor(ids), reduction="sum")
+        tokens += len(ids)
+    assert count == tokens
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+    grads = [torch.autograd.grad(value, connector.decoder.layers[0].fc1.weight)[0] for value in (loss, expected)]
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-5)
+    assert connector.transcription_loss(None, features[:1], lengths[:1], transcripts[:1])[1] == 0
+    short, sizes, words = features[1:, :60], lengths[1:], transcripts[1:]
+    again, _ = connector.transcription_loss(connector.connect(short, sizes), short, sizes, words)
+    torch.testing.assert_close(again, loss, rtol=1e-4, atol=1e-4)
+
+
+def test_alternatives_are_the_mean_embedding_of_likely_tokens(connector):
+    states, written = torch.randn(3, 32, requires_grad=True), torch.tensor([500, 600, connector.eos_id])
+    found = connector._alternatives(states, written, torch.tensor([True, False, False]))
+    for row in range(2):
+        values, ids = (states[row] @ connector._output_weight().t() + connector.suppressed[row]).topk(8)
+        mean = values.softmax(0) @ connector.piece_embeddings[ids] - connector.piece_embeddings[written[row]]
+        torch.testing.assert_close(found[row], mean, rtol=1e-4, atol=1e-5)
+    assert (found[2] == 0).all()  # nothing was written
+    found.sum().backward()
+    assert (states.grad[:2].abs().sum(1) > 0).all() and (states.grad[2] == 0).all()
+    _, embed = connector._language_model
+    word = connector.tokenizer.encode(" cat", add_special_tokens=False).ids
+    tokenizer, _ = connector._language_model
+    expected = embed(torch.tensor(tokenizer(" cat", add_special_tokens=False)["input_ids"])).mean(0)
+    torch.testing.assert_close(connector.piece_embeddings[word[0]], expected.detach())
+
+
+def test_gradients_of_the_llm_reach_the_decoder(config):
+    model = MTBISALM(copy.deepcopy(config))
+    connector = model.perception.modality_adapter
+    torch.nn.init.ones_(connector.gate)
+    grads = gradients(model, [make_batch(model, 3)])
+    for name in ("residual.weight", "gate", "decoder.layers.0.encoder_attn.k_proj.weight"):
+        assert float(grads[f"perception.modality_adapter.{name}"].abs().sum()) > 0
+    assert not any("embed_tokens" in name for name in grads)
+
+
+def test_spans_follow_the_order_of_tokens(model):
+    """Text and speech of one utterance: every position of the connector stands in exactly one span."""
+    batch = make_batch(model, 2)
+    policy = copy.deepcopy(model.interleaving)
+    pieces = plan_batch(batch["examples"], policy, 0)
+    student = model.student(batch, interleave=True)
+    assert student.layout.lengths.min() > 0 and len(pieces) == 2
+    assert (student.speech.centers.diff(dim=1)[0, : int(student.speech.lengths[0]) - 1] >= 0).all()
+
+
+def test_export_holds_decoder_and_tokenizer(model, tmp_path):
+    other = MTBISALM.restore_from(save_nemo(model, tmp_path / "m.nemo"))
+    assert max_abs_logit_difference(model, other) < 1e-5
+    features, lengths = torch.randn(1, 40, 32), torch.tensor([40])
+    ours, theirs = (m.perception.modality_adapter.transcribe(features, lengths) for m in (model, other))
+    assert ours == theirs and ours[0]

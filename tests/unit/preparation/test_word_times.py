@@ -1,0 +1,53 @@
+"""Word times: NeMo, PocketSphinx, TextGrids."""
+
+import numpy as np
+import pytest
+
+from nemo_mtbi.data.rendering import match_words
+from nemo_mtbi.preparation.prepare import Preparation
+from nemo_mtbi.preparation.sources import SourceConfig
+from nemo_mtbi.preparation.word_times import NeMoCTCAligner, PocketSphinxAligner, Unalignable, build_aligner
+from tests.unit.preparation_helpers import config, cuts_of, tone
+
+pytestmark = pytest.mark.unit
+
+
+def test_nemo_forced_alignment_gives_times_for_every_word(nemo_asr):
+    aligner = build_aligner(nemo_asr)
+    assert isinstance(aligner, NeMoCTCAligner)
+    samples = (0.1 * np.random.default_rng(0).standard_normal(32000)).astype(np.float32)
+    words = aligner.align(samples, "one two three")
+    assert [w.text for w in words] == ["one", "two", "three"]
+    times = [t for w in words for t in (w.start_seconds, w.end_seconds)]
+    assert times == sorted(times) and 0 <= times[0] and times[-1] <= 2.1
+    with pytest.raises(Unalignable):
+        aligner.align(samples[:1600], "one two three four five six seven eight nine ten eleven twelve")
+
+
+def test_pocketsphinx_says_why_it_cannot_align():
+    aligner = PocketSphinxAligner()
+    with pytest.raises(Unalignable, match="dictionary"):
+        aligner.align(np.zeros(16000, np.float32), "xqzzy brrtl")
+    with pytest.raises(Unalignable):
+        aligner.align(
+            np.zeros(800, np.float32), "a sentence that is far too long for so little audio, as anyone can see"
+        )
+
+
+def test_textgrids(tmp_path):
+    tone(tmp_path / "in" / "a.wav", 2.0).with_suffix(".txt").write_text("Hello, world")
+    grid = tmp_path / "grids" / "a.TextGrid"
+    grid.parent.mkdir()
+    interval = 'intervals [1]:\n xmin = {}\n xmax = {}\n text = "{}"\n'
+    words = interval.format(0.0, 0.4, "") + interval.format(0.4, 0.9, "hello") + interval.format(1.0, 1.6, "world")
+    phones = interval.format(0.4, 0.5, "HH")
+    grid.write_text(f'item [1]:\n name = "words"\n{words}\n item [2]:\n name = "phones"\n{phones}')
+    written = Preparation(
+        config(tmp_path, SourceConfig("folder", str(tmp_path / "in")), aligner=f"textgrids:{grid.parent}")
+    ).run()
+    items = cuts_of(written)[0].supervisions[0].alignment["word"]
+    assert [(i.symbol, i.start, round(i.end, 3)) for i in items] == [("hello", 0.4, 0.9), ("world", 1.0, 1.6)]
+
+
+def test_match_words_on_empty_alignment():
+    assert [w.start_seconds for w in match_words(["a", "b"], ())] == [None, None]

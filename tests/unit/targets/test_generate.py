@@ -1,0 +1,238 @@
+"""Target generation: resume after kills, bad input. The LLM is tiny, the code is all of it."""
+
+import json
+import random
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+
+import pytest
+import torch
+from lhotse import CutSet
+
+from nemo_mtbi import models as models
+from nemo_mtbi.data.target import Target
+from nemo_mtbi.errors import DataError
+from nemo_mtbi.targets.filters import (
+    Candidate,
+    NearDuplicates,
+    choose_filters,
+)
+from nemo_mtbi.targets.generate import TargetGenerator
+from nemo_mtbi.targets.workers import work, worker_context
+from nemo_mtbi.tasks.library import load_library
+from tests.unit.targets_helpers import config, write_cuts
+
+pytestmark = pytest.mark.unit
+
+
+def everything(folder):
+    """Bytes of all final files: manifests, rejected answers, and the arrays that the manifests point into."""
+    files = [*folder.glob("*.jsonl"), *folder.glob("rejected/*.jsonl"), *folder.glob("teacher/*.bin")]
+    return {f.name: f.read_bytes().replace(str(folder).encode(), b"OUT") for f in sorted(files)}
+
+
+def answered(folder):
+    """Keys of all generated answers, in order of their files."""
+    files = sorted(folder.glob("shards/*/*.answers.jsonl"))
+    return [r["key"] for f in files for line in f.read_text().splitlines() for r in json.loads(line)["answers"]]
+
+
+def test_targets_are_lhotse_cuts_with_teacher_arrays(tmp_path, tiny_llm):
+    generator = TargetGenerator(config(tmp_path, tiny_llm, write_cuts(tmp_path / "cuts.jsonl", 5), shard_cuts=2))
+    path = generator.run()["train"]
+    assert [c.id for c in CutSet.from_file(path)] == [f"utt{i}" for i in range(5)]
+    for cut in CutSet.from_file(path):
+        targets = [Target(**t) for t in cut.custom["targets"]]
+        assert {t.task for t in targets} == {"repeat", "about"}
+        ids, log_probs = cut.load_custom("teacher_ids"), cut.load_custom("teacher_log_probs")
+        assert ids.shape == log_probs.shape == (sum(len(t.response_ids) for t in targets), 4)
+        for target in targets:
+            rows = slice(target.teacher_begin, target.teacher_begin + len(target.response_ids))
+            assert ids[rows, 0].tolist() == target.response_ids  # greedy: the answer is the most likely token
+    manifest = json.loads((tmp_path / "targets" / "manifest.json").read_text())
+    assert manifest["targets"] == 10 and manifest["teacher"]["fingerprint"] and manifest["versions"]["transformers"]
+    assert sum(n for t in manifest["targets_by_task_and_prompt"].values() for n in t.values()) == 10
+    assert manifest["tokenizer"]["digest"] and manifest["by_manifest"]["train"]["kept"] == 10
+
+
+def test_a_half_written_answer_file_is_continued_to_the_same_bytes(tmp_path, tiny_llm, monkeypatch):
+    monkeypatch.setattr("nemo_mtbi.targets.shards.CHUNK", 5)
+    cuts = write_cuts(tmp_path / "cuts.jsonl", 12)
+    whole_config = config(tmp_path, tiny_llm, cuts, shard_cuts=5)
+    TargetGenerator(whole_config).run()
+    whole = everything(tmp_path / "targets")
+    complete = (tmp_path / "targets" / "shards" / "train" / "000001.answers.jsonl").read_bytes()
+    rng = random.Random(0)
+    for trial in range(4):
+        own = tmp_path / f"trial{trial}"
+        shards = own / "targets" / "shards" / "train"
+        shards.mkdir(parents=True)
+        (shards / "000001.answers.jsonl").write_bytes(complete[: rng.randrange(len(complete))])
+        arrays = tmp_path / "targets" / "shards" / "train" / "000001.answers.bin"
+        (shards / "000001.answers.bin").write_bytes(arrays.read_bytes())
+        TargetGenerator(config(own, tiny_llm, cuts, shard_cuts=5)).run()
+        assert everything(own / "targets") == whole
+        keys = answered(own / "targets")
+        assert len(keys) == len(set(keys)) == 24
+
+
+def test_workers_killed_at_any_time_lose_and_double_nothing(tmp_path, tiny_llm, kills=6):
+    """Three workers; one of them is killed at a random moment and replaced, again and again."""
+    cuts = write_cuts(tmp_path / "cuts.jsonl", 40)
+    options = {"shard_cuts": 3, "task_names": ["repeat", "about", "summary", "title"]}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as each worker has: sums over threads round differently
+    TargetGenerator(config(tmp_path, tiny_llm, cuts, **options)).run()
+    torch.set_num_threads(threads)
+    own = config(tmp_path / "killed", tiny_llm, cuts, workers=3, **options)
+    context, rng = worker_context(), random.Random(0)
+
+    def start(rank):
+        process = context.Process(target=work, args=(own, rank))
+        process.start()
+        return process
+
+    processes = [start(rank) for rank in range(3)]
+    killed = 0
+    for _ in range(kills):
+        time.sleep(rng.uniform(0.2, 1.5))
+        victim = rng.randrange(3)
+        killed += processes[victim].is_alive()
+        processes[victim].kill()
+        processes[victim].join()
+        processes[victim] = start(victim)
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert killed
+    TargetGenerator(own).merge()
+    assert everything(tmp_path / "killed" / "targets") == everything(tmp_path / "targets")
+    keys = answered(tmp_path / "killed" / "targets")
+    assert len(keys) == len(set(keys)) == 160
+
+
+@pytest.mark.slow
+def test_thirty_kills_of_three_workers(tmp_path, tiny_llm):
+    test_workers_killed_at_any_time_lose_and_double_nothing(tmp_path, tiny_llm, kills=30)
+
+
+def test_changes_regenerate_only_what_they_affect(tmp_path, tiny_llm):
+    cuts = write_cuts(tmp_path / "cuts.jsonl", 6)
+    folder = tmp_path / "targets"
+    TargetGenerator(config(tmp_path, tiny_llm, cuts, shard_cuts=2)).run()
+    before = set(answered(folder))
+    write_cuts(tmp_path / "cuts.jsonl", 6, lambda i: f"sentence number {i} is {'there' if i == 3 else 'here'}")
+    TargetGenerator(config(tmp_path, tiny_llm, cuts, shard_cuts=2)).run()
+    assert len(set(answered(folder)) - before) == 2
+    again = TargetGenerator(config(tmp_path, tiny_llm, cuts, shard_cuts=2))
+    again.run()
+    assert again.engine.engine is None  # nothing missing: the LLM was not even loaded
+    # Other shards, and a cut more at the end: answers are found again where they are.
+    write_cuts(tmp_path / "cuts.jsonl", 7, lambda i: f"sentence number {i} is {'there' if i == 3 else 'here'}")
+    known = set(answered(folder))
+    moved = TargetGenerator(config(tmp_path, tiny_llm, cuts, shard_cuts=3))
+    written = moved.run()["train"]
+    assert len(set(answered(folder)) - known) == 2
+    for cut in CutSet.from_file(written):
+        ids = cut.load_custom("teacher_ids")[:, 0].tolist()
+        assert ids == [t for target in cut.custom["targets"] for t in target["response_ids"]]
+
+
+def test_rejected_answers_are_kept_with_the_reason(tmp_path, tiny_llm):
+    cuts = write_cuts(tmp_path / "cuts.jsonl", 6)
+    with pytest.raises(DataError, match=r"No answer is left for train[\s\S]*rejected\.jsonl"):
+        TargetGenerator(config(tmp_path, tiny_llm, cuts, filters=["truncated"])).run()
+    written = TargetGenerator(config(tmp_path, tiny_llm, cuts, filters=["empty", "repetition"])).run()["train"]
+    lines = (tmp_path / "targets" / "rejected" / "train.jsonl").read_text().splitlines()
+    side = [json.loads(line) for line in lines]
+    kept = sum(len(json.loads(line)["custom"]["targets"]) for line in written.read_text().splitlines())
+    assert kept + len(side) == 12 and all(r["filter"] and r["reason"] and r["manifest"] == "train" for r in side)
+    budget = config(tmp_path, tiny_llm, cuts, filters=["empty", "too_long"], max_total_tokens=60)
+    with pytest.raises(DataError, match="'too_long': 12"):
+        TargetGenerator(budget).run()
+
+
+def test_near_duplicates_within_a_wording(tmp_path, tiny_llm):
+    cuts = write_cuts(tmp_path / "cuts.jsonl", 6, lambda i: "the same words")
+    values = {
+        "task_names": ["about"],
+        "filters": ["empty", "near_duplicate"],
+        "prompts_per_task": 0,
+        "max_duplicates": 2,
+    }
+    written = TargetGenerator(config(tmp_path, tiny_llm, cuts, shard_cuts=2, **values)).run()["train"]
+    kept = [len(json.loads(line)["custom"]["targets"]) for line in written.read_text().splitlines()]
+    wordings = len(load_library()["about"].select("seen"))
+    assert kept == [wordings] * 2 + [0] * 4
+    manifest = json.loads((tmp_path / "targets" / "manifest.json").read_text())
+    assert manifest["rejected"] == {"near_duplicate": 4 * wordings} and manifest["targets"] == 2 * wordings
+    check = NearDuplicates(1).check
+    about, sentiment = load_library()["about"], load_library()["sentiment"]
+    assert check(about, "a", "A cat, 2 dogs.") is None and check(about, "b", "A cat, 2 dogs.") is None
+    duplicates = NearDuplicates(1)
+    assert duplicates.check(about, "a", "A cat, 2 dogs.") is None and duplicates.check(about, "a", "dogs: a cat!")
+    assert duplicates.check(sentiment, "a", "positive") is None and duplicates.check(sentiment, "a", "positive") is None
+
+
+def test_language_filter():
+    ((_, check),) = choose_filters(["language"])
+    german = "Das ist eine sehr schöne Katze auf der Matte, und sie schläft den ganzen Tag."
+    english = "This is a very nice cat on the mat, and it sleeps the whole day long."
+
+    def of(text, languages, task="about"):
+        return check(Candidate(load_library()[task], "x", text, [1], True, languages=languages))
+
+    assert of(english, ("en",)) is None and of(german, ("en", "de")) is None and of("Guten Tag", ("en",)) is None
+    assert "reads like de" in of(german, ("en",))
+    assert of(german, ("en",), "translation") is None  # its form says which language
+
+
+def test_prompts_longer_than_the_context_are_rejected_and_counted(tmp_path, tiny_llm):
+    long = "very " * 2000
+    cuts = write_cuts(tmp_path / "cuts.jsonl", 3, lambda i: long if i == 1 else "short")
+    written = TargetGenerator(config(tmp_path, tiny_llm, cuts)).run()["train"]
+    kept = [len(json.loads(line)["custom"]["targets"]) for line in written.read_text().splitlines()]
+    assert kept == [2, 0, 2]
+    assert json.loads((tmp_path / "targets" / "manifest.json").read_text())["rejected"] == {"context": 2}
+
+
+def test_a_full_disk_is_said_and_the_run_continues(tmp_path, tiny_llm):
+    """A limit on file sizes stands for the full disk: writing fails in the middle of a file."""
+    cuts = write_cuts(tmp_path / "cuts.jsonl", 12)
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import json, resource, sys\n"
+        "from nemo_mtbi import models\n"
+        "from nemo_mtbi.targets.config import TargetsConfig\n"
+        "from nemo_mtbi.targets.generate import TargetGenerator\n"
+        "config = TargetsConfig(**json.loads(sys.argv[1]) | {'openai': TargetsConfig().openai})\n"
+        "generator = TargetGenerator(config)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+        "generator.run()\n"
+    )
+    own = config(tmp_path, tiny_llm, cuts)
+    settings = json.dumps({k: v for k, v in asdict(own).items() if k != "openai"})
+    result = subprocess.run([sys.executable, str(script), settings], capture_output=True, text=True)
+    assert result.returncode == 1 and "Make room" in result.stderr and "File too large" in result.stderr
+    TargetGenerator(own).run()
+    whole = config(tmp_path / "whole", tiny_llm, cuts)
+    TargetGenerator(whole).run()
+    assert everything(tmp_path / "targets") == everything(tmp_path / "whole" / "targets")
+
+
+@pytest.mark.parametrize("path, message", [("absent.jsonl", "no manifest"), ("empty.jsonl", "is empty")])
+def test_missing_and_empty_manifests(tmp_path, tiny_llm, path, message):
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(DataError, match=message):
+        TargetGenerator(config(tmp_path, tiny_llm, str(tmp_path / path)))
+
+
+def test_cuts_without_transcript_are_counted(tmp_path, tiny_llm):
+    cuts = write_cuts(tmp_path / "cuts.jsonl", 3, lambda i: "words" if i else "")
+    TargetGenerator(config(tmp_path, tiny_llm, cuts)).run()
+    assert json.loads((tmp_path / "targets" / "manifest.json").read_text())["rejected"] == {"no_transcript": 1}
+    cuts = write_cuts(tmp_path / "cuts.jsonl", 2, lambda i: "")
+    with pytest.raises(DataError, match="No answer is left.*'no_transcript': 2"):
+        TargetGenerator(config(tmp_path, tiny_llm, cuts)).run()

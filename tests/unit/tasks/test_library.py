@@ -1,0 +1,51 @@
+"""The task library and its templates."""
+
+import pytest
+
+from nemo_mtbi import models as models
+from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.tasks.library import FORMS, load_library, load_task, render_template, select_tasks
+
+pytestmark = pytest.mark.unit
+
+
+def test_the_shipped_library_is_complete():
+    library = load_library()
+    assert len([t for t in library.values() if t.group == "train"]) >= 12
+    assert len([t for t in library.values() if t.group == "held_out"]) >= 5
+    ids = [p.id for t in library.values() for p in t.prompts]
+    texts = [p.text for t in library.values() for p in t.prompts]
+    assert len(ids) == len(set(ids)) and len(texts) == len(set(texts))
+    for task in library.values():
+        assert len(task.select("seen")) >= 7 and len(task.select("held_out")) >= 3, task.name
+        assert task.form["kind"] in FORMS
+    assert any(p.language == "de" for p in library["repeat"].prompts)
+
+
+@pytest.mark.parametrize("template", ["{{ missing }}", "{{ ''.__class__.__mro__ }}", "{% if %}"])
+def test_templates_are_sandboxed_and_strict(template):
+    with pytest.raises(ConfigError, match="Prompt template"):
+        render_template(template, {"known": "x"})
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("name: other\ngroup: train\nprompts: {seen: [{id: a, text: b}]}", "name must be"),
+        ("name: t\ngroup: train\nprompts: {}", "there must be prompts"),
+        ("name: t\ngroup: train\nprompts: {seen: [{id: a}]}", "KeyError"),
+        ("name: t\ngroup: train\ncolour: red\nprompts: {seen: [{id: a, text: b}]}", "colour"),
+        ("name: [", "Error"),
+    ],
+)
+def test_bad_task_files_name_the_file(tmp_path, text, message):
+    file = tmp_path / "t.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message) as error:
+        load_task(file)
+    assert str(file) in str(error.value)
+
+
+def test_unknown_tasks_are_refused():
+    with pytest.raises(ConfigError, match=r"Unknown task sing.*repeat"):
+        select_tasks(load_library(), ["sing"])

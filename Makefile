@@ -1,7 +1,7 @@
 # make install     virtual environment in .venv with everything that quickstart and tests need (reused when current)
 # make quickstart  the whole method on this machine, offline: runs/quickstart/summary.json
 # make test        the tests that CI runs
-# make lint        ruff and mypy
+# make lint        ruff, mypy, import-linter
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -24,13 +24,13 @@ quickstart:
 	$(BIN)/python -m nemo_mtbi.examples.quickstart seconds_before=$$(($$(date +%s) - begin))
 
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-all: install
 	$(BIN)/python -m pytest
 
 lint: install
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -17,7 +17,7 @@ class Batches(torch.utils.data.Dataset):
     """Rank r of n gets every n-th example, so ranks hold different numbers of response tokens."""
 
     def __init__(self, model, ranks, rank):
-        from tests.unit.test_model import make_batch
+        from tests.helpers import make_batch
 
         batch = make_batch(model, 6)
         keep = list(range(rank, 6, ranks))

@@ -1,8 +1,6 @@
 """The real launchers in processes of their own, from audio files to an answer, on tiny models; and their errors."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -10,21 +8,10 @@ import soundfile
 
 from nemo_mtbi.evaluation.run_report import scalars
 from nemo_mtbi.examples._launcher import CONF
+from tests.launching import launch
 
 pytestmark = pytest.mark.functional
 WORDS = "one two three four five six seven eight nine ten".split()
-
-
-def launch(name, *overrides, ok=True, cwd=None, ranks=1):
-    torchrun = [] if ranks == 1 else ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=29541"]
-    run = subprocess.run(
-        [sys.executable, *torchrun, "-m", f"nemo_mtbi.examples.{name}", *map(str, overrides)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-    )
-    assert (run.returncode == 0) == ok, run.stdout[-2000:] + run.stderr[-4000:]
-    return run.stdout + run.stderr
 
 
 @pytest.fixture(scope="module")

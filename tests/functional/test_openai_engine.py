@@ -22,7 +22,7 @@ from nemo_mtbi.targets.config import OpenAIConfig, TargetsConfig
 from nemo_mtbi.targets.decoder import Request
 from nemo_mtbi.targets.generate import TargetGenerator
 from nemo_mtbi.targets.openai_engine import OpenAIEngine
-from tests.unit.test_targets import write_cuts
+from tests.unit.targets_helpers import write_cuts
 
 pytestmark = pytest.mark.functional
 

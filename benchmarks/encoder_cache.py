@@ -7,7 +7,6 @@ length.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from results_file import finish
 
 BATCH, SECONDS = 32, 4.0
 
@@ -95,9 +95,7 @@ def main() -> None:
             "mib_per_hour_of_speech": round(per_hour / 2**20, 1),
         }
     result["steps_per_s_vs_uncached"] = result["own"]["steps_per_s_vs_uncached"]
-    print(json.dumps(result, indent=2))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    finish(result, args.json)
 
 
 if __name__ == "__main__":

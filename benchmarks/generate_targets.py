@@ -9,7 +9,6 @@ end.
 """
 
 import argparse
-import json
 import random
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from results_file import finish
 
 BATCH = 64
 
@@ -59,22 +59,7 @@ def main() -> None:
     refill = time.perf_counter() - begin
     tokens = sum(len(a.response_ids) for a in answers)
 
-    begin = time.perf_counter()
-    for start in range(0, len(requests), BATCH):
-        batch = requests[start : start + BATCH]
-        width = max(len(r.prompt_ids) for r in batch)
-        ids = torch.tensor([[0] * (width - len(r.prompt_ids)) + r.prompt_ids for r in batch])
-        mask = torch.tensor([[0] * (width - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in batch])
-        llm.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            do_sample=False,
-            max_new_tokens=max(r.max_new_tokens for r in batch),
-            eos_token_id=sorted(engine.stop_ids),
-            pad_token_id=0,
-        )
-    fixed = time.perf_counter() - begin
-
+    fixed = seconds_of_fixed_batches(llm, requests, engine.stop_ids)
     equal = torch.tensor([requests[0].prompt_ids[:30]] * BATCH)
     begin = time.perf_counter()
     llm.generate(
@@ -95,9 +80,26 @@ def main() -> None:
         "responses_per_s_vs_fixed_batch": round(fixed / refill, 3),
         "tokens_per_s": {"refill": round(tokens / refill, 1), "generate_equal_lengths": round(limit, 1)},
     }
-    print(json.dumps(result, indent=2))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    finish(result, args.json)
+
+
+def seconds_of_fixed_batches(llm: Any, requests: list[Any], stop_ids: set[int]) -> float:
+    """Transformers' ``generate`` on batches in the given order."""
+    begin = time.perf_counter()
+    for start in range(0, len(requests), BATCH):
+        batch = requests[start : start + BATCH]
+        width = max(len(r.prompt_ids) for r in batch)
+        ids = torch.tensor([[0] * (width - len(r.prompt_ids)) + r.prompt_ids for r in batch])
+        mask = torch.tensor([[0] * (width - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in batch])
+        llm.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=max(r.max_new_tokens for r in batch),
+            eos_token_id=sorted(stop_ids),
+            pad_token_id=0,
+        )
+    return time.perf_counter() - begin
 
 
 if __name__ == "__main__":

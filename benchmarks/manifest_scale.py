@@ -19,7 +19,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from results_file import finish
 from tqdm import tqdm
 
 
@@ -36,14 +38,18 @@ def write_manifest(path: Path, lines: int) -> None:
             out.write(template.replace("ID", f"utt{i:07d}").replace("TEXT", f"this is sentence number {i}") + "\n")
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="100,000 lines")
     parser.add_argument("--shards", type=int, default=20, help="shards that are really drawn and written")
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
     from nemo_mtbi import models as models
-    from nemo_mtbi.io import jsonl
     from nemo_mtbi.pretrained.offline import resolve_pretrained
     from nemo_mtbi.targets.config import TargetsConfig
     from nemo_mtbi.targets.decoder import Answer, Request
@@ -80,12 +86,7 @@ def main() -> None:
         real = shards[: args.shards]
         statuses = [generator.writer.write(shard) for shard in real]
         per_shard = (time.perf_counter() - begin) / len(real)
-        for shard in shards[len(real) :]:
-            source, own = generator.writer.paths(real[shard.index % len(real)]), generator.writer.paths(shard)
-            for kind in ("answers.jsonl", "cuts.jsonl", "rejected.jsonl"):
-                own[kind].hardlink_to(source[kind])
-            status = statuses[shard.index % len(real)]
-            jsonl.write_json(own["json"], asdict(status) | {"digest": generator.writer.digest(shard)})
+        link_the_rest(generator, shards, statuses)
         begin = time.perf_counter()
         again = TargetGenerator(config)
         again.work()
@@ -106,9 +107,19 @@ def main() -> None:
         }
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print(json.dumps(result, indent=2))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    finish(result, args.json)
+
+
+def link_the_rest(generator: Any, shards: list[Any], statuses: list[Any]) -> None:
+    """Give the shards after the written ones the files of those, under their own digests."""
+    from nemo_mtbi.io import jsonl
+
+    for shard in shards[len(statuses) :]:
+        place = shard.index % len(statuses)
+        source, own = generator.writer.paths(shards[place]), generator.writer.paths(shard)
+        for kind in ("answers.jsonl", "cuts.jsonl", "rejected.jsonl"):
+            own[kind].hardlink_to(source[kind])
+        jsonl.write_json(own["json"], asdict(statuses[place]) | {"digest": generator.writer.digest(shard)})
 
 
 def peak_gb() -> float:

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from results_file import finish
 
 LAYERS, HIDDEN, VOCABULARY, ROWS, POSITIONS, RESPONSE_ROWS = 30, 576, 49_152, 4, 96, 128
 
@@ -146,9 +147,7 @@ def main() -> None:
                 "step_vs_one_process": round(seconds / one[1], 3),
             }
             print(json.dumps({size: result[f"tp{size}"]}), flush=True)
-    print(json.dumps(result, indent=2))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    finish(result, args.json)
 
 
 if __name__ == "__main__":

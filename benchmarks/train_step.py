@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from results_file import finish
 from torch.nn.functional import cross_entropy
 
 BATCH, SECONDS, PROMPT, RESPONSE, FACTOR = 8, 5.0, 38, 24, 5
@@ -79,7 +80,6 @@ def variants(model: Any) -> dict[str, Callable[[], None]]:
     """Each runs one forward and backward pass."""
     from nemo.collections.speechlm2.models.salm import SALM
 
-    from nemo_mtbi.data.example import plan_batch
     from nemo_mtbi.models.language_model import PrefixStore, hidden_states
 
     model.train()
@@ -116,12 +116,7 @@ def variants(model: Any) -> dict[str, Callable[[], None]]:
         ce = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100)
         (ce + kl).backward()
 
-    speech = model.connect(features, lengths)
-    packed, _ = model.lay_out(
-        plan_batch(batch["examples"], None, 0), [e.response_ids for e in batch["examples"]], speech, [SECONDS] * BATCH
-    )
-    assert packed.shape[1] == POSITIONS, packed.shape
-    packed = packed.detach().requires_grad_()
+    packed = pure_speech_inputs(model, batch, features, lengths)
 
     def llm_body() -> None:
         hidden_states(model.llm, packed).sum().backward()
@@ -137,6 +132,23 @@ def variants(model: Any) -> dict[str, Callable[[], None]]:
         "ours_cached_features": ours(cached, "cached", None),
         "ours_cached_features_kept_prompts": ours(cached, "cached", store),
     }
+
+
+def pure_speech_inputs(
+    model: Any, batch: dict[str, Any], features: torch.Tensor, lengths: torch.Tensor
+) -> torch.Tensor:
+    """The LLM's input for a batch without interleaving."""
+    from nemo_mtbi.data.example import plan_batch
+    from nemo_mtbi.models.layout import build_inputs
+    from nemo_mtbi.models.speech import connect
+
+    examples = batch["examples"]
+    responses, seconds = [e.response_ids for e in examples], [SECONDS] * BATCH
+    speech = connect(model.perception, features, lengths)
+    pieces = plan_batch(examples, None, 0)
+    packed, _ = build_inputs(pieces, responses, speech, seconds, model.frame_seconds, model.embed_tokens)
+    assert packed.shape[1] == POSITIONS, packed.shape
+    return packed.detach().requires_grad_()
 
 
 def salm_inputs(model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -279,9 +291,7 @@ def main() -> None:
         },
         "loss_memory_vs_plain": round(peaks["fused"] / peaks["plain"], 4),
     }
-    print(json.dumps(result, indent=2))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    finish(result, args.json)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Names that modules had before 0.3, so that scripts, configurations and exports of that time still open.
+"""Names that modules had up to November 2026, so that scripts, configurations and exports of that time still open.
 
 An import of an old name gives the module that has taken its place, with a ``DeprecationWarning``.
 """

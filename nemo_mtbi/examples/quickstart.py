@@ -33,42 +33,22 @@ def main(cfg: DictConfig) -> None:
     def step(name: str, module: str, *overrides: str) -> None:
         timings[name] = round(run_step(name, module, *overrides), 1)
 
-    step(
-        "prepare speech and word times",
-        "prepare_data",
-        f"output_dir={root}",
-        *(f"{k}={inline(v)}" for k, v in cfg.prepare.items()),
-    )
-    step(
-        "cache encoder features",
-        "cache_features",
-        f"manifests={inline(list(cuts.values()))}",
-        *(f"{k}={inline(v)}" for k, v in cfg.cache_features.items()),
-    )
+    data = f"data.train_ds.input_cfg.0.cuts_path={answered['train']}"
+    watched = f"data.validation_ds.datasets.held_out.input_cfg.0.cuts_path={answered[cfg.validation_split]}"
+    scored = {s: answered[s] for s in cfg.evaluated_splits}
+    manifests = f"manifests={inline(list(cuts.values()))}"
+    step("prepare speech and word times", "prepare_data", f"output_dir={root}", *overrides(cfg.prepare))
+    step("cache encoder features", "cache_features", manifests, *overrides(cfg.cache_features))
     step(
         "text LLM answers (targets)",
         "generate_targets",
         f"output_dir={targets}",
         f"cuts={inline(cuts)}",
-        *(f"{k}={inline(v)}" for k, v in cfg.targets.items()),
+        *overrides(cfg.targets),
     )
+    step("train", "train", f"output_dir={run}", "data.cached_features=true", data, watched, *overrides(cfg.train))
     step(
-        "train",
-        "train",
-        f"output_dir={run}",
-        "data.cached_features=true",
-        f"data.train_ds.input_cfg.0.cuts_path={answered['train']}",
-        f"data.validation_ds.datasets.held_out.input_cfg.0.cuts_path={answered[cfg.validation_split]}",
-        *(f"{k}={inline(v)}" for k, v in cfg.train.items()),
-    )
-    scored = {s: answered[s] for s in cfg.evaluated_splits}
-    step(
-        "evaluate",
-        "evaluate",
-        f"run={run}",
-        f"cuts={inline(scored)}",
-        "cached_features=true",
-        *(f"{k}={inline(v)}" for k, v in cfg.evaluate.items()),
+        "evaluate", "evaluate", f"run={run}", f"cuts={inline(scored)}", "cached_features=true", *overrides(cfg.evaluate)
     )
     trained = run / "imitation" / "trained.safetensors"
     done = nemo.exists() and hf.exists() and (run / "export.json").exists()
@@ -94,6 +74,11 @@ def main(cfg: DictConfig) -> None:
         f"\nAsk the model about a recording:\n  {sys.executable} -m nemo_mtbi.examples.generate model={nemo} "
         f'audio={wav} "prompt=What is this about? Answer in one sentence."'
     )
+
+
+def overrides(section: DictConfig) -> list[str]:
+    """A section of this YAML as overrides of a launcher."""
+    return [f"{key!s}={inline(value)}" for key, value in section.items()]
 
 
 def summarize(run: Path, nemo: Path, hf: Path, seconds: float, timings: dict[str, float]) -> dict[str, Any]:

@@ -103,6 +103,20 @@ def failure(status: int, message: str, kind: str = "invalid_request_error") -> J
     return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": None}}, status, headers)
 
 
+def explain_errors(app: FastAPI) -> None:
+    """Errors as OpenAI's clients read them."""
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        deepest = max(error.errors(), key=lambda e: len(e["loc"]))  # of the alternatives that content can be
+        place = ".".join(str(p) for p in deepest["loc"] if p != "body")
+        return failure(400, f"{place or 'body'}: {deepest['msg']}")
+
+    @app.exception_handler(HTTPException)
+    async def refused(_: Request, error: HTTPException) -> JSONResponse:
+        return failure(error.status_code, str(error.detail))
+
+
 def create_app(model: MTBISALM, name: str, batcher: batching.Batcher, limits: Limits | None = None) -> FastAPI:
     """The endpoint.
 
@@ -116,15 +130,7 @@ def create_app(model: MTBISALM, name: str, batcher: batching.Batcher, limits: Li
     app = FastAPI(title="nemo_mtbi", version=__version__, docs_url=None, redoc_url=None)
     app.add_middleware(BodyLimit, limit=bounds.max_body_bytes)
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        deepest = max(error.errors(), key=lambda e: len(e["loc"]))  # of the alternatives that content can be
-        place = ".".join(str(p) for p in deepest["loc"] if p != "body")
-        return failure(400, f"{place or 'body'}: {deepest['msg']}")
-
-    @app.exception_handler(HTTPException)
-    async def refused(_: Request, error: HTTPException) -> JSONResponse:
-        return failure(error.status_code, str(error.detail))
+    explain_errors(app)
 
     @app.get("/health")
     async def health() -> dict[str, Any]:

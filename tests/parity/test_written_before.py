@@ -16,7 +16,7 @@ from nemo_mtbi.config import model_config
 from nemo_mtbi.models import MTBISALM
 
 pytestmark = pytest.mark.parity
-OLD = Path(__file__).parents[1] / "golden" / "before_0_3"
+OLD = Path(__file__).parents[1] / "golden" / "commit_bf6270e"
 EXPECTED = json.loads((OLD / "expected.json").read_text())
 
 

@@ -48,7 +48,6 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    args = arguments()
     from nemo_mtbi import models as models
     from nemo_mtbi.pretrained.offline import resolve_pretrained
     from nemo_mtbi.targets.config import TargetsConfig
@@ -62,6 +61,7 @@ def main() -> None:
             for request in requests:
                 yield Answer(request.key, [42, 2], True)
 
+    args = arguments()
     lines = 100_000 if args.quick else 1_000_000
     folder = Path(tempfile.mkdtemp(prefix="manifest_scale"))
     try:

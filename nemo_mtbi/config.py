@@ -1,5 +1,6 @@
 """The model's configuration: every default in one place, checked before any weight is loaded."""
 
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -77,6 +78,18 @@ class CTCVocabularyConfig:
 
 
 @dataclass
+class ParameterGroupConfig:
+    """Trained parameters whose names match ``pattern`` (regular expression, from the beginning) with settings of their own.
+
+    The first matching group wins; what no group matches has the optimizer's settings.
+    """
+
+    pattern: str = MISSING
+    lr: float | None = None
+    weight_decay: float | None = None
+
+
+@dataclass
 class ModelConfig:
     """``model`` in YAML. ``perception``, ``optimizer``, ``lr_scheduler`` and ``lora`` are NeMo's own sections.
 
@@ -94,6 +107,7 @@ class ModelConfig:
         activation_checkpointing: keep only each layer's input for the backward pass and compute the rest again; turns
             the kept prompt beginnings off.
         fused_norms: RMSNorms of the LLM as one kernel each (Transformer Engine's, NVIDIA apex's or PyTorch's).
+        parameter_groups: see :class:`ParameterGroupConfig`; over ``optimizer``.
         max_bad_steps: stop after this many optimizer steps skipped for a non-finite loss or gradient.
     """
 
@@ -115,6 +129,7 @@ class ModelConfig:
     )
     prevent_freeze_params: list[str] = field(default_factory=list)
     optimizer: Any = None
+    parameter_groups: list[ParameterGroupConfig] = field(default_factory=list)
     lr_scheduler: Any = None
     lora: Any = None
     trust_remote_code: bool = False
@@ -163,6 +178,13 @@ def model_config(cfg: DictConfig | dict[str, Any]) -> ModelConfig:
     terms = config.imitation.w_ctc > 0 or config.imitation.w_align > 0
     if config.interleaving.level == "waveform" and config.interleaving.probability > 0 and terms:
         problems.append("model.interleaving.level=waveform cuts the audio, so imitation.w_ctc and w_align must be 0")
+    for group in config.parameter_groups:
+        try:
+            re.compile(group.pattern)
+        except re.error as error:
+            problems.append(f"model.parameter_groups: {group.pattern!r} is no regular expression ({error})")
+        if group.lr is None and group.weight_decay is None:
+            problems.append(f"model.parameter_groups: {group.pattern!r} sets neither lr nor weight_decay")
     for build in (config.imitation.objective, config.interleaving.policy):
         try:
             build()

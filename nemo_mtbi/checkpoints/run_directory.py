@@ -118,6 +118,7 @@ def load_trained(model: TrainableCheckpoint, path: Path) -> None:
     for part, value in model.references.items():
         if references.get(part) != value:
             raise CheckpointError(f"{path} was trained with another {part}: {references.get(part)}, now {value}.")
+    model.upgrade_state(state)
     missing = model.trainable_names() - set(state)
     unexpected = set(state) - set(model.state_dict())
     if missing or unexpected:

@@ -9,14 +9,17 @@ from torch import Tensor
 
 from nemo_mtbi.errors import CheckpointError
 from nemo_mtbi.losses.vocabulary import VocabularyShard
+from nemo_mtbi.modules.perception import connector_of
 from nemo_mtbi.parallel.parts import Part, part_of
 
 KEY = "nemo_mtbi"
+CONNECTOR_PREFIX = "perception.modality_adapter."
 
 
 class TrainableCheckpoint(LightningModule):
     """Mixin for :class:`nemo_mtbi.models.MTBISALM`."""
 
+    perception: Any
     references: dict[str, str]
     seen: Any
     stage: str
@@ -27,8 +30,7 @@ class TrainableCheckpoint(LightningModule):
     def trainable_names(self) -> set[str]:
         """State-dict names of trained parameters, and of the buffers of modules that hold any."""
         names = {n for n, p in self.named_parameters() if p.requires_grad}
-        prefix = "perception.modality_adapter."
-        return names | {n for n in self.state_dict() if n.startswith(prefix)}
+        return names | {n for n in self.state_dict() if n.startswith(CONNECTOR_PREFIX)}
 
     def trained_parts(self) -> dict[str, Part]:
         """Trained parameters of which this rank holds a part (LoRA under tensor parallelism)."""
@@ -40,6 +42,12 @@ class TrainableCheckpoint(LightningModule):
         names = self.trainable_names()
         state = {k: v.detach() for k, v in self.state_dict().items() if k in names}
         return {k: v.cpu().contiguous() for k, v in self.whole_state(state).items()}
+
+    def upgrade_state(self, state: dict[str, Tensor]) -> None:
+        """Bring trained tensors of an earlier version into this one's form, in place."""
+        connector = connector_of(self.perception)
+        if connector is not None:
+            connector.upgrade_state(state, CONNECTOR_PREFIX)
 
     def load_trained_state(self, state: dict[str, Tensor]) -> None:
         """Take this rank's parts of whole trained tensors."""
@@ -80,6 +88,7 @@ class TrainableCheckpoint(LightningModule):
                     f"The checkpoint was trained with another {part} ({own['references'].get(part)}, now {value}). "
                     f"Set model.pretrained_{'llm' if part == 'llm' else 'asr'} to the one it was trained with."
                 )
+        self.upgrade_state(checkpoint["state_dict"])
         missing = self.trainable_names() - set(checkpoint["state_dict"])
         if missing:
             raise CheckpointError(

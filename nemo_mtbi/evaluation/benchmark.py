@@ -74,7 +74,7 @@ class Benchmark:
         self.references = write_references(
             self.output / "references", dict(cfg.cuts), self.trained, self.unseen, self._target_settings(folders)
         )
-        tokenizer, end = self.model.tokenizer.tokenizer, self.model.stop_ids()[-1]
+        tokenizer, end = self.model.tokenizer.tokenizer, self.model.end_of_turn()
         self.labelled = {
             name: labelled_cuts(name, dict(options), tokenizer, end, self.output / "audio")
             for name, options in (cfg.labelled or {}).items()

@@ -123,7 +123,7 @@ class Predictions:
         """The most likely choice of each example whose task has choices, by log-likelihood of its tokens and the end
         of turn.
         """
-        tokenizer, end = model.tokenizer.tokenizer, model.stop_ids()[-1:]
+        tokenizer, end = model.tokenizer.tokenizer, [model.end_of_turn()]
         scores: list[dict[str, float]] = [{} for _ in reading.examples]
         options = [self.choices(c) if system.teacher_forced else [] for c in reading.conversations]
         for place in range(max(map(len, options))):

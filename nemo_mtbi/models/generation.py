@@ -21,7 +21,7 @@ from nemo_mtbi.errors import DataError
 from nemo_mtbi.models.conversation import Audio, Conversation
 from nemo_mtbi.models.layout import build_inputs
 from nemo_mtbi.models.speech import batch_features, connect, encode
-from nemo_mtbi.modules.causal_lm import without_adapters
+from nemo_mtbi.modules.causal_lm import end_of_turn, stop_ids, without_adapters
 from nemo_mtbi.modules.connectors.base import SpeechEmbeddings
 
 
@@ -40,9 +40,11 @@ class GenerationMixin(LightningModule):
 
     def stop_ids(self) -> list[int]:
         """Tokens that end an answer: the tokenizer's and the LLM's own."""
-        own = self.llm.generation_config.eos_token_id
-        ids = {self.tokenizer.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
-        return sorted(i for i in ids if i is not None)
+        return stop_ids(self.tokenizer.tokenizer, self.llm.generation_config)
+
+    def end_of_turn(self) -> int:
+        """The token that ends an answer in training."""
+        return end_of_turn(self.tokenizer.tokenizer, self.llm.generation_config)
 
     @torch.no_grad()
     def generate(

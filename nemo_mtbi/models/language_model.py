@@ -62,6 +62,7 @@ class PrefixStore:
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
         self.kept: OrderedDict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = OrderedDict()
+        self.place: tuple[torch.device, torch.dtype] | None = None
 
     def clear(self) -> None:
         self.kept.clear()
@@ -72,12 +73,15 @@ class PrefixStore:
         columns = max(map(len, prefixes))
         if columns == 0:
             return None
+        weight = next(embed_tokens.parameters())
+        if (place := (weight.device, weight.dtype)) != self.place:  # the model has moved
+            self.clear()
+            self.place = place
         rows = [tuple(p) for p in prefixes]
         have = {r: self.kept.pop(r) for r in dict.fromkeys(rows) if r in self.kept}
         missing = [r for r in dict.fromkeys(rows) if r not in have]
         if missing:
-            device = next(embed_tokens.parameters()).device
-            ids, _ = pad_right([list(r) for r in missing], device)
+            ids, _ = pad_right([list(r) for r in missing], weight.device)
             cache = DynamicCache()
             causal_lm(llm).model(inputs_embeds=embed_tokens(ids), past_key_values=cache, use_cache=True)
             for index, row in enumerate(missing):

@@ -33,6 +33,7 @@ from nemo_mtbi.models.objective import (
     sums_by_task,
     transcript_terms,
 )
+from nemo_mtbi.models.optimization import build_optimizer
 from nemo_mtbi.models.persistence import PersistenceMixin
 from nemo_mtbi.models.seen import SeenRecord
 from nemo_mtbi.models.setup import setup_parts
@@ -74,6 +75,7 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, GenerationMixin, GradientM
         self.frame_seconds = encoder_frame_seconds(self.perception)
         self.stage = "imitation"
         self.seed = 0
+        self.moments: dict[str, Tensor] = {}  # of an earlier stage's optimizer
         self.seen = SeenRecord()
         self._use_fsdp = self._use_tp = False
         self.register_load_state_dict_post_hook(lambda module, _: module.bind_connector())
@@ -192,6 +194,9 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, GenerationMixin, GradientM
     def encode(self, audios: Tensor, audio_lens: Tensor) -> tuple[Tensor, Tensor]:
         """Frozen encoder. audios (B, S) at ``sampling_rate``, audio_lens (B,) -> features (B, T, D), lengths (B,)."""
         return speech.encode(self.perception, audios, audio_lens)
+
+    def configure_optimizers(self) -> Any:
+        return build_optimizer(self)
 
     # -- Lightning's hooks ----------------------------------------------------------------------------------------
 

@@ -174,6 +174,7 @@ def step_loss(
         metrics["alignment"] = extra.detach() / count
     metrics["loss"] = total.detach() / count
     metrics["padding_fraction"] = 1 - layout.lengths.sum() / layout.index.numel()
+    metrics["empty_spans"] = torch.tensor(float(layout.empty_spans))  # their words were lost to the LLM
     sums = sums_by_task(batch["examples"], layout, loss)
     metrics |= {f"loss_by_task/{task}": own[0] / own[2] for task, own in sums.items()}
     return StepLoss(total, count, metrics)

@@ -15,6 +15,7 @@ from nemo_mtbi.data.example import Example, Piece
 from nemo_mtbi.data.interleaving import SpeechSpan
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.modules.connectors.base import SpeechEmbeddings, uniform_centers
+from nemo_mtbi.modules.connectors.token import TokenConnector
 from nemo_mtbi.modules.perception import connector_of, encoder_frame_seconds
 
 
@@ -48,12 +49,13 @@ def speech_input(
         ConfigError: ``waveform`` with cached features.
     """
     examples: list[Example] = batch["examples"]
-    seconds = [e.duration_seconds for e in examples]
+    seconds, starts = [e.duration_seconds for e in examples], None
     if level == "waveform":
         if "encoder_features" in batch:
             raise ConfigError("interleaving.level=waveform encodes pieces of the audio; set cached_features=false.")
+        starts = [p.start_seconds <= 0 for row in pieces for p in row if isinstance(p, SpeechSpan)] or None
         pieces, batch, seconds = cut_speech_spans(pieces, batch, perception.preprocessor.featurizer.sample_rate)
-    embeddings = connect(perception, *batch_features(perception, batch))
+    embeddings = connect(perception, *batch_features(perception, batch), starts)
     connector = connector_of(perception)
     if level == "embedding" and connector is not None:
         embeddings.centers = connector.word_centers(embeddings, examples, encoder_frame_seconds(perception))
@@ -90,10 +92,18 @@ def encode(perception: AudioPerceptionModule, audios: Tensor, audio_lens: Tensor
     return features.transpose(1, 2), lengths
 
 
-def connect(perception: AudioPerceptionModule, features: Tensor, lengths: Tensor) -> SpeechEmbeddings:
-    """Connector. features (B, T, D), lengths (B,) -> :class:`SpeechEmbeddings` in the connector's precision."""
+def connect(
+    perception: AudioPerceptionModule, features: Tensor, lengths: Tensor, starts: list[bool] | None = None
+) -> SpeechEmbeddings:
+    """Connector. features (B, T, D), lengths (B,) -> :class:`SpeechEmbeddings` in the connector's precision.
+
+    Args:
+        starts: whether each row begins its utterance (token connectors).
+    """
     features = connector_dtype(perception, features)
     connector = connector_of(perception)
+    if isinstance(connector, TokenConnector):
+        return connector.connect(features, lengths, starts)
     if connector is not None:
         return connector.connect(features, lengths)
     encoded, counts = perception.modality_adapter(audio_signal=features.transpose(1, 2), length=lengths)

@@ -6,6 +6,7 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
+from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.losses.head import Head
 from nemo_mtbi.losses.vocabulary import WHOLE_VOCABULARY, VocabularyShard
 
@@ -25,6 +26,43 @@ def output_head(llm: nn.Module, shard: VocabularyShard = WHOLE_VOCABULARY) -> He
     elif getattr(config, "logit_scale", None):  # Cohere multiplies
         scale = config.logit_scale
     return Head(lm.lm_head.weight, lm.lm_head.bias, scale, getattr(config, "final_logit_softcapping", None), shard)
+
+
+def stop_ids(tokenizer: Any, generation_config: Any) -> list[int]:
+    """Tokens that end an answer: the tokenizer's and the LLM's own (a list, a number or nothing), ascending.
+
+    Args:
+        tokenizer: Transformers' tokenizer.
+        generation_config: of the LLM, or None.
+
+    Raises:
+        ConfigError: there is none, so that no answer would ever end.
+    """
+    own = getattr(generation_config, "eos_token_id", None)
+    ids = {tokenizer.eos_token_id, *(own if isinstance(own, list | tuple) else [own])}
+    found = sorted(i for i in ids if i is not None)
+    if not found:
+        raise ConfigError(
+            "Neither the tokenizer nor the LLM's generation_config names a token that ends an answer (eos_token_id)."
+        )
+    return found
+
+
+def end_of_turn(tokenizer: Any, generation_config: Any) -> int:
+    """The token that ends an assistant's turn: what the chat template writes after an answer, else the LLM's own.
+
+    Raises:
+        ConfigError: see :func:`stop_ids`.
+    """
+    ends = stop_ids(tokenizer, generation_config)
+    if getattr(tokenizer, "chat_template", None):
+        dialog = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        ids = tokenizer.apply_chat_template(dialog, tokenize=True, return_dict=False)
+        written = [i for i in ids if i in ends]
+        if written:
+            return written[-1]
+    own = getattr(generation_config, "eos_token_id", None)
+    return (own[0] if isinstance(own, list | tuple) else own) or ends[0]
 
 
 def checkpoint_activations(llm: nn.Module) -> None:

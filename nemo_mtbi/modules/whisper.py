@@ -15,6 +15,7 @@ from transformers.audio_utils import mel_filter_bank
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as HFWhisperEncoder
 
 from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.modules.windows import equal_windows
 
 SAMPLE_RATE, N_FFT, HOP_SAMPLES = 16_000, 400, 160
 WINDOW_FRAMES = 3_000  # 30 s, the only input length that Whisper saw in training
@@ -43,10 +44,10 @@ class WindowPolicy:
         self.multiple = WINDOW_FRAMES if input_length == "trained" else min(WINDOW_FRAMES, frames + frames % 2)
 
     def windows(self, frames: int) -> list[tuple[int, int, int]]:
-        """(begin, valid, padded) mel frames of each window of an utterance; audio over 30 s is cut into windows."""
+        """(begin, valid, padded) mel frames of each window of an utterance; audio over 30 s is cut into equal windows."""
         spans = []
-        for begin in range(0, max(1, frames), WINDOW_FRAMES):
-            valid = max(1, min(WINDOW_FRAMES, frames - begin))
+        for begin, end in equal_windows(frames, WINDOW_FRAMES, SUBSAMPLING):
+            valid = end - begin
             spans.append((begin, valid, min(WINDOW_FRAMES, math.ceil(valid / self.multiple) * self.multiple)))
         return spans
 

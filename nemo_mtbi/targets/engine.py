@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import torch
 
+from nemo_mtbi.modules.causal_lm import stop_ids
 from nemo_mtbi.pretrained.offline import resolve_pretrained
 from nemo_mtbi.targets.decoder import Answer, RefillDecoder, Request
 
@@ -35,13 +36,13 @@ class HFEngine:
     independent = False
 
     def __init__(self, name: str, dtype: str = "bfloat16", batch_size: int = 128, device: str | None = None) -> None:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        llm: Any = AutoModelForCausalLM.from_pretrained(resolve_pretrained(name), dtype=getattr(torch, dtype))
+        path = resolve_pretrained(name)
+        llm: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
         self.llm = llm.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval().requires_grad_(False)
         self.batch_size = batch_size
-        stop = self.llm.generation_config.eos_token_id
-        self.stop_ids = set(stop if isinstance(stop, list) else [stop])
+        self.stop_ids = set(stop_ids(AutoTokenizer.from_pretrained(path), self.llm.generation_config))
 
     def generate(self, requests: Sequence[Request], top_k: int = 0, temperature: float = 1.0) -> Iterator[Answer]:
         decoder = RefillDecoder(self.llm, self.stop_ids, self.batch_size, top_k=top_k, temperature=temperature)

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from nemo_mtbi.errors import ConfigError, DataError
+from nemo_mtbi.modules.causal_lm import stop_ids
 from nemo_mtbi.targets.config import OpenAIConfig
 from nemo_mtbi.targets.decoder import Answer, Request
 
@@ -45,10 +46,10 @@ class OpenAIEngine:
             timeout=config.timeout_seconds,
         )
         try:
-            stop = GenerationConfig.from_pretrained(llm).eos_token_id
+            generation_config = GenerationConfig.from_pretrained(llm)
         except OSError:
-            stop = tokenizer.eos_token_id
-        self.stop_ids: list[int] = stop if isinstance(stop, list) else [stop]
+            generation_config = None
+        self.stop_ids = stop_ids(tokenizer, generation_config)
         self._next_start = 0.0
         self._lock = threading.Lock()
 

@@ -169,8 +169,7 @@ def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulate
     Args:
         step: optimizer step at which training goes on, after ``accumulated`` batches each. Manifests are drawn up to
             that place again, without reading audio, so training goes on with the very next batch. Shar is read in
-            random order
-            of its shards: there other seeds and visit numbers draw anew instead of repeating the beginning.
+            random order of its shards: other seeds and visit numbers draw anew instead of repeating the beginning.
     """
     cfg = DictConfig(OmegaConf.to_container(data_cfg, resolve=True))
     cached = cfg.pop("cached_features")

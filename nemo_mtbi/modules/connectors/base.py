@@ -23,8 +23,6 @@ class SpeechEmbeddings:
         centers: (B, P) time of each position in encoder frames, non-decreasing; slices speech by word times.
         ctc_log_probs: (B, P', V_ctc + 1) of a CTC connector, blank first; None otherwise.
         ctc_lengths: (B,) valid rows of ``ctc_log_probs``.
-        encoded: frames (W, T, D) and their lengths (W,) after the layers that the connector trains before its tokens;
-            None without such.
         labels: (B, P) the token (of a CTC connector: the CTC label) of each position; None for connectors without
             tokens.
     """
@@ -35,7 +33,6 @@ class SpeechEmbeddings:
     ctc_log_probs: Tensor | None = None
     ctc_lengths: Tensor | None = None
     labels: Tensor | None = None
-    encoded: tuple[Tensor, Tensor] | None = None
 
 
 class Connector(nn.Module):
@@ -49,6 +46,9 @@ class Connector(nn.Module):
 
         Not part of the checkpoint, called after a load.
         """
+
+    def upgrade_state(self, state: dict[str, Any], prefix: str) -> None:
+        """Bring weights of an earlier version into this one's form, in place; keys begin with ``prefix``."""
 
     def word_centers(self, speech: SpeechEmbeddings, examples: list[Example], frame_seconds: float) -> Tensor:
         """Times (B, P), in encoder frames, by which the positions are given to the words of the transcripts.

@@ -120,7 +120,7 @@ class CTCCompressConnector(TokenConnector):
         self.table.copy_(embeddings.detach().to(self.table))
         self.table_rms.copy_(self.table.square().mean().sqrt().clamp_min(1e-6))
 
-    def connect(self, features: Tensor, lengths: Tensor) -> SpeechEmbeddings:
+    def connect(self, features: Tensor, lengths: Tensor, starts: list[bool] | None = None) -> SpeechEmbeddings:
         hidden, lengths = self._frames(features, lengths)
         log_probs = self._ctc_log_probs(hidden)
         embeddings, counts, centers, labels = self._compress(hidden, log_probs, lengths)

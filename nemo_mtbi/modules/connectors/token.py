@@ -23,6 +23,15 @@ class TokenConnector(Connector):
 
     emits_tokens = True
 
+    def connect(self, features: Tensor, lengths: Tensor, starts: list[bool] | None = None) -> SpeechEmbeddings:
+        """See :meth:`Connector.connect`.
+
+        Args:
+            features, lengths: (B, T, D) and (B,) encoder frames.
+            starts: whether each row begins its utterance; a row that does not is written after a space. None: all do.
+        """
+        raise NotImplementedError
+
     def labels_of(self, tokens: Iterable[int]) -> list[int]:
         """``SpeechEmbeddings.labels`` that stand for LLM tokens."""
         raise NotImplementedError

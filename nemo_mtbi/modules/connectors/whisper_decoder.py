@@ -4,9 +4,9 @@ Letters: B utterances, W windows of at most 30 s, T encoder frames, D Whisper's 
 positions, H LLM width.
 """
 
-import math
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,8 +21,22 @@ from nemo_mtbi.losses.imitation import imitation_loss
 from nemo_mtbi.losses.objective import CROSS_ENTROPY
 from nemo_mtbi.modules.connectors.base import SpeechEmbeddings, frame_mask, mask_spans
 from nemo_mtbi.modules.connectors.token import TokenConnector
+from nemo_mtbi.modules.windows import equal_windows
 
 FRAMES_PER_SECOND = 50
+OLD_RESIDUAL_SCALE = 5.0
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """No dropout in here, with a graph or without; each submodule gets its own mode back."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
 
 
 class WhisperDecoderConnector(TokenConnector):
@@ -31,13 +45,17 @@ class WhisperDecoderConnector(TokenConnector):
     The decoder's text is cut into the LLM's tokens. The embedding of token j, whose last byte Whisper's token i
     wrote, is::
 
-        E_j  +  residual_scale (rms(E) residual(norm(h_i)) + gate (sum_k p_ik M_k - M_i))
+        E_j  +  soft_i - stopgrad(soft_i)  +  rms(E) residual(norm(h_i)),     soft_i = sum_k p_ik M_k
 
     with ``h_i`` the decoder's last hidden state that predicted token i, ``p_i`` its ``alternatives`` most likely tokens
-    (renormalized) and ``M_k`` the LLM's mean embedding of Whisper's token k. ``residual`` and ``gate`` start at zero:
-    the LLM of an untrained connector reads the text that Whisper's decoder writes from these frames. (They are the
-    audio's own, without the silence that fills Whisper's 30 s, so that text can differ from a cascade's.) Transcripts
-    teach the decoder (:meth:`transcription_loss`); the LLM's gradients reach it through ``h`` and ``p``.
+    (renormalized) and ``M_k`` the LLM's mean embedding of Whisper's token k. The middle is zero in the forward pass
+    (straight-through, Bengio et al. 2013): it carries the LLM's gradient to the choice of tokens. ``residual`` starts
+    at zero: the LLM of an untrained connector reads the text that Whisper's decoder writes from these frames. (They are
+    the audio's own, without the silence that fills Whisper's 30 s, so that text can differ from a cascade's.)
+    Transcripts teach the decoder too (:meth:`transcription_loss`).
+
+    Tokens and states come from a clean encoding in evaluation mode, in training as in use; dropout and time masks belong
+    to the transcription loss alone.
 
     Args:
         feat_in: D, must be Whisper's own width.
@@ -50,10 +68,11 @@ class WhisperDecoderConnector(TokenConnector):
         suppress_ids: tokens that are never emitted; ``begin_suppress_ids``: not as the first token.
         tokenizer_bytes: size of Whisper's tokenizer.json, which is kept among the weights (``tokenizer_json``).
         language: of a multilingual Whisper (``en``); None for English-only ones.
-        alternatives: 0 leaves the second term out.
-        dropout: in the decoder.
-        time_masks, time_mask_frames: as in the CTC connector.
-        residual_scale: how far both terms can go in a step of the optimizer.
+        alternatives: 0 leaves the straight-through term out.
+        dropout: in the decoder, and in the encoder's upper layers, for the transcription loss.
+        time_masks, time_mask_frames: as in the CTC connector, for the transcription loss.
+        residual_scale: factor on the residual, for weights that were trained with one; a parameter group sets its
+            learning rate (``model.parameter_groups``).
         max_tokens_per_second: of speech, plus 8; ends a decoder that loops.
 
     Raises:
@@ -81,7 +100,7 @@ class WhisperDecoderConnector(TokenConnector):
         dropout: float = 0.1,
         time_masks: int = 0,
         time_mask_frames: int = 20,
-        residual_scale: float = 5.0,
+        residual_scale: float = 1.0,
         max_tokens_per_second: float = 25.0,
     ) -> None:
         super().__init__()
@@ -102,7 +121,6 @@ class WhisperDecoderConnector(TokenConnector):
         self.residual = nn.Linear(config.d_model, output_dim)
         nn.init.zeros_(self.residual.weight)
         nn.init.zeros_(self.residual.bias)
-        self.gate = nn.Parameter(torch.zeros(())) if alternatives else None
         self.register_buffer("tokenizer_json", torch.zeros(tokenizer_bytes, dtype=torch.uint8))
         self.register_buffer("embedding_rms", torch.ones(()), persistent=False)
         pieces = eos_id + 1 if alternatives else 0
@@ -122,6 +140,7 @@ class WhisperDecoderConnector(TokenConnector):
         self._tokenizer = None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        self.upgrade_state(state_dict, prefix)
         given = state_dict.get(f"{prefix}tokenizer_json")
         if given is not None and given.shape != self.tokenizer_json.shape:  # written by another version of tokenizers
             self.tokenizer_json = torch.zeros_like(given, device=self.tokenizer_json.device)
@@ -162,6 +181,15 @@ class WhisperDecoderConnector(TokenConnector):
             result.index_add_(0, rows[part], embed_tokens(tokens[part]).float())
         return result / counts.clamp_min(1)[:, None]
 
+    @torch.no_grad()
+    def upgrade_state(self, state: dict[str, Any], prefix: str) -> None:
+        """Weights of November 2026 have a gate, which is left out, and a residual in other units."""
+        if state.pop(f"{prefix}gate", None) is None:
+            return
+        for name in ("weight", "bias"):
+            key = f"{prefix}residual.{name}"
+            state[key] = state[key] * (OLD_RESIDUAL_SCALE / self.residual_scale)
+
     def labels_of(self, tokens: Iterable[int]) -> list[int]:
         return list(tokens)
 
@@ -172,7 +200,7 @@ class WhisperDecoderConnector(TokenConnector):
     ) -> tuple[Tensor, int]:
         """Cross-entropy of the transcripts under teacher forcing; utterances that exceed a window contribute nothing.
 
-        What ``connect`` encoded is read again, so that the encoder's upper layers run once a step.
+        The frames are encoded anew, with time masks and dropout where the connector is trained.
         """
         ids = [
             [*self.tokenizer.encode(" " + t.strip(), add_special_tokens=False).ids, self.eos_id] for t in transcripts
@@ -185,27 +213,23 @@ class WhisperDecoderConnector(TokenConnector):
         if not kept:
             trained = [p.sum() for p in self.parameters() if p.requires_grad]
             return torch.stack(trained).sum() * 0.0, 0  # with a graph: the step of the other ranks goes on
-        if (
-            speech is not None and speech.encoded is not None and len(speech.encoded[1]) == len(lengths)
-        ):  # a window each
-            features = speech.encoded[0][kept]
-        else:
-            features = features[kept][:, : self.window]
-            if self.training:
-                features = mask_spans(features, lengths[kept], self.time_masks, self.time_mask_frames)
-            features = self._encode(features, lengths[kept])
+        features, sizes = features[kept][:, : self.window], lengths[kept]
+        if self.training:
+            features = mask_spans(features, sizes, self.time_masks, self.time_mask_frames)
+        features = self._encode(features, sizes)
         targets = [ids[i] for i in kept]
-        states = self._forced_states(features, lengths[kept], [own[:-1] for own in targets])
+        states = self._forced_states(features, sizes, [own[:-1] for own in targets])
         flat = torch.tensor([token for own in targets for token in own], device=features.device)
-        sizes = torch.tensor([len(own) for own in targets], device=features.device)
-        rows = states[frame_mask(sizes, states.shape[1])]
+        counts = torch.tensor([len(own) for own in targets], device=features.device)
+        rows = states[frame_mask(counts, states.shape[1])]
         return imitation_loss(rows, Head(self._output_weight()), flat, CROSS_ENTROPY).loss, len(flat)
 
     @torch.no_grad()
     def transcribe(self, features: Tensor, lengths: Tensor) -> list[str]:
         """features (B, T, D), lengths (B,) -> greedy transcripts."""
         windows, sizes, owners = self._windows(features, lengths)
-        tokens, _ = self._greedy(self._encode(windows, sizes), sizes)
+        with evaluation_mode(self):
+            tokens, _ = self._greedy(self._encode(windows, sizes), sizes)
         texts: list[list[str]] = [[] for _ in lengths]
         for owner, own in zip(owners, tokens, strict=True):
             texts[owner[0]].append(self.tokenizer.decode(own).strip())
@@ -220,9 +244,9 @@ class WhisperDecoderConnector(TokenConnector):
             return features, lengths, [(row, 0) for row in range(len(lengths))]
         owners, parts = [], []
         for row, frames in enumerate(lengths.tolist()):
-            size = math.ceil(frames / math.ceil(frames / self.window))  # equal parts: no window is a few frames
-            owners += [(row, at) for at in range(0, frames, size)]
-            parts += [features[row, at : min(at + size, frames)] for at in range(0, frames, size)]
+            cuts = equal_windows(frames, self.window)  # the encoder's own
+            owners += [(row, begin) for begin, _ in cuts]
+            parts += [features[row, begin:end] for begin, end in cuts]
         sizes = torch.tensor([len(p) for p in parts], device=features.device)
         return nn.utils.rnn.pad_sequence(parts, batch_first=True), sizes, owners
 
@@ -264,15 +288,7 @@ class WhisperDecoderConnector(TokenConnector):
 
     @torch.no_grad()
     def _greedy(self, features: Tensor, sizes: Tensor) -> tuple[list[list[int]], Tensor]:
-        """Tokens of each window, and the states (W, N + 1, D) that predicted them and the end; without dropout."""
-        training = self.decoder.training
-        self.decoder.eval()
-        try:
-            return self._write(features, sizes)
-        finally:
-            self.decoder.train(training)
-
-    def _write(self, features: Tensor, sizes: Tensor) -> tuple[list[list[int]], Tensor]:
+        """Tokens of each window, and the states (W, N + 1, D) that predicted them and the end. In evaluation mode."""
         mask = self._frame_mask(sizes, features.shape[1])
         seconds = sizes.float() / FRAMES_PER_SECOND
         limits = (seconds * self.max_tokens_per_second).ceil().long().add(8).clamp_max(self.max_tokens - 1)
@@ -297,21 +313,21 @@ class WhisperDecoderConnector(TokenConnector):
 
     # -- connector ------------------------------------------------------------------------------------------------
 
-    def connect(self, features: Tensor, lengths: Tensor) -> SpeechEmbeddings:
+    def connect(self, features: Tensor, lengths: Tensor, starts: list[bool] | None = None) -> SpeechEmbeddings:
         assert self._language_model is not None
         tokenizer, embed_tokens = self._language_model
+        begins = starts or [True] * len(lengths)
         windows, sizes, owners = self._windows(features, lengths)
-        if self.training:
-            windows = mask_spans(windows, sizes, self.time_masks, self.time_mask_frames)
-        windows = self._encode(windows, sizes)
-        tokens, states = self._greedy(windows, sizes)
-        if torch.is_grad_enabled():
-            states = self._forced_states(windows, sizes, tokens)
+        with evaluation_mode(self):
+            windows = self._encode(windows, sizes)
+            tokens, states = self._greedy(windows, sizes)
+            if torch.is_grad_enabled():
+                states = self._forced_states(windows, sizes, tokens)
         rows: list[list[tuple[int, int, int, float]]] = [
             [] for _ in lengths
         ]  # LLM token, window, Whisper token, center
         for window, ((utterance, first), own, frames) in enumerate(zip(owners, tokens, sizes.tolist(), strict=True)):
-            for token, index in self._language_model_tokens(tokenizer, own, not rows[utterance]):
+            for token, index in self._language_model_tokens(tokenizer, own, begins[utterance] and not rows[utterance]):
                 rows[utterance].append((token, window, index, first + (index + 0.5) / max(1, len(own)) * frames))
         for utterance, row in enumerate(rows):
             if not row:
@@ -323,28 +339,21 @@ class WhisperDecoderConnector(TokenConnector):
         ids, window_index, token_index = (padded[..., i].long().to(features.device) for i in range(3))
         valid = frame_mask(counts, width)
         chosen = states[window_index[valid], token_index[valid]]
-        extra = self.residual(self.norm(chosen))
-        if self.gate is not None:
-            longest = max(1, max(map(len, tokens)))
-            written = torch.tensor(
-                [own + [self.eos_id] * (longest - len(own)) for own in tokens], device=features.device
-            )
-            alternatives = self._alternatives(
-                chosen, written[window_index[valid], token_index[valid]], token_index[valid] == 0
-            )
-            extra = extra + self.gate * alternatives / self.embedding_rms
+        extra = self.residual(self.norm(chosen)) * (self.residual_scale * self.embedding_rms)
+        if self.alternatives and torch.is_grad_enabled():
+            soft = self._likely_embeddings(chosen, token_index[valid] == 0)
+            extra = extra + (soft - soft.detach())
         text = embed_tokens(ids[valid]).to(extra.dtype)
         embeddings = text.new_zeros(*ids.shape, text.shape[-1])
-        embeddings[valid] = text + extra * (self.residual_scale * self.embedding_rms)
+        embeddings[valid] = text + extra
         centers = padded[..., 3].float().to(features.device)
-        return SpeechEmbeddings(embeddings, counts, centers, labels=ids, encoded=(windows, sizes))
+        return SpeechEmbeddings(embeddings, counts, centers, labels=ids)
 
-    def _alternatives(self, states: Tensor, written: Tensor, first: Tensor) -> Tensor:
-        """Mean LLM embedding (R, H) of the likely tokens minus that of the written one; zero where none was written.
+    def _likely_embeddings(self, states: Tensor, first: Tensor) -> Tensor:
+        """Mean LLM embedding (R, H) of the likely tokens, weighted by their probabilities.
 
         Args:
             states: (R, D) that predicted the tokens.
-            written: (R,) tokens, or the end of text.
             first: (R,) whether a token begins its window.
         """
         weight = self._output_weight()
@@ -361,11 +370,8 @@ class WhisperDecoderConnector(TokenConnector):
         logits = torch.einsum("rd,rkd->rk", states.to(weight.dtype), weight[best]).float()
         table = self.piece_embeddings
         # A bag: no (R, K, H) tensor.
-        mean = nn.functional.embedding_bag(
-            best, table, mode="sum", per_sample_weights=logits.softmax(-1).to(table.dtype)
-        )
-        spoken = (written != self.eos_id)[:, None]
-        return ((mean - table[written]) * spoken).float()
+        weights = logits.softmax(-1).to(table.dtype)
+        return nn.functional.embedding_bag(best, table, mode="sum", per_sample_weights=weights).float()
 
     def _language_model_tokens(self, tokenizer: Any, tokens: list[int], first: bool) -> list[tuple[int, int]]:
         """The LLM's tokens of a window's text, each with the index of the Whisper token that wrote its last byte."""

@@ -5,6 +5,9 @@ from typing import Any
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.modules.connectors.whisper_decoder import WhisperDecoderConnector
 
+# Whisper never writes these, but transcripts hold them, so a decoder that is trained on transcripts must be able to.
+WRITTEN_SYMBOLS = set('"():;/-') | {"--", '("', "(("}
+
 
 def whisper_decoder_settings(name: str, language: str | None, kept_layers: int | None = None) -> dict[str, Any]:
     """What :class:`WhisperDecoderConnector` must know of a Whisper model.
@@ -31,6 +34,7 @@ def whisper_decoder_settings(name: str, language: str | None, kept_layers: int |
     if not getattr(generation, "is_multilingual", False) and language is not None:
         raise ConfigError(f"{name} knows English alone: leave model.perception.modality_adapter.language out.")
     tokenizer = _whisper_tokenizer(name, language)
+    suppressed = [i for i in getattr(generation, "suppress_tokens", None) or [] if i < tokenizer.eos_token_id]
     keep = (
         "d_model",
         "encoder_attention_heads",
@@ -48,7 +52,7 @@ def whisper_decoder_settings(name: str, language: str | None, kept_layers: int |
         "encoder_layers": 0 if kept_layers is None else config.encoder_layers - kept_layers,
         "prompt_ids": list(tokenizer.prefix_tokens),
         "eos_id": tokenizer.eos_token_id,
-        "suppress_ids": list(getattr(generation, "suppress_tokens", None) or []),
+        "suppress_ids": [i for i in suppressed if tokenizer.decode([i]).strip() not in WRITTEN_SYMBOLS],
         "begin_suppress_ids": list(getattr(generation, "begin_suppress_tokens", None) or []),
         "tokenizer_bytes": len(tokenizer.backend_tokenizer.to_str().encode()),
     }

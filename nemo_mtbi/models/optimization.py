@@ -1,0 +1,83 @@
+"""The optimizer: parameter groups by pattern, and moments that go on from one stage to the next."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from nemo.core.classes.common import safe_instantiate
+from torch import Tensor, nn
+
+from nemo_mtbi.config import ParameterGroupConfig
+from nemo_mtbi.errors import ConfigError
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of Adam and its kin
+
+
+def parameter_groups(
+    named: Iterable[tuple[str, nn.Parameter]], groups: list[ParameterGroupConfig]
+) -> list[dict[str, Any]]:
+    """Trained parameters as PyTorch's parameter groups, in the order of the model within each.
+
+    Args:
+        named: trained parameters by name.
+        groups: the first match wins; the rest comes last, with the optimizer's own settings.
+
+    Raises:
+        ConfigError: a pattern matches nothing that is trained.
+    """
+    named = list(named)
+    members: list[list[nn.Parameter]] = [[] for _ in groups]
+    rest = []
+    for name, parameter in named:
+        place = next((i for i, group in enumerate(groups) if re.match(group.pattern, name)), None)
+        (rest if place is None else members[place]).append(parameter)
+    for group, own in zip(groups, members, strict=True):
+        if not own:
+            raise ConfigError(
+                f"model.parameter_groups: {group.pattern!r} matches no trained parameter that an earlier group leaves. "
+                f"Trained are, for example, {', '.join(name for name, _ in named[:3])}."
+            )
+    settings = [{k: v for k, v in (("lr", g.lr), ("weight_decay", g.weight_decay)) if v is not None} for g in groups]
+    result = [{"params": own, **setting} for own, setting in zip(members, settings, strict=True)]
+    return [*result, {"params": rest}] if rest else result
+
+
+def build_optimizer(model: Any) -> dict[str, Any]:
+    """What Lightning's ``configure_optimizers`` gives, as NeMo's speechlm2 builds it, with our groups."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    optimizer = safe_instantiate(
+        model.cfg.optimizer, parameter_groups(trained, model.config.parameter_groups), _convert_="all"
+    )
+    if model.moments:
+        continue_moments(optimizer, trained, model.moments)
+    result: dict[str, Any] = {"optimizer": optimizer}
+    if "lr_scheduler" in model.cfg:
+        scheduler = safe_instantiate(model.cfg.lr_scheduler, optimizer)
+        result["lr_scheduler"] = {"scheduler": scheduler, "interval": "step", "frequency": 1}
+    return result
+
+
+def moments_of(optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
+    """Adam's moments by parameter and kind: ``name/exp_avg``, on the CPU."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in named:
+        state = optimizer.state.get(parameter, {})
+        for kind in MOMENTS:
+            if isinstance(state.get(kind), Tensor):
+                found[f"{name}/{kind}"] = state[kind].detach().cpu().clone()
+    return found
+
+
+def continue_moments(
+    optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]], moments: dict[str, Tensor]
+) -> int:
+    """Give an optimizer the moments of parameters that have the same name and shape. -> how many parameters."""
+    continued = 0
+    for name, parameter in named:
+        own = {kind: moments[f"{name}/{kind}"] for kind in MOMENTS if f"{name}/{kind}" in moments}
+        if "exp_avg" in own and own["exp_avg"].shape == parameter.shape:
+            on_device = {k: v.to(parameter.device) for k, v in own.items() if k != "step"}
+            optimizer.state[parameter] = on_device | {"step": own["step"]}
+            continued += 1
+    return continued

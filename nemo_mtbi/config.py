@@ -79,7 +79,7 @@ class CTCVocabularyConfig:
 
 @dataclass
 class ParameterGroupConfig:
-    """Trained parameters whose names match ``pattern`` (regular expression, from the beginning) with settings of their own.
+    """Trained parameters whose names match ``pattern`` (a regular expression, from the beginning), with own settings.
 
     The first matching group wins; what no group matches has the optimizer's settings.
     """

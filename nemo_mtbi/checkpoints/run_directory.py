@@ -2,16 +2,21 @@
 
 ::
 
-    <output_dir>/model.json                          the model's configuration, with the CTC vocabulary size filled in
-    <output_dir>/<stage>/trained.safetensors         trained tensors at the end of a stage (untrained, alignment,
-    imitation) <output_dir>/<stage>/checkpoints, events...      NeMo's exp_manager: resumable checkpoints and
-    TensorBoard curves <output_dir>/data.json                           manifests that were trained and validated on
-    <output_dir>/<stage>/samples.jsonl               answers at each validation beside the teacher's
-    <output_dir>/seen.json                           examples and response tokens of each task and prompt
+    <output_dir>/model.json                        the model's configuration, with the CTC vocabulary size filled in
+    <output_dir>/<stage>/trained.safetensors       trained tensors that later steps use: of the best validation
+                                                   (stages untrained, alignment, imitation)
+    <output_dir>/<stage>/last.safetensors          trained tensors after the last step
+    <output_dir>/<stage>/best.safetensors, .json   trained tensors of the best validation so far; its step and value
+    <output_dir>/<stage>/optimizer.safetensors     the optimizer's moments at the end of a stage
+    <output_dir>/<stage>/checkpoints, events...    NeMo's exp_manager: resumable checkpoints and TensorBoard curves
+    <output_dir>/<stage>/samples.jsonl             answers at each validation beside the teacher's
+    <output_dir>/data.json                         manifests that were trained and validated on
+    <output_dir>/seen.json                         examples and response tokens of each task and prompt
 """
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +41,37 @@ class RunDirectory:
         return self.root / name
 
     def weights(self, name: str) -> Path:
+        """What export, evaluation and the next stage use of a stage: the weights of its best validation."""
         return self.stage(name) / "trained.safetensors"
+
+    def last_weights(self, name: str) -> Path:
+        """Weights after the last step of a stage."""
+        return self.stage(name) / "last.safetensors"
+
+    def best_weights(self, name: str) -> Path:
+        """Weights of the best validation so far of a stage."""
+        return self.stage(name) / "best.safetensors"
+
+    def best_record(self, name: str) -> Path:
+        """Step and value of the best validation."""
+        return self.stage(name) / "best.json"
+
+    def moments(self, name: str) -> Path:
+        """The optimizer's moments at the end of a stage."""
+        return self.stage(name) / "optimizer.safetensors"
+
+    def finish_stage(self, model: TrainableCheckpoint, name: str) -> None:
+        """Keep the last weights, and give the stage the best ones (the last, where nothing was validated).
+
+        All ranks call this.
+        """
+        self.save_weights(model, name, path=self.last_weights(name))
+        if is_global_rank_zero():
+            chosen = self.best_weights(name)
+            chosen = chosen if chosen.is_file() else self.last_weights(name)
+            temporary = self.weights(name).with_name(f".{self.weights(name).name}.{os.getpid()}")
+            shutil.copyfile(chosen, temporary)
+            temporary.replace(self.weights(name))
 
     def last_stage(self) -> str:
         """The furthest finished stage."""
@@ -71,12 +106,12 @@ class RunDirectory:
                     f"{self.root} was trained with {before}, now {model.references}. Use another output_dir."
                 )
 
-    def save_weights(self, model: TrainableCheckpoint, name: str) -> Path:
+    def save_weights(self, model: TrainableCheckpoint, name: str, best: bool = False, path: Path | None = None) -> Path:
         """Trained tensors and references, written under a temporary name and renamed.
 
         All ranks call this, one writes.
         """
-        path = self.weights(name)
+        path = path or (self.best_weights(name) if best else self.weights(name))
         state = model.trained_state()
         if not is_global_rank_zero():
             return path

@@ -7,8 +7,10 @@ from typing import Any
 from lightning import LightningModule
 from torch import Tensor
 
+from nemo_mtbi.config import ModelConfig
 from nemo_mtbi.errors import CheckpointError
 from nemo_mtbi.losses.vocabulary import VocabularyShard
+from nemo_mtbi.modules.parameter_groups import parameter_groups
 from nemo_mtbi.modules.perception import connector_of
 from nemo_mtbi.parallel.parts import Part, part_of
 
@@ -19,6 +21,7 @@ CONNECTOR_PREFIX = "perception.modality_adapter."
 class TrainableCheckpoint(LightningModule):
     """Mixin for :class:`nemo_mtbi.models.MTBISALM`."""
 
+    config: ModelConfig
     perception: Any
     references: dict[str, str]
     seen: Any
@@ -104,9 +107,11 @@ class TrainableCheckpoint(LightningModule):
     def _convert_optimizer_states(self, checkpoint: dict[str, Any], convert: Callable[[Part, Tensor], Tensor]) -> None:
         """Apply ``convert`` to the states of parameters that are spread.
 
-        The optimizer numbers trained parameters in order.
+        The optimizer numbers trained parameters in the order of its groups.
         """
-        trained = [p for p in self.parameters() if p.requires_grad]
+        named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        groups = parameter_groups(named, self.config.parameter_groups)
+        trained = [p for group in groups for p in group["params"]]
         if all(part_of(p) is None for p in trained):
             return
         for optimizer in checkpoint.get("optimizer_states", []):

@@ -26,8 +26,12 @@ from nemo_mtbi.models.gradients import GradientMixin
 from nemo_mtbi.models.language_model import Prefix, PrefixStore, hidden_states, teacher_hidden_states
 from nemo_mtbi.models.layout import build_inputs
 from nemo_mtbi.models.objective import (
+    RESPONSE_TOKENS,
     StepLoss,
     StudentOutput,
+    alignment_loss,
+    batch_counts,
+    combined,
     imitation_terms,
     step_loss,
     sums_by_task,
@@ -129,15 +133,11 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, GenerationMixin, GradientM
         """One micro-batch. The returned loss is a *sum*; the gradient is normalized by :class:`GradientMixin`."""
         self.keep_frozen_parts_in_evaluation_mode()
         if self.stage == "alignment":
-            total, count = self.transcript_terms(batch, None, self.config.alignment_stage)
-            step = StepLoss(total, count, {"loss": total.detach() / max(1, count)})
+            step = self.alignment(batch, self.config.alignment_stage)
         else:
             student = self.student(batch, interleave=True)
             loss = self.imitation(batch, student)
-            weights, extra = self.config.imitation, None
-            if weights.w_ctc > 0 or weights.w_align > 0:
-                extra, _ = self.transcript_terms(batch, student.speech, weights)
-            step = step_loss(batch, student, loss, extra)
+            step = step_loss(batch, student, loss, self.transcript_loss(batch, student.speech))
         self.count_tokens(step.count)
         self.seen.add(batch["examples"], self.stage)
         size = len(batch["examples"])
@@ -177,11 +177,25 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, GenerationMixin, GradientM
             )
         return imitation_terms(batch, student, self.head(), config, teacher)
 
-    def transcript_terms(
-        self, batch: dict[str, Any], spoken: SpeechEmbeddings | None, weights: Any
-    ) -> tuple[Tensor, int]:
-        """The connector's own terms on the transcripts, as a sum, and their target tokens."""
-        return transcript_terms(batch, spoken, self.perception, self.embed_tokens, weights)
+    def transcript_loss(
+        self, batch: dict[str, Any], spoken: SpeechEmbeddings
+    ) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """The connector's own terms beside imitation, in units of response tokens; None without such."""
+        weights = self.config.imitation
+        if weights.w_ctc == 0 and weights.w_align == 0:
+            return None
+        terms = transcript_terms(batch, spoken, self.perception, self.embed_tokens, weights)
+        return combined(terms, *self.counts(batch), RESPONSE_TOKENS)
+
+    def counts(self, batch: dict[str, Any]) -> tuple[dict[str, int], Tensor]:
+        """Of a micro-batch, and (3,) of its whole optimizer step over the data-parallel ranks."""
+        group = self.data_parallel_group() if self.training else None
+        return batch_counts(batch, connector_of(self.perception), self.device, self.training, group)
+
+    def alignment(self, batch: dict[str, Any], weights: Any) -> StepLoss:
+        """The connector's own terms alone."""
+        terms = transcript_terms(batch, None, self.perception, self.embed_tokens, weights)
+        return alignment_loss(terms, *self.counts(batch))
 
     def hidden(self, inputs: Tensor, prefix: Prefix | None = None) -> Tensor:
         """Last hidden states (B, L, H) of right-padded input embeddings (B, L, H)."""
@@ -227,7 +241,8 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, GenerationMixin, GradientM
             if part is None:
                 continue
             if self.stage == "alignment":
-                self.validation.add_alignment(name, *self.transcript_terms(part, None, self.config.alignment_stage))
+                step = self.alignment(part, self.config.alignment_stage)
+                self.validation.add_alignment(name, step.total, step.count)
                 continue
             student = self.student(part, interleave=False)
             loss = self.imitation(part, student)

@@ -21,6 +21,10 @@ from nemo_mtbi.models.layout import BatchLayout
 from nemo_mtbi.models.speech import batch_features, connect, connector_dtype
 from nemo_mtbi.modules.connectors.base import Connector, SpeechEmbeddings
 from nemo_mtbi.modules.perception import connector_of, encoder_frame_seconds
+from nemo_mtbi.parallel.ranks import summed
+
+RESPONSE_TOKENS, TRANSCRIPT_TOKENS, WORDS = KINDS = ("response_tokens", "transcript_tokens", "words")
+WINDOW_COUNTS = "window_counts"  # key of a batch: the counts of its whole optimizer step on this rank
 
 
 @dataclass
@@ -90,14 +94,23 @@ def _token_weights(examples: list[Example], layout: BatchLayout, weights: dict[s
     return torch.tensor([weights.get(e.task, 1.0) for e, n in counts for _ in range(n)], device=layout.index.device)
 
 
+@dataclass(frozen=True)
+class Term:
+    """A sum over ``count`` tokens or words that enters the loss as ``weight * total / count``."""
+
+    weight: float
+    total: Tensor
+    kind: str
+
+
 def transcript_terms(
     batch: dict[str, Any],
     speech: SpeechEmbeddings | None,
     perception: AudioPerceptionModule,
     embed_tokens: nn.Module,
     weights: Any,
-) -> tuple[Tensor, int]:
-    """``w_ctc * transcription loss + w_align * ALIGN`` as a sum, and its target tokens (1 a word with w_align alone).
+) -> list[Term]:
+    """The connector's own terms: the transcription loss (w_ctc), and ALIGN (w_align).
 
     Args:
         batch: of :class:`nemo_mtbi.data.dataset.MTBIDataset`.
@@ -109,11 +122,11 @@ def transcript_terms(
     examples: list[Example] = batch["examples"]
     features, lengths = batch_features(perception, batch)
     connector = connector_of(perception) or Connector()
-    loss, count = torch.zeros((), device=features.device), 0
+    terms = []
     if weights.w_ctc > 0:
         features = connector_dtype(perception, features)
-        own, count = connector.transcription_loss(speech, features, lengths, [e.transcript for e in examples])
-        loss = loss + weights.w_ctc * own
+        own, _ = connector.transcription_loss(speech, features, lengths, [e.transcript for e in examples])
+        terms.append(Term(weights.w_ctc, own, TRANSCRIPT_TOKENS))
     if weights.w_align > 0:
         seconds = encoder_frame_seconds(perception)
         if speech is None:
@@ -121,9 +134,17 @@ def transcript_terms(
             if speech.ctc_log_probs is None:  # CTC frames have times of their own
                 speech.centers = connector.word_centers(speech, examples, seconds)
         spoken, text = pooled_words(examples, speech, seconds, embed_tokens)
-        loss = loss + weights.w_align * word_alignment_loss(spoken, text, embedding_energy(embed_tokens))
-        count = count or len(text)
-    return loss, count
+        terms.append(Term(weights.w_align, word_alignment_loss(spoken, text, embedding_energy(embed_tokens)), WORDS))
+    return terms
+
+
+def term_counts(examples: list[Example], connector: Connector | None) -> dict[str, int]:
+    """What the terms of a micro-batch are divided by: response tokens, transcript tokens, timed words."""
+    return {
+        RESPONSE_TOKENS: sum(len(e.response_ids) for e in examples),
+        TRANSCRIPT_TOKENS: (connector or Connector()).transcript_tokens([e.transcript for e in examples]),
+        WORDS: sum(u.token_end > u.token_begin for e in examples for u in e.units),
+    }
 
 
 def embedding_energy(embed_tokens: nn.Module) -> float:
@@ -156,8 +177,54 @@ def pooled_words(
     return torch.stack(spoken), torch.stack(text)
 
 
+def batch_counts(
+    batch: dict[str, Any], connector: Connector | None, device: torch.device, training: bool, group: Any
+) -> tuple[dict[str, int], Tensor]:
+    """Counts of a micro-batch, and (3,) in the order of KINDS of its whole optimizer step.
+
+    Args:
+        batch: with ``window_counts`` where a step has several micro-batches.
+        connector: counts transcript tokens.
+        device: of the counts.
+        training: outside of it a micro-batch stands alone.
+        group: data-parallel ranks of the step.
+    """
+    own = term_counts(batch["examples"], connector)
+    window = batch.get(WINDOW_COUNTS, own) if training else own
+    counts = torch.tensor([float(window[kind]) for kind in KINDS], device=device)
+    return own, summed(counts, group) if training else counts
+
+
+def combined(
+    terms: list[Term], own: dict[str, int], counts: Tensor, reference: str
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Terms in units of one count, and the mean of each for the log.
+
+    The gradient of a step is divided by one count N, so a term with another count is brought to it:
+    ``w * S / N_term = (w * S * N / N_term) / N``.
+
+    Args:
+        terms: at least one.
+        own: counts of this micro-batch.
+        counts: (3,) in the order of KINDS, of the whole optimizer step, over all micro-batches and ranks.
+        reference: kind of N.
+    """
+    size = counts[KINDS.index(reference)]
+    scaled = [t.weight * t.total * (size / counts[KINDS.index(t.kind)].clamp_min(1)) for t in terms]
+    names = {TRANSCRIPT_TOKENS: "transcription", WORDS: "word_alignment"}
+    metrics = {names[t.kind]: t.total.detach() / max(1, own[t.kind]) for t in terms}
+    return torch.stack(scaled).sum(), metrics
+
+
+def alignment_loss(terms: list[Term], own: dict[str, int], counts: Tensor) -> StepLoss:
+    """A micro-batch of the alignment stage, per transcript token (per word with w_align alone)."""
+    reference = TRANSCRIPT_TOKENS if any(t.kind == TRANSCRIPT_TOKENS for t in terms) else WORDS
+    total, metrics = combined(terms, own, counts, reference)
+    return StepLoss(total, own[reference], metrics | {"loss": total.detach() / max(1, own[reference])})
+
+
 def step_loss(
-    batch: dict[str, Any], student: StudentOutput, loss: ImitationLoss, extra: Tensor | None = None
+    batch: dict[str, Any], student: StudentOutput, loss: ImitationLoss, extra: tuple[Tensor, dict[str, Tensor]] | None
 ) -> StepLoss:
     """The sum of all terms of an imitation step, and its metrics per response token.
 
@@ -165,13 +232,12 @@ def step_loss(
         batch: of :class:`nemo_mtbi.data.dataset.MTBIDataset`.
         student: its forward pass.
         loss: CE and KL.
-        extra: sum of :func:`transcript_terms`, if any.
+        extra: :func:`combined` transcript terms in units of response tokens, if any.
     """
     count, layout = len(student.layout.response_ids), student.layout
-    total = loss.loss if extra is None else loss.loss + extra
+    total = loss.loss if extra is None else loss.loss + extra[0]
     metrics = {"ce": loss.ce / count, "kl": loss.kl / count, "agreement": loss.agreed.float().mean()}
-    if extra is not None:
-        metrics["alignment"] = extra.detach() / count
+    metrics |= extra[1] if extra else {}
     metrics["loss"] = total.detach() / count
     metrics["padding_fraction"] = 1 - layout.lengths.sum() / layout.index.numel()
     metrics["empty_spans"] = torch.tensor(float(layout.empty_spans))  # their words were lost to the LLM

@@ -44,7 +44,7 @@ class WindowPolicy:
         self.multiple = WINDOW_FRAMES if input_length == "trained" else min(WINDOW_FRAMES, frames + frames % 2)
 
     def windows(self, frames: int) -> list[tuple[int, int, int]]:
-        """(begin, valid, padded) mel frames of each window of an utterance; audio over 30 s is cut into equal windows."""
+        """(begin, valid, padded) mel frames of each window of an utterance; audio over 30 s gives equal windows."""
         spans = []
         for begin, end in equal_windows(frames, WINDOW_FRAMES, SUBSAMPLING):
             valid = end - begin

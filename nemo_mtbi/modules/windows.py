@@ -4,7 +4,7 @@ import math
 
 
 def equal_windows(frames: int, longest: int, multiple: int = 1) -> list[tuple[int, int]]:
-    """(begin, end) of the fewest windows of at most ``longest`` frames, equal but for the last; no window is a few frames.
+    """(begin, end) of the fewest windows of at most ``longest`` frames, equal but for the last; none is a few frames.
 
     Args:
         frames: of the utterance; 0 counts as 1.

@@ -10,34 +10,36 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from nemo.collections.common.data.lhotse.cutset import read_cutset_from_config
 from nemo.collections.common.tokenizers import AutoTokenizer
-from nemo.collections.speechlm2.data import DataModule
 from nemo.utils import logging
 from nemo.utils.exp_manager import exp_manager
 from nemo.utils.get_rank import is_global_rank_zero
 from nemo.utils.trainer_utils import resolve_trainer_cfg
 from omegaconf import DictConfig, OmegaConf, open_dict
+from safetensors.torch import load_file, save_file
 
 from nemo_mtbi.checkpoints.run_directory import ALIGNMENT, IMITATION, UNTRAINED, RunDirectory
 from nemo_mtbi.config import ModelConfig, model_config, plain
 from nemo_mtbi.data.conversation import INPUT_TYPE, check_manifest, transcript
-from nemo_mtbi.data.dataset import MTBIDataset
-from nemo_mtbi.data.messages import require_same_rendering
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.models.mtbi_salm import MTBISALM
+from nemo_mtbi.models.optimization import moments_of
 from nemo_mtbi.modules.connectors.ctc_vocabulary import choose_tokens, count_tokens
-from nemo_mtbi.modules.perception import connector_of, require_fixed_features
+from nemo_mtbi.modules.perception import require_fixed_features
 from nemo_mtbi.parallel.launch import PATIENCE
+from nemo_mtbi.parallel.parts import part_of
 from nemo_mtbi.parallel.strategy import TensorParallelStrategy
 from nemo_mtbi.pretrained.offline import resolve_pretrained
 from nemo_mtbi.training.accelerators import fused_optimizer
+from nemo_mtbi.training.best import BestWeights
+from nemo_mtbi.training.data_module import data_module as data_module
+from nemo_mtbi.training.data_module import input_entries
 from nemo_mtbi.training.monitor import SampleAnswers, Throughput
 from nemo_mtbi.training.resume import (
     AtomicCheckpointIO,
     Preemption,
     WholeSteps,
     settle_checkpoints,
-    skip_batches,
     step_of,
 )
 
@@ -95,19 +97,38 @@ def run_stage(cfg: DictConfig, model: MTBISALM, run: RunDirectory, name: str) ->
         model.cfg.optimizer, model.cfg.lr_scheduler = optimizer, stage.lr_scheduler
     own_folder = (stage.exp_manager.checkpoint_callback_params or {}).get("dirpath")
     settle_checkpoints(Path(own_folder or Path(stage.exp_manager.explicit_log_dir) / "checkpoints"))
-    monitors = [Throughput(), SampleAnswers(run.stage(name), **cfg.sample_answers)]
+    watched = stage.exp_manager.checkpoint_callback_params or {}
+    best = BestWeights(run, name, watched.get("monitor", "val_loss"), watched.get("mode", "min"))
+    monitors = [Throughput(), SampleAnswers(run.stage(name), **cfg.sample_answers), best]
     trainer = build_trainer(stage.trainer, name, monitors)
     exp_manager(trainer, stage.exp_manager)
     step = step_of(trainer.ckpt_path) if trainer.ckpt_path else 0
     model.seed = cfg.seed
-    trainer.fit(model, data_module(stage.data, model, step, stage.trainer.accumulate_grad_batches))
+    model.moments = load_moments(run) if name == IMITATION and cfg.continue_optimizer else {}
+    data = data_module(stage.data, model, step, stage.trainer.accumulate_grad_batches)
+    if not trainer.ckpt_path and "validation_ds" in stage.data and stage.trainer.get("limit_val_batches", 1) != 0:
+        trainer.validate(model, data, verbose=False)  # step 0: what training starts from
+    trainer.fit(model, data)
     if trainer.interrupted or trainer.global_step < trainer.max_steps:
         raise KeyboardInterrupt(f"Stage {name} stopped at step {trainer.global_step}; the same command continues it.")
     seen = model.seen.manifest(model.data_parallel_group())
-    run.save_weights(model, name)
+    run.finish_stage(model, name)
     if trainer.is_global_zero:
+        save_moments(trainer.optimizers[0], model, run.moments(name))
         jsonl.write_json(run.root / "seen.json", seen)
     logging.info(f"Stage {name} wrote {run.weights(name)}")
+
+
+def save_moments(optimizer: torch.optim.Optimizer, model: MTBISALM, path: Path) -> None:
+    """Keep Adam's moments for the next stage. Parts under tensor parallelism are left out: LoRA starts anew."""
+    whole = [(n, p) for n, p in model.named_parameters() if p.requires_grad and part_of(p) is None]
+    save_file(moments_of(optimizer, whole), path)
+
+
+def load_moments(run: RunDirectory) -> dict[str, torch.Tensor]:
+    """Moments of the alignment stage; none without one."""
+    file = run.moments(ALIGNMENT)
+    return load_file(file) if file.is_file() else {}
 
 
 def build_trainer(cfg: DictConfig, name: str, callbacks: Sequence[pl.Callback] = ()) -> pl.Trainer:
@@ -154,83 +175,19 @@ def stage_config(cfg: DictConfig, name: str) -> DictConfig:
     return stage
 
 
-class ResumableData(DataModule):
-    """NeMo's data module, whose training data goes on after ``skip`` batches."""
-
-    skip = 0
-
-    def train_dataloader(self) -> Any:
-        return skip_batches(super().train_dataloader(), self.skip)
-
-
-def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulated: int = 1) -> DataModule:
-    """NeMo's data module over our dataset; options that follow from the model are filled in.
-
-    Args:
-        step: optimizer step at which training goes on, after ``accumulated`` batches each. Manifests are drawn up to
-            that place again, without reading audio, so training goes on with the very next batch. Shar is read in
-            random order of its shards: other seeds and visit numbers draw anew instead of repeating the beginning.
-    """
-    cfg = DictConfig(OmegaConf.to_container(data_cfg, resolve=True))
-    cached = cfg.pop("cached_features")
-    connector = connector_of(model.perception)
-    emits_tokens = connector is not None and connector.emits_tokens
-    for section in ("train_ds", "validation_ds"):
-        if section in cfg:
-            cfg[section].prompt_format = model.cfg.prompt_format
-            cfg[section].audio_locator_tag = model.audio_locator_tag
-            cfg[section].token_equivalent_duration = None if emits_tokens else model.token_equivalent_duration
-            cfg[section].sample_rate = model.sampling_rate
-            if any("shar_path" in entry for entry in _entries(cfg[section])):
-                cfg[section].shard_seed = "randomized"  # an integer would give every rank and worker the same shards
-            for entry in _entries(cfg[section]):
-                entry.speech_position = model.config.speech_position
-                entry.shared_prefix = model.prefixes is not None
-                entry.every_cut = model.stage == ALIGNMENT
-    imitation = model.config.imitation
-    dataset = MTBIDataset(
-        model.tokenizer,
-        model.cfg.prompt_format,
-        cached_features=cached,
-        teacher_temperature=imitation.temperature if imitation.teacher == "cached" and imitation.w_kl > 0 else None,
-        encoder_key=model.encoder_key,
-        llm_key=model.references["llm"],
-        sampling_rate=model.sampling_rate,
-    )
-    tarred = any("shar_path" in entry for entry in _entries(cfg.get("train_ds") or OmegaConf.create()))
-    if tarred:
-        for entry in _entries(cfg.train_ds):
-            entry.first_visit = step
-    require_same_rendering(dataset.renderer, model.audio_locator_tag, model.config.speech_position)
-    data = ResumableData(cfg, tokenizer=model.tokenizer, dataset=dataset)
-    data.skip = 0 if tarred else step * accumulated
-    return data
-
-
-def _entries(section: DictConfig) -> Iterator[DictConfig]:
-    """``input_cfg`` entries of our type in a train or validation section, groups included."""
-    for part in [section, *section.get("datasets", {}).values()]:
-        queue = list(part.get("input_cfg") or [])
-        while queue:
-            entry = queue.pop()
-            queue += list(entry.get("input_cfg") or [])
-            if entry.get("type") == INPUT_TYPE:
-                yield entry
-
-
 def data_paths(section: DictConfig) -> list[str]:
     """Manifests and Shar folders of a train or validation section."""
-    return [str(e[key]) for e in _entries(section) for key in ("cuts_path", "shar_path") if key in e]
+    return [str(e[key]) for e in input_entries(section) for key in ("cuts_path", "shar_path") if key in e]
 
 
 def check_data(data_cfg: DictConfig, config: ModelConfig) -> None:
     """Manifests exist and settings agree, before any weight is loaded."""
-    entries = list(_entries(data_cfg.train_ds))
+    entries = list(input_entries(data_cfg.train_ds))
     if not entries:
         raise ConfigError(f"data.train_ds.input_cfg has no entry of type {INPUT_TYPE}.")
     for section in ("train_ds", "validation_ds"):
         if section in data_cfg:
-            for entry in _entries(data_cfg[section]):
+            for entry in input_entries(data_cfg[section]):
                 check_manifest(entry.get("cuts_path") or entry.get("shar_path"))
     if data_cfg.cached_features and config.interleaving.level == "waveform" and config.interleaving.probability > 0:
         raise ConfigError("interleaving.level=waveform encodes pieces of the audio; set data.cached_features=false.")
@@ -262,7 +219,7 @@ def ctc_tokens(cfg: DictConfig, config: ModelConfig, run: RunDirectory) -> list[
 def _transcripts(cfg: DictConfig) -> Iterator[str]:
     from tqdm import tqdm
 
-    for entry in _entries(cfg.data.train_ds):
+    for entry in input_entries(cfg.data.train_ds):
         reader: dict[str, Any] = {k: entry[k] for k in ("cuts_path", "shar_path") if k in entry}
         cuts, _ = read_cutset_from_config({**reader, "force_finite": True, "metadata_only": True})
         for cut in tqdm(cuts, desc="CTC vocabulary", unit="cut"):

@@ -3,6 +3,8 @@
 Letters: B utterances, T encoder frames, D encoder width, P output positions, H LLM width.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +62,10 @@ class Connector(nn.Module):
         """
         return speech.centers
 
+    def transcript_tokens(self, transcripts: list[str]) -> int:
+        """Target tokens of the transcripts, the count of :meth:`transcription_loss`; 0 without tokens."""
+        return 0
+
     def transcription_loss(
         self, speech: SpeechEmbeddings | None, features: Tensor, lengths: Tensor, transcripts: list[str]
     ) -> tuple[Tensor, int]:
@@ -86,6 +92,18 @@ class Connector(nn.Module):
         """audio_signal (B, D, T), length (B,) -> (B, H, P), (B,)."""
         out = self.connect(audio_signal.transpose(1, 2), length)
         return out.embeddings.transpose(1, 2), out.lengths
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """No dropout in here, with a graph or without; each submodule gets its own mode back."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
 
 
 def frame_mask(lengths: Tensor, size: int) -> Tensor:

@@ -104,6 +104,9 @@ class CTCCompressConnector(TokenConnector):
     def labels_of(self, tokens: Iterable[int]) -> list[int]:
         return self.vocabulary.labels_of(tokens)
 
+    def transcript_tokens(self, transcripts: list[str]) -> int:
+        return sum(len(self.vocabulary.encode(t)) for t in transcripts)
+
     def transcription_loss(
         self, speech: SpeechEmbeddings | None, features: Tensor, lengths: Tensor, transcripts: list[str]
     ) -> tuple[Tensor, int]:

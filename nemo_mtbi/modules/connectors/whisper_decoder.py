@@ -5,8 +5,7 @@ positions, H LLM width.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,24 +18,12 @@ from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.losses.head import Head
 from nemo_mtbi.losses.imitation import imitation_loss
 from nemo_mtbi.losses.objective import CROSS_ENTROPY
-from nemo_mtbi.modules.connectors.base import SpeechEmbeddings, frame_mask, mask_spans
+from nemo_mtbi.modules.connectors.base import SpeechEmbeddings, evaluation_mode, frame_mask, mask_spans
 from nemo_mtbi.modules.connectors.token import TokenConnector
 from nemo_mtbi.modules.windows import equal_windows
 
 FRAMES_PER_SECOND = 50
 OLD_RESIDUAL_SCALE = 5.0
-
-
-@contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """No dropout in here, with a graph or without; each submodule gets its own mode back."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, training in modes:
-            m.training = training
 
 
 class WhisperDecoderConnector(TokenConnector):
@@ -54,8 +41,8 @@ class WhisperDecoderConnector(TokenConnector):
     the audio's own, without the silence that fills Whisper's 30 s, so that text can differ from a cascade's.)
     Transcripts teach the decoder too (:meth:`transcription_loss`).
 
-    Tokens and states come from a clean encoding in evaluation mode, in training as in use; dropout and time masks belong
-    to the transcription loss alone.
+    Tokens and states come from a clean encoding in evaluation mode, in training as in use; dropout and time masks
+    belong to the transcription loss alone.
 
     Args:
         feat_in: D, must be Whisper's own width.
@@ -195,6 +182,15 @@ class WhisperDecoderConnector(TokenConnector):
 
     # -- transcription --------------------------------------------------------------------------------------------
 
+    def transcript_tokens(self, transcripts: list[str]) -> int:
+        return sum(map(len, self._transcript_ids(transcripts)))
+
+    def _transcript_ids(self, transcripts: list[str]) -> list[list[int]]:
+        """Whisper's tokens of transcripts, end of text included."""
+        texts = [" " + t.strip() for t in transcripts]
+        encoded = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [[*own.ids, self.eos_id] for own in encoded]
+
     def transcription_loss(
         self, speech: SpeechEmbeddings | None, features: Tensor, lengths: Tensor, transcripts: list[str]
     ) -> tuple[Tensor, int]:
@@ -202,9 +198,7 @@ class WhisperDecoderConnector(TokenConnector):
 
         The frames are encoded anew, with time masks and dropout where the connector is trained.
         """
-        ids = [
-            [*self.tokenizer.encode(" " + t.strip(), add_special_tokens=False).ids, self.eos_id] for t in transcripts
-        ]
+        ids = self._transcript_ids(transcripts)
         kept = [
             i
             for i, (own, frames) in enumerate(zip(ids, lengths.tolist(), strict=True))

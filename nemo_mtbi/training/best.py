@@ -1,0 +1,36 @@
+"""The weights of the best validation, kept beside the last ones."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+
+from nemo_mtbi.checkpoints.run_directory import RunDirectory
+from nemo_mtbi.io import jsonl
+
+
+class BestWeights(pl.Callback):
+    """After each validation, that before the first step included, keeps the trained tensors if they are the best.
+
+    Args:
+        run: where they go: ``<stage>/best.safetensors``, and ``best.json`` with step and value.
+        stage: of training.
+        monitor, mode: as exp_manager's ``checkpoint_callback_params``.
+    """
+
+    def __init__(self, run: RunDirectory, stage: str, monitor: str, mode: str) -> None:
+        self.run, self.stage, self.monitor, self.mode = run, stage, monitor, mode
+        record = jsonl.read_json(run.best_record(stage))
+        self.best: float | None = record.get("value") if record.get("monitor") == monitor else None
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        value = trainer.callback_metrics.get(self.monitor)
+        if trainer.sanity_checking or value is None:
+            return
+        now = float(value)
+        if self.best is not None and (now <= self.best if self.mode == "max" else now >= self.best):
+            return
+        self.best = now
+        self.run.save_weights(pl_module, self.stage, best=True)
+        if trainer.is_global_zero:
+            record = {"monitor": self.monitor, "mode": self.mode, "value": now, "step": trainer.global_step}
+            jsonl.write_json(self.run.best_record(self.stage), record)

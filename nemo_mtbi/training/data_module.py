@@ -1,0 +1,114 @@
+"""NeMo's data module over our dataset: options that follow from the model, resuming, counts of whole steps."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+from nemo.collections.speechlm2.data import DataModule
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_mtbi.checkpoints.run_directory import ALIGNMENT
+from nemo_mtbi.data.conversation import INPUT_TYPE
+from nemo_mtbi.data.dataset import MTBIDataset
+from nemo_mtbi.data.messages import require_same_rendering
+from nemo_mtbi.models.mtbi_salm import MTBISALM
+from nemo_mtbi.models.objective import WINDOW_COUNTS, term_counts
+from nemo_mtbi.modules.connectors.base import Connector
+from nemo_mtbi.modules.perception import connector_of
+from nemo_mtbi.training.resume import skip_batches
+
+
+class WindowedLoader:
+    """Batches that know the counts of all micro-batches of their optimizer step (``window_counts``).
+
+    Each term of the loss is divided by its own count over the step, which its first micro-batch must know already.
+
+    Args:
+        loader: of training batches.
+        accumulated: micro-batches of a step.
+        connector: counts transcript tokens.
+    """
+
+    def __init__(self, loader: Iterable[dict[str, Any]], accumulated: int, connector: Connector | None) -> None:
+        self.loader, self.accumulated, self.connector = loader, accumulated, connector
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        batches = iter(self.loader)
+        while window := list(islice(batches, self.accumulated)):
+            total: Counter[str] = Counter()
+            for batch in window:
+                total.update(term_counts(batch["examples"], self.connector))
+            for batch in window:
+                yield {**batch, WINDOW_COUNTS: dict(total)}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+
+class ResumableData(DataModule):
+    """NeMo's data module, whose training data goes on after ``skip`` batches."""
+
+    skip = 0
+    accumulated = 1
+    connector: Connector | None = None
+
+    def train_dataloader(self) -> Any:
+        loader = skip_batches(super().train_dataloader(), self.skip)
+        return WindowedLoader(loader, self.accumulated, self.connector) if self.accumulated > 1 else loader
+
+
+def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulated: int = 1) -> DataModule:
+    """NeMo's data module over our dataset; options that follow from the model are filled in.
+
+    Args:
+        step: optimizer step at which training goes on, after ``accumulated`` batches each. Manifests are drawn up to
+            that place again, without reading audio, so training goes on with the very next batch. Shar is read in
+            random order of its shards: other seeds and visit numbers draw anew instead of repeating the beginning.
+    """
+    cfg = DictConfig(OmegaConf.to_container(data_cfg, resolve=True))
+    cached = cfg.pop("cached_features")
+    connector = connector_of(model.perception)
+    emits_tokens = connector is not None and connector.emits_tokens
+    for section in ("train_ds", "validation_ds"):
+        if section in cfg:
+            cfg[section].prompt_format = model.cfg.prompt_format
+            cfg[section].audio_locator_tag = model.audio_locator_tag
+            cfg[section].token_equivalent_duration = None if emits_tokens else model.token_equivalent_duration
+            cfg[section].sample_rate = model.sampling_rate
+            if any("shar_path" in entry for entry in input_entries(cfg[section])):
+                cfg[section].shard_seed = "randomized"  # an integer would give every rank and worker the same shards
+            for entry in input_entries(cfg[section]):
+                entry.speech_position = model.config.speech_position
+                entry.shared_prefix = model.prefixes is not None
+                entry.every_cut = model.stage == ALIGNMENT
+    imitation = model.config.imitation
+    dataset = MTBIDataset(
+        model.tokenizer,
+        model.cfg.prompt_format,
+        cached_features=cached,
+        teacher_temperature=imitation.temperature if imitation.teacher == "cached" and imitation.w_kl > 0 else None,
+        encoder_key=model.encoder_key,
+        llm_key=model.references["llm"],
+        sampling_rate=model.sampling_rate,
+    )
+    tarred = any("shar_path" in entry for entry in input_entries(cfg.get("train_ds") or OmegaConf.create()))
+    if tarred:
+        for entry in input_entries(cfg.train_ds):
+            entry.first_visit = step
+    require_same_rendering(dataset.renderer, model.audio_locator_tag, model.config.speech_position)
+    data = ResumableData(cfg, tokenizer=model.tokenizer, dataset=dataset)
+    data.skip = 0 if tarred else step * accumulated
+    data.accumulated, data.connector = accumulated, connector
+    return data
+
+
+def input_entries(section: DictConfig) -> Iterator[DictConfig]:
+    """``input_cfg`` entries of our type in a train or validation section, groups included."""
+    for part in [section, *section.get("datasets", {}).values()]:
+        queue = list(part.get("input_cfg") or [])
+        while queue:
+            entry = queue.pop()
+            queue += list(entry.get("input_cfg") or [])
+            if entry.get("type") == INPUT_TYPE:
+                yield entry

@@ -176,6 +176,8 @@ def model_config(cfg: DictConfig | dict[str, Any]) -> ModelConfig:
     if config.sequence_parallel and config.tensor_model_parallel_size > 1 and not torch.cuda.is_available():
         problems.append("model.sequence_parallel=true needs GPUs")
     terms = config.imitation.w_ctc > 0 or config.imitation.w_align > 0
+    if config.imitation.w_ce == 0 and config.imitation.w_kl == 0 and not terms:
+        problems.append("model.imitation: w_ce, w_kl, w_ctc and w_align are all 0, so nothing is trained")
     if config.interleaving.level == "waveform" and config.interleaving.probability > 0 and terms:
         problems.append("model.interleaving.level=waveform cuts the audio, so imitation.w_ctc and w_align must be 0")
     for group in config.parameter_groups:

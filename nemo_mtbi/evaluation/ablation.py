@@ -22,8 +22,9 @@ def write_report(folder: Path, benchmark: dict[str, Any], runs: dict[str, dict[i
     paths = {name: folder / f"ablation.{name}" for name in ("json", "md", "png")}
     table = {manifest: _by_variant(columns, runs) for manifest, columns in benchmark["results"].items()}
     record = {k: benchmark[k] for k in ("command", "versions", "trained_tasks", "unseen_tasks", "resamples")}
-    jsonl.write_json(paths["json"], record | {"results": table})
-    jsonl.write_text(paths["md"], markdown(table, benchmark["command"]))
+    jsonl.write_json(paths["json"], record | {"results": table, "comparisons": comparisons(benchmark["results"])})
+    tests = comparisons(benchmark["results"])
+    jsonl.write_text(paths["md"], markdown(table, benchmark["command"]) + comparison_table(tests))
     plot(runs, paths["png"])
     return paths
 
@@ -68,6 +69,37 @@ def markdown(table: dict[str, Any], command: str) -> str:
             lines.append(f"| {name} | {entry['seeds'] or '-'} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def comparisons(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Paired tests of token agreement: a row for each set, column, system and reference."""
+    return [
+        {"set": manifest, "column": column, "system": system, "reference": reference, **tests["token_agreement"]}
+        for manifest, columns in results.items()
+        for column, systems in columns.items()
+        for system, entry in systems.items()
+        for reference, tests in entry.get("compared", {}).items()
+        if "token_agreement" in tests
+    ]
+
+
+def comparison_table(rows: list[dict[str, Any]]) -> str:
+    """The paired tests as Markdown."""
+    if not rows:
+        return ""
+    lines = [
+        "",
+        "## Paired differences of token agreement",
+        "",
+        "| set | column | system | reference | difference | p |",
+    ]
+    lines.append("| --- | --- | --- | --- | ---: | ---: |")
+    lines += [
+        f"| {r['set']} | {r['column'].replace('_', ' ')} | {r['system']} | {r['reference']} "
+        f"| {r['difference']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}] | {r['p']:.3f} |"
+        for r in rows
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _cell(score: dict[str, float], seeds: int | None) -> str:

@@ -94,7 +94,7 @@ class Benchmark:
             self._ask_system(name, spec, first=index == 0)
         resamples, baseline = int(self.cfg.resamples), self.cfg.baseline
         results = {
-            manifest: summarize(systems, self.library, baseline, resamples)
+            manifest: summarize(systems, self.library, baseline, resamples, list(self.cfg.compare_with))
             for manifest, systems in self.records.items()
         }
         for corpus, systems in self.label_records.items():
@@ -115,6 +115,8 @@ class Benchmark:
             raise ConfigError(f"systems: {sorted(reserved)[0]} is a name of the benchmark's own; choose another.")
         if cfg.baseline not in {TOPLINE, *cfg.systems, *([CASCADE] if cfg.cascade else [])}:
             raise ConfigError(f"baseline={cfg.baseline} is none of the systems ({', '.join(cfg.systems)}).")
+        if unknown := set(cfg.compare_with) - {TOPLINE, CASCADE, NORMALIZED_CASCADE, *cfg.systems}:
+            raise ConfigError(f"compare_with: {sorted(unknown)[0]} is none of the systems ({', '.join(cfg.systems)}).")
         for path in cfg.cuts.values():
             check_manifest(path)
 

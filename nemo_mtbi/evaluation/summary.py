@@ -1,6 +1,7 @@
 """Scores of the benchmark's predictions: intervals, by task, and paired tests against a baseline."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 from nemo_mtbi.evaluation.columns import TOPLINE
@@ -13,7 +14,11 @@ Scored = dict[str, tuple[dict[str, Any], dict[str, Measure]]]  # id of a record 
 
 
 def summarize(
-    records: dict[str, dict[str, dict[str, dict[str, Any]]]], tasks: dict[str, Task], baseline: str, resamples: int
+    records: dict[str, dict[str, dict[str, dict[str, Any]]]],
+    tasks: dict[str, Task],
+    baseline: str,
+    resamples: int,
+    others: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Scores of one set of cuts with intervals, by task, and paired tests.
 
@@ -22,6 +27,7 @@ def summarize(
         tasks: the task library.
         baseline: system that the others are compared with.
         resamples: of the bootstrap.
+        others: further systems to compare with.
 
     Returns:
         ``[column][system]`` -> :func:`entries`.
@@ -35,7 +41,7 @@ def summarize(
             name: {i: (r, measures(r, topline[i], tasks[r["task"]])) for i, r in rows.items()}
             for name, rows in own.items()
         }
-        result[column] = entries(scored, baseline, resamples)
+        result[column] = entries(scored, baseline, resamples, others)
     return result
 
 
@@ -45,7 +51,7 @@ def summarize_labels(records: dict[str, dict[str, dict[str, Any]]], baseline: st
     return entries(scored, baseline, resamples)
 
 
-def entries(scored: dict[str, Scored], baseline: str, resamples: int) -> dict[str, Any]:
+def entries(scored: dict[str, Scored], baseline: str, resamples: int, others: Sequence[str] = ()) -> dict[str, Any]:
     """Scores of every system.
 
     Returns:
@@ -70,10 +76,18 @@ def entries(scored: dict[str, Scored], baseline: str, resamples: int) -> dict[st
             "by_task": {t: {m: s.value for m, s in totals(own).items()} for t, own in sorted(by_task.items())},
         }
         if name != baseline and baseline in scored:
-            both = rows.keys() & scored[baseline].keys()
-            ours, theirs = (totals({i: r for i, r in side.items() if i in both}) for side in (rows, scored[baseline]))
-            result[name]["against"] = {m: bootstrap.compare(ours[m], theirs[m]) for m in ours if m in theirs}
+            result[name]["against"] = paired(rows, scored[baseline], bootstrap)
+        pairs = [other for other in others if other != name and other in scored]
+        if pairs:
+            result[name]["compared"] = {other: paired(rows, scored[other], bootstrap) for other in pairs}
     return result
+
+
+def paired(rows: Scored, reference: Scored, bootstrap: Bootstrap) -> dict[str, dict[str, float]]:
+    """Paired difference of each measure, over the answers that both systems have."""
+    both = rows.keys() & reference.keys()
+    ours, theirs = (totals({i: r for i, r in side.items() if i in both}) for side in (rows, reference))
+    return {m: bootstrap.compare(ours[m], theirs[m]) for m in ours if m in theirs}
 
 
 def totals(rows: Scored) -> dict[str, Sums]:

@@ -11,6 +11,7 @@ from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.examples._launcher import announce, inline, launcher, run_step
 from nemo_mtbi.io import jsonl
 
+STEP_0 = "step_0"  # what training starts from
 VARIANT_KEYS = {"tasks", "data_share", "train", "warm_start"}
 
 
@@ -49,12 +50,16 @@ def main(cfg: DictConfig) -> None:
             if not finished(run, overrides):
                 run_step(f"train {name}, seed {seed}", "train", *overrides)
     systems = {f"{name}.{seed}": str(run) for name, seeds in runs.items() for seed, run in seeds.items()}
+    first = next(iter(systems.values()))
+    systems = {STEP_0: cfg.warm_start or f"{first}@untrained"} | systems
+    references = [name for name in cfg.compare_with if name in systems]
     run_step(
         "benchmark",
         "benchmark",
         f"output_dir={root}/benchmark",
         f"cuts={inline(cfg.cuts)}",
-        f"systems={inline({'warm_start': cfg.warm_start, **systems})}",
+        f"systems={inline(systems)}",
+        f"compare_with={inline(references)}",
         *(f"{k}={inline(v)}" for k, v in cfg.benchmark.items()),
     )
     paths = write_report(root, json.loads((root / "benchmark" / "benchmark.json").read_text()), runs)

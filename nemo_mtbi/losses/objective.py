@@ -13,7 +13,8 @@ class ImitationObjective:
     """Weights and form of the objective.
 
     Attributes:
-        w_ce: weight of the cross-entropy with the teacher's response tokens.
+        w_ce: weight of the cross-entropy with the teacher's response tokens. Both weights may be 0: the control
+            that trains the connector's own loss alone.
         w_kl: weight of the divergence from the teacher's distribution.
         temperature: T, applied to both distributions; the divergence is multiplied by T^2.
         divergence: ``forward_kl``, ``reverse_kl`` or ``jensen_shannon``.
@@ -30,8 +31,8 @@ class ImitationObjective:
     def __post_init__(self) -> None:
         if self.divergence not in DIVERGENCES:
             raise ConfigError(f"Unknown divergence {self.divergence!r}. Known: {', '.join(DIVERGENCES)}.")
-        if self.w_ce < 0 or self.w_kl < 0 or self.w_ce + self.w_kl == 0:
-            raise ConfigError(f"w_ce={self.w_ce}, w_kl={self.w_kl}: weights must be >= 0 and not both 0.")
+        if self.w_ce < 0 or self.w_kl < 0:
+            raise ConfigError(f"w_ce={self.w_ce}, w_kl={self.w_kl}: weights must be >= 0.")
         if self.temperature <= 0:
             raise ConfigError(f"temperature={self.temperature} must be positive.")
 

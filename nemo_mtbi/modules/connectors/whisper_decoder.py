@@ -55,7 +55,8 @@ class WhisperDecoderConnector(TokenConnector):
         suppress_ids: tokens that are never emitted; ``begin_suppress_ids``: not as the first token.
         tokenizer_bytes: size of Whisper's tokenizer.json, which is kept among the weights (``tokenizer_json``).
         language: of a multilingual Whisper (``en``); None for English-only ones.
-        alternatives: 0 leaves the straight-through term out.
+        alternatives: 0 leaves the straight-through term out. Off by default: alone it does not teach recognition
+            (see docs/training.md).
         dropout: in the decoder, and in the encoder's upper layers, for the transcription loss.
         time_masks, time_mask_frames: as in the CTC connector, for the transcription loss.
         residual_scale: factor on the residual, for weights that were trained with one; a parameter group sets its
@@ -83,7 +84,7 @@ class WhisperDecoderConnector(TokenConnector):
         suppress_ids: Iterable[int] = (),
         begin_suppress_ids: Iterable[int] = (),
         language: str | None = None,
-        alternatives: int = 8,
+        alternatives: int = 0,
         dropout: float = 0.1,
         time_masks: int = 0,
         time_mask_frames: int = 20,

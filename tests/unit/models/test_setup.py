@@ -28,6 +28,7 @@ pytestmark = pytest.mark.unit
         ({"speech_position": "middle"}, "speech_position"),
         ({"imitation": {"teacher": "none", "w_kl": 1.0}}, "teacher=online or cached"),
         ({"imitation": {"divergence": "l2"}}, "divergence"),
+        ({"imitation": {"w_ce": 0.0, "w_kl": 0.0}}, "all 0"),
         ({"interleaving": {"probability": 2}}, "interleaving"),
         ({"pretrained_llm": None}, "pretrained_llm"),
         ({"sequence_parallel": True, "tensor_model_parallel_size": 2}, "sequence_parallel=true needs GPUs"),

@@ -38,7 +38,10 @@ def config(tiny_llm, tiny_whisper):
         "pretrained_llm": tiny_llm,
         "pretrained_asr": tiny_whisper,
         "prompt_format": "chatml",
-        "perception": {"input_length": "own", "modality_adapter": {"_target_": TARGET, "dropout": 0.0}},
+        "perception": {
+            "input_length": "own",
+            "modality_adapter": {"_target_": TARGET, "dropout": 0.0, "alternatives": 8},
+        },
         "imitation": {"teacher": "online"},
         "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1},
     }

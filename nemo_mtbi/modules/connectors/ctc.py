@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.losses.alignment import ctc_loss
-from nemo_mtbi.modules.connectors.base import SpeechEmbeddings, frame_mask, mask_spans
+from nemo_mtbi.modules.connectors.base import SpeechEmbeddings, evaluation_mode, frame_mask, mask_spans
 from nemo_mtbi.modules.connectors.ctc_vocabulary import CTCVocabulary
 from nemo_mtbi.modules.connectors.subsampling import ConvSubsampler
 from nemo_mtbi.modules.connectors.token import TokenConnector
@@ -35,7 +35,7 @@ class CTCCompressConnector(TokenConnector):
         output_dim: H, LLM width.
         d_model, layers, heads: size of the transformer.
         conv_layers: strided convolutions before it (2: 12.5 frames/s from 50).
-        dropout: of the transformer.
+        dropout: of the transformer, for the CTC loss.
         time_masks, time_mask_frames: in training, so many spans of up to so many encoder frames are set to zero (as
             SpecAugment does, but behind the frozen encoder, so that its features can be cached).
         residual_scale: how far the residual can go in a step of the optimizer; 0 leaves it out.
@@ -110,8 +110,11 @@ class CTCCompressConnector(TokenConnector):
     def transcription_loss(
         self, speech: SpeechEmbeddings | None, features: Tensor, lengths: Tensor, transcripts: list[str]
     ) -> tuple[Tensor, int]:
-        """CTC; utterances too short for their transcript contribute nothing."""
-        if speech is None:
+        """CTC; utterances too short for their transcript contribute nothing.
+
+        Dropout and time masks are applied here alone, so in training the frames are computed anew.
+        """
+        if speech is None or self.training:
             log_probs, frames = self.ctc(features, lengths)
         else:
             assert speech.ctc_log_probs is not None and speech.ctc_lengths is not None
@@ -124,7 +127,8 @@ class CTCCompressConnector(TokenConnector):
         self.table_rms.copy_(self.table.square().mean().sqrt().clamp_min(1e-6))
 
     def connect(self, features: Tensor, lengths: Tensor, starts: list[bool] | None = None) -> SpeechEmbeddings:
-        hidden, lengths = self._frames(features, lengths)
+        with evaluation_mode(self):  # what the LLM reads in training is what it reads in use
+            hidden, lengths = self._frames(features, lengths)
         log_probs = self._ctc_log_probs(hidden)
         embeddings, counts, centers, labels = self._compress(hidden, log_probs, lengths)
         centers = (centers + 0.5) * self.subsampling_factor - 0.5

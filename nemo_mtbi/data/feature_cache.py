@@ -13,6 +13,7 @@ from nemo_mtbi.io import array_storage as array_storage  # registers the storage
 
 FEATURES_FIELD = "encoder_features"
 KEY_FIELD = "encoder_features_key"
+AUDIO_FIELD = "encoder_features_audio"
 
 
 def features_key(cut: Cut, encoder_key: str) -> str:
@@ -32,17 +33,23 @@ def features_key(cut: Cut, encoder_key: str) -> str:
     return f"{encoder_key}-{digest.hexdigest()}"
 
 
-def _audio_is_here(cut: Cut) -> bool:
-    """Whether the cut's audio is a file on this machine, which can be compared."""
+def audio_identity(cut: Cut) -> str | None:
+    """Size and time of change of the cut's audio files; None if one is not a file on this machine.
+
+    A cut that is resampled on the way keeps it, other than :func:`features_key`.
+    """
     sources = cut.recording.sources if getattr(cut, "has_recording", False) else []
-    return bool(sources) and all(s.type == "file" and Path(s.source).exists() for s in sources)
+    files = [Path(source.source) for source in sources if source.type == "file"]
+    if not files or len(files) < len(sources) or not all(file.exists() for file in files):
+        return None
+    return ",".join(f"{stat.st_size}/{stat.st_mtime_ns}" for stat in (file.stat() for file in files))
 
 
 def load_array(cut: Cut, field: str, encoder_key: str | None) -> torch.Tensor:
     """Cached features (T, D), bfloat16.
 
     Raises:
-        DataError: the cut has none, or they come from another encoder.
+        DataError: the cut has none, or they come from another encoder or other audio.
     """
     custom: dict[str, Any] = cut.custom or {}
     if field not in custom:
@@ -50,15 +57,15 @@ def load_array(cut: Cut, field: str, encoder_key: str | None) -> torch.Tensor:
             f"Cut {cut.id} has no cached encoder features. Run cache_features.py on the manifest, "
             "or set data.cached_features=false."
         )
-    stored = str(custom.get(KEY_FIELD, ""))
-    if encoder_key is not None and not stored.startswith(f"{encoder_key}-"):
+    if encoder_key is not None and not str(custom.get(KEY_FIELD, "")).startswith(f"{encoder_key}-"):
         raise DataError(
             f"The cached features of {cut.id} come from another encoder or input length "
             f"({custom.get(KEY_FIELD)}, now {encoder_key}). Run cache_features.py again."
         )
-    if encoder_key is not None and _audio_is_here(cut) and stored != features_key(cut, encoder_key):
+    heard, now = custom.get(AUDIO_FIELD), audio_identity(cut)
+    if heard is not None and now is not None and heard != now:
         raise DataError(
-            f"The audio of {cut.id} is not what its cached features come from: file, span or time of change differ. "
+            f"The audio of {cut.id} has changed since its features were cached ({heard}, now {now}). "
             "Run cache_features.py again."
         )
     array = np.array(cut.load_custom(field))

@@ -51,6 +51,10 @@ class GradientMixin(LightningModule):
     bad_steps = 0
     _window_count: Tensor | None = None
 
+    @property
+    def oomptimizer_schema(self) -> dict[str, Any]:
+        raise NotImplementedError("Batches of MTBISALM hold planned examples; set data.train_ds.batch_tokens instead.")
+
     def data_parallel_group(self) -> Any:
         """Process group over which a step's response tokens are counted (None: all ranks)."""
         return None if self.device_mesh is None else self.device_mesh["data_parallel"].get_group()

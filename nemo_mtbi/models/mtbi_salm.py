@@ -123,10 +123,6 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, GenerationMixin, GradientM
         """Key of cached features that this model accepts."""
         return encoder_key(self.cfg.perception, self.references["encoder"], self.config.encoder_dtype)
 
-    @property
-    def oomptimizer_schema(self) -> dict[str, Any]:
-        raise NotImplementedError("Batches of MTBISALM hold planned examples; set data.train_ds.batch_tokens instead.")
-
     # -- one batch ------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
@@ -151,14 +147,18 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, GenerationMixin, GradientM
         policy = self.interleaving if interleave else None
         pieces = plan_batch(examples, policy, self.global_step if self._trainer is not None else 0)
         spoken = speech.speech_input(self.perception, batch, pieces, policy.level if policy else None)
-        pieces, prefix = spoken.pieces, None
-        if self.prefixes is not None:
-            prefix = self.prefixes.get(self.llm, self.embed_tokens, [row[0] for row in pieces])  # type: ignore[misc]
-            pieces = [row[1:] for row in pieces]
-        responses = [e.response_ids for e in examples]
+        first = 0 if self.prefixes is None else 1  # constant beginnings are not computed again
         inputs, layout = build_inputs(
-            pieces, responses, spoken.embeddings, spoken.seconds, self.frame_seconds, self.embed_tokens
+            [row[first:] for row in spoken.pieces],
+            [e.response_ids for e in examples],
+            spoken.embeddings,
+            spoken.seconds,
+            self.frame_seconds,
+            self.embed_tokens,
         )
+        prefix = None
+        if self.prefixes is not None:
+            prefix = self.prefixes.get(self.llm, self.embed_tokens, [row[0] for row in spoken.pieces])  # type: ignore[misc]
         hidden = self.hidden(inputs, prefix)
         return StudentOutput(hidden.flatten(0, 1)[layout.response_rows], layout, spoken.embeddings)
 

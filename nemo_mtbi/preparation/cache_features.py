@@ -24,7 +24,7 @@ from tqdm import tqdm
 from nemo_mtbi.config import model_config, plain
 from nemo_mtbi.data.audio import collate_waveforms, mono_samples
 from nemo_mtbi.data.conversation import check_manifest
-from nemo_mtbi.data.feature_cache import FEATURES_FIELD, KEY_FIELD, features_key
+from nemo_mtbi.data.feature_cache import AUDIO_FIELD, FEATURES_FIELD, KEY_FIELD, audio_identity, features_key
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.io.array_storage import RawChunkyWriter
 from nemo_mtbi.models.speech import encode
@@ -113,7 +113,8 @@ def cache_features(encoder: FrozenEncoder, manifest: Path, batch_seconds: float 
         report.bytes += 2 * int(np.prod(array["shape"]))
         report.hours += cut.duration / 3600
         line = cut.to_dict()
-        line["custom"] = {**line.get("custom", {}), FEATURES_FIELD: array, KEY_FIELD: keys[cut.id]}
+        own = {FEATURES_FIELD: array, KEY_FIELD: keys[cut.id], AUDIO_FIELD: audio_identity(cut)}
+        line["custom"] = {**line.get("custom", {}), **own}
         lines.append(jsonl.dumps(line) + "\n")
     jsonl.write_text(manifest, "".join(lines))
     return report

@@ -114,6 +114,16 @@ def test_training_writes_what_the_docs_say(trained):
     assert {"loss", "val_agreement", "tokens_per_second", "padding_fraction", "gradient_norm"} <= set(tags)
     for task in seen["tasks"]:
         assert f"loss_by_task/{task}" in tags and f"val_agreement_by_task/{task}" in tags
+    assert tags["val_agreement"][0][0] == 0  # validated before the first step
+    for stage in ("alignment", "imitation"):
+        best = json.loads((trained / stage / "best.json").read_text())
+        values = [value for _, value in scalars(trained / stage)[best["monitor"]]]
+        assert best["value"] == pytest.approx((max if best["mode"] == "max" else min)(values))
+        used, kept = (trained / stage / f"{name}.safetensors" for name in ("trained", "best"))
+        assert used.read_bytes() == kept.read_bytes()
+        assert (trained / stage / "last.safetensors").is_file() and (
+            trained / stage / "optimizer.safetensors"
+        ).is_file()
     samples = [json.loads(line) for line in (trained / "imitation" / "samples.jsonl").read_text().splitlines()]
     assert samples and all(s["teacher"] and s["task"] in seen["tasks"] for s in samples)
 

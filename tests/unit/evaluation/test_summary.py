@@ -2,6 +2,7 @@
 
 import pytest
 
+from nemo_mtbi.evaluation.ablation import comparison_table, comparisons
 from nemo_mtbi.evaluation.benchmark_report import write_report
 from nemo_mtbi.evaluation.columns import SEEN_PROMPTS, TOPLINE
 from nemo_mtbi.evaluation.summary import summarize
@@ -28,6 +29,12 @@ def test_summary_and_report(tmp_path):
     assert summary[SEEN_PROMPTS][TOPLINE]["scores"]["token_agreement"]["value"] == 1.0
     assert ours["against"]["token_agreement"]["difference"] == pytest.approx(7 / 8 - 5 / 8)  # where both answer
     assert "against" not in summary[SEEN_PROMPTS]["cascade"]
+    compared = summarize(records, TASKS, "cascade", 200, ["ours", "cascade", "absent"])[SEEN_PROMPTS]
+    assert set(compared["ours"]["compared"]) == {"cascade"} and set(compared["cascade"]["compared"]) == {"ours"}
+    assert compared["ours"]["compared"]["cascade"] == compared["ours"]["against"]
+    rows = comparisons({"held_out": {SEEN_PROMPTS: compared}})
+    assert {(r["system"], r["reference"]) for r in rows} >= {("ours", "cascade"), ("cascade", "ours")}
+    assert "| held_out | seen prompts | ours | cascade | +0.250 [" in comparison_table(rows)
     about = {
         "trained_tasks": ["repeat"],
         "unseen_tasks": ["reply"],

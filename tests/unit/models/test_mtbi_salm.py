@@ -167,3 +167,14 @@ def test_only_the_connector_is_trained_and_checkpointed(tiny_config, tmp_path):
         run.load_weights(other, "imitation")
     with pytest.raises(CheckpointError, match="another llm"):
         other.on_load_checkpoint(checkpoint)
+
+
+def test_kept_prompt_beginnings_follow_the_model_to_another_type(tiny_config):
+    """As to another device: what was kept for the old one is computed anew."""
+    model = build(tiny_config)
+    batch = make_batch(model, 2)
+    model.student(batch, interleave=False)
+    model.llm.to(torch.float64)
+    model.embed_tokens.to(torch.float64)
+    assert model.student(batch, interleave=False).hidden.dtype == torch.float64
+    assert all(k.dtype == torch.float64 for layers in model.prefixes.kept.values() for k, _ in layers)

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from nemo_mtbi import models as models
 from nemo_mtbi.data.dataset import MTBIDataset
+from nemo_mtbi.data.feature_cache import FEATURES_FIELD, load_array
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.preparation.cache_features import FrozenEncoder, cache_features
 from tests.unit.data_helpers import conversations
@@ -42,8 +43,12 @@ def test_cached_features_are_the_encoders_and_only_its(manifest, tiny_config, sm
     with pytest.raises(DataError, match="another encoder or input length"):
         MTBIDataset(tokenizer, "chatml", cached_features=True, encoder_key=other.key)[CutSet(conversations(manifest))]
     assert cache_features(other, manifest).encoded == 3
-    soundfile.write(tmp_path / "0.wav", 0.1 * np.ones(16000), 16000)  # changed audio is encoded again
+    soundfile.write(tmp_path / "0.wav", 0.1 * np.ones(16000), 16000)  # changed audio is refused, and encoded again
+    with pytest.raises(DataError, match="The audio of utt0 has changed since"):
+        MTBIDataset(tokenizer, "chatml", cached_features=True, encoder_key=other.key)[CutSet(conversations(manifest))]
     assert cache_features(other, manifest).encoded == 1
+    resampled = CutSet([c.resample(8000) for c in CutSet.from_file(manifest)])
+    assert all(len(load_array(c, FEATURES_FIELD, other.key)) for c in resampled)  # as NeMo's reader hands them on
     (tmp_path / "2.wav").write_text("broken")
     assert cache_features(encoder, manifest).skipped == 1
 

@@ -38,6 +38,18 @@ def write_manifest(path: Path, lines: int) -> None:
             out.write(template.replace("ID", f"utt{i:07d}").replace("TEXT", f"this is sentence number {i}") + "\n")
 
 
+class OneToken:
+    """An engine whose answers are one token."""
+
+    independent = False
+
+    def generate(self, requests: Sequence[Any], top_k: int = 0, temperature: float = 1.0) -> Iterator[Any]:
+        from nemo_mtbi.targets.decoder import Answer
+
+        for request in requests:
+            yield Answer(request.key, [42, 2], True)
+
+
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -51,15 +63,7 @@ def main() -> None:
     from nemo_mtbi import models as models
     from nemo_mtbi.pretrained.offline import resolve_pretrained
     from nemo_mtbi.targets.config import TargetsConfig
-    from nemo_mtbi.targets.decoder import Answer, Request
     from nemo_mtbi.targets.generate import TargetGenerator
-
-    class OneToken:
-        independent = False
-
-        def generate(self, requests: Sequence[Request], top_k: int = 0, temperature: float = 1.0) -> Iterator[Answer]:
-            for request in requests:
-                yield Answer(request.key, [42, 2], True)
 
     args = arguments()
     lines = 100_000 if args.quick else 1_000_000

@@ -123,8 +123,6 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, GenerationMixin, GradientM
         """Key of cached features that this model accepts."""
         return encoder_key(self.cfg.perception, self.references["encoder"], self.config.encoder_dtype)
 
-    # -- one batch ------------------------------------------------------------------------------------------------
-
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """One micro-batch. The returned loss is a *sum*; the gradient is normalized by :class:`GradientMixin`."""
         self.keep_frozen_parts_in_evaluation_mode()
@@ -211,8 +209,6 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, GenerationMixin, GradientM
 
     def configure_optimizers(self) -> Any:
         return build_optimizer(self)
-
-    # -- Lightning's hooks ----------------------------------------------------------------------------------------
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Tensors move; the examples stay, as plain Python values."""

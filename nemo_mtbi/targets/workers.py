@@ -15,7 +15,7 @@ def run(config: TargetsConfig) -> dict[str, Path]:
     Raises:
         DataError: workers died and their shards are not finished.
     """
-    from nemo_mtbi.targets.generate import TargetGenerator, explained
+    from nemo_mtbi.targets.generate import TargetGenerator, explained  # start-up: imports NeMo
 
     generator = TargetGenerator(config)  # the plan and the index are made once, and errors come from one process
     if config.workers == 1:
@@ -46,7 +46,7 @@ def work(config: TargetsConfig, rank: int) -> None:
     """One worker process."""
     import torch
 
-    from nemo_mtbi import registration  # noqa: F401  the prompt formats
+    from nemo_mtbi import registration  # noqa: F401  the prompt formats; start-up: imports NeMo
     from nemo_mtbi.process import tune
     from nemo_mtbi.targets.generate import TargetGenerator, explained
 

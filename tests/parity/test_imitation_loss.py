@@ -1,4 +1,4 @@
-"""The fused imitation loss against the plain full-vocabulary formula of METHOD (CE + T^2 * KL), values and
+"""The fused imitation loss against the plain full-vocabulary formula (CE + T^2 * KL), values and
 gradients.
 """
 

@@ -10,10 +10,10 @@ NOTHING_HEARD = "..."  # what the LLM reads where a recognizer wrote nothing
 
 
 def user_message(prompt: str, spoken: Spoken | str, speech_position: str) -> Message:
-    """The user's turn: prompt and speech on lines of their own.
+    """The user's turn: prompt and speech on lines of their own; the speech alone without a prompt.
 
     Args:
-        prompt: the task prompt.
+        prompt: the task prompt, or nothing.
         spoken: the utterance (or the audio tag at inference).
         speech_position: ``after`` or ``before`` the prompt.
 
@@ -22,7 +22,7 @@ def user_message(prompt: str, spoken: Spoken | str, speech_position: str) -> Mes
     """
     if speech_position not in SPEECH_POSITIONS:
         raise ConfigError(f"speech_position={speech_position!r}: use {' or '.join(SPEECH_POSITIONS)}.")
-    parts: list[Any] = [prompt.strip(), "\n", spoken]
+    parts: list[Any] = [prompt.strip(), "\n", spoken] if prompt.strip() else [spoken]
     if speech_position == "before":
         parts.reverse()
     return {"role": "user", "content": parts}

@@ -32,14 +32,19 @@ def main(cfg: DictConfig) -> None:
     for path in [*cfg.targets.values(), *cfg.cuts.values()]:
         check_manifest(path)
     held = tasks_of(Path(cfg.targets.train))
+    if cfg.only is None:
+        absent = [name for name in names if not set(variants[name].get("tasks", [])) <= held]
+        names = [name for name in names if name not in absent]
+        if absent:
+            print(f"Left out, since {cfg.targets.train} has no targets of their tasks: {', '.join(absent)}.")
     wanted = {t for name in names for t in variants[name].get("tasks", [])} | set(
         cfg.benchmark.get("trained_tasks") or held
     )
     if wanted != held:
         raise ConfigError(
             f"{cfg.targets.train} holds targets of {', '.join(sorted(held))}, but the variants and "
-            f"benchmark.trained_tasks name "
-            f"{', '.join(sorted(wanted))}. Generate targets of all of them, or set benchmark.trained_tasks."
+            f"benchmark.trained_tasks name {', '.join(sorted(wanted))}. "
+            "Generate targets of all of them, or set benchmark.trained_tasks."
         )
     root = Path(cfg.output_dir)
     runs: dict[str, dict[int, Path]] = {}

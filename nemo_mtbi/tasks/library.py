@@ -12,7 +12,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from nemo_mtbi.errors import ConfigError
 
 DEFAULT_FOLDER = Path(__file__).parents[1] / "conf" / "tasks"
-GROUPS, SPLITS = ("train", "held_out"), ("seen", "held_out")
+GROUPS, SPLITS = ("train", "held_out", "control"), ("seen", "held_out")
 FORMS = ("any", "one_word", "yes_no", "choice", "list", "max_words", "min_words", "question", "language")
 _ENVIRONMENT = SandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
 
@@ -91,9 +91,9 @@ def load_task(path: Path) -> Task:
         raise ConfigError(f"Task file {path}: {type(error).__name__}: {error}") from error
     if task.name != path.stem or task.group not in GROUPS or not task.prompts or task.form.get("kind") not in FORMS:
         raise ConfigError(
-            f"Task file {path}: name must be {path.stem!r}, group one of {GROUPS}, form.kind one of {FORMS}, and "
-            f"there must "
-            f"be prompts (got name={task.name!r}, group={task.group!r}, form={task.form}, {len(task.prompts)} prompts)."
+            f"Task file {path}: name must be {path.stem!r}, group one of {GROUPS}, form.kind one of {FORMS}, and there "
+            f"must be prompts (got name={task.name!r}, group={task.group!r}, form={task.form}, "
+            f"{len(task.prompts)} prompts)."
         )
     if slashed := [p.id for p in task.prompts if "/" in p.id]:
         raise ConfigError(f"Task file {path}: prompt id {slashed[0]!r} must not hold a slash.")

@@ -152,3 +152,15 @@ def test_chat_template_training_dialog(tokenizer):
     encoded = formatter.encode_dialog(turns)
     assert torch.equal(encoded["input_ids"], torch.cat([encoded["context_ids"], encoded["answer_ids"]]))
     assert tokenizer.tokenizer.decode(encoded["answer_ids"]).startswith("Hello.<|im_end|>")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_without_a_prompt_the_speech_stands_alone(tokenizer, name):
+    own = renderer(tokenizer, name)
+    part = spoken()
+    rendered = own.render([user_message(" ", part, "after")])
+    assert rendered.ids == own.render([{"role": "user", "content": [part.transcript]}]).ids
+    words = rendered.spoken[0]
+    assert (
+        tokenizer.tokenizer.decode(rendered.ids[words[0].token_begin : words[-1].token_end]).strip() == part.transcript
+    )

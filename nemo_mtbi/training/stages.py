@@ -106,7 +106,9 @@ def run_stage(cfg: DictConfig, model: MTBISALM, run: RunDirectory, name: str) ->
     model.seed = cfg.seed
     model.moments = load_moments(run) if name == IMITATION and cfg.continue_optimizer else {}
     data = data_module(stage.data, model, step, stage.trainer.accumulate_grad_batches)
-    if not trainer.ckpt_path and "validation_ds" in stage.data and stage.trainer.get("limit_val_batches", 1) != 0:
+    watchable = "validation_ds" in stage.data and stage.trainer.get("limit_val_batches", 1) != 0
+    # Before fit there is no mesh yet, so several ranks would not see the batches that they see in training.
+    if watchable and not trainer.ckpt_path and trainer.world_size == 1:
         trainer.validate(model, data, verbose=False)  # step 0: what training starts from
     trainer.fit(model, data)
     if trainer.interrupted or trainer.global_step < trainer.max_steps:

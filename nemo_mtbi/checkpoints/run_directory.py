@@ -106,12 +106,17 @@ class RunDirectory:
                     f"{self.root} was trained with {before}, now {model.references}. Use another output_dir."
                 )
 
-    def save_weights(self, model: TrainableCheckpoint, name: str, best: bool = False, path: Path | None = None) -> Path:
+    def save_weights(self, model: TrainableCheckpoint, name: str, path: Path | None = None) -> Path:
         """Trained tensors and references, written under a temporary name and renamed.
 
         All ranks call this, one writes.
+
+        Args:
+            model: whose.
+            name: of the stage.
+            path: default: what later steps use of the stage.
         """
-        path = path or (self.best_weights(name) if best else self.weights(name))
+        path = path or self.weights(name)
         state = model.trained_state()
         if not is_global_rank_zero():
             return path

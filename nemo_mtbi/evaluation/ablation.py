@@ -22,8 +22,8 @@ def write_report(folder: Path, benchmark: dict[str, Any], runs: dict[str, dict[i
     paths = {name: folder / f"ablation.{name}" for name in ("json", "md", "png")}
     table = {manifest: _by_variant(columns, runs) for manifest, columns in benchmark["results"].items()}
     record = {k: benchmark[k] for k in ("command", "versions", "trained_tasks", "unseen_tasks", "resamples")}
-    jsonl.write_json(paths["json"], record | {"results": table, "comparisons": comparisons(benchmark["results"])})
     tests = comparisons(benchmark["results"])
+    jsonl.write_json(paths["json"], record | {"results": table, "comparisons": tests})
     jsonl.write_text(paths["md"], markdown(table, benchmark["command"]) + comparison_table(tests))
     plot(runs, paths["png"])
     return paths

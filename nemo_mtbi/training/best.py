@@ -30,7 +30,7 @@ class BestWeights(pl.Callback):
         if self.best is not None and (now <= self.best if self.mode == "max" else now >= self.best):
             return
         self.best = now
-        self.run.save_weights(pl_module, self.stage, best=True)
+        self.run.save_weights(pl_module, self.stage, self.run.best_weights(self.stage))
         if trainer.is_global_zero:
             record = {"monitor": self.monitor, "mode": self.mode, "value": now, "step": trainer.global_step}
             jsonl.write_json(self.run.best_record(self.stage), record)

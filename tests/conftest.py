@@ -82,7 +82,7 @@ def tiny_whisper(whisper, tmp_path_factory) -> str:
         vocab_size=real.vocab_size,
         num_mel_bins=80,
         d_model=32,
-        encoder_layers=1,
+        encoder_layers=2,
         decoder_layers=1,
         encoder_attention_heads=2,
         decoder_attention_heads=2,

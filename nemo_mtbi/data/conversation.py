@@ -38,19 +38,22 @@ class MTBIConversation(NeMoMultimodalConversation):
     visit: int = 0
     speech_position: str = "after"
     shared_prefix: bool = False
+    acoustic_rate: float = 0.0
     rendered: RenderedPrompt | None = field(default=None, repr=False)
 
     @property
     def total_length(self) -> int | None:
         """Positions of the example, for bucketing: the text LLM's input with the transcript's tokens replaced by the
-        connector's positions; by as many positions where a connector compresses to tokens (no equivalent duration)."""
+        connector's positions; by as many positions where a connector compresses to tokens, and those of its acoustic
+        channel (``acoustic_rate`` a second)."""
         if self.input_ids is None or self.rendered is None:
             return None
         words = self.rendered.spoken[-1]
         text = words[-1].token_end - words[0].token_begin
-        speech = (
-            math.ceil(self.cut.duration / self.token_equivalent_duration) if self.token_equivalent_duration else text
-        )
+        if self.token_equivalent_duration:
+            speech = math.ceil(self.cut.duration / self.token_equivalent_duration)
+        else:
+            speech = text + math.ceil(self.cut.duration * self.acoustic_rate)
         return len(self.input_ids) - text + speech - (words[0].token_begin if self.shared_prefix else 0)
 
     @property
@@ -145,6 +148,7 @@ class ConversationIterator:
         self.token_equivalent_duration = config.get("token_equivalent_duration")
         self.speech_position = config.get("speech_position", "after")
         self.shared_prefix = config.get("shared_prefix", False)
+        self.acoustic_rate = config.get("acoustic_rate", 0.0)
         self.first_visit = config.get("first_visit", 0)
         self.every_cut = config.get("every_cut", False)
         self.finite = config.get("force_finite", False)
@@ -183,6 +187,7 @@ class ConversationIterator:
                 visit=visit,
                 speech_position=self.speech_position,
                 shared_prefix=self.shared_prefix,
+                acoustic_rate=self.acoustic_rate,
             )
 
 
@@ -198,6 +203,7 @@ KNOWN_KEYS = {
     "seed",
     "speech_position",
     "shared_prefix",
+    "acoustic_rate",
     "every_cut",
     "first_visit",
 }

@@ -4,7 +4,7 @@ Letters: B examples, L positions (right-padded), N text tokens of the batch, M s
 tokens, H LLM width.
 """
 
-from bisect import bisect_left
+import math
 from dataclasses import dataclass
 
 import torch
@@ -124,8 +124,10 @@ def lay_out_batch(
 
 
 def _positions(span: SpeechSpan, centers: list[float], audio_seconds: float, frame_seconds: float) -> list[int]:
-    """Positions whose center lies in the span. Spans that meet share no position, and together they skip none."""
-    times = [(c + 0.5) * frame_seconds for c in centers]
-    begin = 0 if span.start_seconds <= 0 else bisect_left(times, span.start_seconds)
-    end = len(times) if span.end_seconds >= audio_seconds else bisect_left(times, span.end_seconds)
-    return list(range(begin, end))
+    """Positions whose center lies in the span, in their order (of two channels, one after the other).
+
+    Spans that meet share no position, and together they skip none.
+    """
+    begin = -math.inf if span.start_seconds <= 0 else span.start_seconds
+    end = math.inf if span.end_seconds >= audio_seconds else span.end_seconds
+    return [i for i, c in enumerate(centers) if begin <= (c + 0.5) * frame_seconds < end]

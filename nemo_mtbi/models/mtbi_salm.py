@@ -227,6 +227,10 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, GenerationMixin, GradientM
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         loss.backward(*args, **kwargs)
 
+    def on_train_start(self) -> None:
+        if self.stage == "imitation" and (connector := connector_of(self.perception)) is not None:
+            connector.begin_imitation()
+
     def on_validation_epoch_start(self) -> None:
         self.validation = ValidationSums()
 

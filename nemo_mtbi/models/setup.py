@@ -15,7 +15,7 @@ from nemo_mtbi.config import ModelConfig
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.models.language_model import PrefixStore
 from nemo_mtbi.modules.fused_norm import fuse_norms, rms_norm_class
-from nemo_mtbi.modules.perception import freeze, input_length_reference, setup_perception
+from nemo_mtbi.modules.perception import freeze, input_length_reference, require_fitting_encoder, setup_perception
 from nemo_mtbi.parallel.loading import empty_llm, materialize_adapters
 from nemo_mtbi.pretrained.fingerprint import fingerprint
 from nemo_mtbi.pretrained.offline import resolve_pretrained
@@ -33,6 +33,7 @@ def setup_parts(model: Any, cfg: dict[str, Any], config: ModelConfig) -> None:
     Raises:
         ConfigError: parts that cannot be trained together.
     """
+    require_fitting_encoder(config)
     model.cfg = DictConfig(cfg)
     for key in SALM_KEYS:
         model.cfg[key] = getattr(config, key)

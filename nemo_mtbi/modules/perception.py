@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import InstantiationException
 from nemo.collections.speechlm2.modules import AudioPerceptionModule
 from nemo.collections.speechlm2.parts.optim_setup import is_frozen
 from nemo.collections.speechlm2.parts.pretrained import setup_speech_encoder
@@ -15,13 +16,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
 from nemo_mtbi.config import ModelConfig
-from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.errors import ConfigError, MTBIError
 from nemo_mtbi.modules.connectors.base import Connector
 from nemo_mtbi.modules.connectors.whisper_weights import load_whisper_decoder, whisper_decoder_settings
 from nemo_mtbi.modules.whisper import SUBSAMPLING
 from nemo_mtbi.pretrained.offline import resolve_pretrained
 
-DECODER_TARGET = "WhisperDecoderConnector"
+DECODER_TARGETS = ("WhisperDecoderConnector", "TwoChannelConnector")  # hold a Whisper's own decoder
 WHISPER_KEYS = ("input_length", "round_seconds")
 
 
@@ -39,24 +40,26 @@ def setup_perception(model: Any) -> None:
     whisper = not built and is_whisper(name)
     with open_dict(cfg):
         adapter = perception.modality_adapter
-        decoder = adapter._target_.endswith(DECODER_TARGET)
-        if decoder and not whisper and not built:
-            raise ConfigError(f"{DECODER_TARGET} needs a Whisper model as model.pretrained_asr, {name} is none.")
+        decoder = adapter._target_.endswith(DECODER_TARGETS)
         if whisper:
             _configure_whisper(perception, name)
         if decoder and whisper:
             adapter.update(whisper_decoder_settings(name, adapter.get("language"), perception.encoder.get("layers")))
         elif whisper and "layers" in perception.encoder and adapter._target_.startswith("nemo_mtbi."):
-            raise ConfigError(f"perception.encoder_layers leaves the upper layers to a {DECODER_TARGET}; use that one.")
+            raise ConfigError(
+                f"perception.encoder_layers leaves the upper layers to the connector, which {adapter._target_} does "
+                f"not have; use {' or '.join(DECODER_TARGETS)}."
+            )
         if adapter._target_.startswith("nemo_mtbi."):
             adapter.output_dim = model.llm.config.hidden_size
             if "feat_in" not in adapter:
-                adapter.feat_in = perception.encoder.config.d_model if whisper else _nemo_width(name)
+                taps = len(perception.encoder.get("taps", [])) if whisper else 0
+                adapter.feat_in = perception.encoder.config.d_model * (1 + taps) if whisper else _nemo_width(name)
         perception.output_dim = model.llm.config.hidden_size
     if built:
-        model.perception = AudioPerceptionModule(perception).train()
+        model.perception = _build(perception)
     elif whisper:
-        model.perception = AudioPerceptionModule(perception).train()
+        model.perception = _build(perception)
         if cfg.pretrained_weights:
             from transformers import WhisperModel
 
@@ -67,6 +70,35 @@ def setup_perception(model: Any) -> None:
                 load_whisper_decoder(model.perception.modality_adapter, pretrained, name)
     else:
         setup_speech_encoder(model, pretrained_weights=cfg.pretrained_weights)
+
+
+def _build(perception: DictConfig) -> AudioPerceptionModule:
+    try:
+        return AudioPerceptionModule(perception).train()
+    except InstantiationException as error:  # Hydra's, around what a part said about its settings
+        if isinstance(error.__cause__, MTBIError):
+            raise error.__cause__ from None
+        raise
+
+
+def require_fitting_encoder(config: ModelConfig) -> None:
+    """Check, before any weight is loaded, that the connector can read the encoder.
+
+    Raises:
+        ConfigError: a connector that is a Whisper's decoder, or layers of one, with an encoder that is no Whisper.
+    """
+    perception = config.perception
+    target = str((perception.get("modality_adapter") or {}).get("_target_", ""))
+    if "_target_" in perception.get("encoder", {}):  # an export, which describes itself
+        return
+    name = resolve_pretrained(config.pretrained_asr)
+    if is_whisper(name):
+        return
+    if target.endswith(DECODER_TARGETS):
+        raise ConfigError(f"{target.rpartition('.')[2]} needs a Whisper model as model.pretrained_asr, {name} is none.")
+    for key in ("encoder_layers", "encoder_taps"):
+        if perception.get(key):
+            raise ConfigError(f"model.perception.{key}={perception[key]} is for Whisper encoders; {name} is none.")
 
 
 def is_whisper(name: str) -> bool:
@@ -98,7 +130,7 @@ def _configure_whisper(perception: DictConfig, name: str) -> None:
         "num_mel_bins": config.num_mel_bins,
         **shared,
     }
-    kept = perception.pop("encoder_layers", None)
+    kept, taps = perception.pop("encoder_layers", None), list(perception.pop("encoder_taps", None) or [])
     if kept == config.encoder_layers:  # all of them: the whole encoder, with its final normalization
         kept = None
     perception.encoder = {
@@ -106,6 +138,7 @@ def _configure_whisper(perception: DictConfig, name: str) -> None:
         "config": {key: getattr(config, key) for key in keep},
         **shared,
         **({} if kept is None else {"layers": kept}),
+        **({"taps": taps} if taps else {}),
     }
 
 
@@ -142,11 +175,11 @@ def require_fixed_features(perception: AudioPerceptionModule) -> None:
 
 def _input_length(perception_cfg: DictConfig) -> list[str]:
     encoder = perception_cfg.encoder
+    taps = ["taps" + ".".join(map(str, encoder.taps))] if "taps" in encoder else []
     if "layers" in encoder:
-        return [
-            str(v) for v in (encoder.get("input_length", "trained"), encoder.get("round_seconds", 2.0), encoder.layers)
-        ]
-    return [str(encoder[k]) for k in WHISPER_KEYS if k in encoder]
+        lengths = (encoder.get("input_length", "trained"), encoder.get("round_seconds", 2.0), encoder.layers)
+        return [*map(str, lengths), *taps]
+    return [*(str(encoder[k]) for k in WHISPER_KEYS if k in encoder), *taps]
 
 
 def input_length_reference(perception_cfg: DictConfig) -> dict[str, str]:

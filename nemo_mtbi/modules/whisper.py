@@ -4,6 +4,7 @@ Letters: B utterances, S samples, M mel bins, F mel frames (10 ms), T encoder fr
 """
 
 import math
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -100,6 +101,8 @@ class WhisperEncoder(NeuralModule):
         input_length, round_seconds: see :class:`WindowPolicy`; the same values as the preprocessor's.
         layers: lower layers that are kept, without the final normalization (a connector that has the upper ones as
             its own reads them); None for the whole encoder.
+        taps: lower layers (1 is the first) whose outputs stand before the last one's on the feature axis, for a
+            connector that reads several layers; ``d_model`` counts them.
     """
 
     subsampling_factor = SUBSAMPLING
@@ -110,6 +113,7 @@ class WhisperEncoder(NeuralModule):
         input_length: str = "trained",
         round_seconds: float = 2.0,
         layers: int | None = None,
+        taps: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.policy = WindowPolicy(input_length, round_seconds)
@@ -120,7 +124,11 @@ class WhisperEncoder(NeuralModule):
                 raise ConfigError(f"encoder_layers={layers}: this Whisper encoder has {self.config.encoder_layers}.")
             self.whisper.layers = self.whisper.layers[:layers]
             self.whisper.layer_norm = nn.Identity()  # type: ignore[assignment]
-        self.d_model = self.config.d_model
+        depth = len(self.whisper.layers)
+        if any(not 0 < tap < depth for tap in taps) or sorted(set(taps)) != list(taps):
+            raise ConfigError(f"encoder_taps={list(taps)}: ascending layers from 1 to {depth - 1} of this encoder.")
+        self.taps = frozenset(taps)
+        self.d_model = self.config.d_model * (1 + len(self.taps))
 
     def forward(self, audio_signal: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         """audio_signal (B, M, F), length (B,) valid mel frames -> (B, D, T), valid encoder frames (B,)."""
@@ -148,6 +156,9 @@ class WhisperEncoder(NeuralModule):
         hidden = nn.functional.gelu(w.conv1(mel.to(w.conv1.weight.dtype)))
         hidden = nn.functional.gelu(w.conv2(hidden)).transpose(1, 2)
         hidden = hidden + w.embed_positions.weight[: hidden.shape[1]]
-        for layer in w.layers:
+        tapped = []
+        for depth, layer in enumerate(w.layers, 1):
             hidden = layer(hidden, None)
-        return w.layer_norm(hidden)
+            if depth in self.taps:
+                tapped.append(hidden)
+        return torch.cat([*tapped, w.layer_norm(hidden)], -1)

@@ -81,6 +81,7 @@ def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulate
             for entry in input_entries(cfg[section]):
                 entry.speech_position = model.config.speech_position
                 entry.shared_prefix = model.prefixes is not None
+                entry.acoustic_rate = 0.0 if connector is None else connector.positions_per_second
                 entry.every_cut = model.stage == ALIGNMENT
     imitation = model.config.imitation
     dataset = MTBIDataset(

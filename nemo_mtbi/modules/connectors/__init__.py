@@ -3,6 +3,7 @@
 from nemo_mtbi.modules.connectors.base import Connector, SpeechEmbeddings
 from nemo_mtbi.modules.connectors.ctc import CTCCompressConnector
 from nemo_mtbi.modules.connectors.dense import ConvBottleneckConnector, StackMLPConnector
+from nemo_mtbi.modules.connectors.two_channel import TwoChannelConnector
 from nemo_mtbi.modules.connectors.whisper_decoder import WhisperDecoderConnector
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "ConvBottleneckConnector",
     "SpeechEmbeddings",
     "StackMLPConnector",
+    "TwoChannelConnector",
     "WhisperDecoderConnector",
 ]

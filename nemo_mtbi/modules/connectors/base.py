@@ -22,11 +22,11 @@ class SpeechEmbeddings:
     Attributes:
         embeddings: (B, P, H), zero-padded on the right.
         lengths: (B,) valid positions.
-        centers: (B, P) time of each position in encoder frames, non-decreasing; slices speech by word times.
+        centers: (B, P) time of each position in encoder frames; slices speech by word times.
         ctc_log_probs: (B, P', V_ctc + 1) of a CTC connector, blank first; None otherwise.
         ctc_lengths: (B,) valid rows of ``ctc_log_probs``.
         labels: (B, P) the token (of a CTC connector: the CTC label) of each position; None for connectors without
-            tokens.
+            tokens, -1 for positions of a channel without tokens.
     """
 
     embeddings: Tensor
@@ -42,12 +42,16 @@ class Connector(nn.Module):
 
     subsampling_factor: int = 1
     emits_tokens = False  # see TokenConnector
+    positions_per_second = 0.0  # beside the tokens, of a connector that emits them
 
     def bind_language_model(self, tokenizer: Any, embed_tokens: nn.Module) -> None:
         """Take what depends on the LLM (its fast tokenizer, its embeddings).
 
         Not part of the checkpoint, called after a load.
         """
+
+    def begin_imitation(self) -> None:
+        """Called before the first step of the imitation stage."""
 
     def upgrade_state(self, state: dict[str, Any], prefix: str) -> None:
         """Bring weights of an earlier version into this one's form, in place; keys begin with ``prefix``."""

@@ -9,6 +9,7 @@
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from nemo.collections.common.data.lhotse.cutset import data_type_parser
 from nemo.collections.common.data.prompt_fn import registered_prompt_format_fn
 from nemo.collections.common.prompts.formatter import Modality, PromptFormatter
@@ -16,7 +17,7 @@ from nemo.core.classes import common
 
 from nemo_mtbi.data.conversation import INPUT_TYPE, MTBIConversation, read_mtbi
 from nemo_mtbi.data.rendering import PromptRenderer
-from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.errors import ConfigError, DataError
 
 TARGET_PREFIX = "nemo_mtbi."
 
@@ -57,7 +58,10 @@ class ChatTemplatePromptFormatter(PromptFormatter):
         messages = [{"role": t["role"], "content": t.get("content") or t["slots"]["message"]} for t in turns]
         answered = messages[-1]["role"] == self.OUTPUT_ROLE
         context = messages[:-1] if answered else messages
-        text = hf.apply_chat_template(context, tokenize=False, add_generation_prompt=True, **kwargs)
+        try:
+            text = hf.apply_chat_template(context, tokenize=False, add_generation_prompt=True, **kwargs)
+        except TemplateError as error:  # e.g. a template without a system role
+            raise DataError(f"The chat template of {hf.name_or_path!r} refuses this dialog: {error}.") from error
         context_ids = torch.tensor(self._apply_tokenizer(text), dtype=torch.long)
         if not answered:
             return {"input_ids": context_ids, "context_ids": context_ids}

@@ -15,13 +15,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nemo.collections.common.prompts import PromptFormatter
 from nemo.collections.speechlm2.parts.hf_hub import LLM_BACKBONE_DIR
+from nemo.utils import logging
 from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 
 from nemo_mtbi.checkpoints.card import model_card
 from nemo_mtbi.checkpoints.run_directory import RunDirectory
-from nemo_mtbi.errors import CheckpointError
+from nemo_mtbi.data.chat_template import chat_template
+from nemo_mtbi.errors import CheckpointError, ConfigError
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.modules.causal_lm import causal_lm
 
@@ -58,12 +61,30 @@ def save_directory(model: Any, folder: Path, card: str | None = None) -> Path:
     with _new_folder(folder) as temporary:
         # torch_dtype etc. of SALM are left alone: weights are stored in the type that each part computes in.
         model.save_pretrained(temporary, config=exported_config(model))
-        model.tokenizer.tokenizer.save_pretrained(temporary)
+        save_tokenizer(model, temporary)
         backbone = causal_lm(model.llm)
         backbone.config.save_pretrained(temporary / LLM_BACKBONE_DIR)
         backbone.generation_config.save_pretrained(temporary / LLM_BACKBONE_DIR)
         jsonl.write_text(temporary / "README.md", card or model_card(model))
     return folder
+
+
+def save_tokenizer(model: Any, folder: Path) -> None:
+    """The tokenizer with the chat template of the model's prompt format, so that every client prompts as in training.
+
+    Without any, and a warning, where no template equals the format.
+    """
+    hf = model.tokenizer.tokenizer
+    own = hf.chat_template
+    try:
+        try:
+            hf.chat_template = chat_template(model.tokenizer, PromptFormatter.resolve(model.cfg.prompt_format))
+        except ConfigError as error:
+            logging.warning(f"The export has no chat template: {error}")
+            hf.chat_template = None
+        hf.save_pretrained(folder)
+    finally:
+        hf.chat_template = own
 
 
 def save_trainable(model: Any, folder: Path, stage: str, card: str | None = None) -> Path:

@@ -2,19 +2,19 @@
 
 from typing import Any
 
-from nemo_mtbi.data.rendering import Message, PromptRenderer, Spoken
+from nemo_mtbi.data.rendering import AudioTag, Message, PromptRenderer, Spoken
 from nemo_mtbi.errors import ConfigError
 
 SPEECH_POSITIONS = ("after", "before")
 NOTHING_HEARD = "..."  # what the LLM reads where a recognizer wrote nothing
 
 
-def user_message(prompt: str, spoken: Spoken | str, speech_position: str) -> Message:
+def user_message(prompt: str, spoken: Spoken | AudioTag | str, speech_position: str) -> Message:
     """The user's turn: prompt and speech on lines of their own; the speech alone without a prompt.
 
     Args:
         prompt: the task prompt, or nothing.
-        spoken: the utterance (or the audio tag at inference).
+        spoken: the utterance (at inference the audio tag, for a cascade its transcript).
         speech_position: ``after`` or ``before`` the prompt.
 
     Raises:
@@ -41,9 +41,9 @@ def require_same_rendering(renderer: PromptRenderer, audio_tag: str, speech_posi
     rendered = renderer.render([user_message(prompt, Spoken("Some words."), speech_position)])
     words = rendered.spoken[0]
     training = [rendered.ids[: words[0].token_begin], rendered.ids[words[-1].token_end :]]
-    ids = renderer.render([user_message(prompt, audio_tag, speech_position)]).ids
-    tag = renderer.tokenizer.token_to_id(audio_tag)
-    if tag not in ids or [ids[: ids.index(tag)], ids[ids.index(tag) + 1 :]] != training:
+    tagged = renderer.render([user_message(prompt, AudioTag(audio_tag), speech_position)])
+    place = tagged.tags[0]
+    if [tagged.ids[:place], tagged.ids[place + 1 :]] != training:
         raise ConfigError(
             f"With speech_position={speech_position} and this prompt_format, the tokenizer renders the text "
             f"around the speech "

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nemo_mtbi.data.interleaving import Word
+from nemo_mtbi.data.literal import without_control_tokens
 from nemo_mtbi.errors import ConfigError, DataError
 
 AUDIO_TAG = "<|audio|>"  # what NeMo's vLLM plugin knows
@@ -34,7 +35,14 @@ class Spoken:
     duration_seconds: float = 0.0
 
 
-Message = dict[str, Any]  # {"role": str, "content": list[str | Spoken]}
+@dataclass(frozen=True)
+class AudioTag:
+    """The place of an audio in a message, at inference: one control token."""
+
+    text: str = AUDIO_TAG
+
+
+Message = dict[str, Any]  # {"role": str, "content": list[str | Spoken | AudioTag]}; strings are read letter by letter
 
 
 @dataclass(frozen=True)
@@ -44,10 +52,12 @@ class RenderedPrompt:
     Attributes:
         ids: the text LLM's input, transcripts in place of speech.
         spoken: for each spoken part, in order, its words with their token ranges in ``ids``.
+        tags: position in ``ids`` of each audio tag, in order.
     """
 
     ids: list[int]
     spoken: list[list[Word]]
+    tags: list[int]
 
 
 class RecordingTokenizer:
@@ -88,32 +98,42 @@ class PromptRenderer:
         """Render a dialog whose last message is the user's.
 
         Raises:
-            DataError: an empty transcript, or a prompt whose text runs into the transcript within one token.
+            DataError: an empty transcript, a role that the format lacks, or a prompt whose text runs into the
+                transcript within one token.
         """
-        texts, spoken_chars = [], []
+        texts, parts = [], []
         for index, message in enumerate(messages):
             text, spans = self._message_text(message)
             texts.append(text)
-            spoken_chars += [(index, span, part) for span, part in spans]
+            parts += [(index, span, part) for span, part in spans]
         self.tokenizer.records.clear()
         turns = [self._turn(m["role"], t) for m, t in zip(messages, texts, strict=True)]
         ids = self.formatter.encode_dialog(turns)["context_ids"].tolist()
         offsets, text = self._join_records(ids)
-        starts = self._locate(texts, text)
+        starts, data = self._locate(texts, text)
+        places = [(starts[index] + begin, starts[index] + end, part) for index, (begin, end), part in parts]
+        tags = [(begin, end) for begin, end, part in places if isinstance(part, AudioTag)]
+        ids, offsets = without_control_tokens(self.tokenizer.hf, text, ids, offsets, _outside(data, tags))
         spoken = [
-            self._words(offsets, text, starts[index] + begin, starts[index] + end, part)
-            for index, (begin, end), part in spoken_chars
+            self._words(offsets, text, begin, end, part) for begin, end, part in places if isinstance(part, Spoken)
         ]
-        return RenderedPrompt(ids, spoken)
+        return RenderedPrompt(ids, spoken, [offsets.index(tag) for tag in tags])
 
     def _turn(self, role: str, text: str) -> dict[str, Any]:
-        slots = self.formatter.get_slots(role) if role in self.formatter.get_roles() else {"message": None}
-        return {"role": role, "slots": {name: text for name in slots}}
+        roles = self.formatter.get_roles()
+        if role not in roles or role == "preamble":
+            raise DataError(f"The prompt format {self.formatter.NAME!r} has no role {role!r}, only {', '.join(roles)}.")
+        return {"role": role, "slots": {name: text for name in self.formatter.get_slots(role)}}
 
     @staticmethod
-    def _message_text(message: Message) -> tuple[str, list[tuple[tuple[int, int], Spoken]]]:
-        text, spans = "", []
+    def _message_text(message: Message) -> tuple[str, list[tuple[tuple[int, int], Spoken | AudioTag]]]:
+        text = ""
+        spans: list[tuple[tuple[int, int], Spoken | AudioTag]] = []
         for part in message["content"]:
+            if isinstance(part, AudioTag):
+                spans.append(((len(text), len(text) + len(part.text)), part))
+                text += part.text
+                continue
             if isinstance(part, Spoken):
                 transcript = part.transcript.strip()
                 if not transcript:
@@ -141,17 +161,21 @@ class PromptRenderer:
         return offsets, text
 
     @staticmethod
-    def _locate(messages: list[str], text: str) -> list[int]:
-        starts, position = [], 0
+    def _locate(messages: list[str], text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Where each message begins in the text, and the stretch of the text that it is."""
+        starts, stretches, position = [], [], 0
         for message in messages:
-            start = text.find(message, position)
-            if start < 0:
-                raise DataError(
-                    f"The prompt format altered the message {message[:60]!r}; strip its surrounding spaces."
-                )
-            starts.append(start)
-            position = start + len(message)
-        return starts
+            inner = message.strip()  # some templates strip what they are given
+            found, lead = text.find(message, position), 0
+            if found < 0:
+                message, lead = inner, len(message) - len(message.lstrip())
+                found = text.find(message, position)
+            if found < 0:
+                raise DataError(f"The prompt format altered the message {message[:60]!r}; use another prompt_format.")
+            starts.append(found - lead)
+            position = found + len(message)
+            stretches.append((found, position))
+        return starts, stretches
 
     def _words(
         self, offsets: list[tuple[int, int] | None], text: str, begin: int, end: int, part: Spoken
@@ -182,6 +206,17 @@ class PromptRenderer:
             first, position = position, (own[-1] + 1 if own else position)
             words.append(Word(first, position, timed.start_seconds, timed.end_seconds, split))
         return words
+
+
+def _outside(stretches: list[tuple[int, int]], holes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The parts of the stretches that lie between the holes; both in order."""
+    result = []
+    for begin, end in stretches:
+        for hole in [h for h in holes if begin <= h[0] and h[1] <= end]:
+            result.append((begin, hole[0]))
+            begin = hole[1]
+        result.append((begin, end))
+    return [(begin, end) for begin, end in result if begin < end]
 
 
 def match_words(words: list[str], timed: tuple[TimedWord, ...]) -> list[TimedWord]:

@@ -14,6 +14,7 @@ from lhotse import CutSet
 from lhotse.cut import Cut
 
 from nemo_mtbi.data.conversation import MTBIConversation
+from nemo_mtbi.data.literal import literal_encoding
 from nemo_mtbi.data.messages import NOTHING_HEARD
 from nemo_mtbi.data.target import TARGETS_FIELD, Target
 from nemo_mtbi.errors import ConfigError, DataError
@@ -85,7 +86,7 @@ def _cut(cut_id: str, audio: Path, asked: list[Question], tokenizer: Any, end: i
             )
         task = question.task.replace("/", "-")  # ids are put together with slashes
         prompt_id = f"{task}-{index}"
-        ids = [*tokenizer.encode(question.label, add_special_tokens=False), end]
+        ids = [*literal_encoding(tokenizer, question.label)[0], end]
         budget = limit or (512 if question.instructions else max(48, 2 * len(ids)))
         targets.append(Target("", task, prompt_id, question.prompt, question.label, ids).to_dict())
         labels[prompt_id] = {

@@ -31,9 +31,7 @@ def seconds_to_first_token(
 
     def cascade(waveform: Any) -> None:
         assert asr is not None
-        turn = model.user_turn(prompt)
-        text = turn["content"].replace(model.audio_locator_tag, asr.transcripts([waveform])[0])
-        model.generate([[{**turn, "content": text}]], max_new_tokens=1)
+        model.generate([[model.text_turn(prompt, asr.transcripts([waveform])[0])]], max_new_tokens=1)
 
     systems: dict[str, Callable[[Any], None]] = {"speech LLM": speech} | ({CASCADE: cascade} if asr else {})
     seconds: dict[str, list[float]] = defaultdict(list)

@@ -10,6 +10,7 @@ import torch
 
 from nemo_mtbi.data.conversation import MTBIConversation, transcript
 from nemo_mtbi.data.feature_cache import features_key
+from nemo_mtbi.data.literal import literal_encoding
 from nemo_mtbi.evaluation.labelled import label_of
 from nemo_mtbi.evaluation.systems import (
     EvaluationSet,
@@ -130,7 +131,7 @@ class Predictions:
             rows = [o[place % len(o)] if o else "" for o in options]
             if not any(rows):
                 continue
-            ids = [tokenizer.encode(r, add_special_tokens=False) + end for r in rows]
+            ids = [literal_encoding(tokenizer, r)[0] + end for r in rows]
             for row, choice, value in zip(scores, rows, log_likelihoods(model, system, reading, ids), strict=True):
                 row[choice] = value
         return [max(s, key=lambda c: s[c]) if o else None for s, o in zip(scores, options, strict=True)]

@@ -25,7 +25,7 @@ class SpeechLLM(Protocol):
 
     def generate(self, prompts: list[list[dict[str, Any]]], **options: Any) -> Tensor: ...
 
-    def user_turn(self, prompt: str, audios: int = 1) -> dict[str, str]: ...
+    def user_turn(self, prompt: str, audios: int = 1) -> dict[str, Any]: ...
 
 
 class Stopped(StoppingCriteria):
@@ -48,7 +48,7 @@ class Conversation:
 
     def __init__(self, model: SpeechLLM, system: str | None = None) -> None:
         self.model = model
-        self.messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+        self.messages: list[dict[str, Any]] = [{"role": "system", "content": [system]}] if system else []
         self.waveforms: list[np.ndarray | Tensor] = []
 
     def ask(self, prompt: str, audio: Audio | Sequence[Audio] = (), **generation: Any) -> str:
@@ -112,5 +112,5 @@ class Conversation:
         return messages, waveforms, options
 
     def _remember(self, messages: list[dict[str, Any]], waveforms: list[Any], answer: str) -> None:
-        self.messages = [*messages, {"role": "assistant", "content": answer}]
+        self.messages = [*messages, {"role": "assistant", "content": [answer]}]
         self.waveforms = waveforms

@@ -17,6 +17,7 @@ from nemo_mtbi.data.audio import collate_waveforms, load_waveform
 from nemo_mtbi.data.example import Piece, plan_batch
 from nemo_mtbi.data.interleaving import SpeechSpan
 from nemo_mtbi.data.messages import user_message
+from nemo_mtbi.data.rendering import AudioTag, Message, PromptRenderer
 from nemo_mtbi.errors import DataError
 from nemo_mtbi.models.conversation import Audio, Conversation
 from nemo_mtbi.models.layout import build_inputs
@@ -58,8 +59,9 @@ class GenerationMixin(LightningModule):
         """Answer dialogs; SALM's interface.
 
         Args:
-            prompts: dialogs; a message is {"role", "content"} with ``<|audio|>`` where an audio stands, and optionally
-                "audio": path or list of paths.
+            prompts: dialogs; a message is {"role", "content"}, and optionally "audio": path or list of paths. The
+                content is a string with ``<|audio|>`` where an audio stands, or a list of texts, which are read letter
+                by letter, and :class:`nemo_mtbi.data.rendering.AudioTag`.
             audios, audio_lens: (N, S) waveforms at ``sampling_rate`` and (N,) samples, in the order of the tags;
                 instead of paths.
             generation_config, generation_kwargs: passed to Transformers' ``generate``.
@@ -152,28 +154,40 @@ class GenerationMixin(LightningModule):
 
     def prompt_pieces(self, prompts: list[list[dict[str, Any]]]) -> tuple[list[list[Piece]], int]:
         """Dialogs as pieces, a span for each audio tag, numbered in order. -> pieces, audio tags."""
-        formatter = PromptFormatter.resolve(self.cfg.prompt_format)(self.tokenizer)
-        tag = self.audio_locator_tag_id
+        renderer = PromptRenderer(self.tokenizer, PromptFormatter.resolve(self.cfg.prompt_format))
         pieces, audio = [], 0
         for dialog in prompts:
-            turns = [{k: v for k, v in m.items() if k != "audio"} for m in dialog]
-            row: list[Piece] = [[]]
-            for token in formatter.encode_dialog(turns)["context_ids"].tolist():
-                if token == tag:
-                    row += [SpeechSpan(audio, 0.0, float("inf")), []]
-                    audio += 1
-                else:
-                    row[-1].append(token)  # type: ignore[union-attr]
-            pieces.append(row)
+            rendered = renderer.render([{"role": m["role"], "content": self._parts(m["content"])} for m in dialog])
+            row: list[Piece] = []
+            begin = 0
+            for place in rendered.tags:
+                row += [rendered.ids[begin:place], SpeechSpan(audio, 0.0, float("inf"))]
+                begin, audio = place + 1, audio + 1
+            pieces.append([*row, rendered.ids[begin:]])
         return pieces, audio
 
-    def user_turn(self, prompt: str, audios: int = 1) -> dict[str, str]:
-        """The user's message about that many audios, laid out as in training."""
+    def _parts(self, content: str | list[Any]) -> list[Any]:
+        """The parts of a message: a list as it is, where strings are text letter by letter; of a string, as SALM has
+        it, every ``<|audio|>`` stands for an audio."""
+        if not isinstance(content, str):
+            return list(content)
+        texts = content.split(self.audio_locator_tag)
+        tag = AudioTag(self.audio_locator_tag)
+        return [part for text in texts for part in (tag, text)][1:]
+
+    def user_turn(self, prompt: str, audios: int = 1) -> Message:
+        """The user's message about that many audios, laid out as in training; the prompt is read letter by letter."""
         if not audios:
-            return {"role": "user", "content": prompt.strip()}
-        tags = "\n".join([self.audio_locator_tag] * audios)
-        message = user_message(prompt, tags, self.config.speech_position)
-        return {"role": "user", "content": "".join(message["content"])}
+            return {"role": "user", "content": [prompt.strip()]}
+        tag = AudioTag(self.audio_locator_tag)
+        message = user_message(prompt, tag, self.config.speech_position)
+        place = message["content"].index(tag)
+        message["content"][place : place + 1] = [part for _ in range(audios) for part in (tag, "\n")][:-1]
+        return message
+
+    def text_turn(self, prompt: str, transcript: str) -> Message:
+        """:meth:`user_turn` with a transcript in the place of the audio: what the text LLM and a cascade read."""
+        return user_message(prompt, transcript.strip(), self.config.speech_position)
 
     def chat(self, audio: Audio | Sequence[Audio], prompt: str, **generation: Any) -> str:
         """The answer to one question about audio; see :meth:`Conversation.ask`."""

@@ -60,9 +60,8 @@ class Page:
         for text in self._answer([self._written(heard or NOTHING_HEARD, prompt)], [], max_tokens):
             yield heard, text
 
-    def _written(self, transcript: str, prompt: str) -> dict[str, str]:
-        turn = self.model.user_turn(_question(prompt))
-        return {**turn, "content": turn["content"].replace(self.model.audio_locator_tag, transcript.strip())}
+    def _written(self, transcript: str, prompt: str) -> dict[str, Any]:
+        return self.model.text_turn(_question(prompt), transcript)
 
     def _waveform(self, audio: str | None, rate: int | None = None) -> np.ndarray:
         if not audio:

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from nemo_mtbi.data.literal import literal_encoding
 from nemo_mtbi.errors import DataError
 
 
@@ -27,7 +28,7 @@ class CTCVocabulary:
 
     def encode(self, transcript: str) -> list[int]:
         """CTC labels of a transcript; characters that no kept token covers are left out."""
-        return self.labels_of(self.tokenizer(transcript, add_special_tokens=False)["input_ids"])
+        return self.labels_of(literal_encoding(self.tokenizer, transcript)[0])
 
     def labels_of(self, tokens: Iterable[int]) -> list[int]:
         """CTC labels of LLM tokens."""
@@ -59,7 +60,7 @@ def count_tokens(transcripts: Iterable[str], tokenizer: Any) -> Counter[int]:
     """How often each LLM token occurs in the transcripts."""
     counts: Counter[int] = Counter()
     for text in transcripts:
-        counts.update(tokenizer(text, add_special_tokens=False)["input_ids"])
+        counts.update(literal_encoding(tokenizer, text)[0])
     return counts
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperDecoder, WhisperEncoderLayer
 
+from nemo_mtbi.data.literal import literal_encoding
 from nemo_mtbi.data.messages import NOTHING_HEARD
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.losses.head import Head
@@ -141,6 +142,7 @@ class WhisperDecoderConnector(TokenConnector):
             from tokenizers import Tokenizer
 
             self._tokenizer = Tokenizer.from_str(bytes(self.tokenizer_json.tolist()).decode())
+            self._tokenizer.encode_special_tokens = True  # transcripts are text
         return self._tokenizer
 
     @torch.no_grad()
@@ -382,9 +384,8 @@ class WhisperDecoderConnector(TokenConnector):
             ends.append(position)
         joint = text if first else " " + text  # a further window of the same utterance
         shift = lead - (0 if first else 1)
-        encoded = tokenizer(joint, add_special_tokens=False, return_offsets_mapping=True)
         result = []
-        for token, (_, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        for token, (_, end) in zip(*literal_encoding(tokenizer, joint), strict=True):
             byte = len(joint[:end].encode()) + shift
             result.append((token, min(bisect_left(ends, byte), len(tokens) - 1)))
         return result

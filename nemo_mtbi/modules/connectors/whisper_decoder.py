@@ -38,8 +38,9 @@ class WhisperDecoderConnector(TokenConnector):
     with ``h_i`` the decoder's last hidden state that predicted token i, ``p_i`` its ``alternatives`` most likely tokens
     (renormalized) and ``M_k`` the LLM's mean embedding of Whisper's token k. The middle is zero in the forward pass
     (straight-through, Bengio et al. 2013): it carries the LLM's gradient to the choice of tokens. ``residual`` starts
-    at zero: the LLM of an untrained connector reads the text that Whisper's decoder writes from these frames. (They are
-    the audio's own, without the silence that fills Whisper's 30 s, so that text can differ from a cascade's.)
+    at zero: the LLM of an untrained connector reads the text that Whisper's decoder writes from these frames. They are
+    the audio's own, without the silence that fills Whisper's 30 s; the decoder ends a text by looking at the last
+    frames of that silence, so a few such frames (``silence``) stand beside every window. Without them it loops.
     Transcripts teach the decoder too (:meth:`transcription_loss`).
 
     Tokens and states come from a clean encoding in evaluation mode, in training as in use; dropout and time masks
@@ -63,12 +64,14 @@ class WhisperDecoderConnector(TokenConnector):
         residual_scale: factor on the residual, for weights that were trained with one; a parameter group sets its
             learning rate (``model.parameter_groups``).
         max_tokens_per_second: of speech, plus 8; ends a decoder that loops.
+        silence_frames: S, of the end of a silent 30 s window, kept among the weights.
 
     Raises:
         ConfigError: the encoder is not that Whisper's.
     """
 
     tokenizer_json: Tensor
+    silence: Tensor
     embedding_rms: Tensor
     suppressed: Tensor
     piece_embeddings: Tensor
@@ -91,6 +94,7 @@ class WhisperDecoderConnector(TokenConnector):
         time_mask_frames: int = 20,
         residual_scale: float = 1.0,
         max_tokens_per_second: float = 25.0,
+        silence_frames: int = 0,
     ) -> None:
         super().__init__()
         config = WhisperConfig(**decoder, dropout=dropout)
@@ -111,6 +115,7 @@ class WhisperDecoderConnector(TokenConnector):
         nn.init.zeros_(self.residual.weight)
         nn.init.zeros_(self.residual.bias)
         self.register_buffer("tokenizer_json", torch.zeros(tokenizer_bytes, dtype=torch.uint8))
+        self.register_buffer("silence", torch.zeros(silence_frames, config.d_model))
         self.register_buffer("embedding_rms", torch.ones(()), persistent=False)
         pieces = eos_id + 1 if alternatives else 0
         self.register_buffer("piece_embeddings", torch.zeros(pieces, output_dim), persistent=False)
@@ -130,9 +135,10 @@ class WhisperDecoderConnector(TokenConnector):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         self.upgrade_state(state_dict, prefix)
-        given = state_dict.get(f"{prefix}tokenizer_json")
-        if given is not None and given.shape != self.tokenizer_json.shape:  # written by another version of tokenizers
-            self.tokenizer_json = torch.zeros_like(given, device=self.tokenizer_json.device)
+        for name in ("tokenizer_json", "silence"):  # other sizes: of another version of tokenizers, or none
+            given, own = state_dict.get(f"{prefix}{name}"), getattr(self, name)
+            if given is not None and given.shape != own.shape:
+                setattr(self, name, torch.zeros_like(given, device=own.device))
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @property
@@ -173,7 +179,9 @@ class WhisperDecoderConnector(TokenConnector):
 
     @torch.no_grad()
     def upgrade_state(self, state: dict[str, Any], prefix: str) -> None:
-        """Weights of November 2026 have a gate, which is left out, and a residual in other units."""
+        """Weights of November 2026 may have no silence, or a gate, which is left out, and a residual in other units."""
+        if f"{prefix}decoder.layer_norm.weight" in state and f"{prefix}silence" not in state:
+            state[f"{prefix}silence"] = self.silence[:0]
         if state.pop(f"{prefix}gate", None) is None:
             return
         for name in ("weight", "bias"):
@@ -213,9 +221,9 @@ class WhisperDecoderConnector(TokenConnector):
         features, sizes = features[kept][:, : self.window], lengths[kept]
         if self.training:
             features = mask_spans(features, sizes, self.time_masks, self.time_mask_frames)
-        features = self._encode(features, sizes)
+        features, frames = self._encode(features, sizes)
         targets = [ids[i] for i in kept]
-        states = self._forced_states(features, sizes, [own[:-1] for own in targets])
+        states = self._forced_states(features, frames, [own[:-1] for own in targets])
         flat = torch.tensor([token for own in targets for token in own], device=features.device)
         counts = torch.tensor([len(own) for own in targets], device=features.device)
         rows = states[frame_mask(counts, states.shape[1])]
@@ -226,7 +234,7 @@ class WhisperDecoderConnector(TokenConnector):
         """features (B, T, D), lengths (B,) -> greedy transcripts."""
         windows, sizes, owners = self._windows(features, lengths)
         with evaluation_mode(self):
-            tokens, _ = self._greedy(self._encode(windows, sizes), sizes)
+            tokens, _ = self._greedy(*self._encode(windows, sizes))
         texts: list[list[str]] = [[] for _ in lengths]
         for owner, own in zip(owners, tokens, strict=True):
             texts[owner[0]].append(self.tokenizer.decode(own).strip())
@@ -247,12 +255,17 @@ class WhisperDecoderConnector(TokenConnector):
         sizes = torch.tensor([len(p) for p in parts], device=features.device)
         return nn.utils.rnn.pad_sequence(parts, batch_first=True), sizes, owners
 
-    def _encode(self, windows: Tensor, sizes: Tensor) -> Tensor:
-        """The encoder's upper layers (W, T, D), where they are the connector's."""
+    def _encode(self, windows: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """What the decoder reads, (W, S + T, D) and (W,) frames: silence, and the window through the encoder's upper
+        layers where they are the connector's. (Attention knows a frame's place from the frame alone.)
+        """
+        if len(self.silence):
+            silence = self.silence.to(windows.dtype).expand(len(windows), -1, -1)
+            windows, sizes = torch.cat([silence, windows], 1), sizes + len(self.silence)
         mask = self._frame_mask(sizes, windows.shape[1]) if self.encoder_layers else None
         for layer in self.encoder_layers:
             windows = layer(windows, mask)
-        return self.encoder_norm(windows)
+        return self.encoder_norm(windows), sizes
 
     def _step(
         self, ids: Tensor, begin: int, features: Tensor, mask: Tensor | None, cache: EncoderDecoderCache | None
@@ -287,7 +300,7 @@ class WhisperDecoderConnector(TokenConnector):
     def _greedy(self, features: Tensor, sizes: Tensor) -> tuple[list[list[int]], Tensor]:
         """Tokens of each window, and the states (W, N + 1, D) that predicted them and the end. In evaluation mode."""
         mask = self._frame_mask(sizes, features.shape[1])
-        seconds = sizes.float() / FRAMES_PER_SECOND
+        seconds = (sizes - len(self.silence)).float() / FRAMES_PER_SECOND
         limits = (seconds * self.max_tokens_per_second).ceil().long().add(8).clamp_max(self.max_tokens - 1)
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         ids = torch.tensor(self.prompt_ids, device=features.device).expand(len(sizes), -1)
@@ -316,10 +329,10 @@ class WhisperDecoderConnector(TokenConnector):
         begins = starts or [True] * len(lengths)
         windows, sizes, owners = self._windows(features, lengths)
         with evaluation_mode(self):
-            windows = self._encode(windows, sizes)
-            tokens, states = self._greedy(windows, sizes)
+            encoded, heard = self._encode(windows, sizes)
+            tokens, states = self._greedy(encoded, heard)
             if torch.is_grad_enabled():
-                states = self._forced_states(windows, sizes, tokens)
+                states = self._forced_states(encoded, heard, tokens)
         rows: list[list[tuple[int, int, int, float]]] = [
             [] for _ in lengths
         ]  # LLM token, window, Whisper token, center

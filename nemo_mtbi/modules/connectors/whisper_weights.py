@@ -2,11 +2,16 @@
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from nemo_mtbi.errors import ConfigError
-from nemo_mtbi.modules.connectors.whisper_decoder import WhisperDecoderConnector
+from nemo_mtbi.modules.connectors.whisper_decoder import FRAMES_PER_SECOND, WhisperDecoderConnector
+from nemo_mtbi.modules.whisper import SAMPLE_RATE, WhisperPreprocessor
 
 # Whisper never writes these, but transcripts hold them, so a decoder that is trained on transcripts must be able to.
 WRITTEN_SYMBOLS = set('"():;/-') | {"--", '("', "(("}
+SILENCE_FRAMES = 10  # one is enough for tiny.en
 
 
 def whisper_decoder_settings(name: str, language: str | None, kept_layers: int | None = None) -> dict[str, Any]:
@@ -54,6 +59,7 @@ def whisper_decoder_settings(name: str, language: str | None, kept_layers: int |
         "eos_id": tokenizer.eos_token_id,
         "suppress_ids": [i for i in suppressed if tokenizer.decode([i]).strip() not in WRITTEN_SYMBOLS],
         "begin_suppress_ids": list(getattr(generation, "begin_suppress_tokens", None) or []),
+        "silence_frames": SILENCE_FRAMES,
         "tokenizer_bytes": len(tokenizer.backend_tokenizer.to_str().encode()),
     }
 
@@ -68,7 +74,22 @@ def load_whisper_decoder(connector: WhisperDecoderConnector, whisper: Any, name:
         own.load_state_dict(given.state_dict())
     if connector.encoder_layers:
         connector.encoder_norm.load_state_dict(whisper.encoder.layer_norm.state_dict())
+    connector.silence.copy_(_end_of_silence(whisper.encoder, first)[-len(connector.silence) :])
     connector.set_tokenizer(_whisper_tokenizer(name, connector.language).backend_tokenizer.to_str())
+
+
+@torch.no_grad()
+def _end_of_silence(encoder: Any, layers: int) -> Tensor:
+    """Frames (T, D) of 30 s of silence behind the first ``layers`` layers of a Transformers Whisper encoder; behind all
+    of them, normalized.
+    """
+    config = encoder.config
+    preprocessor = WhisperPreprocessor(config.num_mel_bins)
+    samples = SAMPLE_RATE * config.max_source_positions // FRAMES_PER_SECOND
+    mel, _ = preprocessor(torch.zeros(1, samples), torch.tensor([samples]))
+    frames = encoder(mel[..., : 2 * config.max_source_positions], output_hidden_states=True)
+    whole = layers == config.encoder_layers
+    return (frames.last_hidden_state if whole else frames.hidden_states[layers])[0]
 
 
 def _whisper_tokenizer(name: str, language: str | None) -> Any:

@@ -6,6 +6,7 @@ import soundfile
 import torch
 
 from nemo_mtbi.errors import DataError
+from nemo_mtbi.models import MTBISALM
 
 pytestmark = pytest.mark.unit
 
@@ -29,7 +30,7 @@ def test_bad_audio_and_dialogs_are_refused(exported, tmp_path):
 
 
 def test_generation_in_a_batch_equals_one_by_one(exported):
-    model = exported[0].float()
+    model = MTBISALM.restore_from(exported[1]).float()
     audio, lengths = 0.1 * torch.randn(3, 20000), torch.tensor([20000, 12000, 9000])
     prompts = [[model.user_turn(p)] for p in ("Repeat this.", "What is it about, in one sentence?", "Say it.")]
     together = model.generate(prompts, audio, lengths, max_new_tokens=6, do_sample=False)

@@ -3,9 +3,11 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
-from transformers import WhisperForConditionalGeneration, WhisperTokenizer
+from omegaconf import OmegaConf
+from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
 from transformers.modeling_outputs import BaseModelOutput
 
 from nemo_mtbi.checkpoints.archive import save_nemo
@@ -135,6 +137,32 @@ def test_silence_is_read_as_nothing_heard(connector, monkeypatch):
     assert tokenizer.decode(speech.labels[0]) == "..."
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kept_layers", [None, 1])
+def test_silence_is_the_end_of_a_silent_window(tiny_whisper, config, kept_layers):
+    model = MTBISALM(OmegaConf.merge(config, {"perception": {"encoder_layers": kept_layers}})).eval()
+    connector = model.perception.modality_adapter
+    whisper = WhisperForConditionalGeneration.from_pretrained(tiny_whisper).model.encoder.eval()
+    mel = WhisperFeatureExtractor.from_pretrained(tiny_whisper)(
+        np.zeros(480_000, np.float32), sampling_rate=16_000, return_tensors="pt"
+    ).input_features
+    outputs = whisper(mel, output_hidden_states=True)
+    expected = outputs.last_hidden_state if kept_layers is None else outputs.hidden_states[kept_layers]
+    assert connector.silence.shape == (10, 32)
+    torch.testing.assert_close(connector.silence, expected[0, -10:], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_weights_without_silence_hear_none(model):
+    connector = copy.deepcopy(model.perception.modality_adapter)
+    state = {name: value for name, value in connector.state_dict().items() if name != "silence"}
+    connector.load_state_dict(state)
+    assert connector.silence.shape == (0, 32)
+    features, lengths = torch.randn(2, 50, 32), torch.tensor([50, 30])
+    states, sizes = connector._encode(features, lengths)
+    assert torch.equal(states, features) and torch.equal(sizes, lengths)
+
+
 def test_transcription_loss_is_a_plain_cross_entropy(connector):
     connector.train()
     features = torch.randn(3, 1600, 32, generator=torch.Generator().manual_seed(0))
@@ -145,7 +173,9 @@ def test_transcription_loss_is_a_plain_cross_entropy(connector):
         ids = [*connector.tokenizer.encode(" " + transcripts[row], add_special_tokens=False).ids, connector.eos_id]
         inputs = torch.tensor([connector.prompt_ids + ids[:-1]])
         hidden = connector.decoder(
-            inputs, encoder_hidden_states=features[row : row + 1, : lengths[row]], use_cache=False
+            inputs,
+            encoder_hidden_states=torch.cat([connector.silence, features[row, : lengths[row]]])[None],
+            use_cache=False,
         ).last_hidden_state[0, len(connector.prompt_ids) - 1 :]
         logits = hidden @ connector.decoder.embed_tokens.weight[: connector.eos_id + 1].t()
         expected = expected + torch.nn.functional.cross_entropy(logits, torch.tensor(ids), reduction="sum")

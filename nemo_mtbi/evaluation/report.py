@@ -13,6 +13,7 @@ COLUMNS = (
     ("kl_per_token", "KL / token"),
     ("repeat_wer", "repeat WER"),
     ("repeat_wer_to_transcript", "repeat WER to transcript"),
+    ("transcribe_wer", "transcribe WER"),
 )
 
 

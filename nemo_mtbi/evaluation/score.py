@@ -2,6 +2,7 @@
 
 - token agreement: share of response tokens that are the system's most likely token under teacher forcing;
 - KL per token: KL(text LLM || system) over the full vocabulary at temperature 1, in nats per response token;
+- transcribe WER: of what the recognizer (a connector that writes text, a cascade's ASR) writes, against the transcript;
 - repeat WER: of generated "repeat" answers against the text LLM's own answer, and against the transcript.
 """
 
@@ -14,9 +15,20 @@ import jiwer
 import torch
 from lhotse import CutSet
 
+from nemo_mtbi.data.conversation import transcript
 from nemo_mtbi.data.example import Example
-from nemo_mtbi.evaluation.systems import EvaluationSet, System, TextLLM, against_the_text_llm, system_batches
+from nemo_mtbi.evaluation.systems import (
+    EvaluationSet,
+    SpeechSystem,
+    System,
+    TextLLM,
+    TextSystem,
+    against_the_text_llm,
+    system_batches,
+)
 from nemo_mtbi.models.mtbi_salm import MTBISALM
+from nemo_mtbi.modules.connectors.base import Connector
+from nemo_mtbi.modules.perception import connector_of
 
 REPEAT = "repeat"
 
@@ -29,6 +41,7 @@ class Scores:
     agreed: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     kl: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     repeats: list[tuple[str, str, str]] = field(default_factory=list)  # answer, text LLM's answer, transcript
+    heard: list[tuple[str, str]] = field(default_factory=list)  # what the recognizer wrote, transcript
 
     def summary(self) -> dict[str, Any]:
         total = max(1, sum(self.tokens.values()))
@@ -45,6 +58,9 @@ class Scores:
             answers, own, spoken = (([normalize(r[i]) for r in self.repeats]) for i in range(3))
             result["repeat_wer"] = word_error_rate(own, answers)
             result["repeat_wer_to_transcript"] = word_error_rate(spoken, answers)
+        if self.heard:
+            written, said = ([normalize(h[i]) for h in self.heard] for i in range(2))
+            result["transcribe_wer"] = word_error_rate(said, written)
         return result
 
 
@@ -73,6 +89,8 @@ class Evaluation:
         self.model, self.batch_size = model, batch_size
         self.questions = EvaluationSet(model, cuts, cached_features)
         self.text_llm = TextLLM()
+        connector = connector_of(model.perception)
+        self._writes_text = connector is not None and type(connector).transcribe is not Connector.transcribe
 
     @torch.no_grad()
     def score(self, name: str, system: System, generate: bool = True) -> Scores:
@@ -93,7 +111,21 @@ class Evaluation:
             for example, answer in zip(reading.examples, answers, strict=True):
                 own = decode(example.response_ids, skip_special_tokens=True)
                 scores.repeats.append((answer, own, example.transcript))
+        scores.heard = self._heard(name, system)
         return scores
+
+    def _heard(self, name: str, system: System) -> list[tuple[str, str]]:
+        once = list({c.source_id: c for c in self.questions.conversations}.values())
+        if isinstance(system, TextSystem):
+            own = system.transcripts or {}
+            return [(own[c.source_id], transcript(c.cut)) for c in once if c.source_id in own]
+        if not isinstance(system, SpeechSystem) or not self._writes_text:
+            return []
+        result = []
+        for reading in system_batches(system, self.questions, once, self.batch_size, f"{name}: transcribe"):
+            texts = system.transcripts(reading) or []
+            result += [(text, e.transcript) for text, e in zip(texts, reading.examples, strict=True)]
+        return result
 
 
 def budget(examples: list[Example]) -> int:

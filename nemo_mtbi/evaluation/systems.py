@@ -25,7 +25,7 @@ from nemo_mtbi.losses.imitation import imitation_loss
 from nemo_mtbi.losses.objective import CROSS_ENTROPY, ImitationObjective
 from nemo_mtbi.models.language_model import teacher_hidden_states
 from nemo_mtbi.models.mtbi_salm import MTBISALM
-from nemo_mtbi.models.speech import batch_features
+from nemo_mtbi.models.speech import batch_features, transcribe
 
 KL_ONLY = ImitationObjective(w_ce=0.0, w_kl=1.0, temperature=1.0)
 
@@ -114,6 +114,11 @@ class SpeechSystem:
 
     def answers(self, reading: SystemBatch, max_new_tokens: int) -> list[str]:
         return decoded(self.model, self.model.answer(reading.inputs, max_new_tokens))
+
+    def transcripts(self, reading: SystemBatch) -> list[str] | None:
+        """What the connector itself writes; None for connectors without text."""
+        perception = self.model.perception
+        return transcribe(perception, *batch_features(perception, reading.inputs))
 
 
 class TextSystem:

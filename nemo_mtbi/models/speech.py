@@ -112,6 +112,13 @@ def connect(
     return SpeechEmbeddings(embeddings, counts, uniform_centers(embeddings.shape[1], factor, embeddings))
 
 
+@torch.no_grad()
+def transcribe(perception: AudioPerceptionModule, features: Tensor, lengths: Tensor) -> list[str] | None:
+    """features (B, T, D), lengths (B,) -> what the connector itself writes; None for connectors without text."""
+    connector = connector_of(perception)
+    return None if connector is None else connector.transcribe(connector_dtype(perception, features), lengths)
+
+
 def connector_dtype(perception: AudioPerceptionModule, features: Tensor) -> Tensor:
     """Features in the connector's precision."""
     trained = [*perception.modality_adapter.parameters(), *perception.proj.parameters()]

@@ -27,7 +27,8 @@ class SentenceOptions:
         voices: voices of the training and held-out utterances (see :mod:`nemo_mtbi.preparation.synthesis`).
         unseen_voices: voices that speak held-out sentences only, in split ``unseen_voice``.
         count: sentences drawn from the built-in grammar (``path: everyday``); a text file gives all of its lines.
-        held_out: sentences of the ``held_out`` split.
+        held_out: sentences that are not trained on.
+        held_out_split: split of those in the voices of the training; null: they are spoken by unseen voices alone.
         renditions: different voices for each training sentence.
         speeds: factors of Lhotse's speed perturbation (pitch changes with it), one drawn for each utterance.
         snr_db: signal-to-noise ratios of white noise mixed in by Lhotse, one drawn for each utterance; null is no
@@ -39,6 +40,7 @@ class SentenceOptions:
     unseen_voices: list[str] = field(default_factory=list)
     count: int = 1000
     held_out: int = 60
+    held_out_split: str | None = "held_out"
     renditions: int = 1
     speeds: list[float] = field(default_factory=lambda: [1.0])
     snr_db: list[float | None] = field(default_factory=lambda: [None])
@@ -60,7 +62,7 @@ def read_sentences(config: SourceConfig, output_dir: Path) -> Iterator[Entry]:
     plan: list[tuple[str, Voice, str]] = []
     for index, text in enumerate(sentences):
         if index < options.held_out:
-            plan.append((text, rng.choice(voices), "held_out"))
+            plan += [(text, rng.choice(voices), options.held_out_split)] if options.held_out_split else []
             plan += [(text, rng.choice(unseen), "unseen_voice")] if unseen else []
         else:
             plan += [(text, v, "train") for v in rng.sample(voices, min(options.renditions, len(voices)))]

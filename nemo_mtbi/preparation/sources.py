@@ -4,6 +4,7 @@ import csv
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from lhotse.cut import Cut, MonoCut
 
 from nemo_mtbi.errors import ConfigError, DataError
 
+PACKAGE = "pkg://"  # as in Hydra's search path
 AUDIO_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a"}
 
 
@@ -40,10 +42,11 @@ class SourceConfig:
     Attributes:
         kind: cuts, shar, nemo, tsv, folder, lhotse_recipe or sentences.
         path: manifest, Shar directory, table, folder, corpus directory or text file (sentences: ``everyday`` is built
-            in).
+            in); ``pkg://package/file`` is a file of an installed package.
         name: prefix of the utterance ids; for lhotse_recipe the recipe's name.
         audio_root: folder that relative audio paths start from (default: the table's own).
         audio_column, text_column, speaker_column: of a table.
+        split_column: of a table whose rows name their split; null: ``split`` of prepare.yaml decides.
         language: of the transcripts.
         options: arguments of a Lhotse recipe, or settings of the sentence synthesis.
     """
@@ -55,6 +58,7 @@ class SourceConfig:
     audio_column: str = "path"
     text_column: str = "transcript"
     speaker_column: str | None = "speaker"
+    split_column: str | None = None
     language: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -100,9 +104,19 @@ def _downmixed(recording: Recording, supervision: SupervisionSegment, custom: di
     return cut
 
 
+def _in_package(path: str) -> Path:
+    package, _, file = path.partition("/")
+    try:
+        return Path(str(files(package))) / file
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{PACKAGE}{path}: there is no installed package {package!r}.") from error
+
+
 def _require(path: str | None, kind: str) -> Path:
     if not path:
         raise ConfigError(f"A source of kind {kind} needs path.")
+    if path.startswith(PACKAGE):
+        path = str(_in_package(path.removeprefix(PACKAGE)))
     if not Path(path).exists():
         raise DataError(f"Source {kind}: {path} does not exist.")
     return Path(path)
@@ -171,7 +185,8 @@ def read_tsv(config: SourceConfig) -> Iterator[Entry]:
     root = Path(config.audio_root or path.parent)
     with open(path, encoding="utf-8", newline="") as stream:
         reader = csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
-        missing = {config.audio_column, config.text_column} - set(reader.fieldnames or [])
+        needed = {config.audio_column, config.text_column, *filter(None, [config.split_column])}
+        missing = needed - set(reader.fieldnames or [])
         if missing:
             raise DataError(f"{path} has no column {', '.join(sorted(missing))}; it has {reader.fieldnames}.")
         for row in reader:
@@ -183,16 +198,17 @@ def read_tsv(config: SourceConfig) -> Iterator[Entry]:
                 lambda a=audio, t=text, s=speaker, i=entry_id: utterance_cut(i, root / a, t, s, config.language),  # type: ignore[misc]
                 speaker,
                 text,
+                row[config.split_column] if config.split_column else None,
             )
 
 
 def read_folder(config: SourceConfig) -> Iterator[Entry]:
     """Audio files with a transcript beside each (``a.wav`` and ``a.txt``); the parent folder's name is the speaker."""
     root = _require(config.path, config.kind)
-    files = sorted(f for f in root.rglob("*") if f.suffix.lower() in AUDIO_SUFFIXES)
-    if not files:
+    recordings = sorted(f for f in root.rglob("*") if f.suffix.lower() in AUDIO_SUFFIXES)
+    if not recordings:
         raise DataError(f"No audio file ({', '.join(sorted(AUDIO_SUFFIXES))}) under {root}.")
-    for file in files:
+    for file in recordings:
         relative = file.relative_to(root).with_suffix("").as_posix().replace("/", "-")
         entry_id = f"{config.name or root.name}-{relative}"
         text_file = file.with_suffix(".txt")

@@ -88,6 +88,10 @@ class Connector(nn.Module):
             f"WhisperDecoderConnector); {type(self).__name__} does not."
         )
 
+    def transcribe(self, features: Tensor, lengths: Tensor) -> list[str] | None:
+        """features (B, T, D), lengths (B,) -> what a connector that writes text heard; None for others."""
+        return None
+
     def connect(self, features: Tensor, lengths: Tensor) -> SpeechEmbeddings:
         """features (B, T, D), lengths (B,) encoder frames -> :class:`SpeechEmbeddings`."""
         raise NotImplementedError

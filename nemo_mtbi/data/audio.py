@@ -1,34 +1,104 @@
-"""Waveforms: of a file, of a cut, of a batch."""
+"""Waveforms: of a file, of a cut, of a batch. All audio that is read becomes mono by :func:`mono`.
+
+Letters: C channels, S samples, B utterances.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import soxr
 import torch
 from lhotse import Recording
 from lhotse.audio import AudioLoadingError
+from lhotse.augmentation import AudioTransform, Resample
 from lhotse.cut import Cut
+from lhotse.cut.data import DataCut
+from lhotse.utils import compute_num_samples, fastcopy
+from nemo.utils import logging
 from torch import Tensor
 
 from nemo_mtbi.errors import DataError
 
+AUDIO_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a"}
 MIN_AUDIO_SECONDS = 0.05
+# A recording's mean is noticed above this share of its own level (recorded speech lies far below).
+DC_SHARE = 0.1
+# Channels cancel if their average has less than this share of the energy that unrelated channels would leave.
+CANCELLED_SHARE = 0.25
+DC_OFFSET, CANCELLED = "DC offset subtracted", "channels cancel each other: the louder one is used"
 
 
-def load_waveform(path: str | Path, sampling_rate: int) -> np.ndarray:
-    """A file as float32 mono at ``sampling_rate``; any rate, channel count and format that Lhotse reads.
+def mono(audio: np.ndarray, noticed: list[str] | None = None) -> np.ndarray:
+    """Channels averaged, without a DC offset; where averaging would cancel the speech, the louder channel.
+
+    Args:
+        audio: (C, S).
+        noticed: takes DC_OFFSET and CANCELLED where they apply.
+
+    Returns:
+        (S,) float32.
 
     Raises:
-        DataError: the file is missing, unreadable or shorter than 50 ms.
+        DataError: samples that are no numbers.
+    """
+    audio = np.asarray(audio, dtype=np.float32)
+    if not audio.size:
+        return np.zeros(0, np.float32)
+    means = audio.mean(1, keepdims=True, dtype=np.float64)
+    # Energies (C,) from float64 sums without a copy of the audio.
+    energies = np.einsum("cs,cs->c", audio, audio, dtype=np.float64) / audio.shape[1]
+    if not np.isfinite(energies).all():
+        raise DataError("The audio holds samples that are no numbers.")
+    levels = np.sqrt(np.maximum(energies[:, None] - means**2, 0))
+    if (np.abs(means) > DC_SHARE * levels).any():
+        _notice(noticed, DC_OFFSET)
+        audio = audio - means.astype(np.float32)
+    if len(audio) == 1:
+        return np.ascontiguousarray(audio[0])
+    average = audio.mean(0)
+    unrelated = float((levels**2).sum()) / len(audio) ** 2
+    if float(average.var(dtype=np.float64)) < CANCELLED_SHARE * unrelated:
+        _notice(noticed, CANCELLED)
+        average = audio[int(levels.argmax())]
+    return np.ascontiguousarray(average, dtype=np.float32)
+
+
+def _notice(noticed: list[str] | None, what: str) -> None:
+    if noticed is not None:
+        noticed.append(what)
+
+
+def resample(samples: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
+    """(S,) at another rate. SoX's resampler takes any pair of rates; Lhotse's tabulates its filter, which for rates
+    that have little in common (15,991 and 16,000 Hz) takes gigabytes."""
+    if from_rate == to_rate or not len(samples):
+        return samples
+    return np.ascontiguousarray(soxr.resample(samples, from_rate, to_rate), dtype=np.float32)
+
+
+def load_waveform(
+    path: str | Path, sampling_rate: int, offset_seconds: float = 0.0, duration_seconds: float | None = None
+) -> np.ndarray:
+    """A file, or a part of it, as float32 mono (S,) at ``sampling_rate``; any rate, channel count and format that
+    Lhotse reads.
+
+    Raises:
+        DataError: the file is missing, unreadable, shorter than the part or than 50 ms.
     """
     if not Path(path).is_file():
         raise DataError(f"There is no audio file {path}.")
+    noticed: list[str] = []
     try:
-        recording = Recording.from_file(path)
-        samples = recording.resample(sampling_rate).load_audio().mean(0)
+        cut = Recording.from_file(path).to_cut()
+        if offset_seconds or duration_seconds is not None:
+            cut = part_of(cut, offset_seconds, duration_seconds)
+        samples = mono_samples(cut, sampling_rate, noticed)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
     except (AudioLoadingError, RuntimeError, ValueError, OSError) as error:
         raise DataError(
-            f"{path} cannot be read as audio ({str(error).splitlines()[0]}). Is it a complete audio file?"
+            f"{path} cannot be read as audio ({(str(error).splitlines() or [''])[0]}). Is it a complete audio file?"
         ) from error
     except Exception as error:  # decoders raise their own types
         raise DataError(f"{path} cannot be read as audio ({type(error).__name__}: {error}).") from error
@@ -36,13 +106,53 @@ def load_waveform(path: str | Path, sampling_rate: int) -> np.ndarray:
         raise DataError(
             f"{path} lasts {len(samples) / sampling_rate:.3f} s; at least {MIN_AUDIO_SECONDS} s are needed."
         )
-    return np.ascontiguousarray(samples, dtype=np.float32)
+    for what in noticed:
+        logging.warning(f"{path}: {what}.")
+    return samples
 
 
-def mono_samples(cut: Cut, sampling_rate: int) -> np.ndarray:
-    """float32 samples (S,) of a cut at ``sampling_rate``, channels averaged; raises what the audio backend raises."""
-    audio = (cut if cut.sampling_rate == sampling_rate else cut.resample(sampling_rate)).load_audio()
-    return np.ascontiguousarray(audio.mean(0), dtype=np.float32)
+def part_of(cut: Cut, offset_seconds: float, duration_seconds: float | None, tolerance_seconds: float = 0.1) -> Cut:
+    """A part of a cut, under the same id; the whole where it is no more than ``tolerance_seconds`` shorter.
+
+    Raises:
+        DataError: the part is not inside the audio.
+    """
+    wanted = cut.duration - offset_seconds if duration_seconds is None else duration_seconds
+    if offset_seconds >= cut.duration:
+        raise DataError(f"offset = {offset_seconds:.2f} s, but the audio lasts {cut.duration:.2f} s")
+    if offset_seconds + wanted > cut.duration + tolerance_seconds:
+        raise DataError(
+            f"offset + duration = {offset_seconds + wanted:.2f} s, but the audio lasts {cut.duration:.2f} s"
+        )
+    if not offset_seconds and wanted >= cut.duration - tolerance_seconds:
+        return cut
+    return cut.truncate(offset=offset_seconds, duration=min(wanted, cut.duration - offset_seconds), preserve_id=True)
+
+
+def mono_samples(cut: Cut, sampling_rate: int, noticed: list[str] | None = None) -> np.ndarray:
+    """float32 samples (S,) of a cut at ``sampling_rate``, see :func:`mono`; raises what the audio backend raises."""
+    cut = _before_resampling(cut)
+    return resample(mono(cut.load_audio(), noticed), cut.sampling_rate, sampling_rate)
+
+
+def _before_resampling(cut: Cut) -> Cut:
+    """NeMo's data loader asks every cut for its rate, which Lhotse notes as the recording's last transform: undone,
+    since :func:`resample` does it."""
+    recording = cut.recording if isinstance(cut, DataCut) and cut.has_recording else None
+    if recording is None or not recording.transforms:
+        return cut
+    last = recording.transforms[-1]
+    last = last if isinstance(last, AudioTransform) else AudioTransform.from_dict(last)
+    if not isinstance(last, Resample):
+        return cut
+    rate = last.source_sampling_rate
+    before = fastcopy(
+        recording,
+        sampling_rate=rate,
+        num_samples=compute_num_samples(recording.duration, rate),
+        transforms=recording.transforms[:-1],
+    )
+    return fastcopy(cut, recording=before)
 
 
 def collate_waveforms(waveforms: Sequence[np.ndarray | Tensor]) -> tuple[Tensor, Tensor]:

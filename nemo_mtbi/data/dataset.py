@@ -5,12 +5,10 @@ from typing import Any
 import numpy as np
 import torch
 from lhotse import CutSet
-from lhotse.dataset import AudioSamples
-from nemo.collections.common.data.lhotse.dataloader import resample
-from nemo.collections.common.data.lhotse.text_adapters import collate_conversation_audio_fault_tolerant
 from nemo.collections.common.prompts import PromptFormatter
 from nemo.utils import logging
 
+from nemo_mtbi.data.audio import collate_waveforms, mono_samples
 from nemo_mtbi.data.conversation import MTBIConversation, transcript
 from nemo_mtbi.data.example import Example
 from nemo_mtbi.data.feature_cache import FEATURES_FIELD, load_array
@@ -30,7 +28,7 @@ class MTBIDataset(torch.utils.data.Dataset):
     - ``teacher_ids`` (R, K) int64 and ``teacher_log_probs`` (R, K) float32: the teacher's top-k of all R response
       tokens of the batch, in order; absent unless every example has them.
 
-    A conversation whose audio cannot be read is left out, logged and counted by NeMo; None if none is left.
+    A conversation whose audio cannot be read is left out and logged; None if none is left.
 
     Args:
         tokenizer: NeMo ``AutoTokenizer`` of the LLM.
@@ -60,7 +58,6 @@ class MTBIDataset(torch.utils.data.Dataset):
         self.encoder_key = encoder_key
         self.llm_key = llm_key
         self.sampling_rate = sampling_rate
-        self.load_audio = AudioSamples(fault_tolerant=True, mono_downmix=True)
 
     def __getitem__(self, conversations: CutSet) -> dict[str, Any] | None:
         batch: dict[str, Any] = {}
@@ -70,18 +67,25 @@ class MTBIDataset(torch.utils.data.Dataset):
             batch["encoder_features"] = torch.nn.utils.rnn.pad_sequence(features, batch_first=True)
             batch["encoder_feature_lens"] = torch.tensor([len(f) for f in features])
         else:
-            items = [resample(c, self.sampling_rate) for c in items]
-            audios, lengths, kept = collate_conversation_audio_fault_tolerant(CutSet(items), self.load_audio)
-            items = list(kept)
+            items, waveforms = self._readable(items)
             if not items:
                 return None
-            if len(items) < len(conversations):
-                logging.warning(f"{len(conversations) - len(items)} conversations left out: unreadable audio")
-            batch |= {"audios": audios, "audio_lens": lengths}
+            batch["audios"], batch["audio_lens"] = collate_waveforms(waveforms)
         batch["examples"] = [self._example(c) for c in items]
         if self.teacher_temperature is not None and all(c.target and c.target.teacher_begin >= 0 for c in items):
             batch |= self._teacher(items)
         return batch
+
+    def _readable(self, items: list[MTBIConversation]) -> tuple[list[MTBIConversation], list[np.ndarray]]:
+        """The conversations whose audio can be read, and the audio (S,) of each."""
+        kept, waveforms = [], []
+        for item in items:
+            try:
+                waveforms.append(mono_samples(item.cut, self.sampling_rate))
+                kept.append(item)
+            except Exception as error:  # decoders raise their own types
+                logging.warning(f"{item.id} is left out: {type(error).__name__}: {str(error)[:200]}")
+        return kept, waveforms
 
     def _example(self, conversation: MTBIConversation) -> Example:
         target = conversation.target

@@ -25,6 +25,8 @@ def features_key(cut: Cut, encoder_key: str) -> str:
     digest.update(f"{cut.start}/{cut.duration}/{cut.sampling_rate}".encode())
     if cut.duration > 30:  # once the first windows had 30 s and the last what was left
         digest.update(b"equal windows")
+    if cut.num_channels != 1 or cut.sampling_rate != 16_000:  # once channels were averaged always, and Lhotse resampled
+        digest.update(b"mono, soxr")
     for source in cut.recording.sources if hasattr(cut, "recording") and cut.recording else []:
         digest.update(str(source.source if source.type in ("file", "url") else cut.recording_id).encode())
         if source.type == "file" and Path(source.source).exists():

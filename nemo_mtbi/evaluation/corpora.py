@@ -14,6 +14,7 @@
 """
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,9 +22,11 @@ from typing import Any
 
 import numpy as np
 
+from nemo_mtbi.data.audio import mono
 from nemo_mtbi.errors import DataError
 from nemo_mtbi.evaluation.questions import METRICS, LabelledConfig, Question
 from nemo_mtbi.io import jsonl
+from nemo_mtbi.io.text import numbered_lines, read_text
 
 CHOICE_PROMPT = "{question} Answer with one of these and nothing else: {choices}."
 SLOT_PROMPT = CHOICE_PROMPT.replace("{question}", "Which {slot} was ordered?")
@@ -41,7 +44,7 @@ PROMPTS = {
 def read_librispeech(config: LabelledConfig, folder: Path) -> Iterator[Question]:
     """Utterances with their transcripts: ``ID TEXT`` lines, ``ID.flac`` beside them."""
     for table in sorted(Path(config.path).rglob("*.trans.txt")):
-        for line in table.read_text(encoding="utf-8").splitlines():
+        for _, line in numbered_lines(table):
             name, _, text = line.partition(" ")
             yield Question(
                 table.parent / f"{name}.flac", "repeat", _prompt(config, "repeat"), text, "wer", transcript=text
@@ -52,7 +55,7 @@ def read_slurp(config: LabelledConfig, folder: Path) -> Iterator[Question]:
     """Scenario and intent of every recording of each sentence; the choices are those of the whole table."""
     path = Path(config.path)
     audio = _folder(config, path.resolve().parent.parent.parent / "audio" / "slurp_real")
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [json.loads(line) for _, line in numbered_lines(path)]
     tasks = {t: tuple(sorted({_words(r[t]) for r in rows})) for t in ("scenario", "intent")}
     for row in rows:
         for recording in row["recordings"]:
@@ -77,8 +80,7 @@ def read_minds14(config: LabelledConfig, folder: Path) -> Iterator[Question]:
         locale = path.parent.name
     else:
         audio = _folder(config, path.resolve().parent.parent / "audio")
-        with open(path, encoding="utf-8", newline="") as stream:
-            lines = list(csv.reader(stream, skipinitialspace=True))[1:]
+        lines = [line for line in csv.reader(io.StringIO(read_text(path)), skipinitialspace=True) if line][1:]
         if any(len(line) != 4 for line in lines):
             raise DataError(
                 f"{path}: a line of MINDS-14 has four fields (file, transcript, English transcript, intent)."
@@ -129,7 +131,7 @@ def read_spoken_squad(config: LabelledConfig, folder: Path) -> Iterator[Question
     """
     path = Path(config.path)
     audio = _folder(config, path.parent / "dev_wav")
-    articles = json.loads(path.read_text(encoding="utf-8"))["data"]
+    articles = json.loads(read_text(path))["data"]
     for i, article in enumerate(articles):
         for j, paragraph in enumerate(article["paragraphs"]):
             questions = [q for q in paragraph["qas"] if q["answers"]]
@@ -217,22 +219,21 @@ def read_slots(config: LabelledConfig, folder: Path) -> Iterator[Question]:
 def read_jsonl(config: LabelledConfig, folder: Path) -> Iterator[Question]:
     """JSON lines with the fields of :class:`Question`; ``audio`` is relative to the file."""
     path = Path(config.path)
-    with open(path, encoding="utf-8") as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                row = json.loads(line)
-                row["audio"] = path.parent / row["audio"]
-                row |= {k: tuple(row.get(k, ())) for k in ("choices", "others", "instructions")}
-                question = Question(**row)
-            except (json.JSONDecodeError, TypeError, KeyError) as error:
-                raise DataError(f"{path}, line {number}: {type(error).__name__}: {error}.") from error
-            if question.metric not in METRICS or (question.metric == "accuracy") != bool(question.choices):
-                raise DataError(
-                    f"{path}, line {number}: metric={question.metric!r} with {len(question.choices)} choices; "
-                    f"metrics are "
-                    f"{', '.join(METRICS)}, and accuracy needs choices (the others none)."
-                )
-            yield question
+    for number, line in numbered_lines(path):
+        try:
+            row = json.loads(line)
+            row["audio"] = path.parent / row["audio"]
+            row |= {k: tuple(row.get(k, ())) for k in ("choices", "others", "instructions")}
+            question = Question(**row)
+        except (json.JSONDecodeError, TypeError, KeyError) as error:
+            raise DataError(f"{path}, line {number}: {type(error).__name__}: {error}.") from error
+        if question.metric not in METRICS or (question.metric == "accuracy") != bool(question.choices):
+            raise DataError(
+                f"{path}, line {number}: metric={question.metric!r} with {len(question.choices)} choices; "
+                f"metrics are "
+                f"{', '.join(METRICS)}, and accuracy needs choices (the others none)."
+            )
+        yield question
 
 
 PLAIN: dict[str, Any] = {
@@ -271,8 +272,7 @@ def _folder(config: LabelledConfig, published: Path) -> Path:
 
 
 def _tsv(path: Path, columns: set[str], **dialect: Any) -> list[dict[str, str]]:
-    with open(path, encoding="utf-8", newline="") as stream:
-        rows = list(csv.DictReader(stream, delimiter="\t", **dialect))
+    rows = list(csv.DictReader(io.StringIO(read_text(path)), delimiter="\t", **dialect))
     if not rows or not columns <= set(rows[0]):
         raise DataError(f"{path} needs the columns {', '.join(sorted(columns))}.")
     return rows
@@ -308,7 +308,7 @@ def _joined(parts: list[Path], path: Path) -> Path:
             raise DataError(f"{parts[0]} and its neighbours have different sampling rates.")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".part")
-        soundfile.write(temporary, np.concatenate([w.mean(1) for w, _ in read]), read[0][1], format="WAV")
+        soundfile.write(temporary, np.concatenate([mono(w.T) for w, _ in read]), read[0][1], format="WAV")
         temporary.replace(path)
     return path
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from lhotse.cut import Cut
 from lhotse.supervision import AlignmentItem
+from nemo.utils import logging
 from omegaconf import MISSING
 from tqdm import tqdm
 
@@ -23,12 +24,14 @@ from nemo_mtbi.data.audio import mono_samples
 from nemo_mtbi.data.rendering import TimedWord
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.io import jsonl
+from nemo_mtbi.io.text import read_text
 from nemo_mtbi.preparation.sentences import read_sentences
 from nemo_mtbi.preparation.sources import READERS, Entry, SourceConfig
 from nemo_mtbi.preparation.word_times import ALIGNER_RATE, Aligner, Unalignable, build_aligner
 
 KINDS = (*READERS, "sentences")
 DEFAULT_SHARES = {"train": 0.8, "held_out": 0.2}
+MAX_PLACES = 20  # of one reason, in the report
 
 
 @dataclass
@@ -139,8 +142,10 @@ class Preparation:
             entries = list(self._entries())
             duplicates = [i for i, n in Counter(e.id for e in entries).items() if n > 1]
             if duplicates:
+                places = [e.where for e in entries if e.id == duplicates[0] and e.where]
                 raise DataError(
-                    f"Utterance id {duplicates[0]} occurs twice ({len(duplicates)} such). Give the sources names."
+                    f"Utterance id {duplicates[0]} occurs twice ({len(duplicates)} such; {' and '.join(places[:2])}). "
+                    "Give the sources names, or name every recording once."
                 )
             # A changed transcript is prepared again, and a skipped utterance is tried again.
             stale = {
@@ -150,13 +155,14 @@ class Preparation:
             for entry in tqdm(todo, desc="prepare", unit="utt", disable=not todo):
                 record: dict[str, Any] = {"id": entry.id, "settings": settings, "text": entry.text}
                 try:
-                    cut, unaligned = self._prepare(entry)
-                    record |= {"cut": cut.to_dict(), "unaligned": unaligned}
+                    noticed: list[str] = []
+                    cut, unaligned = self._prepare(entry, noticed)
+                    record |= {"cut": cut.to_dict(), "unaligned": unaligned, "audio": noticed}
                 except Skip as skip:
                     record["skipped"] = str(skip)
                 out.write(record)
                 done[entry.id] = record
-        return self._write([(self.config.split.assign(e), done[e.id]) for e in entries])
+        return self._write([(e, done[e.id]) for e in entries])
 
     def _settings_key(self) -> str:
         c = self.config
@@ -168,8 +174,10 @@ class Preparation:
                 read_sentences(source, self.folder) if source.kind == "sentences" else READERS[source.kind](source)
             )
 
-    def _prepare(self, entry: Entry) -> tuple[Cut, str | None]:
-        """The cut with word times, and why it has none."""
+    def _prepare(self, entry: Entry, noticed: list[str]) -> tuple[Cut, str | None]:
+        """The cut with word times, and why it has none; ``noticed`` takes what was wrong with the audio."""
+        if entry.problem is not None:
+            raise Skip(entry.problem)
         if not entry.text.strip():
             raise Skip("empty transcript")
         try:
@@ -183,7 +191,7 @@ class Preparation:
             raise Skip(f"more than {c.max_words_per_second} words a second: transcript and audio cannot match")
         try:
             cut = self._on_disk(cut)
-            samples = self._samples(cut)
+            samples = self._samples(cut, noticed)
         except Exception as error:
             raise Skip(f"unreadable audio: {_first_line(error)}") from None
         if all((s.alignment or {}).get("word") for s in cut.supervisions):
@@ -214,11 +222,11 @@ class Preparation:
             cut.custom = {k: str(v) if isinstance(v, Path) else v for k, v in (cut.custom or {}).items()}
         return cut
 
-    def _samples(self, cut: Cut) -> np.ndarray:
-        mono = mono_samples(cut, ALIGNER_RATE)
-        if not len(mono):
+    def _samples(self, cut: Cut, noticed: list[str]) -> np.ndarray:
+        samples = mono_samples(cut, ALIGNER_RATE, noticed)
+        if not len(samples):
             raise ValueError("no samples")
-        return mono
+        return samples
 
     def _align(self, cut: Cut, entry: Entry, samples: np.ndarray) -> list[TimedWord]:
         if self.textgrids is not None:
@@ -227,21 +235,25 @@ class Preparation:
             raise Unalignable("no aligner is configured")
         return self.aligner.align(samples, entry.text)
 
-    def _write(self, records: list[tuple[str, dict[str, Any]]]) -> dict[str, Path]:
+    def _write(self, records: list[tuple[Entry, dict[str, Any]]]) -> dict[str, Path]:
         lines: dict[str, list[str]] = {}
         report: dict[str, Any] = {"splits": {}}
         skipped: Counter[str] = Counter()
+        places: dict[str, list[str]] = {}
         unaligned: Counter[str] = Counter()
-        for split, record in records:
-            if "skipped" in record:
-                skipped[record["skipped"]] += 1
+        noticed: Counter[str] = Counter()
+        for entry, record in records:
+            if reason := record.get("skipped"):
+                skipped[reason] += 1
+                places.setdefault(reason, []).append(entry.where or entry.id)
                 continue
-            cut = record["cut"]
+            cut, split = record["cut"], self.config.split.assign(entry)
+            noticed.update(record.get("audio", ()))
             stats = report["splits"].setdefault(split, {"utterances": 0, "hours": 0.0, "words": 0, "speakers": []})
             stats["utterances"] += 1
             stats["hours"] += cut["duration"] / 3600
             stats["words"] += sum(len(s.get("text", "").split()) for s in cut["supervisions"])
-            speakers = {s["speaker"] for s in cut["supervisions"] if s.get("speaker")}
+            speakers = {str(s["speaker"]) for s in cut["supervisions"] if s.get("speaker")}
             stats["speakers"] = sorted({*stats["speakers"], *speakers})
             if record.get("unaligned"):
                 unaligned[record["unaligned"]] += 1
@@ -249,20 +261,28 @@ class Preparation:
         report |= {
             "skipped": sum(skipped.values()),
             "skipped_reasons": dict(skipped.most_common()),
+            "skipped_where": {reason: places[reason][:MAX_PLACES] for reason, _ in skipped.most_common()},
+            "audio_repaired": dict(noticed.most_common()),
             "without_word_times": sum(unaligned.values()),
             "without_word_times_reasons": dict(unaligned.most_common(50)),
         }
         jsonl.write_json(self.folder / "report.json", report)
         if not lines:
             raise DataError(
-                f"No utterance is left: all {sum(skipped.values())} were skipped, most often for "
-                f"{skipped.most_common(1)[0][0]!r}. See {self.folder / 'report.json'}."
+                f"No utterance is left: all {sum(skipped.values())} were skipped, most often "
+                f"{_first_place(skipped, places)}. See {self.folder / 'report.json'}."
                 if skipped
                 else "The sources hold no utterance."
             )
+        if skipped:
+            logging.warning(
+                f"{sum(skipped.values())} of {len(records)} utterances are left out, most often "
+                f"{_first_place(skipped, places)}. All reasons: {self.folder / 'report.json'}."
+            )
         written = {}
         for old in self.folder.glob("cuts.*.jsonl"):
-            if not old.name.endswith(".features.jsonl") and old.name.split(".")[1] not in lines:
+            name = old.name.removeprefix("cuts.").removesuffix(".jsonl")
+            if not name.endswith(".features") and name not in lines:
                 old.unlink()
         for split, rows in lines.items():
             written[split] = self.folder / f"cuts.{split}.jsonl"
@@ -278,7 +298,10 @@ def read_textgrid(folder: Path, cut: Cut) -> list[TimedWord]:
     file = next((f for s in stems for f in folder.rglob(f"{s}.TextGrid")), None)
     if file is None:
         raise Unalignable(f"no TextGrid for {stems[0]}")
-    text = file.read_text(encoding="utf-8")
+    try:
+        text = read_text(file)
+    except DataError as error:
+        raise Unalignable(str(error)) from None
     tier = re.search(r'name = "words".*?(?=\n\s*item \[|\Z)', text, re.DOTALL)
     if tier is None:
         raise Unalignable(f"{file.name} has no tier named words")
@@ -286,6 +309,11 @@ def read_textgrid(folder: Path, cut: Cut) -> list[TimedWord]:
     return [
         TimedWord(w, float(a), float(b)) for a, b, w in re.findall(pattern, tier.group()) if w and not w.startswith("<")
     ]
+
+
+def _first_place(skipped: Counter[str], places: dict[str, list[str]]) -> str:
+    reason = skipped.most_common(1)[0][0]
+    return f"for {reason!r} (first: {places[reason][0]})"
 
 
 def _first_line(error: Exception) -> str:

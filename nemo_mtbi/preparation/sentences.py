@@ -14,6 +14,7 @@ from lhotse.cut import Cut
 from tqdm import tqdm
 
 from nemo_mtbi.errors import ConfigError, DataError
+from nemo_mtbi.io.text import numbered_lines
 from nemo_mtbi.preparation.everyday import everyday_sentences
 from nemo_mtbi.preparation.sources import Entry, SourceConfig, utterance_cut
 from nemo_mtbi.preparation.synthesis import Voice, parse_voice, synthesize
@@ -121,7 +122,7 @@ def _sentences(config: SourceConfig, options: SentenceOptions) -> list[str]:
     path = Path(config.path)
     if not path.is_file():
         raise DataError(f"Source sentences: {path} does not exist (one sentence a line, or path: everyday).")
-    return list(dict.fromkeys(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()))
+    return list(dict.fromkeys(line.strip() for _, line in numbered_lines(path, config.encoding)))
 
 
 def _path(folder: Path, text: str, voice: Voice) -> Path:

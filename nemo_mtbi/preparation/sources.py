@@ -1,7 +1,5 @@
 """Where utterances come from; every source is a stream of :class:`Entry`, read lazily."""
 
-import csv
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -11,10 +9,13 @@ from typing import Any
 from lhotse import CutSet, Recording, SupervisionSegment
 from lhotse.cut import Cut, MonoCut
 
+from nemo_mtbi.data.audio import AUDIO_SUFFIXES, part_of
+from nemo_mtbi.data.manifest import ManifestLine, read_manifest
 from nemo_mtbi.errors import ConfigError, DataError
+from nemo_mtbi.io.tables import read_table
+from nemo_mtbi.io.text import read_text
 
 PACKAGE = "pkg://"  # as in Hydra's search path
-AUDIO_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a"}
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Entry:
         load: makes the Lhotse cut (reads the audio header); may raise.
         speaker, text: for the split.
         split: fixed by the source, or None.
+        where: file and line (or file) that names it, for messages.
+        problem: why the source cannot give it, or None.
     """
 
     id: str
@@ -33,6 +36,8 @@ class Entry:
     speaker: str | None = None
     text: str = ""
     split: str | None = None
+    where: str = ""
+    problem: str | None = None
 
 
 @dataclass
@@ -40,7 +45,7 @@ class SourceConfig:
     """One entry of ``sources`` in ``conf/prepare.yaml``.
 
     Attributes:
-        kind: cuts, shar, nemo, tsv, folder, lhotse_recipe or sentences.
+        kind: cuts, shar, nemo, tsv (or csv), folder, lhotse_recipe or sentences.
         path: manifest, Shar directory, table, folder, corpus directory or text file (sentences: ``everyday`` is built
             in); ``pkg://package/file`` is a file of an installed package.
         name: prefix of the utterance ids; for lhotse_recipe the recipe's name.
@@ -48,6 +53,7 @@ class SourceConfig:
         audio_column, text_column, speaker_column: of a table.
         split_column: of a table whose rows name their split; null: ``split`` of prepare.yaml decides.
         language: of the transcripts.
+        encoding: of tables, NeMo manifests and transcripts; null: by their byte order mark, else UTF-8.
         options: arguments of a Lhotse recipe, or settings of the sentence synthesis.
     """
 
@@ -60,6 +66,7 @@ class SourceConfig:
     speaker_column: str | None = "speaker"
     split_column: str | None = None
     language: str | None = None
+    encoding: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -125,8 +132,9 @@ def _require(path: str | None, kind: str) -> Path:
 def _cut_entries(cuts: CutSet) -> Iterator[Entry]:
     for cut in cuts:
         supervision = cut.supervisions[0] if cut.supervisions else None
-        text = " ".join(s.text or "" for s in cut.supervisions).strip()
-        yield Entry(cut.id, lambda cut=cut: cut, supervision.speaker if supervision else None, text)  # type: ignore[misc]
+        text = " ".join("" if s.text is None else str(s.text) for s in cut.supervisions).strip()
+        speaker = None if supervision is None or supervision.speaker is None else str(supervision.speaker)
+        yield Entry(cut.id, lambda cut=cut: cut, speaker, text, where=f"cut {cut.id}")  # type: ignore[misc]
 
 
 def read_cuts(config: SourceConfig) -> Iterator[Entry]:
@@ -143,63 +151,47 @@ def read_shar(config: SourceConfig) -> Iterator[Entry]:
 
 
 def read_nemo(config: SourceConfig) -> Iterator[Entry]:
-    """A NeMo JSONL manifest: audio_filepath, text, optionally duration, offset, speaker."""
+    """A NeMo manifest; see :func:`nemo_mtbi.data.manifest.read_manifest`."""
     path = _require(config.path, config.kind)
-    with open(path, encoding="utf-8") as stream:
-        lines = [line for line in stream if line.strip()]
-    if not lines:
-        raise DataError(f"The manifest {path} is empty.")
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            audio, text = row["audio_filepath"], row["text"]
-        except (json.JSONDecodeError, KeyError) as error:
-            raise DataError(
-                f"{path}, line {number}: {type(error).__name__} {error}. A NeMo manifest has one JSON object a "
-                f"line with "
-                "audio_filepath and text."
-            ) from error
-        audio_path = Path(audio) if Path(audio).is_absolute() else Path(config.audio_root or path.parent) / audio
-        entry_id = f"{config.name or path.stem}-{number:07d}"
+    name = config.name or Path(path.name.removesuffix(".gz")).stem
+    for line in read_manifest(path, config.audio_root, config.encoding):
+        entry_id = f"{name}-{line.number:07d}"
 
-        def load(row: dict = row, audio_path: Path = audio_path, entry_id: str = entry_id, text: str = text) -> Cut:
-            cut = utterance_cut(entry_id, audio_path, text, row.get("speaker"), row.get("lang", config.language))
-            if row.get("offset") or "duration" in row:
-                offset = float(row.get("offset") or 0.0)
-                wanted = float(row.get("duration", cut.duration - offset))
-                if offset + wanted > cut.duration + 0.1:
-                    raise DataError(
-                        f"offset + duration = {offset + wanted:.2f} s, but the audio lasts {cut.duration:.2f} s"
-                    )
-                if offset or wanted < cut.duration - 0.1:
-                    cut = cut.truncate(offset=offset, duration=min(wanted, cut.duration - offset), preserve_id=True)
-                    cut.supervisions[0].start, cut.supervisions[0].duration = 0.0, cut.duration
-            return cut
+        def load(line: ManifestLine = line, entry_id: str = entry_id) -> Cut:
+            assert line.audio is not None and line.text is not None
+            cut = utterance_cut(entry_id, line.audio, line.text, line.speaker, line.language or config.language)
+            part = part_of(cut, line.offset_seconds, line.duration_seconds)
+            if part is not cut:
+                part.supervisions[0].start, part.supervisions[0].duration = 0.0, part.duration
+            return part
 
-        yield Entry(entry_id, load, row.get("speaker"), text)
+        problem = line.problem or ("there is no text" if line.text is None else None)
+        yield Entry(entry_id, load, line.speaker, line.text or "", where=line.where, problem=problem)
 
 
 def read_tsv(config: SourceConfig) -> Iterator[Entry]:
-    """A tab-separated table with a header; columns are named in the configuration."""
+    """A table with a header; columns are named in the configuration. See :mod:`nemo_mtbi.io.tables`."""
     path = _require(config.path, config.kind)
     root = Path(config.audio_root or path.parent)
-    with open(path, encoding="utf-8", newline="") as stream:
-        reader = csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
-        needed = {config.audio_column, config.text_column, *filter(None, [config.split_column])}
-        missing = needed - set(reader.fieldnames or [])
-        if missing:
-            raise DataError(f"{path} has no column {', '.join(sorted(missing))}; it has {reader.fieldnames}.")
-        for row in reader:
-            audio, text = row[config.audio_column], (row[config.text_column] or "").strip()
-            speaker = row.get(config.speaker_column) if config.speaker_column else None
-            entry_id = f"{config.name or path.parent.name}-{Path(audio).with_suffix('').as_posix().replace('/', '-')}"
-            yield Entry(
-                entry_id,
-                lambda a=audio, t=text, s=speaker, i=entry_id: utterance_cut(i, root / a, t, s, config.language),  # type: ignore[misc]
-                speaker,
-                text,
-                row[config.split_column] if config.split_column else None,
-            )
+    needed = {config.audio_column, config.text_column, *filter(None, [config.split_column])}
+    for row in read_table(path, needed, config.encoding):
+        audio, text = row.cells.get(config.audio_column, ""), row.cells.get(config.text_column, "")
+        speaker = row.cells.get(config.speaker_column) or None if config.speaker_column else None
+        relative = Path(audio)
+        if relative.suffix.lower() in AUDIO_SUFFIXES:  # an id with dots is no suffix
+            relative = relative.with_suffix("")
+        problem = row.problem or (None if audio else f"{config.audio_column} is empty")
+        own = relative.as_posix().replace("/", "-") if problem is None else f"line-{row.line}"
+        entry_id = f"{config.name or path.parent.name}-{own}"
+        yield Entry(
+            entry_id,
+            lambda a=audio, t=text, s=speaker, i=entry_id: utterance_cut(i, root / a, t, s, config.language),  # type: ignore[misc]
+            speaker,
+            text,
+            row.cells.get(config.split_column) or None if config.split_column else None,
+            f"{path}, line {row.line}",
+            problem,
+        )
 
 
 def read_folder(config: SourceConfig) -> Iterator[Entry]:
@@ -212,13 +204,19 @@ def read_folder(config: SourceConfig) -> Iterator[Entry]:
         relative = file.relative_to(root).with_suffix("").as_posix().replace("/", "-")
         entry_id = f"{config.name or root.name}-{relative}"
         text_file = file.with_suffix(".txt")
-        text = " ".join(text_file.read_text(encoding="utf-8").split()) if text_file.is_file() else ""
+        text, problem = "", None
+        try:
+            text = " ".join(read_text(text_file, config.encoding).split()) if text_file.is_file() else ""
+        except DataError as error:  # one broken transcript must not stop the run
+            problem = str(error)
         speaker = file.parent.name if file.parent != root else None
         yield Entry(
             entry_id,
             lambda f=file, t=text, s=speaker, i=entry_id: utterance_cut(i, f, t, s, config.language),  # type: ignore[misc]
             speaker,
             text,
+            where=str(file),
+            problem=problem,
         )
 
 
@@ -241,6 +239,7 @@ READERS: dict[str, Callable[[SourceConfig], Iterator[Entry]]] = {
     "shar": read_shar,
     "nemo": read_nemo,
     "tsv": read_tsv,
+    "csv": read_tsv,
     "folder": read_folder,
     "lhotse_recipe": read_recipe,
 }

@@ -102,7 +102,7 @@ def test_empty_and_broken_manifests(tmp_path):
             Preparation(config(tmp_path, SourceConfig(kind, str(empty)))).run()
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"audio_filepath": "a.wav"}\n')
-    with pytest.raises(DataError, match="line 1.*text"):
+    with pytest.raises(DataError, match="there is no text.*line 1"):
         Preparation(config(tmp_path, SourceConfig("nemo", str(broken)))).run()
     table = tmp_path / "t.tsv"
     table.write_text("file\ttext\nx\ty\n")

@@ -1,0 +1,82 @@
+"""Tables of text, tab-separated or comma-separated, row by row with the line that each stands in."""
+
+import csv
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_mtbi.errors import DataError
+from nemo_mtbi.io.text import read_text
+
+MAX_CELL_CHARACTERS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table.
+
+    Attributes:
+        line: of the file, from 1 (the last one of a row whose quoted cells hold line ends).
+        cells: by column, without the spaces around them; empty where the row is short.
+        problem: why the row cannot be used, or None.
+    """
+
+    line: int
+    cells: dict[str, str]
+    problem: str | None = None
+
+
+def read_table(path: Path, columns: set[str], encoding: str | None = None) -> Iterator[Row]:
+    """Rows of a table with a header. A ``.csv`` is separated by the character that separates its header and may quote
+    cells; any other table is separated by tabs, and quotation marks are text.
+
+    Args:
+        path: of the table.
+        columns: that it must have.
+        encoding: see :func:`nemo_mtbi.io.text.read_text`.
+
+    Raises:
+        DataError: no header, or without these columns; bytes that cannot be decoded.
+    """
+    text = read_text(path, encoding)
+    header_line = text.lstrip("\r\n").partition("\n")[0]
+    if path.name.removesuffix(".gz").endswith(".csv"):
+        dialect: dict[str, Any] = {"delimiter": max(",;\t", key=header_line.count)}
+    else:
+        dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    limit = csv.field_size_limit(MAX_CELL_CHARACTERS)  # of the process
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), **dialect)
+        header = [name.strip() for name in next((cells for cells in reader if any(cells)), [])]
+        missing = columns - set(header)
+        if missing:
+            found = ", ".join(header) or "no header"
+            raise DataError(
+                f"{path}, line {reader.line_num}: there is no column {', '.join(sorted(missing))}; it has {found}."
+            )
+        twice = sorted(name for name in columns if header.count(name) > 1)
+        if twice:
+            raise DataError(f"{path}, line {reader.line_num}: column {twice[0]} is there twice.")
+        yield from _rows(reader, header)
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _rows(reader: Any, header: list[str]) -> Iterator[Row]:
+    while True:
+        try:
+            values = [value.strip() for value in next(reader)]
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield Row(reader.line_num, {}, f"no row of a table ({error})")
+            continue
+        if not any(values):
+            continue
+        problem = None
+        if any(values[len(header) :]):
+            problem = f"{len(values)} cells, but the header has {len(header)}"
+        cells = dict.fromkeys(header, "") | dict(zip(header, values, strict=False))
+        yield Row(reader.line_num, cells, problem)

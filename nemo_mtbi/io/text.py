@@ -1,0 +1,73 @@
+"""Text files as they are found: byte order marks, UTF-16, another encoding by name, any line ends."""
+
+import codecs
+import gzip
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+from nemo_mtbi.errors import ConfigError, DataError
+
+# UTF-32's little-endian mark begins with UTF-16's, so it is tried first.
+MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+LOOKED_AT_BYTES = 4096  # of a file without a mark, to tell UTF-16 from UTF-8
+
+
+def read_text(path: Path, encoding: str | None = None) -> str:
+    """A text file (``.gz`` too) without its byte order mark; line ends as they are.
+
+    Args:
+        path: of the file.
+        encoding: its name for Python; None: the byte order mark's, UTF-16 if every other byte is zero, else UTF-8.
+
+    Raises:
+        ConfigError: an encoding that Python does not know.
+        DataError: bytes that are none of that encoding, with their line.
+    """
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path} cannot be read ({error}).") from error
+    name, said_by = (encoding, "as configured") if encoding else guess_encoding(data)
+    try:
+        return data.decode(name).removeprefix("\ufeff")
+    except LookupError as error:
+        raise ConfigError(
+            f"encoding={name!r} of {path}: Python knows no such encoding. Try latin-1 or cp1252."
+        ) from error
+    except UnicodeDecodeError as error:
+        number = data[: error.start].decode(name, "replace").count("\n") + 1
+        raise DataError(
+            f"{path}, line {number}: byte 0x{data[error.start]:02x} is no {name.upper()} (tried {said_by}: "
+            f"{error.reason}). Name the file's encoding, e.g. encoding: latin-1, or save it as UTF-8."
+        ) from error
+
+
+def numbered_lines(path: Path, encoding: str | None = None) -> Iterator[tuple[int, str]]:
+    """Lines that are not blank, with their numbers in the file, from 1; see :func:`read_text`."""
+    # Not str.splitlines, which also splits at U+2028 and other characters that a line may hold.
+    for number, line in enumerate(io.StringIO(read_text(path, encoding), newline=None), 1):
+        if line.strip():
+            yield number, line.rstrip("\n")
+
+
+def guess_encoding(data: bytes) -> tuple[str, str]:
+    """Name of an encoding, and what speaks for it."""
+    for mark, name in MARKS:
+        if data.startswith(mark):
+            return name, "because of its byte order mark"
+    head = data[:LOOKED_AT_BYTES]
+    for first, name in ((1, "utf-16-le"), (0, "utf-16-be")):
+        if (
+            len(head) >= 4
+            and head[first::2].count(0) > 0.6 * len(head[first::2])
+            and head[1 - first :: 2].count(0) == 0
+        ):
+            return name, "because every other byte is zero"
+    return "utf-8", "as there is no byte order mark"

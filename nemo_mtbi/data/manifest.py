@@ -70,12 +70,12 @@ def _rows(path: Path, encoding: str | None) -> Iterator[tuple[int, str, Any]]:
             for number, row in enumerate(json.loads(text), 1):
                 yield number, f"{path}, element {number}", row
             return
-        except json.JSONDecodeError:
+        except ValueError:
             pass  # lines, of which the first is an array
     for number, line in numbered_lines(path, encoding):
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             row = error
         yield number, f"{path}, line {number}", row
 
@@ -85,8 +85,8 @@ def _line(number: int, where: str, row: Any, root: Path) -> ManifestLine:
         raise DataError(f"no JSON ({row})")
     if not isinstance(row, dict):
         raise DataError(f"a JSON {type(row).__name__}, not an object with audio_filepath")
-    audio = row.get("audio_filepath")
-    if not isinstance(audio, str) or not audio.strip():
+    audio = _word(row, "audio_filepath")
+    if not audio:
         raise DataError(f"audio_filepath is {'missing' if 'audio_filepath' not in row else json.dumps(audio)}")
     offset, duration = _seconds(row, "offset") or 0.0, _seconds(row, "duration")
     if duration == 0:
@@ -94,7 +94,7 @@ def _line(number: int, where: str, row: Any, root: Path) -> ManifestLine:
     return ManifestLine(
         number,
         where,
-        _audio_path(audio.strip(), root),
+        _audio_path(audio, root),
         _word(row, "text"),
         offset,
         duration,
@@ -105,10 +105,11 @@ def _line(number: int, where: str, row: Any, root: Path) -> ManifestLine:
 
 def _audio_path(audio: str, root: Path) -> Path:
     """NeMo's rule: a relative path starts at the manifest; if there is nothing, at the working directory."""
-    path = Path(audio).expanduser()
-    if path.is_absolute() or (not (root / path).exists() and path.exists()):
-        return path
-    return root / path
+    try:
+        path = Path(audio).expanduser()
+        return path if path.is_absolute() or (not (root / path).exists() and path.exists()) else root / path
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, no such user
+        raise DataError(f"audio_filepath is no path ({error})") from error
 
 
 def _word(row: dict[str, Any], field: str) -> str | None:
@@ -117,7 +118,10 @@ def _word(row: dict[str, Any], field: str) -> str | None:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, str | int | float) and not isinstance(value, bool):
-        return str(value).strip()
+        word = str(value).strip()
+        if not word.isascii() and word != word.encode(errors="replace").decode():
+            raise DataError(f"{field} holds half a character, which cannot be written ({json.dumps(word)[:80]})")
+        return word
     if value is not None:
         raise DataError(f"{field} is {json.dumps(value)[:80]}, not a string")
     return None
@@ -129,7 +133,7 @@ def _seconds(row: dict[str, Any], field: str) -> float | None:
         return None
     try:
         seconds = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         seconds = math.nan
     if not (math.isfinite(seconds) and seconds >= 0):
         raise DataError(f"{field} is {json.dumps(value)[:80]}, not a number of seconds")

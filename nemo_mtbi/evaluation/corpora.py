@@ -25,7 +25,6 @@ import numpy as np
 from nemo_mtbi.data.audio import mono
 from nemo_mtbi.errors import DataError
 from nemo_mtbi.evaluation.questions import METRICS, LabelledConfig, Question
-from nemo_mtbi.io import jsonl
 from nemo_mtbi.io.text import numbered_lines, read_text
 
 CHOICE_PROMPT = "{question} Answer with one of these and nothing else: {choices}."
@@ -55,7 +54,7 @@ def read_slurp(config: LabelledConfig, folder: Path) -> Iterator[Question]:
     """Scenario and intent of every recording of each sentence; the choices are those of the whole table."""
     path = Path(config.path)
     audio = _folder(config, path.resolve().parent.parent.parent / "audio" / "slurp_real")
-    rows = [json.loads(line) for _, line in numbered_lines(path)]
+    rows = list(_json_lines(path))
     tasks = {t: tuple(sorted({_words(r[t]) for r in rows})) for t in ("scenario", "intent")}
     for row in rows:
         for recording in row["recordings"]:
@@ -80,7 +79,9 @@ def read_minds14(config: LabelledConfig, folder: Path) -> Iterator[Question]:
         locale = path.parent.name
     else:
         audio = _folder(config, path.resolve().parent.parent / "audio")
-        lines = [line for line in csv.reader(io.StringIO(read_text(path)), skipinitialspace=True) if line][1:]
+        lines = [line for line in csv.reader(io.StringIO(read_text(path), newline=""), skipinitialspace=True) if line][
+            1:
+        ]
         if any(len(line) != 4 for line in lines):
             raise DataError(
                 f"{path}: a line of MINDS-14 has four fields (file, transcript, English transcript, intent)."
@@ -187,7 +188,7 @@ def read_speech_ifeval(config: LabelledConfig, folder: Path) -> Iterator[Questio
     stand in the answer."""
     path = Path(config.path)
     audio = _folder(config, path.parent.parent / "audios")
-    for row in jsonl.read(path):
+    for row in _json_lines(path):
         label = str(row.get("label") or "")
         metric = "instructions" if not label else "wer" if row.get("metric") == "wer" else "contains"
         task = row.get("dataset") or path.stem
@@ -272,10 +273,21 @@ def _folder(config: LabelledConfig, published: Path) -> Path:
 
 
 def _tsv(path: Path, columns: set[str], **dialect: Any) -> list[dict[str, str]]:
-    rows = list(csv.DictReader(io.StringIO(read_text(path)), delimiter="\t", **dialect))
+    rows = list(csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter="\t", **dialect))
     if not rows or not columns <= set(rows[0]):
         raise DataError(f"{path} needs the columns {', '.join(sorted(columns))}.")
     return rows
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    for number, line in numbered_lines(path):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}, line {number} is no JSON ({error}).") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number} is a JSON {type(row).__name__}, not an object.")
+        yield row
 
 
 def _parquet(path: Path) -> Any:

@@ -47,6 +47,8 @@ def main(cfg: DictConfig) -> None:
             answer = model.tokenizer.tokenizer.decode(row, skip_special_tokens=True).strip()
             records.append({**source.to_dict(), "prompt": cfg.prompt, "answer": answer})
             show(answer if len(inputs) == 1 else f"{source}\t{answer}")
+    if not records:
+        raise DataError(f"None of the {len(inputs)} recordings can be read; the lines above say why.")
     if cfg.output and is_first_rank():
         jsonl.write_text(Path(cfg.output), "".join(jsonl.dumps(r) + "\n" for r in records))
         announce(f"{len(records)} answers, {failed} left out", {"answers": cfg.output})

@@ -205,7 +205,7 @@ def test_a_body_of_unannounced_length_is_cut_off(server):
         (b"no audio", "cannot be decoded"),
         (b"", "cannot be decoded"),
         (wav(0.01, 0), "at least 0.05 s"),
-        (wav(1.0, 0, 15_991), "sampling rate"),
+        (wav(1.0, 0, 3_999), "sampling rate is 3,999 Hz"),
         (wav(1.0, 0)[:30], "cannot be decoded"),
         (quiet_hours(), "longer than 20 s"),
         (b"PK\x03\x04" + bytes(1000), "cannot be decoded"),

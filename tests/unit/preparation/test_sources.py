@@ -143,3 +143,85 @@ def test_sentences_with_speed_and_noise(tmp_path):
     clean = soundfile.read(tmp_path / "out" / "audio" / f"{cut.id.split('-sp')[0]}.wav")[0]
     noisy = cut.load_audio()[0]
     assert np.abs(noisy[:400]).mean() > 3 * np.abs(clean[:400]).mean()  # the leading silence is not silent any more
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "latin-1"])
+@pytest.mark.parametrize("kind", ["tsv", "csv", "nemo", "folder"])
+def test_encodings(tmp_path, kind, encoding):
+    """Latin-1 must be named; until it is, nothing of another source is lost."""
+    tone(tmp_path / "in" / "a.b.wav")
+    texts = {
+        "tsv": "path\ttranscript\tspeaker\r\na.b.wav\tcafé é\t\r\n",
+        "csv": 'path;transcript\r\n"a.b.wav";"café é"\r\n',
+        "nemo": json.dumps({"audio_filepath": "a.b.wav", "text": "café é"}, ensure_ascii=False) + "\r\n",
+        "folder": "café\r\né",
+    }
+    file = tmp_path / "in" / {"tsv": "t.tsv", "csv": "t.csv", "nemo": "m.json", "folder": "a.b.txt"}[kind]
+    file.write_bytes(texts[kind].encode(encoding))
+    path = str(file.parent if kind == "folder" else file)
+    if encoding == "latin-1":
+        with pytest.raises(DataError, match=rf"{file.name}, line \d: byte 0xe9 is no UTF-8"):
+            Preparation(config(tmp_path, SourceConfig(kind, path))).run()
+    own = encoding if encoding == "latin-1" else None
+    (cut,) = cuts_of(Preparation(config(tmp_path, SourceConfig(kind, path, "x", encoding=own))).run())
+    assert (cut.supervisions[0].text, cut.supervisions[0].speaker) == ("café é", None)
+    assert cut.id == ("x-0000001" if kind == "nemo" else "x-a.b")
+
+
+def test_a_manifest_with_every_kind_of_line(tmp_path):
+    tone(tmp_path / "a.wav", 3.0)
+    good = {"audio_filepath": "a.wav", "text": "one two"}
+    rows = [
+        good | {"speaker": 7, "duration": None},
+        "",
+        "no JSON",
+        good | {"speaker_id": "7", "text": 12, "offset": 1, "duration": 1},
+        [1],
+        good | {"text": None},
+        good | {"speaker": "ann", "language": "de", "offset": None},
+        good | {"duration": -2},
+    ]
+    manifest = tmp_path / "m.json"
+    manifest.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    preparation = Preparation(config(tmp_path, SourceConfig("nemo", str(manifest), language="en")))
+    cuts = {c.id: c for c in cuts_of(preparation.run())}
+    found = {i[-1]: (s.text, s.speaker, s.language, c.duration) for i, c in cuts.items() for s in c.supervisions}
+    assert found == {
+        "1": ("one two", "7", "en", 3.0),
+        "4": ("12", "7", "en", 1.0),
+        "7": ("one two", "ann", "de", 3.0),
+    }
+    places = report(tmp_path)["skipped_where"]
+    assert sorted(p.rsplit(" ", 1)[1] for where in places.values() for p in where) == ["3", "5", "6", "8"]
+    assert places["there is no text"] == [f"{manifest}, line 6"]
+    rows[2] = good  # repaired: the rest is not prepared again
+    manifest.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    assert len(cuts_of(preparation.run())) == 4 and report(tmp_path)["skipped"] == 3
+
+
+def test_rows_of_a_table_that_cannot_be_used(tmp_path):
+    for name in ("utt.1", "utt.2", "c"):
+        tone(tmp_path / f"{name}.wav").rename(tmp_path / (f"{name}.wav" if name == "c" else name))
+    lines = ["path\ttranscript\tspeaker", "utt.1\tone\t1", "", "utt.2\ttwo\t", "\tthree\t3", "c.wav\tx\ty\tz", "c.wav"]
+    (tmp_path / "t.tsv").write_text("\r\n".join(lines))
+    cuts = cuts_of(Preparation(config(tmp_path, SourceConfig("tsv", str(tmp_path / "t.tsv"), "x"))).run())
+    assert {c.id: c.supervisions[0].speaker for c in cuts} == {"x-utt.1": "1", "x-utt.2": None}
+    places = report(tmp_path)["skipped_where"]
+    assert {r: w[0].rsplit(" ", 1)[1] for r, w in places.items()} == {
+        "path is empty": "5",
+        "4 cells, but the header has 3": "6",
+        "empty transcript": "7",
+    }
+    with open(tmp_path / "t.tsv", "a") as table:
+        table.write("\tagain\r\nutt.1\tagain\t1\r\n")
+    with pytest.raises(DataError, match=r"x-utt.1 occurs twice .*line 2 and .*line 8"):
+        Preparation(config(tmp_path, SourceConfig("tsv", str(tmp_path / "t.tsv"), "x"))).run()
+
+
+def test_repaired_audio_is_counted(tmp_path):
+    t = 0.1 * np.sin(np.arange(16000) / 20)
+    for name, channels in {"fine": [t, t], "phase": [t, -t], "offset": [t + 0.4, t]}.items():
+        soundfile.write(tmp_path / f"{name}.wav", np.stack(channels, 1), 16000)
+        (tmp_path / f"{name}.txt").write_text("two words")
+    Preparation(config(tmp_path, SourceConfig("folder", str(tmp_path)))).run()
+    assert sorted(report(tmp_path)["audio_repaired"].values()) == [1, 1]

@@ -23,11 +23,13 @@ from nemo_mtbi.data.audio import mono_samples
 from nemo_mtbi.data.rendering import TimedWord
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.io import jsonl
+from nemo_mtbi.preparation.no_speech import read_no_speech
 from nemo_mtbi.preparation.sentences import read_sentences
 from nemo_mtbi.preparation.sources import READERS, Entry, SourceConfig
 from nemo_mtbi.preparation.word_times import ALIGNER_RATE, Aligner, Unalignable, build_aligner
 
-KINDS = (*READERS, "sentences")
+MADE = {"sentences": read_sentences, "no_speech": read_no_speech}  # by this step
+KINDS = (*READERS, *MADE)
 DEFAULT_SHARES = {"train": 0.8, "held_out": 0.2}
 
 
@@ -164,13 +166,12 @@ class Preparation:
 
     def _entries(self) -> Iterator[Entry]:
         for source in self.config.sources:
-            yield from (
-                read_sentences(source, self.folder) if source.kind == "sentences" else READERS[source.kind](source)
-            )
+            made = MADE.get(source.kind)
+            yield from READERS[source.kind](source) if made is None else made(source, self.folder)
 
     def _prepare(self, entry: Entry) -> tuple[Cut, str | None]:
         """The cut with word times, and why it has none."""
-        if not entry.text.strip():
+        if not entry.text.strip() and not entry.silent:
             raise Skip("empty transcript")
         try:
             cut = entry.load()
@@ -186,7 +187,7 @@ class Preparation:
             samples = self._samples(cut)
         except Exception as error:
             raise Skip(f"unreadable audio: {_first_line(error)}") from None
-        if all((s.alignment or {}).get("word") for s in cut.supervisions):
+        if entry.silent or all((s.alignment or {}).get("word") for s in cut.supervisions):
             return cut, None
         try:
             words = self._align(cut, entry, samples)

@@ -26,6 +26,7 @@ class Entry:
         load: makes the Lhotse cut (reads the audio header); may raise.
         speaker, text: for the split.
         split: fixed by the source, or None.
+        silent: nothing is said, so the transcript is empty.
     """
 
     id: str
@@ -33,6 +34,7 @@ class Entry:
     speaker: str | None = None
     text: str = ""
     split: str | None = None
+    silent: bool = False
 
 
 @dataclass
@@ -40,7 +42,7 @@ class SourceConfig:
     """One entry of ``sources`` in ``conf/prepare.yaml``.
 
     Attributes:
-        kind: cuts, shar, nemo, tsv, folder, lhotse_recipe or sentences.
+        kind: cuts, shar, nemo, tsv, folder, lhotse_recipe, sentences or no_speech.
         path: manifest, Shar directory, table, folder, corpus directory or text file (sentences: ``everyday`` is built
             in); ``pkg://package/file`` is a file of an installed package.
         name: prefix of the utterance ids; for lhotse_recipe the recipe's name.
@@ -48,7 +50,7 @@ class SourceConfig:
         audio_column, text_column, speaker_column: of a table.
         split_column: of a table whose rows name their split; null: ``split`` of prepare.yaml decides.
         language: of the transcripts.
-        options: arguments of a Lhotse recipe, or settings of the sentence synthesis.
+        options: arguments of a Lhotse recipe, or settings of sentences and no_speech.
     """
 
     kind: str

@@ -51,8 +51,8 @@ def read_variables(path: Path) -> dict[str, np.ndarray]:
         if version != SUPPORTED_BINARY_VERSION or spec != "WhisperSpec":
             raise DataError(
                 f"{path} holds a {spec} of CTranslate2 binary version {version}; this reader knows WhisperSpec, "
-                f"version {SUPPORTED_BINARY_VERSION}. Install the version of the package that requirements/ names, or pass "
-                "a Hugging Face directory of Whisper instead."
+                f"version {SUPPORTED_BINARY_VERSION}. Install the version of the package that requirements/ names, or "
+                "pass a Hugging Face directory of Whisper instead."
             )
         variables = {}
         for _ in range(_read_uint32(stream)):
@@ -179,7 +179,9 @@ def write_directory(source: Path, folder: Path) -> None:
     prompt: dict[str, Any] = {"forced_decoder_ids": [[1, no_timestamps]]}
     if multilingual:
         languages = {f"<|{code}|>": token(code) for code in LANGUAGES if token(code) in converted["lang_ids"]}
-        prompt = {"lang_to_id": languages, "task_to_id": {task: token(task) for task in ("transcribe", "translate")}}
+        tasks = {task: token(task) for task in ("transcribe", "translate")}
+        # Without a task Transformers gives the decoder none, and it loops; the language it detects.
+        prompt = {"lang_to_id": languages, "task_to_id": tasks, "task": "transcribe"}
     model.generation_config = GenerationConfig(
         **special,
         **prompt,

@@ -5,8 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
-from transformers import WhisperConfig, WhisperForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
 from nemo_mtbi.modules.connectors.whisper_weights import whisper_decoder_settings
 from nemo_mtbi.pretrained import ctranslate2_whisper, gguf
@@ -124,5 +131,6 @@ def test_a_multilingual_whisper_knows_its_languages_and_tasks(tmp_path, monkeypa
     }
     assert generation.is_multilingual and generation.lang_to_id["<|de|>"] == ids["<|de|>"]
     assert generation.task_to_id == {"transcribe": ids["<|transcribe|>"], "translate": ids["<|translate|>"]}
+    assert generation.task == "transcribe"  # asked of every window, in the language that is detected
     names = ("<|startoftranscript|>", "<|de|>", "<|transcribe|>", "<|notimestamps|>")
     assert whisper_decoder_settings(str(tmp_path), "de")["prompt_ids"] == [ids[name] for name in names]

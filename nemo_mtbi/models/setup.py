@@ -91,8 +91,8 @@ def outline(cfg: dict[str, Any], config: ModelConfig) -> nn.Module:
     path = resolve_pretrained(config.pretrained_llm)
     with torch.random.fork_rng(devices=[]):  # what is built afterwards draws the same numbers
         with torch.device("meta"):
-            language_model = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-            model.llm = empty_llm(language_model, getattr(torch, config.llm_dtype))
+            llm_config = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+            model.llm = empty_llm(llm_config, getattr(torch, config.llm_dtype), config.trust_remote_code)
             model.embed_tokens = model.llm.model.embed_tokens
             del model.llm.model.embed_tokens
             maybe_install_lora(model)
@@ -107,7 +107,7 @@ def setup_llm(model: Any, path: str, config: ModelConfig) -> None:
     dtype, remote_code = getattr(torch, config.llm_dtype), config.trust_remote_code
     sharded = config.tensor_model_parallel_size > 1
     if sharded:  # read in configure_model, when the ranks know each other
-        model.llm = empty_llm(AutoConfig.from_pretrained(path, trust_remote_code=remote_code), dtype)
+        model.llm = empty_llm(AutoConfig.from_pretrained(path, trust_remote_code=remote_code), dtype, remote_code)
     else:
         model.llm = load_pretrained_hf(path, config.pretrained_weights, dtype, remote_code)
     model.embed_tokens = model.llm.model.embed_tokens

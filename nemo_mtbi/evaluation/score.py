@@ -3,6 +3,7 @@
 - token agreement: share of response tokens that are the system's most likely token under teacher forcing;
 - KL per token: KL(text LLM || system) over the full vocabulary at temperature 1, in nats per response token;
 - transcribe WER: of what the recognizer (a connector that writes text, a cascade's ASR) writes, against the transcript;
+- nothing heard: share of the recordings of which that recognizer writes nothing;
 - repeat WER: of generated "repeat" answers against the text LLM's own answer, and against the transcript.
 """
 
@@ -61,6 +62,7 @@ class Scores:
         if self.heard:
             written, said = ([normalize(h[i]) for h in self.heard] for i in range(2))
             result["transcribe_wer"] = word_error_rate(said, written)
+            result["nothing_heard"] = sum(not w for w in written) / len(written)
         return result
 
 
@@ -111,18 +113,24 @@ class Evaluation:
             for example, answer in zip(reading.examples, answers, strict=True):
                 own = decode(example.response_ids, skip_special_tokens=True)
                 scores.repeats.append((answer, own, example.transcript))
-        scores.heard = self._heard(name, system)
+        scores.heard = self._heard(name, system, self.questions)
         return scores
 
-    def _heard(self, name: str, system: System) -> list[tuple[str, str]]:
-        once = list({c.source_id: c for c in self.questions.conversations}.values())
+    def nothing_heard(self, name: str, system: System, cuts: CutSet, cached_features: bool) -> float | None:
+        """Share of cuts of which a system's connector writes nothing; None for a connector without text."""
+        questions = EvaluationSet(self.model, cuts, cached_features, every_cut=True)
+        written = [normalize(text) for text, _ in self._heard(name, system, questions)]
+        return sum(not text for text in written) / len(written) if written else None
+
+    def _heard(self, name: str, system: System, questions: EvaluationSet) -> list[tuple[str, str]]:
+        once = list({c.source_id: c for c in questions.conversations}.values())
         if isinstance(system, TextSystem):
             own = system.transcripts or {}
             return [(own[c.source_id], transcript(c.cut)) for c in once if c.source_id in own]
         if not isinstance(system, SpeechSystem) or not self._writes_text:
             return []
         result = []
-        for reading in system_batches(system, self.questions, once, self.batch_size, f"{name}: transcribe"):
+        for reading in system_batches(system, questions, once, self.batch_size, f"{name}: transcribe"):
             texts = system.transcripts(reading) or []
             result += [(text, e.transcript) for text, e in zip(texts, reading.examples, strict=True)]
         return result

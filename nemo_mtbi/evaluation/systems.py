@@ -37,13 +37,15 @@ class EvaluationSet:
         model: gives tokenizer, prompt format and the encoder that cached features must come from.
         cuts: with targets.
         cached_features: read encoder features instead of audio.
+        every_cut: one conversation for each cut, with targets or without, for what needs no answers.
     """
 
-    def __init__(self, model: MTBISALM, cuts: CutSet, cached_features: bool) -> None:
+    def __init__(self, model: MTBISALM, cuts: CutSet, cached_features: bool, every_cut: bool = False) -> None:
         options = {
             "audio_locator_tag": model.audio_locator_tag,
             "speech_position": model.config.speech_position,
             "force_finite": True,
+            "every_cut": every_cut,
         }
         self.dataset = MTBIDataset(
             model.tokenizer,

@@ -26,13 +26,14 @@ def main(cfg: DictConfig) -> None:
     from nemo_mtbi.process import tune
 
     tune(cfg.threads)
-    for path in cfg.cuts.values():
+    for path in [*cfg.cuts.values(), *filter(None, [cfg.no_speech])]:
         check_manifest(path)
     device = join_ranks(cfg.tensor_model_parallel_size, "evaluate")
     run, output = RunDirectory(cfg.run), Path(cfg.output_dir or Path(cfg.run) / "evaluation")
     stages = [name for name in cfg.stages if run.weights(name).is_file()]
     model = MTBISALM.from_run(run, None, cfg.llm_dtype, cfg.tensor_model_parallel_size).to(device)
     results: dict[str, dict] = {}
+    no_speech: dict[str, dict] = {}
     for manifest, path in cfg.cuts.items():
         evaluation = Evaluation(model, CutSet.from_file(path), cfg.cached_features, cfg.batch_size)
         systems = results.setdefault(manifest, {})
@@ -52,9 +53,18 @@ def main(cfg: DictConfig) -> None:
             systems[name] = evaluation.score(
                 f"{manifest}: {name}", SpeechSystem(model), generate=name != UNTRAINED
             ).summary()
+    if cfg.no_speech:
+        silent = CutSet.from_file(cfg.no_speech)
+        for name in stages:
+            run.load_weights(model, name)
+            title = f"no speech: {name}"
+            share = evaluation.nothing_heard(title, SpeechSystem(model), silent, cfg.cached_features)
+            no_speech[name] = {"nothing_heard": share}
     if not is_first_rank():
         return
-    paths = write_report(output, results, shlex.join(["python", "-m", "nemo_mtbi.examples.evaluate", *sys.argv[1:]]))
+    paths = write_report(
+        output, results, no_speech, shlex.join(["python", "-m", "nemo_mtbi.examples.evaluate", *sys.argv[1:]])
+    )
     print("\n" + paths["md"].read_text())
     announce("Results", dict(paths))
 

@@ -38,6 +38,11 @@ def content(audio, prompt, format="wav"):
     return [{"type": "text", "text": prompt}, {"type": "input_audio", "input_audio": {"data": data, "format": format}}]
 
 
+def audio_url(url):
+    """A message as vLLM's clients send audio."""
+    return {"role": "user", "content": [{"type": "audio_url", "audio_url": {"url": url}}]}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_llm, tiny_whisper):
     import torch
@@ -220,10 +225,27 @@ def test_bad_audio_is_a_400(server, client, audio, message):
     "change, error, message",
     [
         ({"temperature": 9}, openai.BadRequestError, "temperature"),
-        ({"n": 3}, openai.BadRequestError, "n:"),
+        ({"n": 0}, openai.BadRequestError, "n:"),
+        ({"n": 9}, openai.BadRequestError, "n: 9 answers; at most 8"),
         ({"model": "other"}, openai.NotFoundError, "no model 'other'"),
         ({"messages": []}, openai.BadRequestError, "messages"),
-        ({"messages": [{"role": "user", "content": "<|audio|> hi"}]}, openai.BadRequestError, "input_audio"),
+        ({"messages": [{"role": "function", "content": "a"}]}, openai.BadRequestError, "role"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, openai.BadRequestError, "last message"),
+        ({"messages": [audio_url("https://example.org/a.wav")]}, openai.BadRequestError, "fetches none"),
+        ({"messages": [audio_url("file:///etc/passwd")]}, openai.BadRequestError, "fetches none"),
+        ({"messages": [audio_url("data:audio/wav,abc")]}, openai.BadRequestError, "without base64"),
+        ({"messages": [{"role": "user", "content": content(b"", "a") * 17}]}, openai.BadRequestError, "16 audios"),
+        ({"messages": [{"role": "user", "content": "a " * 9000}]}, openai.BadRequestError, "context has"),
+        ({"top_logprobs": 3}, openai.BadRequestError, "logprobs=true"),
+        ({"logprobs": True, "top_logprobs": 21}, openai.BadRequestError, "top_logprobs"),
+        ({"stream_options": {"include_usage": True}}, openai.BadRequestError, "stream=true"),
+        ({"stop": ""}, openai.BadRequestError, "1 to 256 characters"),
+        ({"stop": ["a"] * 17}, openai.BadRequestError, "up to 16 texts"),
+        ({"seed": 2**63}, openai.BadRequestError, "seed"),
+        ({"frequency_penalty": 0.5}, openai.BadRequestError, "frequency_penalty: is not supported.*except 0"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError, "tools: is not"),
+        ({"response_format": {"type": "json_object"}}, openai.BadRequestError, "response_format: is not"),
+        ({"extra_body": {"no_such_field": 1}}, openai.BadRequestError, "no_such_field: is not supported"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, openai.BadRequestError, "image_url"),
         (
             {"messages": [{"role": "assistant", "content": content(wav(1, 0), "a")}]},
@@ -273,7 +295,8 @@ def test_streaming_in_python_equals_the_whole_answer(model, tmp_path):
 
 
 def test_a_request_cancelled_in_the_queue_is_ended(model):
-    from nemo_mtbi.serving.batching import Batcher, Request
+    from nemo_mtbi.serving.batching import Batcher
+    from nemo_mtbi.serving.request import Request
 
     ends = queue.Queue()
     request = Request([{"role": "user", "content": "Hello."}], [], 3, lambda text: ends.put(text), ends.put)

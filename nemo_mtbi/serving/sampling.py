@@ -1,0 +1,77 @@
+"""How the tokens of an answer are chosen: its own temperature, nucleus, seed and scores, whatever else is in the batch.
+
+Letters: V vocabulary.
+"""
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a request asks of its answer.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_p: the smallest set of tokens with this probability is drawn from.
+        seed: equal requests with equal seeds draw alike; None: a new one each time.
+        stop: texts that end the answer; they are not part of it.
+        top_logprobs: alternatives whose log-probabilities are wanted beside the token's own; None: none at all.
+        text_llm: leave LoRA out.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    top_logprobs: int | None = None
+    text_llm: bool = False
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """A token of an answer, its log-probability before temperature and nucleus, and the likeliest ones."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Draw:
+    """Chooses the tokens of one answer.
+
+    Args:
+        sampling: what was asked.
+        ordinal: which of the ``n`` answers to the request; each has a random sequence of its own.
+    """
+
+    def __init__(self, sampling: Sampling, ordinal: int = 0) -> None:
+        self.sampling = sampling
+        self.random = random.Random(None if sampling.seed is None else f"{sampling.seed}.{ordinal}")
+
+    def token(self, scores: Tensor) -> int:
+        """scores (V,) -> the next token."""
+        temperature, top_p = self.sampling.temperature, self.sampling.top_p
+        if temperature == 0:
+            return int(scores.argmax())
+        logits = scores.double()
+        # The largest first, so that a temperature near 0 is the greedy choice and no overflow.
+        probabilities = torch.softmax((logits - logits.max()) / temperature, 0)
+        ordered, tokens = probabilities.sort(descending=True, stable=True)
+        reached = ordered.cumsum(0)
+        if top_p < 1:
+            kept = int((reached - ordered < top_p).sum())  # one at least
+            reached, tokens = reached[:kept], tokens[:kept]
+        place = torch.searchsorted(reached, self.random.random() * float(reached[-1]), right=True)
+        return int(tokens[min(int(place), len(tokens) - 1)])
+
+    def score(self, scores: Tensor, token: int) -> TokenScore | None:
+        """scores (V,) -> the token's log-probability and the alternatives', if they are wanted."""
+        if self.sampling.top_logprobs is None:
+            return None
+        logprobs = torch.log_softmax(scores.float(), 0)
+        values, tokens = logprobs.topk(self.sampling.top_logprobs)
+        return TokenScore(token, float(logprobs[token]), tuple(zip(tokens.tolist(), values.tolist(), strict=True)))

@@ -35,9 +35,10 @@ class Draws(LogitsProcessor):
         """scores (B, V) -> (B, V), all but the chosen token of each row -inf."""
         chosen = scores.argmax(1)
         for row, request in enumerate(self.requests):
-            if not request.finished:
-                chosen[row] = token = request.draw.token(scores[row])
-                request.newest = request.draw.score(scores[row], token)
+            if request.finished or (request.draw.is_greedy and request.sampling.top_logprobs is None):
+                continue
+            chosen[row] = token = request.draw.token(scores[row])
+            request.newest = request.draw.score(scores[row], token)
         return torch.full_like(scores, float("-inf")).scatter(1, chosen[:, None], 0.0)
 
 

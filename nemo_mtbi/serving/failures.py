@@ -26,7 +26,10 @@ def failure(status: int, message: str, param: str | None = None, code: str | Non
 
 
 def _body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    error = {"message": message, "type": kind, "param": param, "code": code}
+    # A message quotes the request, which may hold half a surrogate pair.
+    written = {name: text and text.encode(errors="backslashreplace").decode() for name, text in error.items()}
+    return {"error": written}
 
 
 def explain_errors(app: FastAPI) -> None:

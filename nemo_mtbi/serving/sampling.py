@@ -52,21 +52,24 @@ class Draw:
         self.sampling = sampling
         self.random = random.Random(None if sampling.seed is None else f"{sampling.seed}.{ordinal}")
 
+    @property
+    def is_greedy(self) -> bool:
+        return self.sampling.temperature == 0
+
     def token(self, scores: Tensor) -> int:
         """scores (V,) -> the next token."""
-        temperature, top_p = self.sampling.temperature, self.sampling.top_p
-        if temperature == 0:
+        if self.is_greedy:
             return int(scores.argmax())
         logits = scores.double()
-        # The largest first, so that a temperature near 0 is the greedy choice and no overflow.
-        probabilities = torch.softmax((logits - logits.max()) / temperature, 0)
-        ordered, tokens = probabilities.sort(descending=True, stable=True)
-        reached = ordered.cumsum(0)
-        if top_p < 1:
-            kept = int((reached - ordered < top_p).sum())  # one at least
-            reached, tokens = reached[:kept], tokens[:kept]
+        probabilities = torch.softmax((logits - logits.max()) / self.sampling.temperature, 0)
+        tokens, reached = None, probabilities.cumsum(0)
+        if self.sampling.top_p < 1:
+            ordered, tokens = probabilities.sort(descending=True, stable=True)
+            reached = ordered.cumsum(0)
+            reached = reached[: int((reached - ordered < self.sampling.top_p).sum())]  # one at least
         place = torch.searchsorted(reached, self.random.random() * float(reached[-1]), right=True)
-        return int(tokens[min(int(place), len(tokens) - 1)])
+        place = place.clamp_max(len(reached) - 1)
+        return int(place if tokens is None else tokens[place])
 
     def score(self, scores: Tensor, token: int) -> TokenScore | None:
         """scores (V,) -> the token's log-probability and the alternatives', if they are wanted."""

@@ -190,6 +190,16 @@ def quiet_hours():
         (b"\xff\xfe\x00", "application/json", 400, ""),
         (b"a=b", "application/x-www-form-urlencoded", 400, ""),
         (b"x" * 4_000_000, "application/json", 413, "3000000"),
+        (b"[" * 200_000, "application/json", 400, ""),
+        (
+            b'{"messages": [{"role": "user", "content": "a"}], "temperature": NaN}',
+            "application/json",
+            400,
+            "temperature",
+        ),
+        (b'{"messages": [{"role": "user", "content": "a"}], "\\ud800": 1}', "application/json", 400, "unicode"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "application/json", 400, "does not fit"),
+        (b'{"messages": [{"role": "user", "content": "a"}], "model": "\\ud800"}', "application/json", 404, "ud800"),
     ],
 )
 def test_malformed_bodies_are_refused(server, body, kind, status, message):
@@ -303,3 +313,55 @@ def test_a_request_cancelled_in_the_queue_is_ended(model):
     request.cancel()
     Batcher(model).submit(request)
     assert ends.get(timeout=30) == "cancelled" and request.tokens == []
+
+
+def question(text, max_tokens=3, **options):
+    """A request, and a list that gets its pieces and its end."""
+    from nemo_mtbi.serving.request import Request
+
+    told, ended = [], threading.Event()
+
+    def end(reason):
+        told.append(reason)
+        ended.set()
+
+    dialog = [{"role": "user", "content": [text]}]
+    return Request(dialog, [], max_tokens, told.append, end, **options), told, ended
+
+
+def answer_together(batcher, *questions):
+    """In one batch: they wait until the batcher's thread has taken all."""
+    for request, _, _ in questions:
+        batcher.held.append(request)
+    first, _, first_ended = question("First.")
+    batcher.submit(first)
+    assert all(ended.wait(60) for _, _, ended in questions) and first_ended.wait(60)
+
+
+def test_what_one_request_breaks_the_others_survive(model, monkeypatch):
+    """A prompt that fails, a prompt over the context, and a listener that fails, in one batch with a good request."""
+    from nemo_mtbi.serving.batching import Batcher
+
+    alone, told_alone, ended_alone = question("Hello.")
+    batcher = Batcher(model)
+    batcher.submit(alone)
+    assert ended_alone.wait(60)
+    render = model.prompt_pieces
+
+    def failing(dialogs):
+        if any("breaks" in m["content"][0] for dialog in dialogs for m in dialog):
+            raise RuntimeError("out of memory")
+        return render(dialogs)
+
+    def listener(_):
+        raise OSError("gone")
+
+    monkeypatch.setattr(model, "prompt_pieces", failing)
+    monkeypatch.setattr(model.llm.config, "max_position_embeddings", 100)
+    good, bad, long, deaf, last = [question(t) for t in ("Hello.", "breaks", "word " * 200, "Hello.", "a " * 80)]
+    last[0].max_tokens = 90
+    deaf[0].on_piece = listener
+    answer_together(batcher, good, bad, long, deaf, last)
+    assert [p for p in good[1]] == told_alone
+    assert isinstance(bad[1][-1], RuntimeError) and "context has 100" in str(long[1][-1]) and deaf[1] == ["cancelled"]
+    assert last[1][-1] == "length" and len(last[0].tokens) == 100 - last[0].prompt_positions > 0

@@ -111,7 +111,7 @@ class Batcher:
             if batch:
                 self._answer(batch)
         except Exception as error:
-            logging.exception("a batch failed")
+            logging.error("A batch failed.", exc_info=True)
             for request in batch:
                 if len(batch) > 1 and not request.tokens and not request.finished:
                     self._answer_or_fail([request])

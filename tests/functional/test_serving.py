@@ -330,11 +330,14 @@ def question(text, max_tokens=3, **options):
 
 
 def answer_together(batcher, *questions):
-    """In one batch: they wait until the batcher's thread has taken all."""
-    for request, _, _ in questions:
-        batcher.held.append(request)
-    first, _, first_ended = question("First.")
+    """In one batch: they come while the batcher's thread is busy."""
+    busy, free = threading.Event(), threading.Event()
+    first, _, first_ended = question("First.", 1)
+    first.on_piece = lambda _: (busy.set(), free.wait(60))
     batcher.submit(first)
+    assert busy.wait(60)
+    batcher.submit(*[request for request, _, _ in questions])
+    free.set()
     assert all(ended.wait(60) for _, _, ended in questions) and first_ended.wait(60)
 
 

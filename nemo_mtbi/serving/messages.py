@@ -26,7 +26,7 @@ def read_messages(model: MTBISALM, messages: list[ChatMessage], limits: Limits) 
     """
     dialog: list[Message] = []
     waveforms: list[Any] = []
-    seconds, characters, audio_number = 0.0, 0, 0
+    seconds, characters, audio_number, previous = 0.0, 0, 0, ""
     for message in messages:
         parts = _parts(message)
         audios = [p for p in parts if isinstance(p, InputAudioPart | AudioURLPart)]
@@ -43,7 +43,11 @@ def read_messages(model: MTBISALM, messages: list[ChatMessage], limits: Limits) 
             left = limits.max_audio_seconds - seconds
             waveforms.append(decode_audio(audio_bytes(audio), model.sampling_rate, left))
             seconds += len(waveforms[-1]) / model.sampling_rate
-        dialog.append(_turn(model, message.role, parts))
+        if message.role == previous == "tool":  # several results are one turn
+            dialog[-1]["content"] += ["\n", *_turn(model, "tool", parts)["content"]]
+        else:
+            dialog.append(_turn(model, message.role, parts))
+        previous = message.role
     if messages[-1].role == "assistant":
         raise DataError("The last message is the assistant's; the last one has to be what is to be answered.")
     _require_format(model, dialog)

@@ -163,7 +163,7 @@ class ChatRequest(Strict):
 
     @model_validator(mode="after")
     def _fields_that_need_others(self) -> "ChatRequest":
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             reason = "needs logprobs=true."
             raise PydanticCustomError("top_logprobs", "{reason}", {"name": "top_logprobs", "reason": reason})
         if self.stream_options is not None and not self.stream:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import cache
 from typing import Any
 
 from fastapi import Request as HTTPRequest
@@ -21,7 +22,7 @@ from nemo_mtbi.serving.protocol import TranscriptionRequest
 from nemo_mtbi.serving.request import Piece, Request
 from nemo_mtbi.serving.sampling import Sampling, TokenScore
 from nemo_mtbi.serving.written import event, scores
-from nemo_mtbi.tasks.library import load_library
+from nemo_mtbi.tasks.library import DEFAULT_FOLDER, Task, load_task
 
 TASK = "repeat"
 UNNAMED = "unknown"  # the language of verbose_json, if the client did not name it: the model does not tell
@@ -51,13 +52,18 @@ async def read_form(http: HTTPRequest) -> tuple[bytes, TranscriptionRequest]:
         raise RequestValidationError(error.errors()) from error
 
 
+@cache
+def _task() -> Task:
+    return load_task(DEFAULT_FOLDER / f"{TASK}.yaml")
+
+
 def transcription_prompt(language: str | None) -> str:
     """The task library's first wording in the language.
 
     Raises:
         DataError: there is none.
     """
-    prompts = load_library()[TASK].prompts
+    prompts = _task().prompts
     wanted = (language or "en").lower()
     found = [p.text for p in prompts if p.language == wanted]
     if not found:

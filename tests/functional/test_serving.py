@@ -368,3 +368,15 @@ def test_what_one_request_breaks_the_others_survive(model, monkeypatch):
     assert [p for p in good[1]] == told_alone
     assert isinstance(bad[1][-1], RuntimeError) and "context has 100" in str(long[1][-1]) and deaf[1] == ["cancelled"]
     assert last[1][-1] == "length" and len(last[0].tokens) == 100 - last[0].prompt_positions > 0
+
+
+def test_a_short_answer_does_not_wait_for_a_long_one(model):
+    """Both in one batch: the short one has ended before the long one goes on."""
+    from nemo_mtbi.serving.batching import Batcher
+
+    short, long = question("Hello.", 2), question("Hello.", 12)
+    ended = []
+    long[0].on_piece = lambda _: ended.append((len(long[0].tokens), short[2].is_set()))
+    answer_together(Batcher(model), long, short)
+    assert short[1][-1] == long[1][-1] == "length" and len(ended) > 3
+    assert all(is_set == (tokens > 2) for tokens, is_set in ended)

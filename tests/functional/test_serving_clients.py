@@ -3,7 +3,6 @@
 import base64
 import io
 import math
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -79,7 +78,7 @@ def test_earlier_answers_come_back_as_clients_keep_them(client):
         assert ask(client, [{"role": "user", **empty}]).choices[0].finish_reason
 
 
-def test_developer_is_system_and_tool_results_are_read(client):
+def test_developer_is_system_and_tool_results_are_read(client, model):
     def answer(role):
         return text(ask(client, [{"role": role, "content": "Be brief."}, *HELLO]))
 
@@ -93,6 +92,13 @@ def test_developer_is_system_and_tool_results_are_read(client):
     prompts = [told(r).usage.prompt_tokens for r in ("Rain.", "Rain, and later in the day it will snow.")]
     assert prompts[0] < prompts[1]
     assert told([{"type": "text", "text": "Rain."}]).usage.prompt_tokens == prompts[0]
+    results = [{"role": "tool", "tool_call_id": str(i), "content": str(i)} for i in range(2)]
+    dialog = [*HELLO, {"role": "assistant", "tool_calls": [call]}, *results]
+    read, _ = read_messages(model, [ChatMessage.model_validate(m) for m in dialog], Limits())
+    assert [(m["role"], "".join(m["content"])) for m in read[1:]] == [
+        ("assistant", '<tool_call>\n{"name": "weather", "arguments": {"place": "Bern"}}\n</tool_call>'),
+        ("user", "\n".join(f"<tool_response>\n{i}\n</tool_response>" for i in range(2))),
+    ]
 
 
 def test_audio_as_vllms_clients_send_it(client, model):
@@ -202,19 +208,6 @@ def test_usage_at_the_end_of_a_stream(client):
     assert chunks[-1].choices == [] and chunks[-1].usage == ask(client).usage
     assert all(c.usage is None for c in chunks[:-1])
     assert all(c.choices for c in ask(client, stream=True, stream_options={"include_usage": False}))
-
-
-def test_a_short_answer_does_not_wait_for_a_long_one(client):
-    """Both in one batch: the short one is there before the long one is."""
-    ends = {}
-
-    def one(tokens):
-        ask(client, max_tokens=tokens)
-        ends[tokens] = time.monotonic()
-
-    with ThreadPoolExecutor(3) as pool:
-        list(pool.map(one, (39, 40, 1)))  # the first runs alone, the others together
-    assert ends[1] < ends[40]
 
 
 def transcribe(client, **options):

@@ -16,7 +16,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt requirements/offline_parts.tx
 	  ($(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip)
 	$(BIN)/python -m pip install --upgrade pip setuptools wheel
 	$(BIN)/python -m pip install -c constraints.txt torch $(TORCH_ARGS)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[demo,align,targets,test,dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[demo,align,targets,serve,test,dev]'
 	$(BIN)/python -m pip install --no-deps -r requirements/offline_parts.txt
 	@touch $(STAMP)
 

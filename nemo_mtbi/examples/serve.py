@@ -15,7 +15,8 @@ def main(cfg: DictConfig) -> None:
 
     from nemo_mtbi.errors import ConfigError
 
-    missing = [n for n in ("fastapi", "uvicorn", *(["gradio"] if cfg.page else [])) if find_spec(n) is None]
+    needed = ("fastapi", "uvicorn", "python_multipart", *(["gradio"] if cfg.page else []))
+    missing = [n for n in needed if find_spec(n) is None]
     if missing:
         raise ConfigError(f"{', '.join(missing)} is not installed: pip install 'nemo_mtbi[serve]', or set page=false.")
     import uvicorn
@@ -24,7 +25,8 @@ def main(cfg: DictConfig) -> None:
     from nemo_mtbi.parallel.launch import join_ranks
     from nemo_mtbi.process import tune
     from nemo_mtbi.serving.batching import Batcher
-    from nemo_mtbi.serving.openai_api import Limits, create_app
+    from nemo_mtbi.serving.limits import Limits
+    from nemo_mtbi.serving.openai_api import create_app
 
     tune(cfg.threads)
     device = join_ranks(1, "serve") if cfg.device == "auto" else cfg.device

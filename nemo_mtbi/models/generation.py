@@ -87,14 +87,30 @@ class GenerationMixin(LightningModule):
         training = self.training
         self.eval()
         try:
-            speech, seconds = self._speech(audios, audio_lens)
-            last = [self._parts(dialog[-1]["content"]) for dialog in prompts]
-            asked = [_audios_of_message(row, content) for row, content in zip(pieces, last, strict=True)]
-            silent = self._nothing_heard(speech, asked)
-            inputs, mask = self._left_padded_inputs(pieces, speech, seconds)
+            inputs, mask, silent = self.dialog_inputs(prompts, pieces, audios, audio_lens)
             return self._answers(inputs, mask, silent, generation_config, **generation_kwargs)
         finally:
             self.train(training)
+
+    def dialog_inputs(
+        self,
+        prompts: list[list[dict[str, Any]]],
+        pieces: list[list[Piece]],
+        audios: Tensor | None,
+        audio_lens: Tensor | None,
+    ) -> tuple[Tensor, Tensor, list[bool]]:
+        """Embeddings (B, L, H) of dialogs and their :meth:`prompt_pieces`, left-padded; their mask (B, L); and whether
+        the audio of each one's last message holds no speech, so that :meth:`nothing_heard_ids` is its answer.
+        """
+        speech, seconds = self._speech(audios, audio_lens)
+        last = [self._parts(dialog[-1]["content"]) for dialog in prompts]
+        asked = [_audios_of_message(row, content) for row, content in zip(pieces, last, strict=True)]
+        return *self._left_padded_inputs(pieces, speech, seconds), self._nothing_heard(speech, asked)
+
+    def nothing_heard_ids(self) -> list[int]:
+        """The answer to audio without speech (``model.nothing_heard_answer``), end of turn included."""
+        ids, _ = literal_encoding(self.tokenizer.tokenizer, self.config.nothing_heard_answer)
+        return [*ids, self.end_of_turn()]
 
     def _nothing_heard(self, speech: SpeechEmbeddings, asked: list[list[int]]) -> list[bool]:
         """Whether all of each question's audios (rows of ``speech``) hold no speech, and that has its own answer."""
@@ -109,8 +125,7 @@ class GenerationMixin(LightningModule):
         """:meth:`generate_from_embeddings`, where ``silent`` rows get ``model.nothing_heard_answer``."""
         if not any(silent):
             return self.generate_from_embeddings(inputs, mask, config, **options)
-        ids, _ = literal_encoding(self.tokenizer.tokenizer, self.config.nothing_heard_answer)
-        answer = torch.tensor([*ids, self.end_of_turn()], device=inputs.device)
+        answer = torch.tensor(self.nothing_heard_ids(), device=inputs.device)
         heard = [row for row, nothing in enumerate(silent) if not nothing]
         rows = [answer] * len(silent)
         if heard:

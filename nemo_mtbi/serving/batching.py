@@ -139,7 +139,13 @@ class Batcher:
         waveforms = [w for r in batch for w in r.waveforms]
         audios, lengths = collate_waveforms(waveforms) if waveforms else (None, None)
         pieces, _ = self.model.prompt_pieces([r.dialog for r in batch])
-        batch, inputs, mask = self._fitting(batch, *self.model.generation_inputs(pieces, audios, lengths))
+        inputs, mask, silent = self.model.dialog_inputs([r.dialog for r in batch], pieces, audios, lengths)
+        tokenizer, ends = self.model.tokenizer.tokenizer, set(self.model.stop_ids())
+        for request, nothing, positions in zip(batch, silent, mask.sum(1).tolist(), strict=True):
+            request.prompt_positions = positions
+            if nothing:
+                request.hear_nothing(self.model.nothing_heard_ids(), tokenizer, ends)
+        batch, inputs, mask = self._fitting(batch, inputs, mask)
         if not batch:
             return
         with without_adapters(self.model.llm) if batch[0].sampling.text_llm else nullcontext():
@@ -149,7 +155,7 @@ class Batcher:
                 max_new_tokens=max(r.max_tokens for r in batch),
                 do_sample=False,
                 logits_processor=LogitsProcessorList([Draws(batch)]),
-                streamer=TokenStream(batch, self.model.tokenizer.tokenizer, set(self.model.stop_ids())),
+                streamer=TokenStream(batch, tokenizer, ends),
                 stopping_criteria=StoppingCriteriaList([Finished(batch)]),
             )
 
@@ -157,8 +163,10 @@ class Batcher:
         """inputs (B, L, H), mask (B, L) without the requests that are longer than the LLM's context."""
         context = getattr(self.model.llm.config, "max_position_embeddings", None)
         kept = []
-        for row, (request, positions) in enumerate(zip(batch, mask.sum(1).tolist(), strict=True)):
-            request.prompt_positions = positions
+        for row, request in enumerate(batch):
+            positions = request.prompt_positions
+            if request.finished:  # nothing was heard
+                continue
             if context is None or positions < context:
                 kept.append(row)
                 request.max_tokens = min(request.max_tokens, context - positions if context else request.max_tokens)

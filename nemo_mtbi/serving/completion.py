@@ -51,6 +51,7 @@ class Answers:
         max_tokens: of each answer.
         sampling: how they are chosen.
         number: how many.
+        silence: the answer to audio without speech, if it is not the model's own.
 
     Raises:
         QueueFull: try again later.
@@ -64,10 +65,12 @@ class Answers:
         max_tokens: int,
         sampling: Sampling,
         number: int = 1,
+        silence: str | None = None,
     ) -> None:
         self.loop, self.queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Any]]()
         self.requests = [
-            Request(dialog, waveforms, max_tokens, self._teller(i), self._teller(i), sampling, i) for i in range(number)
+            Request(dialog, waveforms, max_tokens, self._teller(i), self._teller(i), sampling, i, silence)
+            for i in range(number)
         ]
         batcher.submit(*self.requests)
 

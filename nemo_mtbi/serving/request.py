@@ -29,6 +29,7 @@ class Request:
         on_piece: called by the worker thread with each new piece of text.
         on_end: called once with ``stop``, ``length`` or ``cancelled``, or the error.
         sampling: how the answer is chosen.
+        silence: the answer to audio without speech; None: the model's own (``model.nothing_heard_answer``).
         ordinal: which of several answers to the same question.
         tokens: of the answer so far, without the end-of-turn token.
         prompt_positions: embeddings of the prompt, speech included.
@@ -42,6 +43,7 @@ class Request:
     on_end: Callable[[str | Exception], None]
     sampling: Sampling = field(default_factory=Sampling)
     ordinal: int = 0
+    silence: str | None = None
     tokens: list[int] = field(default_factory=list)
     prompt_positions: int = 0
     finished: str | None = None
@@ -78,6 +80,16 @@ class Request:
         self._send()
         if self.finished:
             self.end(self.finished)
+
+    def hear_nothing(self, answer: list[int], tokenizer: Any, ends: set[int]) -> None:
+        """The answer to audio without speech: ``answer`` (token ids), or ``silence``."""
+        if self.silence is not None:
+            self._text, self.finished = self.silence, "stop"
+            self._send()
+            self.end("stop")
+            return
+        for token in answer:
+            self.add(token, tokenizer, ends)
 
     def end(self, reason: str | Exception) -> None:
         """Tell the end, once."""

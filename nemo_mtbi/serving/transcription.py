@@ -86,7 +86,7 @@ async def transcribe(
     prompt = transcription_prompt(body.language)
     waveform = await asyncio.to_thread(decode_audio, data, model.sampling_rate, limits.max_audio_seconds)
     sampling = Sampling(body.temperature or 0.0, seed=body.seed, top_logprobs=0 if body.include else None)
-    answers = Answers(batcher, [model.user_turn(prompt)], [waveform], limits.max_tokens, sampling)
+    answers = Answers(batcher, [model.user_turn(prompt)], [waveform], limits.max_tokens, sampling, silence="")
     tokenizer = model.tokenizer.tokenizer
     if body.stream:
         return StreamingResponse(_streamed(answers, tokenizer), media_type="text/event-stream")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from nemo_mtbi import console
 from nemo_mtbi.examples._launcher import announce, launcher
 
 
@@ -50,7 +51,8 @@ def main(cfg: DictConfig) -> None:
     if not is_first_rank():
         return
     paths = write_report(output, results, shlex.join(["python", "-m", "nemo_mtbi.examples.evaluate", *sys.argv[1:]]))
-    print("\n" + paths["md"].read_text())
+    if not console.within_step():
+        console.say("\n" + paths["md"].read_text())
     announce("Results", dict(paths))
 
 

@@ -1,5 +1,6 @@
 """One model behind a bounded queue: requests that wait are answered together, each gets its own tokens as they come."""
 
+import logging
 import queue
 import threading
 from collections.abc import Callable
@@ -9,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from nemo.utils import logging
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
@@ -17,6 +17,8 @@ from nemo_mtbi.data.audio import collate_waveforms
 from nemo_mtbi.errors import MTBIError
 from nemo_mtbi.models.mtbi_salm import MTBISALM
 from nemo_mtbi.modules.causal_lm import without_adapters
+
+log = logging.getLogger(__name__)
 
 
 class QueueFull(MTBIError):
@@ -144,7 +146,7 @@ class Batcher:
                 if asked:
                     self._answer(asked)
             except Exception as error:
-                logging.exception("a batch failed")
+                log.exception("a batch failed")
                 for request in batch:
                     request.on_end(error)
                 continue

@@ -1,6 +1,7 @@
 """What all launchers share: Hydra with our configuration tree, errors as messages, and typed configurations."""
 
 import functools
+import gc
 import os
 import shlex
 import sys
@@ -48,6 +49,8 @@ def launcher(
                 except MTBIError as error:
                     console.tell(f"\nError: {error}")
                     sys.exit(1)
+                finally:
+                    gc.freeze()  # else Python, when it ends, takes seconds to search all that NeMo has for garbage
 
         guarded.__name__, guarded.__doc__ = function.__name__, function.__doc__
         guarded.__module__ = function.__module__

@@ -17,7 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_mtbi.errors import ConfigError
 
-QUOTED_END = re.compile(r"(\\*)('|$)", re.DOTALL)
+PLAIN = re.compile(r"(?!(null|true|false|inf|nan)$)[A-Za-z_/][\w./-]*", re.ASCII | re.IGNORECASE)
+QUOTED_END = re.compile(r'(\\*)("|\Z)')
 BEFORE_INTERPOLATION = re.compile(r"(\\*)\$\{")
 ESCAPED = re.compile(r"[\\()\[\]{}:=, \t]")
 ASSIGNMENT = re.compile(r"(\+{0,2}[A-Za-z_][\w./@$-]*)=(.*)", re.DOTALL)
@@ -36,7 +37,7 @@ def inline(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ",".join(inline(v) for v in value) + "]"
     if isinstance(value, str | Path):
-        return quoted(str(value))
+        return str(value) if PLAIN.fullmatch(str(value)) else quoted(str(value))
     return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
 
 
@@ -89,9 +90,9 @@ def _is_sweep_function(text: str) -> bool:
 
 
 def quoted(text: str) -> str:
-    """Text in single quotes, read back letter by letter."""
+    """Text in quotes, read back letter by letter."""
     text = BEFORE_INTERPOLATION.sub(lambda m: m[1] * 2 + "\\${", text)
-    return "'" + QUOTED_END.sub(lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"
+    return '"' + QUOTED_END.sub(lambda m: m[1] * 2 + ('\\"' if m[2] else ""), text) + '"'
 
 
 def _name(key: Any) -> str:

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_mtbi import console
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.examples._launcher import announce, launcher, run_step
-from nemo_mtbi.examples._overrides import overrides
+from nemo_mtbi.examples._overrides import overrides, read
 from nemo_mtbi.io import jsonl
 
 STEP_0 = "step_0"  # what training starts from
@@ -100,12 +100,17 @@ def finished(run: Path, settings: list[str]) -> bool:
         ConfigError: with other settings than now.
     """
     record = run / "overrides.json"
-    if record.is_file() and json.loads(record.read_text()) != settings:
+    if record.is_file() and values_of(json.loads(record.read_text())) != values_of(settings):
         raise ConfigError(
             f"{run} was trained with other settings or data ({record}). Use another output_dir, or remove it."
         )
     jsonl.write_json(record, settings)
     return (run / "imitation" / "trained.safetensors").is_file()
+
+
+def values_of(settings: list[str]) -> dict[str, Any]:
+    """What the settings mean, however they are quoted."""
+    return {key: read(text) for key, _, text in (s.partition("=") for s in settings)}
 
 
 def tasks_of(manifest: Path) -> set[str]:

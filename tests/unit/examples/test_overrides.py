@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -55,6 +55,7 @@ VALUES = st.recursive(
 
 
 @settings(deadline=None, max_examples=300)
+@example("\\\n")
 @given(VALUES)
 def test_what_goes_in_comes_out(value):
     assert read(inline(value)) == value and type(read(inline(value))) is type(value)

@@ -1,5 +1,6 @@
 """The batch contract: conversations to tensors."""
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,6 @@ from lhotse.dataset import AudioSamples
 from nemo.collections.common.data.lhotse.dataloader import resample
 from nemo.collections.common.data.lhotse.text_adapters import collate_conversation_audio_fault_tolerant
 from nemo.collections.common.prompts import PromptFormatter
-from nemo.utils import logging
 
 from nemo_mtbi.data.conversation import MTBIConversation, transcript
 from nemo_mtbi.data.example import Example
@@ -18,6 +18,8 @@ from nemo_mtbi.data.interleaving import timeline
 from nemo_mtbi.data.rendering import PromptRenderer
 from nemo_mtbi.data.target import TEACHER_IDS_FIELD, TEACHER_LOG_PROBS_FIELD, Target
 from nemo_mtbi.errors import DataError
+
+log = logging.getLogger(__name__)
 
 
 class MTBIDataset(torch.utils.data.Dataset):
@@ -76,7 +78,7 @@ class MTBIDataset(torch.utils.data.Dataset):
             if not items:
                 return None
             if len(items) < len(conversations):
-                logging.warning(f"{len(conversations) - len(items)} conversations left out: unreadable audio")
+                log.warning(f"{len(conversations) - len(items)} conversations left out: unreadable audio")
             batch |= {"audios": audios, "audio_lens": lengths}
         batch["examples"] = [self._example(c) for c in items]
         if self.teacher_temperature is not None and all(c.target and c.target.teacher_begin >= 0 for c in items):

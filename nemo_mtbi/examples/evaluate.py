@@ -7,6 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from nemo_mtbi import console
 from nemo_mtbi.evaluation.columns import CASCADE, NORMALIZED_CASCADE
 from nemo_mtbi.examples._launcher import announce, launcher
 
@@ -62,10 +63,10 @@ def main(cfg: DictConfig) -> None:
             no_speech[name] = {"nothing_heard": share}
     if not is_first_rank():
         return
-    paths = write_report(
-        output, results, no_speech, shlex.join(["python", "-m", "nemo_mtbi.examples.evaluate", *sys.argv[1:]])
-    )
-    print("\n" + paths["md"].read_text())
+    command = shlex.join(["python", "-m", "nemo_mtbi.examples.evaluate", *sys.argv[1:]])
+    paths = write_report(output, results, no_speech, command)
+    if not console.within_step():
+        console.say("\n" + paths["md"].read_text())
     announce("Results", dict(paths))
 
 

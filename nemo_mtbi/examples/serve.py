@@ -4,6 +4,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from nemo_mtbi import console
 from nemo_mtbi.examples._launcher import launcher
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -43,10 +44,10 @@ def main(cfg: DictConfig) -> None:
 
         examples = EXAMPLES if cfg.examples is None else list(cfg.examples)
         app = mount_page(app, model, batcher, limits, cfg.asr, examples)
-        print(f"Page: {url}")
-    print(f"Endpoint: {url}/v1/chat/completions (model {name!r})", flush=True)
+        console.say(f"Page: {url}")
+    console.say(f"Endpoint: {url}/v1/chat/completions (model {name!r})")
     if cfg.host not in LOOPBACK:
-        print("Everybody who reaches this address can use it: there is no login.")
+        console.say("Everybody who reaches this address can use it: there is no login.")
     uvicorn.run(app, host=cfg.host, port=cfg.port, log_level="warning")
 
 

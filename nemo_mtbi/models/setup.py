@@ -1,6 +1,7 @@
 """How MTBISALM is put together from its configuration: tokenizer, LLM, speech side, and what is frozen."""
 
 import copy
+import logging
 from typing import Any
 
 import torch
@@ -9,7 +10,6 @@ from nemo.collections.common.tokenizers import AutoTokenizer
 from nemo.collections.speechlm2.parts.lora import maybe_install_lora
 from nemo.collections.speechlm2.parts.optim_setup import is_frozen
 from nemo.collections.speechlm2.parts.pretrained import load_pretrained_hf
-from nemo.utils import logging
 from omegaconf import DictConfig
 from torch import nn
 from transformers import AutoConfig
@@ -23,6 +23,8 @@ from nemo_mtbi.modules.perception import freeze, input_length_reference, require
 from nemo_mtbi.parallel.loading import empty_llm, materialize_adapters
 from nemo_mtbi.pretrained.fingerprint import fingerprint
 from nemo_mtbi.pretrained.offline import resolve_pretrained
+
+log = logging.getLogger(__name__)
 
 # Fields of SALM's configuration that NeMo reads from ``model.cfg``.
 SALM_KEYS = ("pretrained_weights", "audio_locator_tag", "prompt_format", "freeze_params", "prevent_freeze_params")
@@ -114,7 +116,7 @@ def setup_llm(model: Any, path: str, config: ModelConfig) -> None:
     del model.llm.model.embed_tokens
     if config.fused_norms:
         count = fuse_norms(model.llm)
-        logging.info(f"{count} norms of the LLM are {rms_norm_class().__module__}'s")
+        log.info(f"{count} norms of the LLM are {rms_norm_class().__module__}'s")
     maybe_install_lora(model)
     if sharded:
         materialize_adapters(model.llm)

@@ -17,8 +17,8 @@ import numpy as np
 from lhotse.cut import Cut
 from lhotse.supervision import AlignmentItem
 from omegaconf import MISSING
-from tqdm import tqdm
 
+from nemo_mtbi import console
 from nemo_mtbi.data.audio import mono_samples
 from nemo_mtbi.data.rendering import TimedWord
 from nemo_mtbi.errors import ConfigError, DataError
@@ -149,7 +149,7 @@ class Preparation:
                 e.id for e in entries if e.id in done and ("skipped" in done[e.id] or done[e.id].get("text") != e.text)
             }
             todo = [e for e in entries if e.id not in done or e.id in stale]
-            for entry in tqdm(todo, desc="prepare", unit="utt", disable=not todo):
+            for entry in console.progress(todo, desc="prepare", unit="utt", disable=not todo):
                 record: dict[str, Any] = {"id": entry.id, "settings": settings, "text": entry.text}
                 try:
                     cut, unaligned = self._prepare(entry)

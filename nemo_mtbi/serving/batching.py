@@ -3,13 +3,13 @@
 Letters: B requests, L positions, V vocabulary, H LLM width.
 """
 
+import logging
 import queue
 import threading
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from nemo.utils import logging
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
@@ -19,6 +19,8 @@ from nemo_mtbi.errors import DataError, MTBIError
 from nemo_mtbi.models.mtbi_salm import MTBISALM
 from nemo_mtbi.modules.causal_lm import without_adapters
 from nemo_mtbi.serving.request import Request
+
+log = logging.getLogger(__name__)
 
 
 class QueueFull(MTBIError):
@@ -111,7 +113,7 @@ class Batcher:
             if batch:
                 self._answer(batch)
         except Exception as error:
-            logging.error("A batch failed.", exc_info=True)
+            log.error("A batch failed.", exc_info=True)
             for request in batch:
                 if len(batch) > 1 and not request.tokens and not request.finished:
                     self._answer_or_fail([request])

@@ -1,13 +1,15 @@
 """One question to the batcher, and its answer as it grows."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from nemo.utils import logging
 
 from nemo_mtbi.serving.sampling import Draw, Sampling, TokenScore
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Request:
         try:
             listener(event)
         except Exception as error:  # of this client alone: the others of the batch go on
-            logging.warning(f"An answer reached nobody ({type(error).__name__}: {error}).")
+            log.warning(f"An answer reached nobody ({type(error).__name__}: {error}).")
             self.cancel()
 
 

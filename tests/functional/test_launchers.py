@@ -172,6 +172,22 @@ def test_evaluation_export_and_an_answer(root, trained, targets):
     assert "left out" in out and len((root / "answers.jsonl").read_text().splitlines()) == 1
 
 
+def test_questions_arrive_letter_by_letter_and_nothing_else_is_printed(root, trained, tmp_path):
+    """After the test above, whose export it reads."""
+    recording = root / "recording (1), a=b.wav"
+    recording.write_bytes((root / "3.wav").read_bytes())
+    questions = ['7 "things": {x}, it\'s ${HOME} = \\ ä 🙂\n[end', "Why?"]
+    asked = [part for q in questions for part in ("--prompt", q)]
+    options = ("--json", "--max-new-tokens", "3")
+    out = launch("generate", root / "m.nemo", recording, root / "2.wav", *asked, *options, cwd=tmp_path)
+    records = [json.loads(line) for line in out.splitlines()]
+    assert [r["prompt"] for r in records] == [q for q in questions for _ in range(2)]
+    assert {r["audio"] for r in records} == {str(recording), str(root / "2.wav")}
+    launch("generate", f"model={root}/m.nemo", f"audio={recording}", "prompt=In short, what?", cwd=tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert "NeMo" in (trained / "logs" / "train.log").read_text()
+
+
 def test_benchmark_resumes_and_is_reproducible(root, trained, prepared):
     slots = [{"size": "small"}, {"size": "large", "drink": "tea"}, {"drink": "coffee"}]
     (root / "labels.tsv").write_text(

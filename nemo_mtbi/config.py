@@ -60,13 +60,14 @@ class InterleavingConfig:
 
 @dataclass
 class AlignmentStageConfig:
-    """Weights of the two terms of the alignment stage (the connector's warm start.
+    """The alignment stage, the connector's warm start: weights of its two terms, and the learning rate that it needs.
 
-    ``alignment_stage`` in train.yaml).
+    Its trainer and optimizer are ``alignment_stage`` in train.yaml.
     """
 
     w_ctc: float = 1.0
     w_align: float = 0.0
+    lr: float = 1.0e-3
 
 
 @dataclass

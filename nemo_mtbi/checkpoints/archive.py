@@ -7,6 +7,7 @@ No pickle, no code: classes come from the configuration through NeMo's list of a
 """
 
 import json
+import logging
 import os
 import tarfile
 import tempfile
@@ -17,7 +18,6 @@ from typing import Any
 
 from nemo.collections.common.prompts import PromptFormatter
 from nemo.collections.speechlm2.parts.hf_hub import LLM_BACKBONE_DIR
-from nemo.utils import logging
 from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 
@@ -27,6 +27,8 @@ from nemo_mtbi.data.chat_template import chat_template
 from nemo_mtbi.errors import CheckpointError, ConfigError
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.modules.causal_lm import causal_lm
+
+log = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS, NEMO_CONFIG = "config.json", "model.safetensors", "model_config.yaml"
 # Settings of training that mean nothing to a user of the model.
@@ -80,7 +82,7 @@ def save_tokenizer(model: Any, folder: Path) -> None:
         try:
             hf.chat_template = chat_template(model.tokenizer, PromptFormatter.resolve(model.cfg.prompt_format))
         except ConfigError as error:
-            logging.warning(f"The export has no chat template: {error}")
+            log.warning(f"The export has no chat template: {error}")
             hf.chat_template = None
         hf.save_pretrained(folder)
     finally:

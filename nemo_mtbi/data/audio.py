@@ -3,6 +3,7 @@
 Letters: C channels, S samples, B utterances.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,11 +16,11 @@ from lhotse.augmentation import AudioTransform, Resample
 from lhotse.cut import Cut
 from lhotse.cut.data import DataCut
 from lhotse.utils import compute_num_samples, fastcopy
-from nemo.utils import logging
 from torch import Tensor
 
 from nemo_mtbi.errors import DataError
 
+log = logging.getLogger(__name__)
 AUDIO_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a"}
 MIN_AUDIO_SECONDS = 0.05
 # A recording's mean is noticed above this share of its own level (recorded speech lies far below).
@@ -107,7 +108,7 @@ def load_waveform(
             f"{path} lasts {len(samples) / sampling_rate:.3f} s; at least {MIN_AUDIO_SECONDS} s are needed."
         )
     for what in noticed:
-        logging.warning(f"{path}: {what}.")
+        log.warning(f"{path}: {what}.")
     return samples
 
 

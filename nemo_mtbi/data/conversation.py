@@ -17,7 +17,7 @@ from nemo.collections.common.data.lhotse.cutset import read_cutset_from_config
 from nemo.collections.common.data.lhotse.text_adapters import AudioTurn, NeMoMultimodalConversation, TextTurn
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_mtbi.data.messages import user_message
+from nemo_mtbi.data.messages import NOTHING_HEARD, user_message
 from nemo_mtbi.data.rendering import Message, RenderedPrompt, Spoken, TimedWord
 from nemo_mtbi.data.target import TARGETS_FIELD, Target
 from nemo_mtbi.errors import ConfigError, DataError
@@ -86,7 +86,7 @@ def spoken_part(cut: Cut) -> Spoken:
         for item in (supervision.alignment or {}).get("word", []):
             # Lhotse shifts alignments with their supervision, so times are relative to the cut.
             words.append(TimedWord(item.symbol, item.start, item.end))
-    return Spoken(transcript(cut), tuple(words), cut.duration)
+    return Spoken(transcript(cut) or NOTHING_HEARD, tuple(words), cut.duration)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
 """The batch contract: conversations to tensors."""
 
+import logging
 from typing import Any
 
 import numpy as np
 import torch
 from lhotse import CutSet
 from nemo.collections.common.prompts import PromptFormatter
-from nemo.utils import logging
 
 from nemo_mtbi.data.audio import collate_waveforms, mono_samples
 from nemo_mtbi.data.conversation import MTBIConversation, transcript
@@ -16,6 +16,8 @@ from nemo_mtbi.data.interleaving import timeline
 from nemo_mtbi.data.rendering import PromptRenderer
 from nemo_mtbi.data.target import TEACHER_IDS_FIELD, TEACHER_LOG_PROBS_FIELD, Target
 from nemo_mtbi.errors import DataError
+
+log = logging.getLogger(__name__)
 
 
 class MTBIDataset(torch.utils.data.Dataset):
@@ -84,7 +86,7 @@ class MTBIDataset(torch.utils.data.Dataset):
                 waveforms.append(mono_samples(item.cut, self.sampling_rate))
                 kept.append(item)
             except Exception as error:  # decoders raise their own types
-                logging.warning(f"{item.id} is left out: {type(error).__name__}: {str(error)[:200]}")
+                log.warning(f"{item.id} is left out: {type(error).__name__}: {str(error)[:200]}")
         return kept, waveforms
 
     def _example(self, conversation: MTBIConversation) -> Example:

@@ -1,5 +1,6 @@
 """The cascade's first half: Whisper transcripts of the evaluated audio, with the decoder at its full 30 s windows."""
 
+import logging
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from lhotse.cut import Cut
-from nemo.utils import logging
-from tqdm import tqdm
 
+from nemo_mtbi import console
 from nemo_mtbi.data.audio import mono_samples
 from nemo_mtbi.data.feature_cache import features_key
 from nemo_mtbi.errors import ConfigError
@@ -17,6 +17,8 @@ from nemo_mtbi.io import jsonl
 from nemo_mtbi.modules.perception import is_whisper
 from nemo_mtbi.pretrained.fingerprint import fingerprint
 from nemo_mtbi.pretrained.offline import resolve_pretrained
+
+log = logging.getLogger(__name__)
 
 RATE, WINDOW_SECONDS = 16_000, 30
 
@@ -50,7 +52,7 @@ class WhisperASR:
         missing = sorted((c for c in cuts if c.id not in done), key=lambda c: c.duration)
         if not missing:
             return done
-        with jsonl.Appender(cache) as out, tqdm(total=len(missing), desc="cascade ASR", unit="utt") as bar:
+        with jsonl.Appender(cache) as out, console.progress(total=len(missing), desc="cascade ASR", unit="utt") as bar:
             for begin in range(0, len(missing), self.batch_size):
                 batch = missing[begin : begin + self.batch_size]
                 read = {c.id: w for c in batch if (w := _samples(c)) is not None}
@@ -88,5 +90,5 @@ def _samples(cut: Cut) -> np.ndarray | None:
     try:
         return mono_samples(cut, RATE)
     except Exception as error:  # decoders raise their own types
-        logging.warning(f"{cut.id} is left out of the cascade: its audio cannot be read ({error}).")
+        log.warning(f"{cut.id} is left out of the cascade: its audio cannot be read ({error}).")
         return None

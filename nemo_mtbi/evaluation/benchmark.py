@@ -33,6 +33,7 @@ from nemo_mtbi.evaluation.labelled import label_of, labelled_cuts
 from nemo_mtbi.evaluation.latency import seconds_to_first_token
 from nemo_mtbi.evaluation.predictions import Predictions, digest, key_of
 from nemo_mtbi.evaluation.score import normalize
+from nemo_mtbi.evaluation.silence import nothing_heard, writes_text
 from nemo_mtbi.evaluation.summary import summarize, summarize_labels
 from nemo_mtbi.evaluation.systems import EvaluationSet, SALMSystem, SpeechSystem, System, TextLLM, TextSystem
 from nemo_mtbi.models.mtbi_salm import MTBISALM
@@ -81,6 +82,7 @@ class Benchmark:
         }
         self.records: dict[str, dict[str, Records]] = {name: {} for name in cfg.cuts}
         self.label_records: dict[str, Records] = {name: {} for name in self.labelled}
+        self.silence: dict[str, dict[str, float | None]] = {}
 
     def run(self, command: str) -> dict[str, Path]:
         """Ask every system, score, and write the report.
@@ -106,6 +108,7 @@ class Benchmark:
             "baseline": baseline,
             "resamples": self.cfg.resamples,
             "seconds_to_first_token": latency,
+            "nothing_heard": self.silence,
         }
         return write_report(self.output, results, about, command)
 
@@ -117,7 +120,7 @@ class Benchmark:
             raise ConfigError(f"baseline={cfg.baseline} is none of the systems ({', '.join(cfg.systems)}).")
         if unknown := set(cfg.compare_with) - {TOPLINE, CASCADE, NORMALIZED_CASCADE, *cfg.systems}:
             raise ConfigError(f"compare_with: {sorted(unknown)[0]} is none of the systems ({', '.join(cfg.systems)}).")
-        for path in cfg.cuts.values():
+        for path in [*cfg.cuts.values(), *filter(None, [cfg.no_speech])]:
             check_manifest(path)
 
     def _target_settings(self, folders: list[str] | None) -> dict[str, Any]:
@@ -201,6 +204,18 @@ class Benchmark:
                 f"systems.{name} has another LLM than the first system; their answers cannot be compared."
             )
         self._ask(name, lambda questions: SpeechSystem(model), digest(self.weights), model.encoder_key)
+        if self.cfg.no_speech and writes_text(model):
+            sets = {"no speech": self.cfg.no_speech, **self.cfg.cuts}
+            self.silence[name] = {
+                title: nothing_heard(
+                    SpeechSystem(model),
+                    CutSet.from_file(path),
+                    self.cfg.cached_features,
+                    self.cfg.batch_size,
+                    f"{name}: {title}",
+                )
+                for title, path in sets.items()
+            }
 
 
 def write_references(

@@ -45,6 +45,10 @@ def write_report(folder: Path, results: dict[str, Any], about: dict[str, Any], c
     versions = {name: version(name) for name in LIBRARIES}
     jsonl.write_json(paths["json"], {"command": command, "versions": versions, **about, "results": results})
     sections = [section for name, columns in results.items() for section in _sections(name, columns, about["baseline"])]
+    if silence := about.get("nothing_heard"):
+        sets = list(next(iter(silence.values())))
+        rows = [["system", *sets], *([name, *map(_plain, shares.values())] for name, shares in silence.items())]
+        sections.append(("share of recordings in which nothing is heard", rows))
     jsonl.write_text(paths["md"], markdown(sections, about, command, versions))
     figures = {name: plot(columns) for name, columns in results.items() if "labels" not in columns}
     save_picture(next(iter(figures.values())), paths["png"])

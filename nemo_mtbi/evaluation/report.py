@@ -14,15 +14,22 @@ COLUMNS = (
     ("repeat_wer", "repeat WER"),
     ("repeat_wer_to_transcript", "repeat WER to transcript"),
     ("transcribe_wer", "transcribe WER"),
+    ("nothing_heard", "nothing heard"),
 )
 
 
-def write_report(folder: Path, results: dict[str, dict[str, Any]], command: str) -> dict[str, Path]:
-    """``results[manifest][system]`` -> results.json, results.md and results.png under ``folder``."""
+def write_report(
+    folder: Path, results: dict[str, dict[str, Any]], no_speech: dict[str, Any], command: str
+) -> dict[str, Path]:
+    """``results[manifest][system]``, and ``no_speech[system]`` of recordings in which nothing is said, -> results.json,
+    results.md and results.png under ``folder``.
+    """
     paths = {name: folder / f"results.{name}" for name in ("json", "md", "png")}
     record = {"command": command, "versions": {n: version(n) for n in LIBRARIES}, "results": results}
+    record |= {"no_speech": no_speech} if no_speech else {}
     jsonl.write_json(paths["json"], record)
-    jsonl.write_text(paths["md"], markdown(results, command))
+    silent = {"no speech": no_speech} if no_speech else {}
+    jsonl.write_text(paths["md"], markdown(results | silent, command))
     plot(results, paths["png"])
     return paths
 
@@ -34,7 +41,7 @@ def markdown(results: dict[str, dict[str, Any]], command: str) -> str:
         lines += [f"## {manifest}", "", "| system | " + " | ".join(title for _, title in COLUMNS) + " |"]
         lines.append("|---|" + "---:|" * len(COLUMNS))
         for system, scores in systems.items():
-            cells = [f"{scores[key]:.3f}" if key in scores else "-" for key, _ in COLUMNS]
+            cells = ["-" if scores.get(key) is None else f"{scores[key]:.3f}" for key, _ in COLUMNS]
             lines.append(f"| {system} | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 - token agreement: share of response tokens that are the system's most likely token under teacher forcing;
 - KL per token: KL(text LLM || system) over the full vocabulary at temperature 1, in nats per response token;
 - transcribe WER: of what the recognizer (a connector that writes text, a cascade's ASR) writes, against the transcript;
+- nothing heard: share of the recordings of which that recognizer writes nothing;
 - repeat WER: of generated "repeat" answers against the text LLM's own answer, and against the transcript.
 """
 
@@ -17,6 +18,7 @@ from lhotse import CutSet
 
 from nemo_mtbi.data.conversation import transcript
 from nemo_mtbi.data.example import Example
+from nemo_mtbi.evaluation.silence import empty_share, own_transcripts
 from nemo_mtbi.evaluation.systems import (
     EvaluationSet,
     SpeechSystem,
@@ -27,8 +29,6 @@ from nemo_mtbi.evaluation.systems import (
     system_batches,
 )
 from nemo_mtbi.models.mtbi_salm import MTBISALM
-from nemo_mtbi.modules.connectors.base import Connector
-from nemo_mtbi.modules.perception import connector_of
 
 REPEAT = "repeat"
 
@@ -61,6 +61,7 @@ class Scores:
         if self.heard:
             written, said = ([normalize(h[i]) for h in self.heard] for i in range(2))
             result["transcribe_wer"] = word_error_rate(said, written)
+            result["nothing_heard"] = empty_share(written)
         return result
 
 
@@ -89,8 +90,6 @@ class Evaluation:
         self.model, self.batch_size = model, batch_size
         self.questions = EvaluationSet(model, cuts, cached_features)
         self.text_llm = TextLLM()
-        connector = connector_of(model.perception)
-        self._writes_text = connector is not None and type(connector).transcribe is not Connector.transcribe
 
     @torch.no_grad()
     def score(self, name: str, system: System, generate: bool = True) -> Scores:
@@ -115,17 +114,11 @@ class Evaluation:
         return scores
 
     def _heard(self, name: str, system: System) -> list[tuple[str, str]]:
-        once = list({c.source_id: c for c in self.questions.conversations}.values())
-        if isinstance(system, TextSystem):
-            own = system.transcripts or {}
-            return [(own[c.source_id], transcript(c.cut)) for c in once if c.source_id in own]
-        if not isinstance(system, SpeechSystem) or not self._writes_text:
-            return []
-        result = []
-        for reading in system_batches(system, self.questions, once, self.batch_size, f"{name}: transcribe"):
-            texts = system.transcripts(reading) or []
-            result += [(text, e.transcript) for text, e in zip(texts, reading.examples, strict=True)]
-        return result
+        if isinstance(system, SpeechSystem):
+            return own_transcripts(system, self.questions, self.batch_size, name)
+        own = (system.transcripts or {}) if isinstance(system, TextSystem) else {}
+        once = {c.source_id: c for c in self.questions.conversations}
+        return [(own[i], transcript(c.cut)) for i, c in once.items() if i in own]
 
 
 def budget(examples: list[Example]) -> int:

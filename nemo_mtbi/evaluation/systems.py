@@ -4,17 +4,17 @@ A :class:`SystemBatch` is what a system makes of a batch of conversations once; 
 taken from it.
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from lhotse import CutSet
-from nemo.utils import logging
 from omegaconf import OmegaConf
 from torch import Tensor
-from tqdm import tqdm
 
+from nemo_mtbi import console
 from nemo_mtbi.data.audio import collate_waveforms, mono_samples
 from nemo_mtbi.data.conversation import ConversationIterator, MTBIConversation, TargetSelection, transcript
 from nemo_mtbi.data.dataset import MTBIDataset
@@ -27,6 +27,8 @@ from nemo_mtbi.models.language_model import teacher_hidden_states
 from nemo_mtbi.models.mtbi_salm import MTBISALM
 from nemo_mtbi.models.speech import batch_features, transcribe
 
+log = logging.getLogger(__name__)
+
 KL_ONLY = ImitationObjective(w_ce=0.0, w_kl=1.0, temperature=1.0)
 
 
@@ -37,13 +39,15 @@ class EvaluationSet:
         model: gives tokenizer, prompt format and the encoder that cached features must come from.
         cuts: with targets.
         cached_features: read encoder features instead of audio.
+        every_cut: one conversation for each cut, with targets or without, for what needs no answers.
     """
 
-    def __init__(self, model: MTBISALM, cuts: CutSet, cached_features: bool) -> None:
+    def __init__(self, model: MTBISALM, cuts: CutSet, cached_features: bool, every_cut: bool = False) -> None:
         options = {
             "audio_locator_tag": model.audio_locator_tag,
             "speech_position": model.config.speech_position,
             "force_finite": True,
+            "every_cut": every_cut,
         }
         self.dataset = MTBIDataset(
             model.tokenizer,
@@ -175,7 +179,7 @@ class SALMSystem:
                 waveforms.append(mono_samples(conversation.cut, self.model.sampling_rate))
                 kept.append(conversation)
             except Exception as error:  # decoders raise their own types
-                logging.warning(f"{conversation.source_id} is left out: its audio cannot be read ({error}).")
+                log.warning(f"{conversation.source_id} is left out: its audio cannot be read ({error}).")
         if not kept:
             return None
         return SystemBatch(kept, [questions.dataset._example(c) for c in kept], collate_waveforms(waveforms))
@@ -277,7 +281,7 @@ def system_batches(
     system: System, questions: EvaluationSet, conversations: list[MTBIConversation], batch_size: int, title: str
 ) -> Iterator[SystemBatch]:
     """Batches of conversations as a system reads them, with a progress bar."""
-    with tqdm(total=len(conversations), desc=title, unit="answer") as bar:
+    with console.progress(total=len(conversations), desc=title, unit="answer") as bar:
         for begin in range(0, len(conversations), batch_size):
             part = conversations[begin : begin + batch_size]
             reading = system.read(questions, part)

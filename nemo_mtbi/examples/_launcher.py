@@ -1,11 +1,12 @@
 """What all launchers share: Hydra with our configuration tree, errors as messages, and typed configurations."""
 
+import functools
+import gc
 import os
 import shlex
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,21 +15,27 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nemo_mtbi import console
 from nemo_mtbi.errors import ConfigError, MTBIError
+from nemo_mtbi.examples._overrides import as_typed, overrides
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 T = TypeVar("T")
 
 
 def launcher(
-    config_name: str, schemas: dict[str, type] | None = None
+    config_name: str,
+    schemas: dict[str, type] | None = None,
+    arguments: Callable[[list[str]], list[str]] = lambda given: given,
 ) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
-    """Hydra entry point like NeMo's ``hydra_runner``, which also turns our errors into exit code 1 and one message.
+    """Hydra entry point like NeMo's ``hydra_runner``, which also turns our errors into exit code 1 and one message, and
+    keeps what other libraries print in the run's log (:mod:`nemo_mtbi.console`).
 
     Args:
         config_name: YAML under ``conf``.
         schemas: dataclasses whose defaults the YAML builds on (``prepare_schema``, or ``speech_llm/schema`` in a
             group).
+        arguments: the command line as Hydra's overrides, where a launcher takes another form too.
     """
     for name, node in (schemas or {}).items():
         group, _, own = name.rpartition("/")
@@ -36,19 +43,37 @@ def launcher(
 
     def decorate(function: Callable[[DictConfig], Any]) -> Callable[[], None]:
         def guarded(cfg: DictConfig) -> None:
-            if os.environ.get("RANK", "0") != "0":
-                os.environ["TQDM_DISABLE"] = "1"  # one progress bar a job
-            try:
-                function(cfg)
-            except MTBIError as error:
-                print(f"\nError: {error}", file=sys.stderr)
-                sys.exit(1)
+            with console.redirected(log_path(cfg, config_name)):
+                try:
+                    function(cfg)
+                except MTBIError as error:
+                    console.tell(f"\nError: {error}")
+                    sys.exit(1)
+                finally:
+                    gc.freeze()  # else Python, when it ends, takes seconds to search all that NeMo has for garbage
 
         guarded.__name__, guarded.__doc__ = function.__name__, function.__doc__
         guarded.__module__ = function.__module__
-        return hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)
+        composed = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)
+
+        @functools.wraps(function)
+        def entry() -> None:
+            sys.argv[1:] = arguments(without_verbose(sys.argv[1:]))
+            if not {"-m", "--multirun"} & set(sys.argv[1:]):
+                sys.argv[1:] = map(as_typed, sys.argv[1:])
+            composed()
+
+        return entry
 
     return decorate
+
+
+def without_verbose(arguments: list[str]) -> list[str]:
+    """Take out ``verbose=true`` (or ``--verbose``), which holds for all steps and worker processes too."""
+    own = [a for a in arguments if a == "--verbose" or a.startswith("verbose=")]
+    if own:
+        os.environ[console.VERBOSE] = "1" if own[-1].lower() in ("--verbose", "verbose=true") else "0"
+    return [a for a in arguments if a not in own]
 
 
 def open_dictionaries(node: DictConfig) -> DictConfig:
@@ -77,35 +102,38 @@ def typed(schema: type[T], cfg: DictConfig) -> T:
     return value
 
 
-def run_step(name: str, module: str, *overrides: str) -> float:
+def run_step(name: str, module: str, values: Mapping[str, Any]) -> float:
     """Run another launcher as a process of its own, printed as the command it is; seconds that it took.
+
+    Args:
+        name: what is printed.
+        module: under ``nemo_mtbi.examples``.
+        values: what its configuration is to hold; see :func:`nemo_mtbi.examples._overrides.overrides`.
 
     Raises:
         MTBIError: it failed.
     """
     begin = time.time()
-    command = ["-m", f"nemo_mtbi.examples.{module}", *overrides]
-    print(f"\n=== {name}\n$ python {shlex.join(command)}", flush=True)
-    if subprocess.run([sys.executable, *command]).returncode != 0:
+    command = ["-m", f"nemo_mtbi.examples.{module}", *overrides(values)]
+    console.say(f"=== {name}\n$ python {shlex.join(command)}")
+    code = console.run([sys.executable, *command])
+    if code != 0:
         raise MTBIError(f"The step {name!r} failed; its message is above. The same command continues from here.")
     return time.time() - begin
 
 
-def inline(value: Any) -> str:
-    """A value in Hydra's override grammar."""
-    if OmegaConf.is_config(value):
-        value = OmegaConf.to_container(value, resolve=True)
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{k}:{inline(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ",".join(inline(v) for v in value) + "]"
-    if isinstance(value, str):
-        return "'" + value.replace("'", "\\'") + "'"
-    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
-
-
 def announce(title: str, paths: dict[str, Path | str]) -> None:
-    """Say where results are."""
-    print(f"\n{title}")
-    for name, path in paths.items():
-        print(f"  {name}: {path}")
+    """Say where results are; a launcher that runs others says it once, at its own end."""
+    if console.within_step():
+        console.say(title)
+    else:
+        console.say("\n".join(["", title, *(f"  {name}: {path}" for name, path in paths.items())]))
+
+
+def log_path(cfg: DictConfig, name: str) -> Path | None:
+    """The log of a run, in the folder that it writes to or reads; None without one."""
+    for key in ("output_dir", "run"):
+        folder = OmegaConf.select(cfg, key, throw_on_missing=False)
+        if folder is not None and (key == "output_dir" or Path(folder).is_dir()):
+            return Path(folder) / "logs" / f"{name}.log"
+    return None

@@ -7,8 +7,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_mtbi import console
 from nemo_mtbi.errors import ConfigError
-from nemo_mtbi.examples._launcher import announce, inline, launcher, run_step
+from nemo_mtbi.examples._launcher import announce, launcher, run_step
+from nemo_mtbi.examples._overrides import overrides, read
 from nemo_mtbi.io import jsonl
 
 STEP_0 = "step_0"  # what training starts from
@@ -36,7 +38,7 @@ def main(cfg: DictConfig) -> None:
         absent = [name for name in names if not set(variants[name].get("tasks", [])) <= held]
         names = [name for name in names if name not in absent]
         if absent:
-            print(f"Left out, since {cfg.targets.train} has no targets of their tasks: {', '.join(absent)}.")
+            console.say(f"Left out, since {cfg.targets.train} has no targets of their tasks: {', '.join(absent)}.")
     wanted = {t for name in names for t in variants[name].get("tasks", [])} | set(
         cfg.benchmark.get("trained_tasks") or held
     )
@@ -51,9 +53,9 @@ def main(cfg: DictConfig) -> None:
     for name in names:
         for seed in cfg.seeds.get(name, [0]):
             runs.setdefault(name, {})[seed] = run = root / name / f"seed{seed}"
-            overrides = train_overrides(cfg, variants[name], run, seed)
-            if not finished(run, overrides):
-                run_step(f"train {name}, seed {seed}", "train", *overrides)
+            values = train_values(cfg, variants[name], run, seed)
+            if not finished(run, overrides(values)):
+                run_step(f"train {name}, seed {seed}", "train", values)
     systems = {f"{name}.{seed}": str(run) for name, seeds in runs.items() for seed, run in seeds.items()}
     first = next(iter(systems.values()))
     systems = {STEP_0: cfg.warm_start or f"{first}@untrained"} | systems
@@ -61,24 +63,26 @@ def main(cfg: DictConfig) -> None:
     run_step(
         "benchmark",
         "benchmark",
-        f"output_dir={root}/benchmark",
-        f"cuts={inline(cfg.cuts)}",
-        f"systems={inline(systems)}",
-        f"compare_with={inline(references)}",
-        *(f"{k}={inline(v)}" for k, v in cfg.benchmark.items()),
+        {
+            "output_dir": root / "benchmark",
+            "cuts": cfg.cuts,
+            "systems": systems,
+            "compare_with": references,
+            **cfg.benchmark,
+        },
     )
     paths = write_report(root, json.loads((root / "benchmark" / "benchmark.json").read_text()), runs)
-    print("\n" + paths["md"].read_text())
+    console.say("\n" + paths["md"].read_text())
     announce("Results", {**paths, "benchmark": root / "benchmark" / "benchmark.md"})
 
 
-def train_overrides(cfg: DictConfig, variant: dict[str, Any], run: Path, seed: int) -> list[str]:
-    """The command line of one variant's training."""
+def train_values(cfg: DictConfig, variant: dict[str, Any], run: Path, seed: int) -> dict[str, Any]:
+    """What the configuration of one variant's training is to hold."""
     manifest = Path(cfg.targets.train)
     if "data_share" in variant:
         manifest = subset(manifest, Path(cfg.output_dir) / "data", variant["data_share"])
     source = {"type": "mtbi", "cuts_path": str(manifest)} | ({"tasks": variant["tasks"]} if "tasks" in variant else {})
-    overrides = {
+    return {
         **cfg.train,
         "output_dir": str(run),
         "seed": seed,
@@ -87,22 +91,26 @@ def train_overrides(cfg: DictConfig, variant: dict[str, Any], run: Path, seed: i
         "init_from": cfg.warm_start if variant.get("warm_start", True) else None,
         **variant.get("train", {}),
     }
-    return [f"{key}={inline(value)}" for key, value in overrides.items()]
 
 
-def finished(run: Path, overrides: list[str]) -> bool:
+def finished(run: Path, settings: list[str]) -> bool:
     """Whether a run is trained.
 
     Raises:
         ConfigError: with other settings than now.
     """
     record = run / "overrides.json"
-    if record.is_file() and json.loads(record.read_text()) != overrides:
+    if record.is_file() and values_of(json.loads(record.read_text())) != values_of(settings):
         raise ConfigError(
             f"{run} was trained with other settings or data ({record}). Use another output_dir, or remove it."
         )
-    jsonl.write_json(record, overrides)
+    jsonl.write_json(record, settings)
     return (run / "imitation" / "trained.safetensors").is_file()
+
+
+def values_of(settings: list[str]) -> dict[str, Any]:
+    """What the settings mean, however they are quoted."""
+    return {key: read(text) for key, _, text in (s.partition("=") for s in settings)}
 
 
 def tasks_of(manifest: Path) -> set[str]:

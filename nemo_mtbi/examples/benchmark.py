@@ -8,6 +8,7 @@ import sys
 
 from omegaconf import DictConfig
 
+from nemo_mtbi import console
 from nemo_mtbi.examples._launcher import announce, launcher
 
 
@@ -18,7 +19,8 @@ def main(cfg: DictConfig) -> None:
 
     tune(cfg.threads)
     paths = Benchmark(cfg).run(shlex.join(["python", "-m", "nemo_mtbi.examples.benchmark", *sys.argv[1:]]))
-    print("\n" + paths["md"].read_text())
+    if not console.within_step():
+        console.say("\n" + paths["md"].read_text())
     announce("Results", dict(paths))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from nemo_mtbi import console
 from nemo_mtbi.evaluation.columns import CASCADE, NORMALIZED_CASCADE
 from nemo_mtbi.examples._launcher import announce, launcher
 
@@ -20,19 +21,21 @@ def main(cfg: DictConfig) -> None:
     from nemo_mtbi.evaluation.asr import WhisperASR
     from nemo_mtbi.evaluation.report import write_report
     from nemo_mtbi.evaluation.score import Evaluation, normalize
+    from nemo_mtbi.evaluation.silence import nothing_heard
     from nemo_mtbi.evaluation.systems import SpeechSystem, TextSystem
     from nemo_mtbi.models import MTBISALM
     from nemo_mtbi.parallel.launch import from_first_rank, is_first_rank, join_ranks
     from nemo_mtbi.process import tune
 
     tune(cfg.threads)
-    for path in cfg.cuts.values():
+    for path in [*cfg.cuts.values(), *filter(None, [cfg.no_speech])]:
         check_manifest(path)
     device = join_ranks(cfg.tensor_model_parallel_size, "evaluate")
     run, output = RunDirectory(cfg.run), Path(cfg.output_dir or Path(cfg.run) / "evaluation")
     stages = [name for name in cfg.stages if run.weights(name).is_file()]
     model = MTBISALM.from_run(run, None, cfg.llm_dtype, cfg.tensor_model_parallel_size).to(device)
     results: dict[str, dict] = {}
+    no_speech: dict[str, dict] = {}
     for manifest, path in cfg.cuts.items():
         evaluation = Evaluation(model, CutSet.from_file(path), cfg.cached_features, cfg.batch_size)
         systems = results.setdefault(manifest, {})
@@ -52,10 +55,19 @@ def main(cfg: DictConfig) -> None:
             systems[name] = evaluation.score(
                 f"{manifest}: {name}", SpeechSystem(model), generate=name != UNTRAINED
             ).summary()
+    if cfg.no_speech:
+        silent = CutSet.from_file(cfg.no_speech)
+        for name in stages:
+            run.load_weights(model, name)
+            title = f"no speech: {name}"
+            share = nothing_heard(SpeechSystem(model), silent, cfg.cached_features, cfg.batch_size, title)
+            no_speech[name] = {"nothing_heard": share}
     if not is_first_rank():
         return
-    paths = write_report(output, results, shlex.join(["python", "-m", "nemo_mtbi.examples.evaluate", *sys.argv[1:]]))
-    print("\n" + paths["md"].read_text())
+    command = shlex.join(["python", "-m", "nemo_mtbi.examples.evaluate", *sys.argv[1:]])
+    paths = write_report(output, results, no_speech, command)
+    if not console.within_step():
+        console.say("\n" + paths["md"].read_text())
     announce("Results", dict(paths))
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from nemo_mtbi import console
 from nemo_mtbi.examples._launcher import announce, launcher
 
 
@@ -48,7 +49,9 @@ def main(cfg: DictConfig) -> None:
     jsonl.write_json(run.root / "export.json", record)
     announce(f"Exported (largest difference of logits after reading back: {difference})", dict(written))
     model_path = next(iter(written.values()))
-    print(
+    if console.within_step():
+        return
+    console.say(
         f"\nAsk it: python -m nemo_mtbi.examples.generate model={model_path} audio=question.wav "
         '"prompt=What is this about?"'
     )

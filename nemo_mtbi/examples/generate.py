@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from nemo_mtbi.examples._launcher import announce, launcher
+from nemo_mtbi import console
+from nemo_mtbi.examples._generate_arguments import to_overrides
+from nemo_mtbi.examples._launcher import launcher
 
 
-@launcher("generate")
+@launcher("generate", arguments=to_overrides)
 def main(cfg: DictConfig) -> None:
     from nemo_mtbi.data.audio import collate_waveforms
     from nemo_mtbi.data.audio_inputs import audio_inputs
@@ -18,14 +20,11 @@ def main(cfg: DictConfig) -> None:
     from nemo_mtbi.parallel.launch import is_first_rank, join_ranks
 
     inputs = list(audio_inputs(cfg.audio))
+    questions = [str(p) for p in ([cfg.prompt] if not OmegaConf.is_list(cfg.prompt) else cfg.prompt)]
+    alone = len(inputs) == len(questions) == 1
     size = cfg.tensor_model_parallel_size
     device = join_ranks(size, "generate") if cfg.device == "auto" or size > 1 else cfg.device
     model = MTBISALM.restore_from(cfg.model, tensor_model_parallel_size=size).to(device)
-
-    def show(line: str) -> None:
-        if is_first_rank():
-            print(line, flush=True)
-
     records: list[dict[str, Any]] = []
     failed = 0
     for begin in range(0, len(inputs), cfg.batch_size):
@@ -37,21 +36,34 @@ def main(cfg: DictConfig) -> None:
                 if len(inputs) == 1:
                     raise
                 failed += 1
-                show(f"{source}\t(left out: {error})")
+                console.tell(f"{source} is left out: {error}")
         if not loaded:
             continue
         audios, lengths = collate_waveforms([w for _, w in loaded])
-        prompts = [[model.user_turn(cfg.prompt)] for _ in loaded]
-        ids = model.generate(prompts, audios, lengths, max_new_tokens=cfg.max_new_tokens, do_sample=cfg.do_sample)
-        for (source, _), row in zip(loaded, ids, strict=True):
-            answer = model.tokenizer.tokenizer.decode(row, skip_special_tokens=True).strip()
-            records.append({**source.to_dict(), "prompt": cfg.prompt, "answer": answer})
-            show(answer if len(inputs) == 1 else f"{source}\t{answer}")
+        options = {"max_new_tokens": cfg.max_new_tokens, "do_sample": cfg.do_sample}
+        for question in questions:
+            ids = model.generate([[model.user_turn(question)] for _ in loaded], audios, lengths, **options)
+            for (source, _), row in zip(loaded, ids, strict=True):
+                answer = model.tokenizer.tokenizer.decode(row, skip_special_tokens=True).strip()
+                record = {**source.to_dict(), "prompt": question, "answer": answer}
+                records.append(record)
+                if cfg.json:
+                    console.say(jsonl.dumps(record))
+                elif alone:
+                    console.say(answer)
+                else:  # a line for each answer: what it is about, where that differs, then the answer
+                    differing = [str(source)] * (len(inputs) > 1) + [one_line(question)] * (len(questions) > 1)
+                    console.say("\t".join([*differing, one_line(answer)]))
     if not records:
         raise DataError(f"None of the {len(inputs)} recordings can be read; the lines above say why.")
     if cfg.output and is_first_rank():
         jsonl.write_text(Path(cfg.output), "".join(jsonl.dumps(r) + "\n" for r in records))
-        announce(f"{len(records)} answers, {failed} left out", {"answers": cfg.output})
+        console.tell(f"{len(records)} answers, {failed} left out: {cfg.output}")
+
+
+def one_line(text: str) -> str:
+    """Text in a table of lines."""
+    return " ".join(text.split())
 
 
 if __name__ == "__main__":

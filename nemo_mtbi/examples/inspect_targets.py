@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from nemo_mtbi import console
 from nemo_mtbi.examples._launcher import launcher
 
 
@@ -28,17 +29,17 @@ def main(cfg: DictConfig) -> None:
     for cut in chosen:
         source = cut.recording.sources[0].source if cut.has_recording else "-"
         spoken = spoken_part(cut)
-        print(f"\n=== {cut.id}  {cut.duration:.2f} s  {source}")
-        print(spoken.transcript)
+        console.say(f"\n=== {cut.id}  {cut.duration:.2f} s  {source}")
+        console.say(spoken.transcript)
         if spoken.words:
-            print("  " + "  ".join(f"{w.text} {w.start_seconds:.2f}-{w.end_seconds:.2f}" for w in spoken.words))
+            console.say("  " + "  ".join(f"{w.text} {w.start_seconds:.2f}-{w.end_seconds:.2f}" for w in spoken.words))
         for target in (Target(**t) for t in (cut.custom or {}).get(TARGETS_FIELD, [])):
-            print(
+            console.say(
                 f"  [{target.task}] {target.prompt}\n    -> "
                 f"{target.response}{'' if target.finished else '  (truncated)'}"
             )
         for visit in range(cfg.visits):
-            print(f"  interleaved, visit {visit}: {interleaved_view(cut, cfg, visit)}")
+            console.say(f"  interleaved, visit {visit}: {interleaved_view(cut, cfg, visit)}")
 
 
 def interleaved_view(cut: Any, cfg: DictConfig, visit: int) -> str:

@@ -5,15 +5,19 @@ Every step is one of the other launchers, printed as the command it is; each con
 
 import json
 import resource
+import shlex
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
-from nemo_mtbi.examples._launcher import announce, inline, launcher, run_step
+from nemo_mtbi import console
+from nemo_mtbi.evaluation.columns import CASCADE, NORMALIZED_CASCADE
+from nemo_mtbi.examples._launcher import announce, launcher, run_step
 from nemo_mtbi.io import jsonl
 
 SYSTEMS = {"untrained": "untrained", "warm_start": "alignment", "trained": "imitation"}
@@ -26,35 +30,32 @@ def main(cfg: DictConfig) -> None:
     targets, run = root / "targets", root / "train"
     splits = list(dict.fromkeys(["train", *cfg.evaluated_splits, cfg.validation_split]))
     cuts = {s: str(root / f"cuts.{s}.jsonl") for s in splits}
+    silent = str(root / f"cuts.{cfg.no_speech_split}.jsonl") if cfg.no_speech_split else None
     answered = {s: str(targets / f"{s}.jsonl") for s in splits}
     nemo, hf = root / "model.nemo", root / "hf"
     timings: dict[str, float] = {}
 
-    def step(name: str, module: str, *overrides: str) -> None:
-        timings[name] = round(run_step(name, module, *overrides), 1)
+    def step(name: str, module: str, values: Mapping[str, Any]) -> None:
+        timings[name] = round(run_step(name, module, values), 1)
 
-    data = f"data.train_ds.input_cfg.0.cuts_path={answered['train']}"
-    watched = f"data.validation_ds.datasets.held_out.input_cfg.0.cuts_path={answered[cfg.validation_split]}"
+    data = {
+        "data.train_ds.input_cfg.0.cuts_path": answered["train"],
+        "data.validation_ds.datasets.held_out.input_cfg.0.cuts_path": answered[cfg.validation_split],
+        "data.cached_features": True,
+    }
     scored = {s: answered[s] for s in cfg.evaluated_splits}
-    manifests = f"manifests={inline(list(cuts.values()))}"
-    step("prepare speech and word times", "prepare_data", f"output_dir={root}", *overrides(cfg.prepare))
-    step("cache encoder features", "cache_features", manifests, *overrides(cfg.cache_features))
-    step(
-        "text LLM answers (targets)",
-        "generate_targets",
-        f"output_dir={targets}",
-        f"cuts={inline(cuts)}",
-        *overrides(cfg.targets),
-    )
-    step("train", "train", f"output_dir={run}", "data.cached_features=true", data, watched, *overrides(cfg.train))
-    step(
-        "evaluate", "evaluate", f"run={run}", f"cuts={inline(scored)}", "cached_features=true", *overrides(cfg.evaluate)
-    )
+    step("prepare speech and word times", "prepare_data", {"output_dir": root, **cfg.prepare})
+    heard = [*cuts.values(), *filter(None, [silent])]
+    step("cache encoder features", "cache_features", {"manifests": heard, **cfg.cache_features})
+    step("text LLM answers (targets)", "generate_targets", {"output_dir": targets, "cuts": cuts, **cfg.targets})
+    step("train", "train", {"output_dir": run, **data, **cfg.train})
+    asked = {"run": run, "cuts": scored, "no_speech": silent, "cached_features": True}
+    step("evaluate", "evaluate", {**asked, **cfg.evaluate})
     trained = run / "imitation" / "trained.safetensors"
     done = nemo.exists() and hf.exists() and (run / "export.json").exists()
     if not done or trained.stat().st_mtime > nemo.stat().st_mtime:
         shutil.rmtree(hf, ignore_errors=True)
-        step("export", "export", f"run={run}", f"nemo={nemo}", f"hf={hf}")
+        step("export", "export", {"run": run, "nemo": nemo, "hf": hf})
     summary = summarize(run, nemo, hf, time.time() - start + float(cfg.seconds_before), timings)
     jsonl.write_json(root / "summary.json", summary)
     print_table(summary)
@@ -70,29 +71,31 @@ def main(cfg: DictConfig) -> None:
             "curves": f"tensorboard --logdir {run}",
         },
     )
-    print(
-        f"\nAsk the model about a recording:\n  {sys.executable} -m nemo_mtbi.examples.generate model={nemo} "
-        f'audio={wav} "prompt=What is this about? Answer in one sentence."'
-    )
-
-
-def overrides(section: DictConfig) -> list[str]:
-    """A section of this YAML as overrides of a launcher."""
-    return [f"{key!s}={inline(value)}" for key, value in section.items()]
+    question = shlex.join([str(nemo), wav, "What is this about? Answer in one sentence."])
+    console.say(f"\nAsk the model about a recording:\n  {sys.executable} -m nemo_mtbi.cli generate {question}")
 
 
 def summarize(run: Path, nemo: Path, hf: Path, seconds: float, timings: dict[str, float]) -> dict[str, Any]:
     """The figures of ``summary.json``."""
-    results = json.loads((run / "evaluation" / "results.json").read_text())["results"]
+    evaluation = json.loads((run / "evaluation" / "results.json").read_text())
     export = json.loads((run / "export.json").read_text())
     seen = json.loads((run / "seen.json").read_text())
 
     def figures(manifest: dict[str, Any]) -> dict[str, Any]:
         wer = {"text_topline": "text_topline", "cascade": "cascade", "trained": "imitation"}
+        heard = {"cascade": "cascade", **SYSTEMS}
         return {
             **{k: {name: manifest[s][k] for name, s in SYSTEMS.items()} for k in ("token_agreement", "kl_per_token")},
-            "repeat_wer": {name: manifest[s]["repeat_wer"] for name, s in wer.items()},
-            "cascade": {k: manifest["cascade"][k] for k in ("token_agreement", "kl_per_token")},
+            "repeat_wer": {name: manifest[s]["repeat_wer"] for name, s in wer.items() if "repeat_wer" in manifest[s]},
+            **{
+                k: {name: manifest[s][k] for name, s in heard.items() if k in manifest[s]}
+                for k in ("transcribe_wer", "nothing_heard")
+            },
+            **{
+                cascade: {k: manifest[cascade][k] for k in ("token_agreement", "kl_per_token")}
+                for cascade in (CASCADE, NORMALIZED_CASCADE)
+                if cascade in manifest
+            },
         }
 
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
@@ -101,7 +104,12 @@ def summarize(run: Path, nemo: Path, hf: Path, seconds: float, timings: dict[str
         "step_seconds": timings,
         "peak_memory_gib": round(peak, 2),
         "train_examples_seen": seen["examples"],
-        **{split: figures(manifest) for split, manifest in results.items()},
+        **{split: figures(manifest) for split, manifest in evaluation["results"].items()},
+        "no_speech": {
+            name: evaluation["no_speech"][s]["nothing_heard"]
+            for name, s in SYSTEMS.items()
+            if s in evaluation.get("no_speech", {})
+        },
         "export": {"nemo": str(nemo), "hf": str(hf), "round_trip_max_abs_diff": export["round_trip_max_abs_diff"]},
     }
 
@@ -109,14 +117,20 @@ def summarize(run: Path, nemo: Path, hf: Path, seconds: float, timings: dict[str
 def print_table(summary: dict[str, Any]) -> None:
     """The summary for a person."""
     splits = [k for k, v in summary.items() if isinstance(v, dict) and "token_agreement" in v]
-    print(f"\n{'':38s}" + "".join(f"{s.replace('_', ' '):>14s}" for s in splits))
-    for key in ("token_agreement", "kl_per_token", "repeat_wer"):
-        for name in summary[splits[0]][key]:
-            figures = "".join(f"{summary[s][key][name]:14.3f}" for s in splits)
-            print(f"{key.replace('_', ' ') + ', ' + name:38s}{figures}")
+    console.say(f"\n{'':38s}" + "".join(f"{s.replace('_', ' '):>14s}" for s in splits))
+    for key in ("token_agreement", "kl_per_token", "repeat_wer", "transcribe_wer"):
+        rows = list(summary[splits[0]][key])
+        cascades = [c for c in (CASCADE, NORMALIZED_CASCADE) if key in summary[splits[0]].get(c, {})]
+        for name in [*rows, *cascades]:
+            place = (c[name][key] if name in cascades else c[key].get(name) for c in (summary[s] for s in splits))
+            figures = "".join(f"{'-' if value is None else f'{value:.3f}':>14s}" for value in place)
+            console.say(f"{key.replace('_', ' ') + ', ' + name.replace('_', ' '):38s}{figures}")
+    for name, share in summary["no_speech"].items():
+        if share is not None:
+            console.say(f"{'no speech, answered as such, ' + name.replace('_', ' '):38s}{share:14.3f}")
     for name, seconds in summary["step_seconds"].items():
-        print(f"{name + ' (s)':38s}{seconds:14.0f}")
-    print(
+        console.say(f"{name + ' (s)':38s}{seconds:14.0f}")
+    console.say(
         f"{'all steps (s)':38s}{summary['wall_seconds']:14.0f}\n"
         f"{'peak memory (GiB)':38s}{summary['peak_memory_gib']:14.1f}"
     )

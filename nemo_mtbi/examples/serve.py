@@ -4,6 +4,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from nemo_mtbi import console
 from nemo_mtbi.examples._launcher import launcher
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -15,7 +16,8 @@ def main(cfg: DictConfig) -> None:
 
     from nemo_mtbi.errors import ConfigError
 
-    missing = [n for n in ("fastapi", "uvicorn", *(["gradio"] if cfg.page else [])) if find_spec(n) is None]
+    needed = ("fastapi", "uvicorn", "python_multipart", *(["gradio"] if cfg.page else []))
+    missing = [n for n in needed if find_spec(n) is None]
     if missing:
         raise ConfigError(f"{', '.join(missing)} is not installed: pip install 'nemo_mtbi[serve]', or set page=false.")
     import uvicorn
@@ -24,7 +26,8 @@ def main(cfg: DictConfig) -> None:
     from nemo_mtbi.parallel.launch import join_ranks
     from nemo_mtbi.process import tune
     from nemo_mtbi.serving.batching import Batcher
-    from nemo_mtbi.serving.openai_api import Limits, create_app
+    from nemo_mtbi.serving.limits import Limits
+    from nemo_mtbi.serving.openai_api import create_app
 
     tune(cfg.threads)
     device = join_ranks(1, "serve") if cfg.device == "auto" else cfg.device
@@ -41,10 +44,10 @@ def main(cfg: DictConfig) -> None:
 
         examples = EXAMPLES if cfg.examples is None else list(cfg.examples)
         app = mount_page(app, model, batcher, limits, cfg.asr, examples)
-        print(f"Page: {url}")
-    print(f"Endpoint: {url}/v1/chat/completions (model {name!r})", flush=True)
+        console.say(f"Page: {url}")
+    console.say(f"Endpoint: {url}/v1/chat/completions (model {name!r})")
     if cfg.host not in LOOPBACK:
-        print("Everybody who reaches this address can use it: there is no login.")
+        console.say("Everybody who reaches this address can use it: there is no login.")
     uvicorn.run(app, host=cfg.host, port=cfg.port, log_level="warning")
 
 

@@ -4,6 +4,7 @@ import sys
 
 from omegaconf import DictConfig
 
+from nemo_mtbi import console
 from nemo_mtbi.config import ModelConfig
 from nemo_mtbi.examples._launcher import announce, launcher
 
@@ -18,7 +19,7 @@ def main(cfg: DictConfig) -> None:
     try:
         run = train(cfg)
     except KeyboardInterrupt as stop:
-        print(f"\nStopped. {stop}", file=sys.stderr)
+        console.tell(f"\nStopped. {stop}")
         sys.exit(1)
     announce(
         "Training finished",

@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 from nemo_mtbi.data.audio import collate_waveforms, load_waveform
 from nemo_mtbi.data.example import Piece, plan_batch
 from nemo_mtbi.data.interleaving import SpeechSpan
+from nemo_mtbi.data.literal import literal_encoding
 from nemo_mtbi.data.messages import user_message
 from nemo_mtbi.data.rendering import AudioTag, Message, PromptRenderer
 from nemo_mtbi.errors import DataError
@@ -86,10 +87,57 @@ class GenerationMixin(LightningModule):
         training = self.training
         self.eval()
         try:
-            inputs, mask = self.generation_inputs(pieces, audios, audio_lens)
-            return self.generate_from_embeddings(inputs, mask, generation_config, **generation_kwargs)
+            inputs, mask, silent = self.dialog_inputs(prompts, pieces, audios, audio_lens)
+            return self._answers(inputs, mask, silent, generation_config, **generation_kwargs)
         finally:
             self.train(training)
+
+    def dialog_inputs(
+        self,
+        prompts: list[list[dict[str, Any]]],
+        pieces: list[list[Piece]],
+        audios: Tensor | None,
+        audio_lens: Tensor | None,
+    ) -> tuple[Tensor, Tensor, list[bool]]:
+        """Embeddings (B, L, H) of dialogs and their :meth:`prompt_pieces`, left-padded; their mask (B, L); and whether
+        the audio of each one's last message holds no speech, so that :meth:`nothing_heard_ids` is its answer.
+        """
+        speech, seconds = self._speech(audios, audio_lens)
+        last = [self._parts(dialog[-1]["content"]) for dialog in prompts]
+        asked = [_audios_of_message(row, content) for row, content in zip(pieces, last, strict=True)]
+        return *self._left_padded_inputs(pieces, speech, seconds), self._nothing_heard(speech, asked)
+
+    def nothing_heard_ids(self) -> list[int]:
+        """The answer to audio without speech (``model.nothing_heard_answer``), end of turn included."""
+        ids, _ = literal_encoding(self.tokenizer.tokenizer, self.config.nothing_heard_answer)
+        return [*ids, self.end_of_turn()]
+
+    def _nothing_heard(self, speech: SpeechEmbeddings, asked: list[list[int]]) -> list[bool]:
+        """Whether all of each question's audios (rows of ``speech``) hold no speech, and that has its own answer."""
+        if speech.nothing_heard is None or self.config.nothing_heard_answer is None:
+            return [False] * len(asked)
+        silent = speech.nothing_heard.tolist()
+        return [bool(rows) and all(silent[row] for row in rows) for rows in asked]
+
+    def _answers(
+        self, inputs: Tensor, mask: Tensor, silent: list[bool], config: GenerationConfig | None = None, **options: Any
+    ) -> Tensor:
+        """:meth:`generate_from_embeddings`, where ``silent`` rows get ``model.nothing_heard_answer``."""
+        if not any(silent):
+            return self.generate_from_embeddings(inputs, mask, config, **options)
+        answer = torch.tensor(self.nothing_heard_ids(), device=inputs.device)
+        heard = [row for row, nothing in enumerate(silent) if not nothing]
+        rows = [answer] * len(silent)
+        if heard:
+            given = self.generate_from_embeddings(inputs[heard], mask[heard], config, **options)
+            for row, own in zip(heard, given, strict=True):
+                rows[row] = own
+        elif "streamer" in options:
+            options["streamer"].put(answer.cpu())
+            options["streamer"].end()
+        padding = self.tokenizer.tokenizer.pad_token_id
+        padding = self.stop_ids()[0] if padding is None else padding
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
 
     def generate_from_embeddings(
         self, inputs: Tensor, mask: Tensor, generation_config: GenerationConfig | None = None, **kwargs: Any
@@ -111,18 +159,16 @@ class GenerationMixin(LightningModule):
         self, pieces: list[list[Piece]], audios: Tensor | None, audio_lens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Embeddings (B, L, H), left-padded, and their mask (B, L)."""
+        return self._left_padded_inputs(pieces, *self._speech(audios, audio_lens))
+
+    def _speech(self, audios: Tensor | None, audio_lens: Tensor | None) -> tuple[SpeechEmbeddings, list[float]]:
+        """Audios (N, S), (N,) as the LLM reads them, and their seconds; none without audio."""
         device = self.device
         if audios is not None and audio_lens is not None:
             speech = connect(self.perception, *encode(self.perception, audios.to(device), audio_lens.to(device)))
-            seconds = (audio_lens / self.sampling_rate).tolist()
-        else:
-            width = self.llm.config.hidden_size
-            empty = torch.zeros(0, 0, width, device=device)
-            speech, seconds = (
-                SpeechEmbeddings(empty, torch.zeros(0, dtype=torch.long, device=device), empty[..., 0]),
-                [],
-            )
-        return self._left_padded_inputs(pieces, speech, seconds)
+            return speech, (audio_lens / self.sampling_rate).tolist()
+        empty = torch.zeros(0, 0, self.llm.config.hidden_size, device=device)
+        return SpeechEmbeddings(empty, torch.zeros(0, dtype=torch.long, device=device), empty[..., 0]), []
 
     def _left_padded_inputs(
         self, pieces: list[list[Piece]], speech: SpeechEmbeddings, seconds: list[float]
@@ -139,7 +185,8 @@ class GenerationMixin(LightningModule):
         examples = batch["examples"]
         speech = connect(self.perception, *batch_features(self.perception, batch))
         pieces, seconds = plan_batch(examples, None, 0), [e.duration_seconds for e in examples]
-        return self._greedy(*self._left_padded_inputs(pieces, speech, seconds), max_new_tokens)
+        silent = self._nothing_heard(speech, [[row] for row in range(len(examples))])
+        return self._greedy(*self._left_padded_inputs(pieces, speech, seconds), max_new_tokens, silent)
 
     @torch.no_grad()
     def answer_text(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
@@ -147,9 +194,12 @@ class GenerationMixin(LightningModule):
         with without_adapters(self.llm):
             return self._greedy(*self.generation_inputs([[p] for p in prompts], None, None), max_new_tokens)
 
-    def _greedy(self, inputs: Tensor, mask: Tensor, max_new_tokens: int) -> list[list[int]]:
+    def _greedy(
+        self, inputs: Tensor, mask: Tensor, max_new_tokens: int, silent: list[bool] | None = None
+    ) -> list[list[int]]:
         stop = set(self.stop_ids())
-        rows = self.generate_from_embeddings(inputs, mask, max_new_tokens=max_new_tokens, do_sample=False).tolist()
+        silent = silent or [False] * len(inputs)
+        rows = self._answers(inputs, mask, silent, max_new_tokens=max_new_tokens, do_sample=False).tolist()
         return [row[: next((i for i, t in enumerate(row) if t in stop), len(row))] for row in rows]
 
     def prompt_pieces(self, prompts: list[list[dict[str, Any]]]) -> tuple[list[list[Piece]], int]:
@@ -206,6 +256,13 @@ def left_pad(inputs: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     mask = position >= shift
     index = (position - shift).clamp_min(0)
     return inputs.gather(1, index[..., None].expand_as(inputs)) * mask[..., None], mask.long()
+
+
+def _audios_of_message(pieces: list[Piece], content: list[Any]) -> list[int]:
+    """Rows of the audios in the last message of a dialog."""
+    count = sum(isinstance(part, AudioTag) for part in content)
+    rows = [p.audio for p in pieces if isinstance(p, SpeechSpan)]
+    return rows[len(rows) - count :]
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -1,17 +1,19 @@
 """From accumulated gradients of sums to the gradient of a mean over the whole optimizer step."""
 
 import hashlib
+import logging
 from typing import Any
 
 import torch
 from lightning import LightningModule
-from nemo.utils import logging
 from torch import Tensor
 
 from nemo_mtbi.config import ModelConfig
 from nemo_mtbi.losses.vocabulary import VocabularyShard
 from nemo_mtbi.parallel.parts import gradient_norm, reduce_gradients
 from nemo_mtbi.parallel.ranks import rank_and_size, summed
+
+log = logging.getLogger(__name__)
 
 
 def seed_step(*parts: Any) -> None:
@@ -90,7 +92,7 @@ class GradientMixin(LightningModule):
         if torch.isfinite(norm):
             return
         self.bad_steps += 1
-        logging.warning(f"Step {self.global_step} skipped: gradient norm is {norm} ({self.bad_steps} so far)")
+        log.warning(f"Step {self.global_step} skipped: gradient norm is {norm} ({self.bad_steps} so far)")
         for parameter in parameters:
             parameter.grad = None
         if self.bad_steps > self.config.max_bad_steps:

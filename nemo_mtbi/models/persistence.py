@@ -19,6 +19,7 @@ from nemo_mtbi.checkpoints.archive import (
     save_nemo,
     unpacked_nemo,
 )
+from nemo_mtbi.checkpoints.fast_loading import fill, without_initialization
 from nemo_mtbi.checkpoints.run_directory import RunDirectory
 from nemo_mtbi.errors import ConfigError
 
@@ -98,18 +99,25 @@ class PersistenceMixin:
 
     @classmethod
     def _whole(cls, folder: Path, map_location: str) -> Any:
-        return super().from_pretrained(str(folder), map_location=map_location, strict=False)  # type: ignore[misc]
+        with without_initialization():
+            model: Any = cls(cls._local_config(folder))  # type: ignore[call-arg]
+        fill(model, folder / WEIGHTS)
+        return model.to(map_location)
 
-    @classmethod
-    def _sharded(cls, folder: Path, ranks: int) -> Any:
+    @staticmethod
+    def _local_config(folder: Path) -> dict[str, Any]:
+        """The configuration of an export, with tokenizer and LLM configuration from its own folder."""
         cfg: dict[str, Any] = json.loads((folder / CONFIG).read_text())
-        local = {
+        return cfg | {
             "pretrained_llm": str(folder / LLM_BACKBONE_DIR),
             "tokenizer_path": str(folder),
             "pretrained_weights": False,
-            "tensor_model_parallel_size": ranks,
         }
-        model: Any = cls(cfg | local)  # type: ignore[call-arg]
+
+    @classmethod
+    def _sharded(cls, folder: Path, ranks: int) -> Any:
+        cfg = cls._local_config(folder) | {"tensor_model_parallel_size": ranks}
+        model: Any = cls(cfg)  # type: ignore[call-arg]
         model.llm_weights = folder
         model.configure_model()
         with safe_open(folder / WEIGHTS, "pt") as weights:

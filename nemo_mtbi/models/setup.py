@@ -1,24 +1,30 @@
 """How MTBISALM is put together from its configuration: tokenizer, LLM, speech side, and what is frozen."""
 
+import copy
+import logging
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from nemo.collections.common.tokenizers import AutoTokenizer
 from nemo.collections.speechlm2.parts.lora import maybe_install_lora
 from nemo.collections.speechlm2.parts.optim_setup import is_frozen
 from nemo.collections.speechlm2.parts.pretrained import load_pretrained_hf
-from nemo.utils import logging
 from omegaconf import DictConfig
+from torch import nn
 from transformers import AutoConfig
 
 from nemo_mtbi.config import ModelConfig
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.models.language_model import PrefixStore
 from nemo_mtbi.modules.fused_norm import fuse_norms, rms_norm_class
+from nemo_mtbi.modules.parameter_groups import parameter_groups
 from nemo_mtbi.modules.perception import freeze, input_length_reference, require_fitting_encoder, setup_perception
 from nemo_mtbi.parallel.loading import empty_llm, materialize_adapters
 from nemo_mtbi.pretrained.fingerprint import fingerprint
 from nemo_mtbi.pretrained.offline import resolve_pretrained
+
+log = logging.getLogger(__name__)
 
 # Fields of SALM's configuration that NeMo reads from ``model.cfg``.
 SALM_KEYS = ("pretrained_weights", "audio_locator_tag", "prompt_format", "freeze_params", "prevent_freeze_params")
@@ -34,9 +40,8 @@ def setup_parts(model: Any, cfg: dict[str, Any], config: ModelConfig) -> None:
         ConfigError: parts that cannot be trained together.
     """
     require_fitting_encoder(config)
-    model.cfg = DictConfig(cfg)
-    for key in SALM_KEYS:
-        model.cfg[key] = getattr(config, key)
+    require_matching_groups(cfg, config)
+    model.cfg = salm_config(cfg, config)
     model.audio_locator_tag = config.audio_locator_tag
     llm_path = resolve_pretrained(config.pretrained_llm)
     model.tokenizer = AutoTokenizer(
@@ -58,19 +63,60 @@ def setup_parts(model: Any, cfg: dict[str, Any], config: ModelConfig) -> None:
     model.prefixes = prefix_store(model, config)
 
 
+def salm_config(cfg: dict[str, Any], config: ModelConfig) -> DictConfig:
+    """``model.cfg`` as NeMo reads it, with the defaults of the fields that it looks up."""
+    own = DictConfig(cfg)
+    for key in SALM_KEYS:
+        own[key] = getattr(config, key)
+    return own
+
+
+def require_matching_groups(cfg: dict[str, Any], config: ModelConfig) -> None:
+    """Check, before any weight is loaded, that every parameter group has something to train.
+
+    A finished model that is opened again (it describes its encoder) trains nothing, and its LoRA may be merged.
+
+    Raises:
+        ConfigError: a pattern matches no trained parameter that an earlier group leaves.
+    """
+    described = "_target_" in (config.perception.get("encoder") or {})
+    if config.parameter_groups and config.pretrained_weights and not described:
+        trained = [(name, p) for name, p in outline(cfg, config).named_parameters() if p.requires_grad]
+        parameter_groups(trained, config.parameter_groups)
+
+
+def outline(cfg: dict[str, Any], config: ModelConfig) -> nn.Module:
+    """The parts of the model on the ``meta`` device: names and shapes of all parameters, frozen or not, no weights."""
+    model: Any = nn.Module()
+    model.cfg = salm_config(copy.deepcopy(cfg), config)
+    model.cfg.pretrained_weights = False
+    path = resolve_pretrained(config.pretrained_llm)
+    with torch.random.fork_rng(devices=[]):  # what is built afterwards draws the same numbers
+        with torch.device("meta"):
+            llm_config = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+            model.llm = empty_llm(llm_config, getattr(torch, config.llm_dtype), config.trust_remote_code)
+            model.embed_tokens = model.llm.model.embed_tokens
+            del model.llm.model.embed_tokens
+            maybe_install_lora(model)
+        with init_empty_weights(include_buffers=False):  # NeMo's encoders compute with tensors as they are built
+            setup_perception(model)
+    freeze(model.named_parameters(), config)
+    return model
+
+
 def setup_llm(model: Any, path: str, config: ModelConfig) -> None:
     """LLM and token embedding apart, as SALM has them; LoRA adapters and fused norms where they are asked for."""
     dtype, remote_code = getattr(torch, config.llm_dtype), config.trust_remote_code
     sharded = config.tensor_model_parallel_size > 1
     if sharded:  # read in configure_model, when the ranks know each other
-        model.llm = empty_llm(AutoConfig.from_pretrained(path, trust_remote_code=remote_code), dtype)
+        model.llm = empty_llm(AutoConfig.from_pretrained(path, trust_remote_code=remote_code), dtype, remote_code)
     else:
         model.llm = load_pretrained_hf(path, config.pretrained_weights, dtype, remote_code)
     model.embed_tokens = model.llm.model.embed_tokens
     del model.llm.model.embed_tokens
     if config.fused_norms:
         count = fuse_norms(model.llm)
-        logging.info(f"{count} norms of the LLM are {rms_norm_class().__module__}'s")
+        log.info(f"{count} norms of the LLM are {rms_norm_class().__module__}'s")
     maybe_install_lora(model)
     if sharded:
         materialize_adapters(model.llm)

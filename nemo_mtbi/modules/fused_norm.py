@@ -1,12 +1,14 @@
 """RMSNorm layers of a frozen LLM as one kernel each: Transformer Engine's, NVIDIA apex's, or PyTorch's own."""
 
+import logging
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from nemo.utils import logging
 from torch import nn
+
+log = logging.getLogger(__name__)
 
 
 @lru_cache
@@ -16,7 +18,7 @@ def nvidia_apex() -> bool:
         return False
     if find_spec("amp_C") is not None:  # the extension module that NVIDIA's apex builds
         return True
-    logging.warning(
+    log.warning(
         "The installed package 'apex' is not NVIDIA's, or was built without its CUDA kernels; it is not used. "
         "Build https://github.com/NVIDIA/apex from source for its fused optimizer and norms."
     )

@@ -54,7 +54,8 @@ def setup_perception(model: Any) -> None:
             adapter.output_dim = model.llm.config.hidden_size
             if "feat_in" not in adapter:
                 taps = len(perception.encoder.get("taps", [])) if whisper else 0
-                adapter.feat_in = perception.encoder.config.d_model * (1 + taps) if whisper else _nemo_width(name)
+                width = perception.encoder.config.d_model if whisper else _nemo_config(name).encoder.d_model
+                adapter.feat_in = int(width) * (1 + taps)
         perception.output_dim = model.llm.config.hidden_size
     if built:
         model.perception = _build(perception)
@@ -69,6 +70,8 @@ def setup_perception(model: Any) -> None:
             if decoder:
                 load_whisper_decoder(model.perception.modality_adapter, pretrained, name)
     else:
+        if not cfg.pretrained_weights:
+            _configure_nemo(perception, name)
         setup_speech_encoder(model, pretrained_weights=cfg.pretrained_weights)
 
 
@@ -142,15 +145,21 @@ def _configure_whisper(perception: DictConfig, name: str) -> None:
     }
 
 
-def _nemo_width(name: str) -> int:
+def _configure_nemo(perception: DictConfig, name: str) -> None:
+    """Describe a NeMo ASR model's encoder, as ``setup_speech_encoder`` does when it loads the weights too."""
+    config = _nemo_config(name)
+    own = {key: value for key, value in (perception.get("encoder") or {}).items() if value is not None}
+    with open_dict(perception):
+        perception.preprocessor = config.preprocessor
+        perception.encoder = OmegaConf.merge(config.encoder, own)
+
+
+def _nemo_config(name: str) -> DictConfig:
     from nemo.collections.asr.models import ASRModel
 
-    config = (
-        ASRModel.restore_from(name, return_config=True)
-        if name.endswith(".nemo")
-        else ASRModel.from_pretrained(name, return_config=True)
-    )
-    return int(OmegaConf.select(config, "encoder.d_model"))
+    if name.endswith(".nemo"):
+        return ASRModel.restore_from(name, return_config=True)
+    return ASRModel.from_pretrained(name, return_config=True)
 
 
 def freeze(parameters: Iterable[tuple[str, nn.Parameter]], config: ModelConfig) -> None:

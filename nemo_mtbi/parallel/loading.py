@@ -14,7 +14,7 @@ from nemo_mtbi.modules.causal_lm import causal_lm
 from nemo_mtbi.parallel.parts import part_of
 
 
-def empty_llm(config: Any, dtype: torch.dtype) -> Any:
+def empty_llm(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
     """A ``...ForCausalLM`` whose parameters take no memory yet (``meta``); buffers are real.
 
     For :func:`load_shards`.
@@ -23,7 +23,7 @@ def empty_llm(config: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):
-        llm = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        llm = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
     llm.tie_weights()  # the context makes a parameter of its own at every place
     return llm
 

@@ -5,6 +5,7 @@ manifest, whose lines are then rewritten with ``encoder_features``. A killed run
 changed is encoded again.
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,10 @@ import torch
 from lhotse import CutSet
 from lhotse.cut import Cut
 from nemo.collections.speechlm2.modules import AudioPerceptionModule
-from nemo.utils import logging
 from omegaconf import DictConfig
 from torch import Tensor
-from tqdm import tqdm
 
+from nemo_mtbi import console
 from nemo_mtbi.config import model_config, plain
 from nemo_mtbi.data.audio import collate_waveforms, mono_samples
 from nemo_mtbi.data.conversation import check_manifest
@@ -31,6 +31,8 @@ from nemo_mtbi.models.speech import encode
 from nemo_mtbi.modules.perception import encoder_key, freeze, require_fixed_features, setup_perception
 from nemo_mtbi.pretrained.fingerprint import fingerprint
 from nemo_mtbi.pretrained.offline import resolve_pretrained
+
+log = logging.getLogger(__name__)
 
 
 class FrozenEncoder:
@@ -95,7 +97,7 @@ def cache_features(encoder: FrozenEncoder, manifest: Path, batch_seconds: float 
     with (
         jsonl.Appender(progress) as out,
         RawChunkyWriter(manifest.with_suffix(".features.bin")) as writer,
-        tqdm(total=len(missing), desc="encoder features", unit="utt", disable=not missing) as bar,
+        console.progress(total=len(missing), desc="encoder features", unit="utt", disable=not missing) as bar,
     ):
         for batch in _batches(missing, batch_seconds):
             for cut, features in _encode(encoder, batch, report):
@@ -140,7 +142,7 @@ def _encode(encoder: FrozenEncoder, cuts: list[Cut], report: CacheReport) -> Ite
             kept.append(cut)
         except Exception as error:  # one broken recording must not stop the run
             report.skipped += 1
-            logging.warning(f"{cut.id} left out: {type(error).__name__}: {str(error)[:200]}")
+            log.warning(f"{cut.id} left out: {type(error).__name__}: {str(error)[:200]}")
     if not kept:
         return
     audios, lengths = collate_waveforms(waveforms)

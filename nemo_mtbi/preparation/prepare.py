@@ -7,6 +7,7 @@ reasons).
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,20 +17,22 @@ from typing import Any
 import numpy as np
 from lhotse.cut import Cut
 from lhotse.supervision import AlignmentItem
-from nemo.utils import logging
 from omegaconf import MISSING
-from tqdm import tqdm
 
+from nemo_mtbi import console
 from nemo_mtbi.data.audio import mono_samples
 from nemo_mtbi.data.rendering import TimedWord
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.io.text import read_text
+from nemo_mtbi.preparation.no_speech import read_no_speech
 from nemo_mtbi.preparation.sentences import read_sentences
 from nemo_mtbi.preparation.sources import READERS, Entry, SourceConfig
 from nemo_mtbi.preparation.word_times import ALIGNER_RATE, Aligner, Unalignable, build_aligner
 
-KINDS = (*READERS, "sentences")
+log = logging.getLogger(__name__)
+MADE = {"sentences": read_sentences, "no_speech": read_no_speech}  # by this step
+KINDS = (*READERS, *MADE)
 DEFAULT_SHARES = {"train": 0.8, "held_out": 0.2}
 MAX_PLACES = 20  # of one reason, in the report
 
@@ -152,7 +155,7 @@ class Preparation:
                 e.id for e in entries if e.id in done and ("skipped" in done[e.id] or done[e.id].get("text") != e.text)
             }
             todo = [e for e in entries if e.id not in done or e.id in stale]
-            for entry in tqdm(todo, desc="prepare", unit="utt", disable=not todo):
+            for entry in console.progress(todo, desc="prepare", unit="utt", disable=not todo):
                 record: dict[str, Any] = {"id": entry.id, "settings": settings, "text": entry.text}
                 try:
                     noticed: list[str] = []
@@ -170,15 +173,14 @@ class Preparation:
 
     def _entries(self) -> Iterator[Entry]:
         for source in self.config.sources:
-            yield from (
-                read_sentences(source, self.folder) if source.kind == "sentences" else READERS[source.kind](source)
-            )
+            made = MADE.get(source.kind)
+            yield from READERS[source.kind](source) if made is None else made(source, self.folder)
 
     def _prepare(self, entry: Entry, noticed: list[str]) -> tuple[Cut, str | None]:
         """The cut with word times, and why it has none; ``noticed`` takes what was wrong with the audio."""
         if entry.problem is not None:
             raise Skip(entry.problem)
-        if not entry.text.strip():
+        if not entry.text.strip() and not entry.silent:
             raise Skip("empty transcript")
         try:
             cut = entry.load()
@@ -194,7 +196,7 @@ class Preparation:
             samples = self._samples(cut, noticed)
         except Exception as error:
             raise Skip(f"unreadable audio: {_first_line(error)}") from None
-        if all((s.alignment or {}).get("word") for s in cut.supervisions):
+        if entry.silent or all((s.alignment or {}).get("word") for s in cut.supervisions):
             return cut, None
         try:
             words = self._align(cut, entry, samples)
@@ -275,7 +277,7 @@ class Preparation:
                 else "The sources hold no utterance."
             )
         if skipped:
-            logging.warning(
+            log.warning(
                 f"{sum(skipped.values())} of {len(records)} utterances are left out, most often "
                 f"{_first_place(skipped, places)}. All reasons: {self.folder / 'report.json'}."
             )

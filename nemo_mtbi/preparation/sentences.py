@@ -11,8 +11,8 @@ import numpy as np
 import soundfile
 from lhotse import Recording
 from lhotse.cut import Cut
-from tqdm import tqdm
 
+from nemo_mtbi import console
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.io.text import numbered_lines
 from nemo_mtbi.preparation.everyday import everyday_sentences
@@ -73,7 +73,9 @@ def read_sentences(config: SourceConfig, output_dir: Path) -> Iterator[Entry]:
         path = _path(folder, text, voice)
         if not path.exists():
             jobs.setdefault(voice, []).append((text, path))
-    with tqdm(total=sum(map(len, jobs.values())), desc="speech synthesis", unit="utt", disable=not jobs) as bar:
+    with console.progress(
+        total=sum(map(len, jobs.values())), desc="speech synthesis", unit="utt", disable=not jobs
+    ) as bar:
         for voice, todo in jobs.items():
             for _ in synthesize(voice, todo):
                 bar.update()

@@ -29,6 +29,7 @@ class Entry:
         split: fixed by the source, or None.
         where: file and line (or file) that names it, for messages.
         problem: why the source cannot give it, or None.
+        silent: nothing is said, so the transcript is empty.
     """
 
     id: str
@@ -38,6 +39,7 @@ class Entry:
     split: str | None = None
     where: str = ""
     problem: str | None = None
+    silent: bool = False
 
 
 @dataclass
@@ -45,7 +47,7 @@ class SourceConfig:
     """One entry of ``sources`` in ``conf/prepare.yaml``.
 
     Attributes:
-        kind: cuts, shar, nemo, tsv (or csv), folder, lhotse_recipe or sentences.
+        kind: cuts, shar, nemo, tsv (or csv), folder, lhotse_recipe, sentences or no_speech.
         path: manifest, Shar directory, table, folder, corpus directory or text file (sentences: ``everyday`` is built
             in); ``pkg://package/file`` is a file of an installed package.
         name: prefix of the utterance ids; for lhotse_recipe the recipe's name.
@@ -55,6 +57,7 @@ class SourceConfig:
         language: of the transcripts.
         encoding: of tables, NeMo manifests and transcripts; null: by their byte order mark, else UTF-8.
         options: arguments of a Lhotse recipe, or settings of the sentence synthesis.
+        options: arguments of a Lhotse recipe, or settings of sentences and no_speech.
     """
 
     kind: str

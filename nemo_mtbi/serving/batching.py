@@ -1,100 +1,60 @@
-"""One model behind a bounded queue: requests that wait are answered together, each gets its own tokens as they come."""
+"""One model behind a bounded queue: requests that wait are answered together, each gets its own tokens as they come.
 
+Letters: B requests, L positions, V vocabulary, H LLM width.
+"""
+
+import logging
 import queue
 import threading
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-from nemo.utils import logging
-from transformers import StoppingCriteria, StoppingCriteriaList
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from nemo_mtbi.data.audio import collate_waveforms
-from nemo_mtbi.errors import MTBIError
+from nemo_mtbi.errors import DataError, MTBIError
 from nemo_mtbi.models.mtbi_salm import MTBISALM
 from nemo_mtbi.modules.causal_lm import without_adapters
+from nemo_mtbi.serving.request import Request
+
+log = logging.getLogger(__name__)
 
 
 class QueueFull(MTBIError):
     """As many requests wait as are allowed."""
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """Requests with equal settings can share a batch; ``temperature`` 0 is greedy, ``text_llm`` leaves LoRA out."""
+class Draws(LogitsProcessor):
+    """Chooses each row's token as its request asks; ``generate`` then takes the only one that is left."""
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    text_llm: bool = False
+    def __init__(self, requests: list[Request]) -> None:
+        self.requests = requests
 
-    def options(self) -> dict[str, Any]:
-        if self.temperature == 0:
-            return {"do_sample": False}
-        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
-
-
-@dataclass
-class Request:
-    """One question.
-
-    Attributes:
-        dialog: messages, as :meth:`MTBISALM.generate` takes them.
-        waveforms: (S,) float32 at the model's rate, one for each audio tag.
-        max_tokens: new tokens at most.
-        on_text: called by the worker thread with each new piece of text.
-        on_end: called once with ``stop``, ``length`` or ``cancelled``, or the error.
-        tokens: of the answer so far, without the end-of-turn token.
-        prompt_positions: embeddings of the prompt, speech included.
-    """
-
-    dialog: list[dict[str, Any]]
-    waveforms: list[np.ndarray]
-    max_tokens: int
-    on_text: Callable[[str], None]
-    on_end: Callable[[str | Exception], None]
-    sampling: Sampling = field(default_factory=Sampling)
-    tokens: list[int] = field(default_factory=list)
-    prompt_positions: int = 0
-    finished: str | None = None
-    sent: str = ""
-
-    def cancel(self) -> None:
-        """The client has gone; the answer stops at the next token."""
-        self.finished = self.finished or "cancelled"
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """scores (B, V) -> (B, V), all but the chosen token of each row -inf."""
+        chosen = scores.argmax(1)
+        for row, request in enumerate(self.requests):
+            if request.finished or (request.draw.is_greedy and request.sampling.top_logprobs is None):
+                continue
+            chosen[row] = token = request.draw.token(scores[row])
+            request.newest = request.draw.score(scores[row], token)
+        return torch.full_like(scores, float("-inf")).scatter(1, chosen[:, None], 0.0)
 
 
 class TokenStream(BaseStreamer):
     """Hands each row's tokens of a running ``generate`` to its request."""
 
-    def __init__(self, requests: list[Request], tokenizer: Any, stop: set[int]) -> None:
-        self.requests, self.tokenizer, self.stop = requests, tokenizer, stop
+    def __init__(self, requests: list[Request], tokenizer: Any, ends: set[int]) -> None:
+        self.requests, self.tokenizer, self.ends = requests, tokenizer, ends
 
-    def put(self, value: torch.Tensor) -> None:
+    def put(self, value: Tensor) -> None:
         """value: (B,) the newest token of each row; (B, 0) before the first."""
-        if value.numel() != len(self.requests):
-            return
-        for request, token in zip(self.requests, value.flatten().tolist(), strict=True):
-            if request.finished:
-                continue
-            if token in self.stop:
-                request.finished = "stop"
-            else:
-                request.tokens.append(token)
-                if len(request.tokens) >= request.max_tokens:
-                    request.finished = "length"
-            self._send(request)
-
-    def _send(self, request: Request) -> None:
-        text = self.tokenizer.decode(request.tokens, skip_special_tokens=True)
-        if text.endswith("\ufffd") and not request.finished:
-            return  # in the middle of a character
-        if len(text) > len(request.sent):
-            request.on_text(text[len(request.sent) :])
-            request.sent = text
+        if value.numel() == len(self.requests):
+            for request, token in zip(self.requests, value.flatten().tolist(), strict=True):
+                request.add(token, self.tokenizer, self.ends)
 
     def end(self) -> None:
         pass
@@ -106,7 +66,7 @@ class Finished(StoppingCriteria):
     def __init__(self, requests: list[Request]) -> None:
         self.requests = requests
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         return torch.tensor([r.finished is not None for r in self.requests], device=input_ids.device)
 
 
@@ -122,48 +82,58 @@ class Batcher:
     def __init__(self, model: MTBISALM, max_batch: int = 8, max_waiting: int = 64) -> None:
         self.model, self.max_batch = model.eval(), max_batch
         self.waiting: queue.Queue[Request] = queue.Queue(max_waiting)
-        self.held: list[Request] = []  # taken from the queue, but with other settings than the running batch
+        self.held: list[Request] = []  # taken from the queue, but for the other LLM than the running batch
         self.thread = threading.Thread(target=self._work, name="batcher", daemon=True)
         self.thread.start()
 
-    def submit(self, request: Request) -> None:
-        """
+    def submit(self, *requests: Request) -> None:
+        """All of them or none.
+
         Raises:
             QueueFull: try again later.
         """
         try:
-            self.waiting.put_nowait(request)
+            for request in requests:
+                self.waiting.put_nowait(request)
         except queue.Full as error:
+            for request in requests:
+                request.cancel()
             raise QueueFull(f"{self.waiting.maxsize} requests are waiting already; try again later.") from error
 
     def _work(self) -> None:
         while True:
             batch = self._next()
-            asked = [r for r in batch if not r.finished]  # others were cancelled while they waited
-            try:
-                if asked:
-                    self._answer(asked)
-            except Exception as error:
-                logging.exception("a batch failed")
-                for request in batch:
-                    request.on_end(error)
-                continue
+            self._answer_or_fail([r for r in batch if not r.finished])
+            for request in batch:  # those that were cancelled
+                request.end(request.finished or "length")
+
+    def _answer_or_fail(self, batch: list[Request]) -> None:
+        """What fails together is tried alone, so that one request does not take the others with it."""
+        try:
+            if batch:
+                self._answer(batch)
+        except Exception as error:
+            log.error("A batch failed.", exc_info=True)
             for request in batch:
-                request.on_end(request.finished or "length")
+                if len(batch) > 1 and not request.tokens and not request.finished:
+                    self._answer_or_fail([request])
+                else:
+                    request.end(error)
 
     def _next(self) -> list[Request]:
         """The oldest request, and those that wait and can go with it."""
         first = self.held.pop(0) if self.held else self.waiting.get()
+        llm = first.sampling.text_llm
         batch, others = [first], list[Request]()
         for request in self.held:
-            (batch if len(batch) < self.max_batch and request.sampling == first.sampling else others).append(request)
+            (batch if len(batch) < self.max_batch and request.sampling.text_llm == llm else others).append(request)
         self.held = others
         while len(batch) < self.max_batch and len(self.held) < self.max_batch:
             try:
                 waiting = self.waiting.get_nowait()
             except queue.Empty:
                 break
-            (batch if waiting.sampling == first.sampling else self.held).append(waiting)
+            (batch if waiting.sampling.text_llm == llm else self.held).append(waiting)
         return batch
 
     @torch.no_grad()
@@ -171,16 +141,42 @@ class Batcher:
         waveforms = [w for r in batch for w in r.waveforms]
         audios, lengths = collate_waveforms(waveforms) if waveforms else (None, None)
         pieces, _ = self.model.prompt_pieces([r.dialog for r in batch])
-        inputs, mask = self.model.generation_inputs(pieces, audios, lengths)
-        for request, positions in zip(batch, mask.sum(1).tolist(), strict=True):
+        inputs, mask, silent = self.model.dialog_inputs([r.dialog for r in batch], pieces, audios, lengths)
+        tokenizer, ends = self.model.tokenizer.tokenizer, set(self.model.stop_ids())
+        for request, nothing, positions in zip(batch, silent, mask.sum(1).tolist(), strict=True):
             request.prompt_positions = positions
-        sampling = batch[0].sampling
-        with without_adapters(self.model.llm) if sampling.text_llm else nullcontext():
+            if nothing:
+                request.hear_nothing(self.model.nothing_heard_ids(), tokenizer, ends)
+        batch, inputs, mask = self._fitting(batch, inputs, mask)
+        if not batch:
+            return
+        with without_adapters(self.model.llm) if batch[0].sampling.text_llm else nullcontext():
             self.model.generate_from_embeddings(
                 inputs,
                 mask,
                 max_new_tokens=max(r.max_tokens for r in batch),
-                **sampling.options(),
-                streamer=TokenStream(batch, self.model.tokenizer.tokenizer, set(self.model.stop_ids())),
+                do_sample=False,
+                logits_processor=LogitsProcessorList([Draws(batch)]),
+                streamer=TokenStream(batch, tokenizer, ends),
                 stopping_criteria=StoppingCriteriaList([Finished(batch)]),
             )
+
+    def _fitting(self, batch: list[Request], inputs: Tensor, mask: Tensor) -> tuple[list[Request], Tensor, Tensor]:
+        """inputs (B, L, H), mask (B, L) without the requests that are longer than the LLM's context."""
+        context = getattr(self.model.llm.config, "max_position_embeddings", None)
+        kept = []
+        for row, request in enumerate(batch):
+            positions = request.prompt_positions
+            if request.finished:  # nothing was heard
+                continue
+            if context is None or positions < context:
+                kept.append(row)
+                request.max_tokens = min(request.max_tokens, context - positions if context else request.max_tokens)
+            else:
+                text = f"The messages take {positions} positions of the LLM, whose context has {context}."
+                request.end(DataError(f"{text} Send less text or shorter audio."))
+        if len(kept) < len(batch):
+            inputs, mask = inputs[kept], mask[kept]
+            begin = int(inputs.shape[1] - mask.sum(1).max()) if kept else 0
+            inputs, mask = inputs[:, begin:], mask[:, begin:]
+        return [batch[row] for row in kept], inputs, mask

@@ -17,8 +17,10 @@ from nemo_mtbi.errors import ConfigError, MTBIError
 from nemo_mtbi.evaluation.asr import RATE, WhisperASR
 from nemo_mtbi.models.generation import load_waveform
 from nemo_mtbi.models.mtbi_salm import MTBISALM
-from nemo_mtbi.serving.batching import Batcher, Request, Sampling
-from nemo_mtbi.serving.openai_api import Limits
+from nemo_mtbi.serving.batching import Batcher
+from nemo_mtbi.serving.limits import Limits
+from nemo_mtbi.serving.request import Piece, Request
+from nemo_mtbi.serving.sampling import Sampling
 from nemo_mtbi.tasks.library import load_library
 
 EXAMPLES = sorted(str(f) for f in (Path(__file__).parent / "examples").glob("*.flac"))  # synthesized with SVOX Pico
@@ -78,21 +80,19 @@ class Page:
     def _answer(self, dialog: list[dict[str, Any]], waveforms: list[np.ndarray], max_tokens: float) -> Iterator[str]:
         events: queue.Queue[Any] = queue.Queue()
         limit = min(int(max_tokens), self.limits.max_tokens)
-        request = Request(
-            dialog, waveforms, limit, events.put, lambda reason: events.put((reason,)), Sampling(text_llm=not waveforms)
-        )
+        request = Request(dialog, waveforms, limit, events.put, events.put, Sampling(text_llm=not waveforms))
         try:
             self.batcher.submit(request)
         except MTBIError as error:
             raise gr.Error(str(error)) from error
         text = ""
         try:
-            while isinstance(event := events.get(), str):
-                text += event
+            while isinstance(event := events.get(), Piece):
+                text += event.text
                 yield text
-            if isinstance(event[0], Exception):
-                raise gr.Error(f"The model failed: {event[0]}")
-            yield text + (" ..." if event[0] == "length" else "")
+            if isinstance(event, Exception):
+                raise gr.Error(f"The model failed: {event}")
+            yield text + (" ..." if event == "length" else "")
         finally:
             request.cancel()
 

@@ -46,7 +46,7 @@ class TargetGenerator:
         ConfigError, DataError: before any weight is loaded, if the configuration or a manifest cannot work.
     """
 
-    def __init__(self, config: TargetsConfig, position: int = 0) -> None:
+    def __init__(self, config: TargetsConfig) -> None:
         if not config.cuts:
             raise ConfigError(
                 "Name the manifests to answer: cuts={train: cuts.train.jsonl, held_out: cuts.held_out.jsonl}."
@@ -68,7 +68,7 @@ class TargetGenerator:
         plans = json.dumps([[s.digest for s in shards] for shards in self.shards.values()])
         run = hashlib.blake2b((plans + settings_of(config, self.drawer)).encode(), digest_size=8).hexdigest()
         index = AnswerIndex(self.folder / "shards", run)
-        self.writer = ShardWriter(config, self.drawer, self.engine, index, position)
+        self.writer = ShardWriter(config, self.drawer, self.engine, index)
 
     def run(self) -> dict[str, Path]:
         """Generate what is missing and merge; returns the written manifests by name.

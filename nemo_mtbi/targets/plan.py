@@ -14,8 +14,8 @@ from lhotse import CutSet
 from lhotse.cut import Cut
 from lhotse.cut.data import DataCut
 from lhotse.serialization import deserialize_item
-from tqdm import tqdm
 
+from nemo_mtbi import console
 from nemo_mtbi.errors import DataError
 from nemo_mtbi.io import jsonl
 
@@ -103,7 +103,7 @@ def _shards(name: str, path: Path, shard_cuts: int) -> Iterator[Shard]:
     digest = hashlib.blake2b(digest_size=12)
     with (
         open(path, "rb") as stream,
-        tqdm(total=path.stat().st_size, desc=f"plan ({name})", unit="B", unit_scale=True) as bar,
+        console.progress(total=path.stat().st_size, desc=f"plan ({name})", unit="B", unit_scale=True) as bar,
     ):
         for line in stream:
             digest.update(line)

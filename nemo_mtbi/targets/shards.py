@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 from lhotse.cut import Cut
-from tqdm import tqdm
 
+from nemo_mtbi import console
 from nemo_mtbi.data.conversation import transcript
 from nemo_mtbi.data.target import TARGETS_FIELD, TEACHER_IDS_FIELD, TEACHER_LOG_PROBS_FIELD, Target
 from nemo_mtbi.errors import DataError
@@ -74,13 +74,10 @@ class ShardWriter:
         config, drawer: what is asked.
         engine: makes the engine when the first answer is missing.
         index: answers of other shards and earlier runs.
-        position: line of the progress bar on the terminal.
     """
 
-    def __init__(
-        self, config: TargetsConfig, drawer: PromptDrawer, engine: "LazyEngine", index: AnswerIndex, position: int = 0
-    ) -> None:
-        self.config, self.drawer, self.engine, self.index, self.position = config, drawer, engine, index, position
+    def __init__(self, config: TargetsConfig, drawer: PromptDrawer, engine: "LazyEngine", index: AnswerIndex) -> None:
+        self.config, self.drawer, self.engine, self.index = config, drawer, engine, index
         self.filters = choose_filters(config.filters)
         self.folder = Path(config.output_dir)
         self.settings = settings_of(config, drawer)
@@ -136,13 +133,11 @@ class ShardWriter:
             missing = [key for key in missing if not answers.has(key)]
         if not missing:
             return
-        bar = tqdm(
+        bar = console.progress(
             total=len(missing),
             desc=title,
             unit="answer",
             smoothing=0.1,
-            position=self.position,
-            leave=self.position == 0,
         )
         with bar:
             # Chunks are cut from all requests: a continued run batches what is left as the first one did.

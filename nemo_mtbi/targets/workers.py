@@ -4,9 +4,13 @@ import multiprocessing.context
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
+from nemo_mtbi import console
 from nemo_mtbi.errors import DataError, MTBIError
 from nemo_mtbi.targets.config import TargetsConfig
+
+PAUSE_SECONDS = 2.0  # between two looks at what is finished
 
 
 def run(config: TargetsConfig) -> dict[str, Path]:
@@ -24,15 +28,28 @@ def run(config: TargetsConfig) -> dict[str, Path]:
     processes = [context.Process(target=work, args=(config, rank), daemon=True) for rank in range(config.workers)]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join()
+    wait(processes, [(generator.writer, shard) for shards in generator.shards.values() for shard in shards])
     codes = [p.exitcode for p in processes]
     if any(generator.writer.status(s) is None for shards in generator.shards.values() for s in shards):
-        raise DataError(f"Workers ended with {codes} before all shards were finished. The same command continues.")
+        raise DataError(
+            f"Workers ended with {codes} before all shards were finished; their messages are in "
+            f"{console.log_file() or 'the output above'}. The same command continues."
+        )
     if any(codes):
-        print(f"Workers ended with {codes}; the others finished their shards.", file=sys.stderr)
+        console.tell(f"Workers ended with {codes}; the others finished their shards.")
     with explained(generator.folder):
         return generator.merge()
+
+
+def wait(processes: list[Any], shards: list[tuple[Any, Any]]) -> None:
+    """Until all processes have ended; one bar counts the shards of all of them."""
+    with console.progress(total=len(shards), desc="targets", unit="shard") as bar:
+        while any(p.exitcode is None for p in processes):
+            unfinished = [(writer, shard) for writer, shard in shards if writer.status(shard) is None]
+            bar.update(len(shards) - len(unfinished))
+            shards = unfinished
+            for process in processes:
+                process.join(PAUSE_SECONDS / len(processes))
 
 
 def worker_context() -> multiprocessing.context.ForkServerContext:
@@ -52,10 +69,11 @@ def work(config: TargetsConfig, rank: int) -> None:
 
     if torch.cuda.device_count():
         torch.cuda.set_device(rank % torch.cuda.device_count())
+    os.environ["TQDM_DISABLE"] = "1"  # the first process has a bar for all
     tune(max(1, (os.cpu_count() or 1) // config.workers))
     try:
         with explained(Path(config.output_dir)):
-            TargetGenerator(config, position=rank).work()
+            TargetGenerator(config).work()
     except MTBIError as error:
         print(f"\nError in worker {rank}: {error}", file=sys.stderr)
         sys.exit(1)

@@ -3,6 +3,7 @@
 Atomic checkpoints, SIGTERM, and a resumed run that goes on as if nothing had happened.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -14,11 +15,13 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from nemo.collections.common.data.lhotse.broadcasting import BroadcastingDataLoader
-from nemo.utils import logging
 from nemo.utils.callbacks import NeMoModelCheckpoint
 from nemo.utils.exp_manager import _flush_in_flight_batch_progress
 from torch.utils.data import DataLoader
-from tqdm import tqdm
+
+from nemo_mtbi import console
+
+log = logging.getLogger(__name__)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -71,7 +74,7 @@ class Preemption(pl.Callback):
         candidates = callback._monitor_candidates(trainer)
         if callback.last_model_path != callback.format_checkpoint_name(candidates, callback.CHECKPOINT_NAME_LAST):
             callback._save_last_checkpoint(trainer, candidates)
-        logging.warning(f"SIGTERM: stopped after step {trainer.global_step}; the same command continues from there.")
+        log.warning(f"SIGTERM: stopped after step {trainer.global_step}; the same command continues from there.")
         sys.exit(0)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -138,7 +141,9 @@ class SkippingSampler:
 
     def __iter__(self) -> Iterator[Any]:
         batches = iter(self.sampler)
-        for _ in tqdm(range(self.skip), desc="finding the place in the data", unit="batch", disable=self.skip < 100):
+        for _ in console.progress(
+            range(self.skip), desc="finding the place in the data", unit="batch", disable=self.skip < 100
+        ):
             next(batches)
         while True:  # not ``yield from``: a Lhotse sampler is its own iterator, and iter() starts it anew
             try:

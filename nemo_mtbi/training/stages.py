@@ -1,6 +1,7 @@
 """The two training stages: CTC alignment of the connector (optional), then behavior imitation."""
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,13 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from nemo.collections.common.data.lhotse.cutset import read_cutset_from_config
 from nemo.collections.common.tokenizers import AutoTokenizer
-from nemo.utils import logging
 from nemo.utils.exp_manager import exp_manager
 from nemo.utils.get_rank import is_global_rank_zero
 from nemo.utils.trainer_utils import resolve_trainer_cfg
 from omegaconf import DictConfig, OmegaConf, open_dict
 from safetensors.torch import load_file, save_file
 
+from nemo_mtbi import console
 from nemo_mtbi.checkpoints.run_directory import ALIGNMENT, IMITATION, UNTRAINED, RunDirectory
 from nemo_mtbi.config import ModelConfig, model_config, plain
 from nemo_mtbi.data.conversation import INPUT_TYPE, check_manifest, transcript
@@ -35,6 +36,7 @@ from nemo_mtbi.training.best import BestWeights
 from nemo_mtbi.training.data_module import data_module as data_module
 from nemo_mtbi.training.data_module import input_entries
 from nemo_mtbi.training.monitor import SampleAnswers, Throughput
+from nemo_mtbi.training.progress import StageProgress
 from nemo_mtbi.training.resume import (
     AtomicCheckpointIO,
     Preemption,
@@ -42,6 +44,8 @@ from nemo_mtbi.training.resume import (
     settle_checkpoints,
     step_of,
 )
+
+log = logging.getLogger(__name__)
 
 CTC_TARGET = "CTCCompressConnector"
 
@@ -87,7 +91,7 @@ def train(cfg: DictConfig) -> RunDirectory:
 def run_stage(cfg: DictConfig, model: MTBISALM, run: RunDirectory, name: str) -> None:
     """Fit one stage, resuming from its last checkpoint, and keep its trained tensors."""
     if run.weights(name).is_file():
-        logging.info(f"Stage {name} is finished: {run.weights(name)}")
+        log.info(f"Stage {name} is finished: {run.weights(name)}")
         run.load_weights(model, name)
         return
     stage = stage_config(cfg, name)
@@ -118,7 +122,7 @@ def run_stage(cfg: DictConfig, model: MTBISALM, run: RunDirectory, name: str) ->
     if trainer.is_global_zero:
         save_moments(trainer.optimizers[0], model, run.moments(name))
         jsonl.write_json(run.root / "seen.json", seen)
-    logging.info(f"Stage {name} wrote {run.weights(name)}")
+    log.info(f"Stage {name} wrote {run.weights(name)}")
 
 
 def save_moments(optimizer: torch.optim.Optimizer, model: MTBISALM, path: Path) -> None:
@@ -154,8 +158,9 @@ def build_trainer(cfg: DictConfig, name: str, callbacks: Sequence[pl.Callback] =
             )
     elif size > 1:
         raise ConfigError("trainer.tensor_model_parallel_size > 1 chooses the strategy; leave trainer.strategy out.")
+    bars = [StageProgress(name)] if options.get("enable_progress_bar", True) else []
     options["plugins"] = [*options.get("plugins", []), AtomicCheckpointIO()]
-    options["callbacks"] = [*options.get("callbacks", []), *callbacks, Preemption(), WholeSteps()]
+    options["callbacks"] = [*options.get("callbacks", []), *callbacks, *bars, Preemption(), WholeSteps()]
     return pl.Trainer(**options)
 
 
@@ -219,10 +224,8 @@ def ctc_tokens(cfg: DictConfig, config: ModelConfig, run: RunDirectory) -> list[
 
 
 def _transcripts(cfg: DictConfig) -> Iterator[str]:
-    from tqdm import tqdm
-
     for entry in input_entries(cfg.data.train_ds):
         reader: dict[str, Any] = {k: entry[k] for k in ("cuts_path", "shar_path") if k in entry}
         cuts, _ = read_cutset_from_config({**reader, "force_finite": True, "metadata_only": True})
-        for cut in tqdm(cuts, desc="CTC vocabulary", unit="cut"):
+        for cut in console.progress(cuts, desc="CTC vocabulary", unit="cut"):
             yield transcript(cut)

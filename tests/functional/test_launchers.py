@@ -35,6 +35,7 @@ def corpus(root):
 @pytest.fixture(scope="module")
 def model(tiny_llm, tiny_whisper):
     return [
+        "speech_llm@model=offline",
         f"model.pretrained_llm={tiny_llm}",
         f"model.pretrained_asr={tiny_whisper}",
         "model.llm_dtype=float32",
@@ -72,7 +73,6 @@ def targets(root, cached, tiny_llm):
         f"output_dir={root}/targets",
         f"llm={tiny_llm}",
         "dtype=float32",
-        "prompt_format=chatml",
         f"cuts={{train: {cached}/cuts.train.jsonl, held_out: {cached}/cuts.held_out.jsonl}}",
         "task_names=[repeat,about]",
         "top_k=4",
@@ -170,6 +170,22 @@ def test_evaluation_export_and_an_answer(root, trained, targets):
         f"output={root}/answers.jsonl",
     )
     assert "left out" in out and len((root / "answers.jsonl").read_text().splitlines()) == 1
+
+
+def test_questions_arrive_letter_by_letter_and_nothing_else_is_printed(root, trained, tmp_path):
+    """After the test above, whose export it reads."""
+    recording = root / "recording (1), a=b.wav"
+    recording.write_bytes((root / "3.wav").read_bytes())
+    questions = ['7 "things": {x}, it\'s ${HOME} = \\ ä 🙂\n[end', "Why?"]
+    asked = [part for q in questions for part in ("--prompt", q)]
+    options = ("--json", "--max-new-tokens", "3")
+    out = launch("generate", root / "m.nemo", recording, root / "2.wav", *asked, *options, cwd=tmp_path)
+    records = [json.loads(line) for line in out.splitlines()]
+    assert [r["prompt"] for r in records] == [q for q in questions for _ in range(2)]
+    assert {r["audio"] for r in records} == {str(recording), str(root / "2.wav")}
+    launch("generate", f"model={root}/m.nemo", f"audio={recording}", "prompt=In short, what?", cwd=tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert "NeMo" in (trained / "logs" / "train.log").read_text()
 
 
 def test_benchmark_resumes_and_is_reproducible(root, trained, prepared):

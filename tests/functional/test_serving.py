@@ -38,6 +38,11 @@ def content(audio, prompt, format="wav"):
     return [{"type": "text", "text": prompt}, {"type": "input_audio", "input_audio": {"data": data, "format": format}}]
 
 
+def audio_url(url):
+    """A message as vLLM's clients send audio."""
+    return {"role": "user", "content": [{"type": "audio_url", "audio_url": {"url": url}}]}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_llm, tiny_whisper):
     import torch
@@ -185,6 +190,16 @@ def quiet_hours():
         (b"\xff\xfe\x00", "application/json", 400, ""),
         (b"a=b", "application/x-www-form-urlencoded", 400, ""),
         (b"x" * 4_000_000, "application/json", 413, "3000000"),
+        (b"[" * 200_000, "application/json", 400, ""),
+        (
+            b'{"messages": [{"role": "user", "content": "a"}], "temperature": NaN}',
+            "application/json",
+            400,
+            "temperature",
+        ),
+        (b'{"messages": [{"role": "user", "content": "a"}], "\\ud800": 1}', "application/json", 400, "unicode"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "application/json", 400, "does not fit"),
+        (b'{"messages": [{"role": "user", "content": "a"}], "model": "\\ud800"}', "application/json", 404, "ud800"),
     ],
 )
 def test_malformed_bodies_are_refused(server, body, kind, status, message):
@@ -220,10 +235,27 @@ def test_bad_audio_is_a_400(server, client, audio, message):
     "change, error, message",
     [
         ({"temperature": 9}, openai.BadRequestError, "temperature"),
-        ({"n": 3}, openai.BadRequestError, "n:"),
+        ({"n": 0}, openai.BadRequestError, "n:"),
+        ({"n": 9}, openai.BadRequestError, "n: 9 answers; at most 8"),
         ({"model": "other"}, openai.NotFoundError, "no model 'other'"),
         ({"messages": []}, openai.BadRequestError, "messages"),
-        ({"messages": [{"role": "user", "content": "<|audio|> hi"}]}, openai.BadRequestError, "input_audio"),
+        ({"messages": [{"role": "function", "content": "a"}]}, openai.BadRequestError, "role"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, openai.BadRequestError, "last message"),
+        ({"messages": [audio_url("https://example.org/a.wav")]}, openai.BadRequestError, "fetches none"),
+        ({"messages": [audio_url("file:///etc/passwd")]}, openai.BadRequestError, "fetches none"),
+        ({"messages": [audio_url("data:audio/wav,abc")]}, openai.BadRequestError, "without base64"),
+        ({"messages": [{"role": "user", "content": content(b"", "a") * 17}]}, openai.BadRequestError, "16 audios"),
+        ({"messages": [{"role": "user", "content": "a " * 9000}]}, openai.BadRequestError, "context has"),
+        ({"top_logprobs": 3}, openai.BadRequestError, "logprobs=true"),
+        ({"logprobs": True, "top_logprobs": 21}, openai.BadRequestError, "top_logprobs"),
+        ({"stream_options": {"include_usage": True}}, openai.BadRequestError, "stream=true"),
+        ({"stop": ""}, openai.BadRequestError, "1 to 256 characters"),
+        ({"stop": ["a"] * 17}, openai.BadRequestError, "up to 16 texts"),
+        ({"seed": 2**63}, openai.BadRequestError, "seed"),
+        ({"frequency_penalty": 0.5}, openai.BadRequestError, "frequency_penalty: is not supported.*except 0"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError, "tools: is not"),
+        ({"response_format": {"type": "json_object"}}, openai.BadRequestError, "response_format: is not"),
+        ({"extra_body": {"no_such_field": 1}}, openai.BadRequestError, "no_such_field: is not supported"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, openai.BadRequestError, "image_url"),
         (
             {"messages": [{"role": "assistant", "content": content(wav(1, 0), "a")}]},
@@ -273,10 +305,78 @@ def test_streaming_in_python_equals_the_whole_answer(model, tmp_path):
 
 
 def test_a_request_cancelled_in_the_queue_is_ended(model):
-    from nemo_mtbi.serving.batching import Batcher, Request
+    from nemo_mtbi.serving.batching import Batcher
+    from nemo_mtbi.serving.request import Request
 
     ends = queue.Queue()
     request = Request([{"role": "user", "content": "Hello."}], [], 3, lambda text: ends.put(text), ends.put)
     request.cancel()
     Batcher(model).submit(request)
     assert ends.get(timeout=30) == "cancelled" and request.tokens == []
+
+
+def question(text, max_tokens=3, **options):
+    """A request, and a list that gets its pieces and its end."""
+    from nemo_mtbi.serving.request import Request
+
+    told, ended = [], threading.Event()
+
+    def end(reason):
+        told.append(reason)
+        ended.set()
+
+    dialog = [{"role": "user", "content": [text]}]
+    return Request(dialog, [], max_tokens, told.append, end, **options), told, ended
+
+
+def answer_together(batcher, *questions):
+    """In one batch: they come while the batcher's thread is busy."""
+    busy, free = threading.Event(), threading.Event()
+    first, _, first_ended = question("First.", 1)
+    first.on_piece = lambda _: (busy.set(), free.wait(60))
+    batcher.submit(first)
+    assert busy.wait(60)
+    batcher.submit(*[request for request, _, _ in questions])
+    free.set()
+    assert all(ended.wait(60) for _, _, ended in questions) and first_ended.wait(60)
+
+
+def test_what_one_request_breaks_the_others_survive(model, monkeypatch):
+    """A prompt that fails, a prompt over the context, and a listener that fails, in one batch with a good request."""
+    from nemo_mtbi.serving.batching import Batcher
+
+    alone, told_alone, ended_alone = question("Hello.")
+    batcher = Batcher(model)
+    batcher.submit(alone)
+    assert ended_alone.wait(60)
+    render = model.prompt_pieces
+
+    def failing(dialogs):
+        if any("breaks" in m["content"][0] for dialog in dialogs for m in dialog):
+            raise RuntimeError("out of memory")
+        return render(dialogs)
+
+    def listener(_):
+        raise OSError("gone")
+
+    monkeypatch.setattr(model, "prompt_pieces", failing)
+    monkeypatch.setattr(model.llm.config, "max_position_embeddings", 100)
+    good, bad, long, deaf, last = [question(t) for t in ("Hello.", "breaks", "word " * 200, "Hello.", "a " * 80)]
+    last[0].max_tokens = 90
+    deaf[0].on_piece = listener
+    answer_together(batcher, good, bad, long, deaf, last)
+    assert [p for p in good[1]] == told_alone
+    assert isinstance(bad[1][-1], RuntimeError) and "context has 100" in str(long[1][-1]) and deaf[1] == ["cancelled"]
+    assert last[1][-1] == "length" and len(last[0].tokens) == 100 - last[0].prompt_positions > 0
+
+
+def test_a_short_answer_does_not_wait_for_a_long_one(model):
+    """Both in one batch: the short one has ended before the long one goes on."""
+    from nemo_mtbi.serving.batching import Batcher
+
+    short, long = question("Hello.", 2), question("Hello.", 12)
+    ended = []
+    long[0].on_piece = lambda _: ended.append((len(long[0].tokens), short[2].is_set()))
+    answer_together(Batcher(model), long, short)
+    assert short[1][-1] == long[1][-1] == "length" and len(ended) > 3
+    assert all(is_set == (tokens > 2) for tokens, is_set in ended)

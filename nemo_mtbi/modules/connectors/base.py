@@ -25,6 +25,7 @@ class SpeechEmbeddings:
         centers: (B, P) time of each position in encoder frames; slices speech by word times.
         ctc_log_probs: (B, P', V_ctc + 1) of a CTC connector, blank first; None otherwise.
         ctc_lengths: (B,) valid rows of ``ctc_log_probs``.
+        nothing_heard: (B,) of a connector that writes text, whether it wrote none; None for others.
         labels: (B, P) the token (of a CTC connector: the CTC label) of each position; None for connectors without
             tokens, -1 for positions of a channel without tokens.
     """
@@ -35,6 +36,7 @@ class SpeechEmbeddings:
     ctc_log_probs: Tensor | None = None
     ctc_lengths: Tensor | None = None
     labels: Tensor | None = None
+    nothing_heard: Tensor | None = None
 
 
 class Connector(nn.Module):

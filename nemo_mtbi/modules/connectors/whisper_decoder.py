@@ -4,6 +4,7 @@ Letters: B utterances, W windows of at most 30 s, T encoder frames, D Whisper's 
 positions, H LLM width.
 """
 
+import math
 from bisect import bisect_left
 from collections.abc import Iterable
 from typing import Any
@@ -64,6 +65,9 @@ class WhisperDecoderConnector(TokenConnector):
         residual_scale: factor on the residual, for weights that were trained with one; a parameter group sets its
             learning rate (``model.parameter_groups``).
         max_tokens_per_second: of speech, plus 8; ends a decoder that loops.
+        no_speech_id: Whisper's token for a window without speech, predicted in the place after the first token; None:
+            no window is taken for one.
+        no_speech_threshold: probability of that token above which nothing is written.
         silence_frames: S, of the end of a silent 30 s window, kept among the weights.
 
     Raises:
@@ -95,6 +99,8 @@ class WhisperDecoderConnector(TokenConnector):
         residual_scale: float = 1.0,
         max_tokens_per_second: float = 25.0,
         silence_frames: int = 0,
+        no_speech_id: int | None = None,
+        no_speech_threshold: float = 0.5,
     ) -> None:
         super().__init__()
         config = WhisperConfig(**decoder, dropout=dropout)
@@ -104,6 +110,7 @@ class WhisperDecoderConnector(TokenConnector):
         self.time_masks, self.time_mask_frames = time_masks, time_mask_frames
         self.residual_scale, self.max_tokens_per_second = residual_scale, max_tokens_per_second
         self.prompt_ids, self.eos_id = list(prompt_ids), eos_id
+        self.no_speech_id, self.no_speech_threshold = no_speech_id, no_speech_threshold
         self.window = config.max_source_positions
         self.max_tokens = config.max_target_positions - len(self.prompt_ids)
         self.encoder_layers = nn.ModuleList(WhisperEncoderLayer(config) for _ in range(encoder_layers))
@@ -194,26 +201,31 @@ class WhisperDecoderConnector(TokenConnector):
     # -- transcription --------------------------------------------------------------------------------------------
 
     def transcript_tokens(self, transcripts: list[str]) -> int:
-        return sum(map(len, self._transcript_ids(transcripts)))
+        return sum(map(len, self._transcript_ids(transcripts))) + self._decisions(transcripts)
 
     def _transcript_ids(self, transcripts: list[str]) -> list[list[int]]:
-        """Whisper's tokens of transcripts, end of text included."""
+        """Whisper's tokens of transcripts, end of text included; none where nothing is said."""
         texts = [" " + t.strip() for t in transcripts]
         encoded = self.tokenizer.encode_batch(texts, add_special_tokens=False)
-        return [[*own.ids, self.eos_id] for own in encoded]
+        return [[*own.ids, self.eos_id] if t.strip() else [] for t, own in zip(transcripts, encoded, strict=True)]
+
+    def _decisions(self, transcripts: list[str]) -> int:
+        """Utterances for which it is learned whether anything is said."""
+        return 0 if self.no_speech_id is None else len(transcripts)
 
     def transcription_loss(
         self, speech: SpeechEmbeddings | None, features: Tensor, lengths: Tensor, transcripts: list[str]
     ) -> tuple[Tensor, int]:
-        """Cross-entropy of the transcripts under teacher forcing; utterances that exceed a window contribute nothing.
+        """Cross-entropy of the transcripts under teacher forcing, and of whether anything is said.
 
-        The frames are encoded anew, with time masks and dropout where the connector is trained.
+        Utterances that exceed a window contribute nothing. The frames are encoded anew, with time masks and dropout
+        where the connector is trained.
         """
         ids = self._transcript_ids(transcripts)
         kept = [
             i
             for i, (own, frames) in enumerate(zip(ids, lengths.tolist(), strict=True))
-            if len(own) <= self.max_tokens and frames <= self.window
+            if len(own) <= self.max_tokens and frames <= self.window and (own or self.no_speech_id is not None)
         ]
         if not kept:
             trained = [p.sum() for p in self.parameters() if p.requires_grad]
@@ -223,11 +235,17 @@ class WhisperDecoderConnector(TokenConnector):
             features = mask_spans(features, sizes, self.time_masks, self.time_mask_frames)
         features, frames = self._encode(features, sizes)
         targets = [ids[i] for i in kept]
-        states = self._forced_states(features, frames, [own[:-1] for own in targets])
-        flat = torch.tensor([token for own in targets for token in own], device=features.device)
+        hidden = self._forced(features, frames, [own[:-1] for own in targets])
+        states = hidden[:, len(self.prompt_ids) - 1 :]
+        flat = torch.tensor([token for own in targets for token in own], dtype=torch.long, device=features.device)
         counts = torch.tensor([len(own) for own in targets], device=features.device)
         rows = states[frame_mask(counts, states.shape[1])]
-        return imitation_loss(rows, Head(self._output_weight()), flat, CROSS_ENTROPY).loss, len(flat)
+        loss = imitation_loss(rows, Head(self._output_weight()), flat, CROSS_ENTROPY).loss if len(flat) else 0.0
+        if self.no_speech_id is None:
+            return torch.as_tensor(loss), len(flat)
+        nothing = self._no_speech_log_probs(hidden[:, 0])
+        something = torch.log(-torch.expm1(nothing.clamp_max(-1e-6)))
+        return loss - torch.where(counts == 0, nothing, something).sum(), len(flat) + len(kept)
 
     @torch.no_grad()
     def transcribe(self, features: Tensor, lengths: Tensor) -> list[str]:
@@ -288,13 +306,21 @@ class WhisperDecoderConnector(TokenConnector):
         zeros = torch.zeros(valid.shape, dtype=self.norm.weight.dtype, device=valid.device)
         return zeros.masked_fill(~valid, torch.finfo(zeros.dtype).min)[:, None, None]
 
+    def _no_speech_log_probs(self, first: Tensor) -> Tensor:
+        """Log-probability (W,) of no speech, from the states (W, D) of the first token."""
+        logits = nn.functional.linear(first, self.decoder.embed_tokens.weight).float()
+        return logits[:, self.no_speech_id] - logits.logsumexp(-1)
+
     def _forced_states(self, features: Tensor, sizes: Tensor, tokens: list[list[int]]) -> Tensor:
         """States (W, N + 1, D) that predict each token and what follows the last one."""
+        return self._forced(features, sizes, tokens)[:, len(self.prompt_ids) - 1 :]
+
+    def _forced(self, features: Tensor, sizes: Tensor, tokens: list[list[int]]) -> Tensor:
+        """States (W, Q + N, D) of Q prompt tokens and N tokens."""
         width = max(map(len, tokens))
         ids = torch.tensor([self.prompt_ids + own + [self.eos_id] * (width - len(own)) for own in tokens])
         mask = self._frame_mask(sizes, features.shape[1])
-        hidden = self._step(ids.to(features.device), 0, features, mask, None)
-        return hidden[:, len(self.prompt_ids) - 1 :]
+        return self._step(ids.to(features.device), 0, features, mask, None)
 
     @torch.no_grad()
     def _greedy(self, features: Tensor, sizes: Tensor) -> tuple[list[list[int]], Tensor]:
@@ -305,10 +331,14 @@ class WhisperDecoderConnector(TokenConnector):
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         ids = torch.tensor(self.prompt_ids, device=features.device).expand(len(sizes), -1)
         begin = 0
-        written, states = [], []
+        written: list[Tensor] = []
+        states: list[Tensor] = []
         done = torch.zeros(len(sizes), dtype=torch.bool, device=features.device)
         while True:
-            hidden = self._step(ids, begin, features, mask, cache)[:, -1]
+            step = self._step(ids, begin, features, mask, cache)
+            if self.no_speech_id is not None and not states:
+                done |= self._no_speech_log_probs(step[:, 0]) > math.log(self.no_speech_threshold)
+            hidden = step[:, -1]
             states.append(hidden)
             begin += ids.shape[1]
             logits = nn.functional.linear(hidden, self._output_weight()).float()
@@ -339,6 +369,7 @@ class WhisperDecoderConnector(TokenConnector):
         for window, ((utterance, first), own, frames) in enumerate(zip(owners, tokens, sizes.tolist(), strict=True)):
             for token, index in self._language_model_tokens(tokenizer, own, begins[utterance] and not rows[utterance]):
                 rows[utterance].append((token, window, index, first + (index + 0.5) / max(1, len(own)) * frames))
+        nothing = torch.tensor([not row for row in rows])
         for utterance, row in enumerate(rows):
             if not row:
                 window = next(w for w, (own, _) in enumerate(owners) if own == utterance)
@@ -357,7 +388,7 @@ class WhisperDecoderConnector(TokenConnector):
         embeddings = text.new_zeros(*ids.shape, text.shape[-1])
         embeddings[valid] = text + extra
         centers = padded[..., 3].float().to(features.device)
-        return SpeechEmbeddings(embeddings, counts, centers, labels=ids)
+        return SpeechEmbeddings(embeddings, counts, centers, labels=ids, nothing_heard=nothing.to(features.device))
 
     def _likely_embeddings(self, states: Tensor, first: Tensor) -> Tensor:
         """Mean LLM embedding (R, H) of the likely tokens, weighted by their probabilities.

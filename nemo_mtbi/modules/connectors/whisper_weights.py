@@ -60,6 +60,7 @@ def whisper_decoder_settings(name: str, language: str | None, kept_layers: int |
         "suppress_ids": [i for i in suppressed if tokenizer.decode([i]).strip() not in WRITTEN_SYMBOLS],
         "begin_suppress_ids": list(getattr(generation, "begin_suppress_tokens", None) or []),
         "silence_frames": SILENCE_FRAMES,
+        "no_speech_id": tokenizer.prefix_tokens[-1] - 1,  # before "no timestamps", as in Transformers
         "tokenizer_bytes": len(tokenizer.backend_tokenizer.to_str().encode()),
     }
 

@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 
 from nemo_mtbi.cli import CONF
 from nemo_mtbi.errors import ConfigError
-from nemo_mtbi.examples.ablate import finished, subset, tasks_of, train_overrides
+from nemo_mtbi.examples._overrides import overrides
+from nemo_mtbi.examples.ablate import finished, subset, tasks_of, train_values
 
 pytestmark = pytest.mark.unit
 
@@ -34,8 +35,8 @@ def test_ablation_variants_as_command_lines(tmp_path):
         )
         importlib.import_module("nemo_mtbi.examples.train")
         for name, variant in cfg.variants.items():
-            overrides = train_overrides(cfg, OmegaConf.to_container(variant), tmp_path / name, 3)
-            own = compose("train", overrides)
+            values = train_values(cfg, OmegaConf.to_container(variant), tmp_path / name, 3)
+            own = compose("train", overrides(values))
             assert (
                 own.seed == 3
                 and own.trainer.max_steps == 150

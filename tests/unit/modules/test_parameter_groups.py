@@ -1,12 +1,17 @@
 """Learning rates by pattern, and moments that go on."""
 
+import copy
+
 import pytest
 import torch
+from transformers import WhisperModel
 
-from nemo_mtbi.config import ParameterGroupConfig
+from nemo_mtbi.checkpoints.archive import save_directory
+from nemo_mtbi.config import ParameterGroupConfig, model_config
 from nemo_mtbi.errors import ConfigError
-from nemo_mtbi.models import MTBISALM
+from nemo_mtbi.models import MTBISALM, setup
 from nemo_mtbi.models.optimization import build_optimizer, continue_moments, moments_of
+from nemo_mtbi.models.setup import outline
 from nemo_mtbi.modules.parameter_groups import parameter_groups
 from tests.helpers import build
 
@@ -47,6 +52,62 @@ def test_a_pattern_that_matches_nothing_is_named():
     named = [("a.weight", torch.nn.Parameter(torch.zeros(1)))]
     with pytest.raises(ConfigError, match=r"'b' matches no trained parameter.*a\.weight"):
         parameter_groups(named, [ParameterGroupConfig("b", lr=1.0)])
+
+
+CONNECTORS = {
+    "StackMLPConnector": {"factor": 5, "hidden_dim": 32},
+    "CTCCompressConnector": {"vocab_size": 9, "d_model": 32, "heads": 4},
+    "WhisperDecoderConnector": {},
+    "TwoChannelConnector": {"acoustic_strides": 2},
+}
+LORA = {"task_type": "CAUSAL_LM", "r": 2, "target_modules": ["q_proj"]}
+
+
+def with_connector(config, name, **changes):
+    adapter = {"_target_": f"nemo_mtbi.modules.connectors.{name}", **CONNECTORS[name]}
+    return {**config, "perception": {"input_length": "own", "modality_adapter": adapter}, **changes}
+
+
+def described(parameters):
+    return [(n, tuple(p.shape), p.requires_grad) for n, p in parameters]
+
+
+@pytest.mark.parametrize("name", CONNECTORS)
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_the_outline_has_the_parameters_of_the_model_and_no_weights(tiny_config, name, lora):
+    config = with_connector(copy.deepcopy(tiny_config), name, **({"lora": lora} if lora else {}))
+    drawn = torch.get_rng_state()
+    parts = outline(config, model_config(config))
+    assert torch.equal(torch.get_rng_state(), drawn) and all(p.is_meta for p in parts.parameters())
+    assert sorted(described(parts.named_parameters())) == sorted(described(build(config).named_parameters()))
+
+
+def test_the_outline_of_a_model_with_nemos_encoder(tiny_config, nemo_asr):
+    config = with_connector(copy.deepcopy(tiny_config), "StackMLPConnector", pretrained_asr=nemo_asr)
+    config["perception"].pop("input_length")
+    parts = outline(config, model_config(config))
+    assert sorted(described(parts.named_parameters())) == sorted(described(build(config).named_parameters()))
+
+
+@pytest.mark.parametrize("name", ["StackMLPConnector", "TwoChannelConnector"])
+@pytest.mark.parametrize("pattern", ["perception.modality_adapter.accoustic", "llm.", "perception.encoder"])
+def test_a_pattern_that_matches_nothing_is_refused_before_any_weight_is_loaded(tiny_config, name, pattern, monkeypatch):
+    def load(*_):
+        raise AssertionError("weights are loaded")
+
+    monkeypatch.setattr(setup, "load_pretrained_hf", load)
+    monkeypatch.setattr(WhisperModel, "from_pretrained", load)
+    groups = [{"pattern": "perception.modality_adapter.norm", "lr": 0.1}, {"pattern": pattern, "lr": 0.2}]
+    with pytest.raises(ConfigError, match=rf"'{pattern}' matches no trained parameter.*perception\.modality_adapter\."):
+        MTBISALM(with_connector(copy.deepcopy(tiny_config), name, parameter_groups=groups))
+
+
+def test_groups_of_a_finished_model_do_not_stop_it_from_opening(tiny_config, tmp_path):
+    """Its LoRA is merged, so the pattern for it matches nothing any more."""
+    groups = [{"pattern": ".*lora", "lr": 0.2}]
+    model = build(copy.deepcopy(tiny_config), lora=LORA, parameter_groups=groups)
+    model.merge_lora()
+    assert MTBISALM.restore_from(save_directory(model, tmp_path / "merged")).config.parameter_groups
 
 
 def test_moments_go_on_as_if_the_optimizer_had_not_changed():

@@ -1,6 +1,7 @@
 """The connector on Whisper's decoder, against Transformers' Whisper, a plain cross-entropy and the text LLM."""
 
 import copy
+import dataclasses
 import math
 
 import numpy as np
@@ -163,24 +164,73 @@ def test_weights_without_silence_hear_none(model):
     assert torch.equal(states, features) and torch.equal(sizes, lengths)
 
 
+@torch.no_grad()
+def test_no_speech_is_whispers_own_decision(connector, tiny_whisper):
+    whisper = WhisperForConditionalGeneration.from_pretrained(tiny_whisper).eval()
+    features, lengths = torch.randn(2, 50, 32), torch.tensor([50, 50])
+    states, sizes = connector._encode(features, lengths)
+    start = torch.full((2, 1), whisper.generation_config.decoder_start_token_id)
+    logits = whisper(encoder_outputs=BaseModelOutput(states), decoder_input_ids=start).logits[:, -1]
+    nothing = logits.log_softmax(-1)[:, connector.no_speech_id]
+    hidden = connector._forced(states, sizes, [[], []])
+    torch.testing.assert_close(connector._no_speech_log_probs(hidden[:, 0]), nothing, rtol=1e-4, atol=1e-4)
+    connector.no_speech_threshold = float(nothing.mean().exp())
+    speech = connector.connect(features, lengths)
+    silent = nothing.exp() > connector.no_speech_threshold
+    assert speech.nothing_heard.tolist() == silent.tolist() and 0 < int(silent.sum()) < 2
+    texts = connector.transcribe(features, lengths)
+    assert [not t for t in texts] == silent.tolist()
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_question_about_silence_gets_its_own_answer(config, streamed):
+    model = MTBISALM(copy.deepcopy(config)).eval()
+    connector, audio = model.perception.modality_adapter, 0.1 * torch.randn(8000)
+    heard = model.chat(audio, "What?", max_new_tokens=4)
+    connector.no_speech_threshold = 1e-12
+    pieces = list(model.stream(audio, "What?", max_new_tokens=4)) if streamed else [model.chat(audio, "What?")]
+    assert "".join(pieces) == "I did not hear any speech."
+    model.config.nothing_heard_answer = None
+    assert model.chat(audio, "What?", max_new_tokens=4) not in ("I did not hear any speech.", heard)
+
+
+def test_silent_rows_do_not_change_the_others(config, monkeypatch):
+    model = MTBISALM(copy.deepcopy(config)).eval()
+    connector = model.perception.modality_adapter
+    audios, lengths = 0.1 * torch.randn(3, 8000), torch.tensor([8000] * 3)
+    dialogs = [[model.user_turn(q)] for q in ("One?", "Two?", "Three?")]
+    options = {"audios": audios, "audio_lens": lengths, "max_new_tokens": 5, "do_sample": False}
+    decode = model.tokenizer.tokenizer.batch_decode
+    expected = decode(model.generate(dialogs, **options), skip_special_tokens=True)
+    real = connector.connect
+    silent = torch.tensor([False, True, False])
+    monkeypatch.setattr(connector, "connect", lambda *a: dataclasses.replace(real(*a), nothing_heard=silent))
+    answers = decode(model.generate(dialogs, **options), skip_special_tokens=True)
+    assert answers == [expected[0], "I did not hear any speech.", expected[2]]
+
+
 def test_transcription_loss_is_a_plain_cross_entropy(connector):
     connector.train()
-    features = torch.randn(3, 1600, 32, generator=torch.Generator().manual_seed(0))
-    lengths, transcripts = torch.tensor([1600, 60, 40]), ["too long", "one two", "three"]
+    features = torch.randn(4, 1600, 32, generator=torch.Generator().manual_seed(0))
+    lengths, transcripts = torch.tensor([1600, 60, 40, 50]), ["too long", "one two", "three", ""]
     loss, count = connector.transcription_loss(None, features, lengths, transcripts)
     expected, tokens = torch.zeros(()), 0
-    for row in (1, 2):  # the first one exceeds a window
+    for row in (1, 2, 3):  # the first one exceeds a window
         ids = [*connector.tokenizer.encode(" " + transcripts[row], add_special_tokens=False).ids, connector.eos_id]
         inputs = torch.tensor([connector.prompt_ids + ids[:-1]])
         hidden = connector.decoder(
             inputs,
             encoder_hidden_states=torch.cat([connector.silence, features[row, : lengths[row]]])[None],
             use_cache=False,
-        ).last_hidden_state[0, len(connector.prompt_ids) - 1 :]
-        logits = hidden @ connector.decoder.embed_tokens.weight[: connector.eos_id + 1].t()
-        expected = expected + torch.nn.functional.cross_entropy(logits, torch.tensor(ids), reduction="sum")
-        tokens += len(ids)
-    assert count == tokens
+        ).last_hidden_state[0]
+        nothing = (hidden[0] @ connector.decoder.embed_tokens.weight.t()).softmax(-1)[connector.no_speech_id]
+        if not transcripts[row]:
+            expected, tokens = expected - nothing.log(), tokens + 1
+            continue
+        logits = hidden[len(connector.prompt_ids) - 1 :] @ connector._output_weight().t()
+        text = torch.nn.functional.cross_entropy(logits, torch.tensor(ids), reduction="sum")
+        expected, tokens = expected + text - (1 - nothing).log(), tokens + len(ids) + 1
+    assert count == tokens == connector.transcript_tokens(transcripts[1:])
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
     grads = [torch.autograd.grad(value, connector.decoder.layers[0].fc1.weight)[0] for value in (loss, expected)]
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-5)

@@ -9,8 +9,8 @@ import soundfile
 from lhotse import CutSet
 
 from nemo_mtbi.errors import ConfigError, DataError
-from nemo_mtbi.preparation.prepare import Preparation, PrepareConfig
-from nemo_mtbi.preparation.sources import SourceConfig
+from nemo_mtbi.preparation.prepare import Preparation, PrepareConfig, SplitConfig
+from nemo_mtbi.preparation.sources import SourceConfig, read_tsv
 from tests.unit.preparation_helpers import config, cuts_of, tone
 
 pytestmark = pytest.mark.unit
@@ -225,3 +225,15 @@ def test_repaired_audio_is_counted(tmp_path):
         (tmp_path / f"{name}.txt").write_text("two words")
     Preparation(config(tmp_path, SourceConfig("folder", str(tmp_path)))).run()
     assert sorted(report(tmp_path)["audio_repaired"].values()) == [1, 1]
+
+
+def test_a_table_may_name_the_splits_and_lie_in_a_package():
+    table = "pkg://nemo_mtbi/samples/librispeech/transcripts.tsv"
+    entries = list(read_tsv(SourceConfig("tsv", table, split_column="split")))
+    speakers = {s: {e.speaker for e in entries if e.split == s} for s in ("train", "validation", "held_out")}
+    assert [len(s) for s in speakers.values()] == [9, 1, 5] and len(set.union(*speakers.values())) == 15
+    assert SplitConfig(speakers={entries[0].speaker: "other"}).assign(entries[0]) == entries[0].split
+    with pytest.raises(DataError, match="no column part"):
+        list(read_tsv(SourceConfig("tsv", table, split_column="part")))
+    with pytest.raises(ConfigError, match="no installed package 'nowhere'"):
+        list(read_tsv(SourceConfig("tsv", "pkg://nowhere/a.tsv")))

@@ -1,0 +1,41 @@
+"""What a connector that writes text heard, and whether it wrote nothing where nothing is said."""
+
+from lhotse import CutSet
+
+from nemo_mtbi.evaluation.systems import EvaluationSet, SpeechSystem, system_batches
+from nemo_mtbi.models.mtbi_salm import MTBISALM
+from nemo_mtbi.modules.connectors.base import Connector
+from nemo_mtbi.modules.perception import connector_of
+
+
+def writes_text(model: MTBISALM) -> bool:
+    """Whether the model's connector writes what it hears."""
+    connector = connector_of(model.perception)
+    return connector is not None and type(connector).transcribe is not Connector.transcribe
+
+
+def own_transcripts(
+    system: SpeechSystem, questions: EvaluationSet, batch_size: int, title: str
+) -> list[tuple[str, str]]:
+    """What the connector wrote of each cut, and the cut's transcript; nothing for connectors without text."""
+    if not writes_text(system.model):
+        return []
+    once = list({c.source_id: c for c in questions.conversations}.values())
+    result = []
+    for reading in system_batches(system, questions, once, batch_size, f"{title}: transcribe"):
+        texts = system.transcripts(reading) or []
+        result += [(text, e.transcript) for text, e in zip(texts, reading.examples, strict=True)]
+    return result
+
+
+def nothing_heard(
+    system: SpeechSystem, cuts: CutSet, cached_features: bool, batch_size: int, title: str
+) -> float | None:
+    """Share of cuts, with targets or without, of which the connector writes nothing; None for one without text."""
+    questions = EvaluationSet(system.model, cuts, cached_features, every_cut=True)
+    return empty_share([text for text, _ in own_transcripts(system, questions, batch_size, title)])
+
+
+def empty_share(texts: list[str]) -> float | None:
+    """Share of texts without a letter or digit; None of none."""
+    return sum(not any(c.isalnum() for c in text) for text in texts) / len(texts) if texts else None

@@ -1,0 +1,105 @@
+"""The ``no_speech`` source: recordings in which nothing is said, made on the spot, with empty transcripts."""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from lhotse.cut import Cut
+
+from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.preparation.sources import Entry, SourceConfig, utterance_cut
+
+RATE = 16_000
+SEMITONE = 2 ** (1 / 12)
+
+
+@dataclass
+class NoSpeechOptions:
+    """``options`` of a ``no_speech`` source.
+
+    Attributes:
+        counts: recordings by split.
+        seconds: shortest and longest.
+        seed: of the draws.
+    """
+
+    counts: dict[str, int] = field(default_factory=lambda: {"train": 30})
+    seconds: list[float] = field(default_factory=lambda: [0.3, 10.0])
+    seed: int = 0
+
+
+def zeros(size: int, rng: np.random.Generator) -> np.ndarray:
+    """Digital silence, or a constant offset."""
+    return np.full(size, rng.choice([0.0, 0.0, 0.05]))
+
+
+def noise(size: int, rng: np.random.Generator) -> np.ndarray:
+    """Noise of spectrum 1 / f^a (a: 0 white, 1 pink, 2 brown), from faint to loud."""
+    spectrum = np.fft.rfft(rng.standard_normal(size))
+    spectrum /= np.maximum(1, np.arange(len(spectrum))) ** (rng.choice([0, 1, 2]) / 2)
+    samples = np.fft.irfft(spectrum, size)
+    return samples / max(1e-9, float(np.abs(samples).max())) * 10 ** rng.uniform(-4, -0.3)
+
+
+def hum(size: int, rng: np.random.Generator) -> np.ndarray:
+    """The mains, with harmonics."""
+    time, frequency = np.arange(size) / RATE, rng.choice([50, 60])
+    tones = [np.sin(2 * np.pi * frequency * k * time) / k**2 for k in range(1, 6)]
+    return np.sum(tones, axis=0) * 10 ** rng.uniform(-3, -0.7)
+
+
+def music(size: int, rng: np.random.Generator) -> np.ndarray:
+    """Plucked chords, two a second."""
+    time, samples = np.arange(size) / RATE, np.zeros(size)
+    for begin in np.arange(0, size / RATE, 0.5):
+        since = np.maximum(0, time - begin)
+        for step in rng.integers(0, 36, 3):
+            frequency = 110 * SEMITONE**step
+            tone = sum(np.sin(2 * np.pi * frequency * k * since) / k for k in (1, 2, 3))
+            samples += (time >= begin) * np.exp(-4 * since) * tone
+    return samples / max(1e-9, float(np.abs(samples).max())) * 10 ** rng.uniform(-2, -0.3)
+
+
+def clicks(size: int, rng: np.random.Generator) -> np.ndarray:
+    """Short knocks in faint noise."""
+    samples = 1e-3 * rng.standard_normal(size)
+    for place in rng.integers(0, size, max(1, size // RATE)):
+        length = min(400, size - place)
+        samples[place : place + length] += rng.standard_normal(length) * np.exp(-np.arange(length) / 60) * 0.3
+    return samples
+
+
+SOUNDS: tuple[Callable[[int, np.random.Generator], np.ndarray], ...] = (zeros, noise, hum, music, clicks)
+
+
+def read_no_speech(config: SourceConfig, output_dir: Path) -> Iterator[Entry]:
+    """
+    Raises:
+        ConfigError: unknown options.
+    """
+    try:
+        options = NoSpeechOptions(**config.options)
+    except TypeError as error:
+        raise ConfigError(f"sources.options of kind no_speech: {error}") from None
+    shortest, longest = options.seconds
+    if not 0 < shortest <= longest:
+        raise ConfigError(f"sources.options of kind no_speech: seconds={options.seconds} must be [shortest, longest].")
+    for split, count in options.counts.items():
+        for index in range(count):
+            name = f"no-speech-{options.seed}-{split}-{index}"
+            seconds = random.Random(name).uniform(shortest, longest)
+
+            def load(name: str = name, seconds: float = seconds, sound: int = index % len(SOUNDS)) -> Cut:
+                path = output_dir / "audio" / f"{name}.flac"
+                if not path.exists():
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    rng = np.random.default_rng(list(name.encode()))
+                    temporary = path.with_name(f".{path.name}")
+                    soundfile.write(temporary, SOUNDS[sound](round(seconds * RATE), rng), RATE, format="FLAC")
+                    temporary.replace(path)
+                return utterance_cut(name, path, "", None, config.language)
+
+            yield Entry(name, load, None, "", split, silent=True)

@@ -1,0 +1,39 @@
+"""Answers as OpenAI's clients read them."""
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from nemo_mtbi.serving.request import Request
+from nemo_mtbi.serving.sampling import TokenScore
+
+LEAST_LOGPROB = -9999.0  # JSON has no -inf
+
+
+def event(body: dict[str, Any]) -> str:
+    """One server-sent event."""
+    return f"data: {json.dumps(body)}\n\n"
+
+
+def usage(requests: Sequence[Request]) -> dict[str, int]:
+    """Positions of the prompt, speech included, and tokens of all answers to it."""
+    prompt, answers = requests[0].prompt_positions, sum(len(r.tokens) for r in requests)
+    return {"prompt_tokens": prompt, "completion_tokens": answers, "total_tokens": prompt + answers}
+
+
+def scores(tokenizer: Any, tokens: Iterable[TokenScore]) -> list[dict[str, Any]]:
+    """Log-probabilities of tokens, each with its alternatives."""
+    return [
+        {
+            **_token(tokenizer, score.token, score.logprob),
+            "top_logprobs": [_token(tokenizer, token, logprob) for token, logprob in score.top],
+        }
+        for score in tokens
+    ]
+
+
+def _token(tokenizer: Any, token: int, logprob: float) -> dict[str, Any]:
+    lead = tokenizer("a", add_special_tokens=False)["input_ids"]  # SentencePiece drops the first word's space
+    text = tokenizer.decode([*lead, token])[len(tokenizer.decode(lead)) :]
+    data = None if "\ufffd" in text else list(text.encode())  # a part of a character has no text
+    return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": data}

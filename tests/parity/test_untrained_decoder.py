@@ -1,0 +1,50 @@
+"""What the decoder connector hears before any training, with Whisper's own weights, on the speech in the package."""
+
+import pytest
+import torch
+
+from nemo_mtbi.data.audio import collate_waveforms, load_waveform
+from nemo_mtbi.evaluation.score import normalize, word_error_rate
+from nemo_mtbi.models.speech import encode, transcribe
+from nemo_mtbi.preparation.no_speech import read_no_speech
+from nemo_mtbi.preparation.sources import SourceConfig, read_tsv
+from tests.helpers import build
+
+pytestmark = pytest.mark.parity
+
+
+@pytest.fixture(scope="module")
+def perception(tiny_llm, whisper):
+    config = {
+        "pretrained_llm": tiny_llm,
+        "pretrained_asr": whisper,
+        "perception": {
+            "input_length": "own",
+            "modality_adapter": {"_target_": "nemo_mtbi.modules.connectors.WhisperDecoderConnector"},
+        },
+    }
+    return build(config).eval().perception
+
+
+def heard(perception, cuts):
+    waveforms = [load_waveform(cut.recording.sources[0].source, 16_000) for cut in cuts]
+    texts = []
+    for begin in range(0, len(waveforms), 8):
+        texts += transcribe(perception, *encode(perception, *collate_waveforms(waveforms[begin : begin + 8])))
+    return texts
+
+
+@torch.no_grad()
+def test_it_understands_people_it_never_heard(perception):
+    table = SourceConfig("tsv", "pkg://nemo_mtbi/samples/librispeech/transcripts.tsv", split_column="split")
+    entries = [e for e in read_tsv(table) if e.split == "held_out"]
+    assert len(entries) >= 60 and len({e.speaker for e in entries}) == 5
+    some = entries[::3]
+    texts = heard(perception, [e.load() for e in some])
+    assert word_error_rate([normalize(e.text) for e in some], [normalize(t) for t in texts]) < 0.12  # .063 on 64 clips
+
+
+@torch.no_grad()
+def test_it_writes_nothing_where_nothing_is_said(perception, tmp_path):
+    source = SourceConfig("no_speech", options={"counts": {"held_out": 25}, "seconds": [0.06, 6.0]})
+    assert not any(heard(perception, [e.load() for e in read_no_speech(source, tmp_path)]))

@@ -12,7 +12,7 @@ LARGEST_THRESHOLD = 32 * 2**20  # glibc accepts no more; larger blocks stay mapp
 
 
 def tune(threads: int | None = None) -> None:
-    """Number of PyTorch threads (None: its own choice), and a heap that keeps what it has.
+    """Number of PyTorch threads (None: its own choice), TensorFloat-32 on GPUs, and a heap that keeps what it has.
 
     Large temporaries are otherwise mapped, page-faulted and unmapped at every operation, which takes a good part of
     the loss's time. GPU memory is not concerned.
@@ -21,6 +21,8 @@ def tune(threads: int | None = None) -> None:
 
     if threads is not None:
         torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # TensorFloat-32 where the connector and its loss compute in fp32
     if sys.platform == "linux" and not torch.cuda.is_available():
         try:
             mallopt = ctypes.CDLL("libc.so.6").mallopt

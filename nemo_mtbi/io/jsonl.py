@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,7 +79,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file under a temporary name and rename it."""
-    with replacing(path, str(os.getpid())) as stream:
+    with replacing(path, uuid.uuid4().hex) as stream:  # process ids repeat on other machines and in containers
         stream.write(text)
 
 

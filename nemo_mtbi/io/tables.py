@@ -40,7 +40,7 @@ def read_table(path: Path, columns: set[str], encoding: str | None = None) -> It
     Raises:
         DataError: no header, or without these columns; bytes that cannot be decoded.
     """
-    text = read_text(path, encoding).replace("\r\n", "\n").replace("\r", "\n")
+    text = read_text(path, encoding)
     header_line = io.StringIO(text.lstrip(), newline=None).readline()
     if path.name.removesuffix(".gz").endswith(".csv"):
         dialect: dict[str, Any] = {"delimiter": max(",;\t", key=header_line.count)}

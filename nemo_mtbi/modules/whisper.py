@@ -60,22 +60,43 @@ class WindowPolicy:
 class WhisperPreprocessor(NeuralModule):
     """Log-mel features of Whisper (openai/whisper ``audio.py``), batched, independent of the batch's padding."""
 
+    filters: Tensor
+    window: Tensor
+
     def __init__(self, num_mel_bins: int = 80, input_length: str = "trained", round_seconds: float = 2.0) -> None:
         super().__init__()
         self.policy = WindowPolicy(input_length, round_seconds)
-        filters = mel_filter_bank(
-            1 + N_FFT // 2, num_mel_bins, 0.0, 8000.0, SAMPLE_RATE, norm="slaney", mel_scale="slaney"
-        )
-        self.register_buffer("filters", torch.from_numpy(filters).float(), persistent=False)
+        self.num_mel_bins = num_mel_bins
+        self.register_buffer("filters", self._filters(), persistent=False)
         self.register_buffer("window", torch.hann_window(N_FFT), persistent=False)
         # What SALM asks of any NeMo preprocessor.
         self.featurizer = SimpleNamespace(
             sample_rate=SAMPLE_RATE, hop_length=HOP_SAMPLES, get_seq_len=lambda n: torch.ceil(n / HOP_SAMPLES).long()
         )
 
+    def _filters(self) -> Tensor:
+        filters = mel_filter_bank(
+            1 + N_FFT // 2, self.num_mel_bins, 0.0, 8000.0, SAMPLE_RATE, norm="slaney", mel_scale="slaney"
+        )
+        return torch.from_numpy(filters).float()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Goes to a device with the model, and stays in fp32 there, whatever precision the model is given."""
+        super()._apply(fn, recurse)
+        if self.filters.dtype != torch.float32 and not self.filters.is_meta:
+            self.filters = self._filters().to(self.filters.device)
+            self.window = torch.hann_window(N_FFT, device=self.window.device)
+        return self
+
     @torch.no_grad()
     def forward(self, input_signal: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-        """input_signal (B, S), length (B,) samples -> log-mel (B, M, F), valid frames (B,)."""
+        """input_signal (B, S), length (B,) samples -> log-mel (B, M, F) in fp32, also under autocast, and valid frames
+        (B,).
+        """
+        with torch.autocast(input_signal.device.type, enabled=False):
+            return self._log_mel(input_signal, length)
+
+    def _log_mel(self, input_signal: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         frames = ((length + HOP_SAMPLES - 1) // HOP_SAMPLES).clamp_min(1)
         padded = max(self.policy.padded_frames(n) for n in frames.tolist())
         signal = input_signal.float()

@@ -48,12 +48,12 @@ def load_shards(llm: nn.Module, folder: str | Path, device: torch.device) -> Non
 
     Args:
         llm: ``...ForCausalLM``, or one with LoRA (whose own weights are there already).
-        folder: of the LLM, or of an exported speech LLM.
+        folder: of the LLM (or its hub name), or of an exported speech LLM.
 
     Raises:
-        ConfigError: the directory has no safetensors, or a weight is missing there.
+        ConfigError: the directory has no safetensors, a weight is missing there, or it cannot be had.
     """
-    files = _weight_files(Path(folder))
+    files = _weight_files(local_snapshot(str(folder)))
     loaded: dict[int, nn.Parameter] = {}  # tied parameters stay one
     for module_name, module in causal_lm(llm).named_modules():
         for leaf, parameter in list(module.named_parameters(recurse=False)):
@@ -63,6 +63,27 @@ def load_shards(llm: nn.Module, folder: str | Path, device: torch.device) -> Non
             if id(parameter) not in loaded:
                 loaded[id(parameter)] = _read(files, name, parameter, device)
             setattr(module, leaf, loaded[id(parameter)])
+
+
+def local_snapshot(name: str) -> Path:
+    """The folder of an LLM: a local one as it is; of a hub name, the snapshot in the cache, fetched if it is not there.
+
+    Several ranks may ask at once: ``huggingface_hub`` locks each file.
+
+    Raises:
+        ConfigError: neither a folder nor a model of the hub that can be reached.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.safetensors.index.json"]))
+    except Exception as error:  # of the hub, the network, or a name that is none
+        raise ConfigError(
+            f"{name} is no folder, and its weights cannot be taken from the hub ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]}). Fix model.pretrained_llm, or fetch it first and give its folder."
+        ) from error
 
 
 def _weight_files(folder: Path) -> dict[str, tuple[Path, str]]:

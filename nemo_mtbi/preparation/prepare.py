@@ -269,14 +269,18 @@ class Preparation:
             "without_word_times_reasons": dict(unaligned.most_common(50)),
         }
         jsonl.write_json(self.folder / "report.json", report)
-        if not lines and skipped:
-            reason, _ = skipped.most_common(1)[0]
-            raise DataError(
-                f"No utterance is left: all {sum(skipped.values())} were skipped, most often ({places[reason][0]}) for "
-                f"{reason!r}. See {self.folder / 'report.json'}."
-            )
         if not lines:
-            raise DataError("The sources hold no utterance.")
+            raise DataError(
+                f"No utterance is left: all {sum(skipped.values())} were skipped, most often "
+                f"{_first_place(skipped, places)}. See {self.folder / 'report.json'}."
+                if skipped
+                else "The sources hold no utterance."
+            )
+        if skipped:
+            log.warning(
+                f"{sum(skipped.values())} of {len(records)} utterances are left out, most often "
+                f"{_first_place(skipped, places)}. All reasons: {self.folder / 'report.json'}."
+            )
         written = {}
         for old in self.folder.glob("cuts.*.jsonl"):
             name = old.name.removeprefix("cuts.").removesuffix(".jsonl")

@@ -3,6 +3,9 @@
 Hidden states, loss, input gradients, greedy text.
 """
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -30,7 +33,7 @@ from nemo_mtbi.losses.imitation import ImitationObjective, imitation_loss
 from nemo_mtbi.models.language_model import hidden_states
 from nemo_mtbi.modules.causal_lm import output_head
 from nemo_mtbi.parallel.launch import initialize
-from nemo_mtbi.parallel.loading import empty_llm, load_shards
+from nemo_mtbi.parallel.loading import empty_llm, load_shards, local_snapshot
 from nemo_mtbi.parallel.parts import gradient_norm, part_of, reduce_gradients
 from nemo_mtbi.parallel.sharding import check_divisible, shard_llm
 
@@ -216,3 +219,18 @@ def test_smollm2_read_shard_by_shard_on_three_ranks_says_the_same(smollm2):
         for greedy, beam, held in results.values():
             assert (greedy, beam) == expected
             assert held <= count * (1 / 3 + 0.05)
+
+
+def test_a_hub_name_is_its_snapshot(tiny_llm, tmp_path, monkeypatch):
+    import huggingface_hub.constants as hub
+
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    folder = tmp_path / "models--some--llm"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    snapshot = folder / "snapshots" / ("0" * 40)
+    shutil.copytree(tiny_llm, snapshot)
+    assert local_snapshot("some/llm") == snapshot and local_snapshot(tiny_llm) == Path(tiny_llm)
+    with pytest.raises(ConfigError, match="cannot be taken from the hub.*pretrained_llm"):
+        local_snapshot("some/other")

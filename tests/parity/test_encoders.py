@@ -49,6 +49,18 @@ def test_whisper_at_30_s_equals_transformers(reference):
         torch.testing.assert_close(features[row, :, :count].T, expected[row, :count], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "16-mixed"])
+def test_the_front_end_computes_in_fp32_whatever_the_precision(precision):
+    audio, lengths = waves(2.0, 1.0)
+    preprocessor = WhisperPreprocessor(input_length="own")
+    expected, _ = preprocessor(audio, lengths)
+    if precision == "bf16-true":  # as Lightning's plugin does
+        preprocessor.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16 if "bf16" in precision else torch.float16, enabled="mixed" in precision):
+        mel, _ = preprocessor(audio, lengths)
+    assert mel.dtype == torch.float32 and torch.equal(mel, expected)
+
+
 def test_converted_whisper_equals_ctranslate2(reference):
     ctranslate2 = pytest.importorskip("ctranslate2")
     from nemo_mtbi.pretrained.packages import package_file

@@ -47,7 +47,10 @@ def main(cfg: DictConfig) -> None:
     step("prepare speech and word times", "prepare_data", {"output_dir": root, **cfg.prepare})
     heard = [*cuts.values(), *filter(None, [silent])]
     step("cache encoder features", "cache_features", {"manifests": heard, **cfg.cache_features})
-    step("text LLM answers (targets)", "generate_targets", {"output_dir": targets, "cuts": cuts, **cfg.targets})
+    answers = dict(cfg.targets)
+    if "tasks_per_cut" in answers:  # an experiment may leave splits out
+        answers["tasks_per_cut"] = {s: n for s, n in answers["tasks_per_cut"].items() if s in cuts}
+    step("text LLM answers (targets)", "generate_targets", {"output_dir": targets, "cuts": cuts, **answers})
     step("train", "train", {"output_dir": run, **data, **cfg.train})
     asked = {"run": run, "cuts": scored, "no_speech": silent, "cached_features": True}
     step("evaluate", "evaluate", {**asked, **cfg.evaluate})

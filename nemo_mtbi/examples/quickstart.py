@@ -20,10 +20,23 @@ from nemo_mtbi.evaluation.columns import CASCADE, NORMALIZED_CASCADE
 from nemo_mtbi.examples._launcher import announce, launcher, run_step
 from nemo_mtbi.io import jsonl
 
+STEPS = ("prepare", "cache_features", "targets", "train", "evaluate")  # sections of overrides for other launchers
+MEASURES = {
+    "token_agreement": "token agreement",
+    "kl_per_token": "KL / token",
+    "repeat_wer": "repeat WER",
+    "transcribe_wer": "transcribe WER",
+}
+SHOWN = ("text_topline", "untrained", "warm_start", "trained", CASCADE, NORMALIZED_CASCADE)
 SYSTEMS = {"untrained": "untrained", "warm_start": "alignment", "trained": "imitation"}
 
 
-@launcher("quickstart")
+def step_overrides(arguments: list[str]) -> list[str]:
+    """Keys of the steps' sections, which may be any that those launchers know, in Hydra's form for new keys."""
+    return [f"++{a}" if a.partition(".")[0] in STEPS else a for a in arguments]
+
+
+@launcher("quickstart", arguments=step_overrides)
 def main(cfg: DictConfig) -> None:
     start = time.time()
     root = Path(cfg.output_dir)
@@ -120,22 +133,22 @@ def summarize(run: Path, nemo: Path, hf: Path, seconds: float, timings: dict[str
 def print_table(summary: dict[str, Any]) -> None:
     """The summary for a person."""
     splits = [k for k, v in summary.items() if isinstance(v, dict) and "token_agreement" in v]
-    console.say(f"\n{'':38s}" + "".join(f"{s.replace('_', ' '):>14s}" for s in splits))
-    for key in ("token_agreement", "kl_per_token", "repeat_wer", "transcribe_wer"):
-        rows = list(summary[splits[0]][key])
-        cascades = [c for c in (CASCADE, NORMALIZED_CASCADE) if key in summary[splits[0]].get(c, {})]
-        for name in [*rows, *cascades]:
-            place = (c[name][key] if name in cascades else c[key].get(name) for c in (summary[s] for s in splits))
-            figures = "".join(f"{'-' if value is None else f'{value:.3f}':>14s}" for value in place)
-            console.say(f"{key.replace('_', ' ') + ', ' + name.replace('_', ' '):38s}{figures}")
-    for name, share in summary["no_speech"].items():
-        if share is not None:
-            console.say(f"{'no speech, answered as such, ' + name.replace('_', ' '):38s}{share:14.3f}")
-    for name, seconds in summary["step_seconds"].items():
-        console.say(f"{name + ' (s)':38s}{seconds:14.0f}")
+    for split in splits:
+        scores = summary[split]
+        console.say(f"\n{split.replace('_', ' '):24s}" + "".join(f"{title:>18s}" for title in MEASURES.values()))
+        for system in SHOWN:
+            own = [scores.get(system, {}).get(m, scores.get(m, {}).get(system)) for m in MEASURES]
+            if any(value is not None for value in own):
+                cells = "".join(f"{'-' if value is None else f'{value:.3f}':>18s}" for value in own)
+                console.say(f"{system.replace('_', ' '):24s}{cells}")
+    recognized = [(name, share) for name, share in summary["no_speech"].items() if share is not None]
+    if recognized:
+        shares = ", ".join(f"{name.replace('_', ' ')} {share:.3f}" for name, share in recognized)
+        wrong = ", ".join(f"{summary[s]['nothing_heard']['trained']:.3f} of {s.replace('_', ' ')}" for s in splits)
+        console.say(f"\nNothing heard where nothing is said: {shares}; where somebody speaks (trained): {wrong}")
+    seconds = ", ".join(f"{name} {value:.0f}" for name, value in summary["step_seconds"].items())
     console.say(
-        f"{'all steps (s)':38s}{summary['wall_seconds']:14.0f}\n"
-        f"{'peak memory (GiB)':38s}{summary['peak_memory_gib']:14.1f}"
+        f"\nSeconds: {seconds}; all {summary['wall_seconds']:.0f}. Peak memory {summary['peak_memory_gib']:.1f} GiB"
     )
 
 

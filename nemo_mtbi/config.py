@@ -9,7 +9,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_mtbi.data.interleaving import InterleavingPolicy, Schedule
-from nemo_mtbi.data.messages import SPEECH_POSITIONS
+from nemo_mtbi.data.messages import NOTHING_HEARD_ANSWER, SPEECH_POSITIONS
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.losses.imitation import ImitationObjective
 
@@ -135,7 +135,7 @@ class ModelConfig:
     parameter_groups: list[ParameterGroupConfig] = field(default_factory=list)
     lr_scheduler: Any = None
     lora: Any = None
-    nothing_heard_answer: str | None = "I did not hear any speech."
+    nothing_heard_answer: str | None = NOTHING_HEARD_ANSWER
     trust_remote_code: bool = False
     prefix_cache_tokens: int = 4096
     tensor_model_parallel_size: int = 1

@@ -6,6 +6,7 @@ from nemo_mtbi.data.rendering import AudioTag, Message, PromptRenderer, Spoken
 from nemo_mtbi.errors import ConfigError
 
 SPEECH_POSITIONS = ("after", "before")
+NOTHING_HEARD_ANSWER = "I did not hear any speech."
 NOTHING_HEARD = "..."  # what the LLM reads where a recognizer wrote nothing
 
 

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 TARGETS_FIELD = "targets"
+NO_SPEECH = "no_speech"  # custom field of cuts in which nothing is said, and the task of their targets
 TEACHER_IDS_FIELD, TEACHER_LOG_PROBS_FIELD = "teacher_ids", "teacher_log_probs"
 
 

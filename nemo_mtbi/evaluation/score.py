@@ -7,7 +7,6 @@
 - repeat WER: of generated "repeat" answers against the text LLM's own answer, and against the transcript.
 """
 
-import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +27,7 @@ from nemo_mtbi.evaluation.systems import (
     against_the_text_llm,
     system_batches,
 )
+from nemo_mtbi.io.text import normalized as normalize
 from nemo_mtbi.models.mtbi_salm import MTBISALM
 
 REPEAT = "repeat"
@@ -63,11 +63,6 @@ class Scores:
             result["transcribe_wer"] = word_error_rate(said, written)
             result["nothing_heard"] = empty_share(written)
         return result
-
-
-def normalize(text: str) -> str:
-    """Lower case, letters, digits and apostrophes only."""
-    return " ".join(re.sub(r"[^\w\s']", " ", text.lower()).split())
 
 
 def word_error_rate(references: list[str], hypotheses: list[str]) -> float:

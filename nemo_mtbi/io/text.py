@@ -3,6 +3,7 @@
 import codecs
 import gzip
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,3 +72,8 @@ def guess_encoding(data: bytes) -> tuple[str, str]:
         ):
             return name, "because every other byte is zero"
     return "utf-8", "as there is no byte order mark"
+
+
+def normalized(text: str) -> str:
+    """Lower case, letters, digits and apostrophes only, as the transcripts of many corpora are."""
+    return " ".join(re.sub(r"[^\w\s']", " ", text.lower()).split())

@@ -9,6 +9,7 @@ import numpy as np
 import soundfile
 from lhotse.cut import Cut
 
+from nemo_mtbi.data.target import NO_SPEECH
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.preparation.sources import Entry, SourceConfig, utterance_cut
 
@@ -100,6 +101,6 @@ def read_no_speech(config: SourceConfig, output_dir: Path) -> Iterator[Entry]:
                     temporary = path.with_name(f".{path.name}")
                     soundfile.write(temporary, SOUNDS[sound](round(seconds * RATE), rng), RATE, format="FLAC")
                     temporary.replace(path)
-                return utterance_cut(name, path, "", None, config.language)
+                return utterance_cut(name, path, "", None, config.language, {NO_SPEECH: True})
 
             yield Entry(name, load, None, "", split, silent=True)

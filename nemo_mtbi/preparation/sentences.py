@@ -14,7 +14,7 @@ from lhotse.cut import Cut
 
 from nemo_mtbi import console
 from nemo_mtbi.errors import ConfigError, DataError
-from nemo_mtbi.io.text import numbered_lines
+from nemo_mtbi.io.text import normalized, numbered_lines
 from nemo_mtbi.preparation.everyday import everyday_sentences
 from nemo_mtbi.preparation.sources import Entry, SourceConfig, utterance_cut
 from nemo_mtbi.preparation.synthesis import Voice, parse_voice, synthesize
@@ -30,6 +30,7 @@ class SentenceOptions:
         count: sentences drawn from the built-in grammar (``path: everyday``); a text file gives all of its lines.
         held_out: sentences that are not trained on.
         held_out_split: split of those in the voices of the training; null: they are spoken by unseen voices alone.
+        normalized: transcripts in lower case without punctuation, to go with corpora that write so.
         renditions: different voices for each training sentence.
         speeds: factors of Lhotse's speed perturbation (pitch changes with it), one drawn for each utterance.
         snr_db: signal-to-noise ratios of white noise mixed in by Lhotse, one drawn for each utterance; null is no
@@ -42,6 +43,7 @@ class SentenceOptions:
     count: int = 1000
     held_out: int = 60
     held_out_split: str | None = "held_out"
+    normalized: bool = False
     renditions: int = 1
     speeds: list[float] = field(default_factory=lambda: [1.0])
     snr_db: list[float | None] = field(default_factory=lambda: [None])
@@ -81,13 +83,14 @@ def read_sentences(config: SourceConfig, output_dir: Path) -> Iterator[Entry]:
                 bar.update()
     for text, voice, split in plan:
         path = _path(folder, text, voice)
+        written = normalized(text) if options.normalized else text
         draw = random.Random(f"{options.seed}/{path.stem}/{split}")
         speed, snr = draw.choice(options.speeds), draw.choice(options.snr_db)
         entry_id = path.stem + ("" if speed == 1 else f"-sp{speed}") + ("" if snr is None else f"-snr{snr}")
 
         def load(
             path: Path = path,
-            text: str = text,
+            text: str = written,
             voice: Voice = voice,
             name: str = entry_id,
             speed: float = speed,
@@ -96,7 +99,7 @@ def read_sentences(config: SourceConfig, output_dir: Path) -> Iterator[Entry]:
             audio = path if name == path.stem else augmented(path, path.with_name(f"{name}.flac"), speed, snr)
             return utterance_cut(name, audio, text, voice.name, config.language or "en")
 
-        yield Entry(entry_id, load, voice.name, text, split)
+        yield Entry(entry_id, load, voice.name, written, split)
 
 
 def augmented(source: Path, target: Path, speed: float, snr: float | None) -> Path:

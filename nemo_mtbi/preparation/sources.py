@@ -56,7 +56,6 @@ class SourceConfig:
         split_column: of a table whose rows name their split; null: ``split`` of prepare.yaml decides.
         language: of the transcripts.
         encoding: of tables, NeMo manifests and transcripts; null: by their byte order mark, else UTF-8.
-        options: arguments of a Lhotse recipe, or settings of the sentence synthesis.
         options: arguments of a Lhotse recipe, or settings of sentences and no_speech.
     """
 

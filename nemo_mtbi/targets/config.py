@@ -59,6 +59,8 @@ class TargetsConfig:
             cuts.
         top_k: teacher log-probabilities kept for each response token (0: none), at ``temperature``.
         filters: names of :mod:`nemo_mtbi.targets.filters`.
+        nothing_heard_answer: to recordings in which nothing is said (source ``no_speech``), whatever the prompt; their
+            task is ``no_speech``.
         max_total_tokens: prompt and response together, for the filter ``too_long``; set it to the training budget.
         max_duplicates: equal answers to one wording that the filter ``near_duplicate`` lets through.
         shar_dir: where to write Lhotse Shar too, with audio (``shar_audio``: its format) and ``shar_size`` cuts a
@@ -88,6 +90,7 @@ class TargetsConfig:
     top_k: int = 0
     temperature: float = 1.0
     filters: list[str] = field(default_factory=lambda: ["empty", "refusal", "truncated", "repetition"])
+    nothing_heard_answer: str = "I did not hear any speech."  # as in nemo_mtbi.config.ModelConfig
     max_total_tokens: int | None = None
     max_duplicates: int = 3
     shar_dir: str | None = None

@@ -5,18 +5,21 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from lhotse.cut import Cut
 from nemo.collections.common.prompts import PromptFormatter
 from nemo.collections.common.tokenizers import AutoTokenizer
+from transformers import GenerationConfig
 
 from nemo_mtbi import registration as registration  # the prompt formats
 from nemo_mtbi.data.conversation import transcript
-from nemo_mtbi.data.messages import user_message
+from nemo_mtbi.data.messages import NOTHING_HEARD, user_message
 from nemo_mtbi.data.rendering import PromptRenderer, Spoken
-from nemo_mtbi.data.target import Target
+from nemo_mtbi.data.target import NO_SPEECH, Target
 from nemo_mtbi.errors import ConfigError, DataError
+from nemo_mtbi.modules.causal_lm import end_of_turn
 from nemo_mtbi.pretrained.fingerprint import fingerprint
 from nemo_mtbi.pretrained.offline import resolve_pretrained
 from nemo_mtbi.targets.config import TargetsConfig
@@ -40,6 +43,7 @@ class Job:
     languages: tuple[str, ...]
     values: dict[str, Any]
     problem: tuple[str, str] | None = None  # name and reason, if it cannot be asked
+    answer: str | None = None  # where the text LLM is not asked
 
 
 class PromptDrawer:
@@ -68,6 +72,15 @@ class PromptDrawer:
                 )
         probe = user_message("Repeat.", Spoken("Some words."), config.speech_position)
         self.renderer.render([probe])  # fails early, if at all
+
+    @cached_property
+    def end_of_turn(self) -> int:
+        """The token that ends an answer."""
+        try:
+            generation: Any = GenerationConfig.from_pretrained(self.llm)
+        except OSError:
+            generation = None
+        return end_of_turn(self.tokenizer.tokenizer, generation)
 
     def tasks_of(self, cut: Cut, name: str) -> list[Task]:
         """Tasks drawn for one cut."""
@@ -111,6 +124,8 @@ class PromptDrawer:
 
     def jobs(self, cut: Cut, name: str, values: Values) -> list[Job]:
         """The prompts that one cut is asked; none if it has no transcript."""
+        if (cut.custom or {}).get(NO_SPEECH):
+            return self._silent_jobs(cut, name)
         text = transcript(cut)
         if not text:
             return []
@@ -134,6 +149,20 @@ class PromptDrawer:
                         problem = ("rendering", str(error))
                 languages = tuple(dict.fromkeys([prompt.language, *spoken]))
                 jobs.append(Job(request, cut.id, text, task.name, prompt.id, filled, languages, own, problem))
+        return jobs
+
+    def _silent_jobs(self, cut: Cut, name: str) -> list[Job]:
+        """One wording of each task that is drawn and has no placeholders, with the answer to audio without speech."""
+        split, answer = self.config.splits.get(name, self.config.prompt_split), self.config.nothing_heard_answer
+        jobs = []
+        for task in self.tasks_of(cut, name):
+            if task.prepare or task.variables or task.choices:
+                continue
+            prompt = random.Random(f"{self.config.seed}/{cut.id}").choice(task.select(split, self.config.languages))
+            request = self.request(prompt.text, NOTHING_HEARD, task.max_new_tokens)
+            key = hashlib.blake2b(f"{request.key}/{answer}".encode(), digest_size=12).hexdigest()
+            request = Request(key, request.prompt_ids, request.max_new_tokens)
+            jobs.append(Job(request, cut.id, "", NO_SPEECH, prompt.id, prompt.text, (), {}, answer=answer))
         return jobs
 
     def request(self, prompt: str, text: str, max_new_tokens: int) -> Request:

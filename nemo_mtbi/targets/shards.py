@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from lhotse.cut import Cut
 
 from nemo_mtbi import console
 from nemo_mtbi.data.conversation import transcript
-from nemo_mtbi.data.target import TARGETS_FIELD, TEACHER_IDS_FIELD, TEACHER_LOG_PROBS_FIELD, Target
+from nemo_mtbi.data.literal import literal_encoding
+from nemo_mtbi.data.target import NO_SPEECH, TARGETS_FIELD, TEACHER_IDS_FIELD, TEACHER_LOG_PROBS_FIELD, Target
 from nemo_mtbi.errors import DataError
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.io.array_storage import RawChunkyWriter
@@ -42,6 +44,7 @@ OPERATIONAL = (
     "shar_audio",
     "shar_size",
 )
+IMPOSSIBLE = -100.0  # log-probability
 # Rejected without a filter: prompts that the LLM has no room for, and cuts that nothing can be asked about.
 CONTEXT, NO_TRANSCRIPT = "context", "no_transcript"
 
@@ -113,7 +116,8 @@ class ShardWriter:
 
             values = self.drawer.prepare(cuts, shard.name, prepared)
             jobs = [job for cut in cuts for job in self.drawer.jobs(cut, shard.name, values)]
-            requests = self._within_context([j.request for j in jobs if j.problem is None])
+            requests = self._within_context([j.request for j in jobs if j.problem is None and j.answer is None])
+            self._give(jobs, answers)
             self._answer(requests, answers, f"{shard.name} {shard.label}")
             paths["json"].unlink(missing_ok=True)  # from here on it does not describe what is there
             status = self._write(shard, cuts, jobs, answers)
@@ -156,6 +160,21 @@ class ShardWriter:
                 if finished:
                     answers.add(finished)
 
+    def _give(self, jobs: list[Job], answers: AnswerFile) -> None:
+        """The answers that are fixed, as the text LLM's would stand there; the teacher is sure of each token."""
+        tokenizer = self.drawer.tokenizer.tokenizer
+        for job in jobs:
+            if job.answer is None or answers.has(job.request.key):
+                continue
+            ids = [*literal_encoding(tokenizer, job.answer)[0], self.drawer.end_of_turn]
+            chosen = torch.tensor(ids)[:, None]
+            others = torch.arange(self.config.top_k)[None].expand(len(ids), -1)
+            others = torch.where(others == chosen, self.config.top_k, others)[:, : max(0, self.config.top_k - 1)]
+            top = torch.cat([chosen, others], 1)[:, : self.config.top_k].int()
+            log_probs = torch.full(top.shape, IMPOSSIBLE).half()
+            log_probs[:, :1] = 0.0
+            answers.add([(Answer(job.request.key, ids, True, top, log_probs), job.answer)])
+
     def decode(self, ids: list[int]) -> str:
         return self.drawer.tokenizer.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
@@ -170,7 +189,7 @@ class ShardWriter:
         lines: list[dict[str, Any]] = []
         for cut in cuts:
             kept: list[Target] = []
-            if not transcript(cut):
+            if not transcript(cut) and not (cut.custom or {}).get(NO_SPEECH):
                 rejected[NO_TRANSCRIPT] += 1
                 side.append(
                     rejected_record(shard.name, cut.id, "", "", NO_TRANSCRIPT, "the cut has no transcript", None)
@@ -234,6 +253,8 @@ class ShardWriter:
     def _reject(self, job: Job, record: Record | None) -> tuple[str, str] | None:
         if job.problem is not None:
             return job.problem
+        if job.answer is not None:
+            return None
         if record is None:
             return CONTEXT, f"prompt of {len(job.request.prompt_ids)} tokens and {job.request.max_new_tokens} new ones"
         candidate = Candidate(

@@ -10,6 +10,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from lhotse import CutSet
+from transformers import AutoTokenizer
 
 from nemo_mtbi import models as models
 from nemo_mtbi.data.target import Target
@@ -55,6 +56,29 @@ def test_targets_are_lhotse_cuts_with_teacher_arrays(tmp_path, tiny_llm):
     assert manifest["targets"] == 10 and manifest["teacher"]["fingerprint"] and manifest["versions"]["transformers"]
     assert sum(n for t in manifest["targets_by_task_and_prompt"].values() for n in t.values()) == 10
     assert manifest["tokenizer"]["digest"] and manifest["by_manifest"]["train"]["kept"] == 10
+
+
+def test_where_nothing_is_said_the_answer_is_fixed(tmp_path, tiny_llm):
+    path = write_cuts(tmp_path / "cuts.jsonl", 3, lambda i: "" if i else "hello there")
+    cuts = list(CutSet.from_file(path))
+    cuts[2].custom = {"no_speech": True}
+    CutSet(cuts).to_file(path)
+    spoken, empty, silent = CutSet.from_file(TargetGenerator(config(tmp_path, tiny_llm, path)).run()["train"])
+    assert {t["task"] for t in spoken.custom["targets"]} == {"repeat", "about"} and not empty.custom["targets"]
+    targets = [Target(**t) for t in silent.custom["targets"]]
+    assert len(targets) == 2 and {t.prompt_id for t in targets} <= {
+        p.id for name in ("repeat", "about") for p in load_library()[name].prompts
+    }
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llm)
+    for target in targets:
+        assert (target.task, target.response, target.finished) == ("no_speech", "I did not hear any speech.", True)
+        assert tokenizer.decode(target.response_ids) == "I did not hear any speech.<|im_end|>"
+    ids, log_probs = silent.load_custom("teacher_ids"), silent.load_custom("teacher_log_probs")
+    assert ids[:, 0].tolist() == [i for t in targets for i in t.response_ids]
+    assert all(len(set(row)) == 4 for row in ids.tolist())
+    assert (log_probs[:, 0] == 0).all() and (log_probs[:, 1:] <= -100).all()
+    manifest = json.loads((tmp_path / "targets" / "manifest.json").read_text())
+    assert manifest["by_manifest"]["train"]["kept"] == 4 and len(manifest["targets_by_task_and_prompt"]) == 3
 
 
 def test_a_half_written_answer_file_is_continued_to_the_same_bytes(tmp_path, tiny_llm, monkeypatch):

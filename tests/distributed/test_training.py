@@ -120,7 +120,11 @@ def assert_same(got, expected, tolerance):
 @pytest.mark.parametrize(
     "name, options",
     [
-        ("tp2", ["trainer.devices=2", "trainer.tensor_model_parallel_size=2", "trainer.accumulate_grad_batches=2"]),
+        pytest.param(  # tp2dp2 has both kinds of ranks
+            "tp2",
+            ["trainer.devices=2", "trainer.tensor_model_parallel_size=2", "trainer.accumulate_grad_batches=2"],
+            marks=pytest.mark.slow,
+        ),
         ("tp2dp2", ["trainer.devices=4", "trainer.tensor_model_parallel_size=2", "trainer.val_check_interval=10"]),
     ],
 )

@@ -78,6 +78,18 @@ def resample(samples: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
     return np.ascontiguousarray(soxr.resample(samples, from_rate, to_rate), dtype=np.float32)
 
 
+def audio_files(folder: Path) -> list[Path]:
+    """The recordings in a folder and those below it, sorted.
+
+    Raises:
+        DataError: there is none.
+    """
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in AUDIO_SUFFIXES)
+    if not files:
+        raise DataError(f"No audio file ({', '.join(sorted(AUDIO_SUFFIXES))}) under {folder}.")
+    return files
+
+
 def load_waveform(
     path: str | Path, sampling_rate: int, offset_seconds: float = 0.0, duration_seconds: float | None = None
 ) -> np.ndarray:

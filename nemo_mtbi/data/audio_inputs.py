@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_mtbi.data.audio import AUDIO_SUFFIXES, load_waveform
+from nemo_mtbi.data.audio import audio_files, load_waveform
 from nemo_mtbi.data.manifest import read_manifest
 from nemo_mtbi.errors import DataError
 
@@ -64,10 +64,7 @@ def audio_inputs(audio: str | Path | Sequence[str | Path], encoding: str | None 
     for item in [audio] if isinstance(audio, str | Path) else audio:
         path = Path(item)
         if path.is_dir():
-            files = sorted(f for f in path.rglob("*") if f.suffix.lower() in AUDIO_SUFFIXES)
-            if not files:
-                raise DataError(f"No audio file ({', '.join(sorted(AUDIO_SUFFIXES))}) in {path}.")
-            yield from map(AudioInput, files)
+            yield from map(AudioInput, audio_files(path))
         elif not path.exists():
             raise DataError(f"There is no audio file {path}.")
         elif path.name.lower().endswith(MANIFEST_SUFFIXES):

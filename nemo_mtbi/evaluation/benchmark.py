@@ -32,7 +32,6 @@ from nemo_mtbi.evaluation.columns import (
 from nemo_mtbi.evaluation.labelled import label_of, labelled_cuts
 from nemo_mtbi.evaluation.latency import seconds_to_first_token
 from nemo_mtbi.evaluation.predictions import Predictions, digest, key_of
-from nemo_mtbi.evaluation.score import normalize
 from nemo_mtbi.evaluation.silence import nothing_heard, writes_text
 from nemo_mtbi.evaluation.summary import summarize, summarize_labels
 from nemo_mtbi.evaluation.systems import EvaluationSet, SALMSystem, SpeechSystem, System, TextLLM, TextSystem
@@ -178,13 +177,13 @@ class Benchmark:
         recognizer = WhisperASR(model.config.pretrained_asr) if cfg.cascade else None
         if recognizer is not None:
             cache, asr = self.output / "cascade_transcripts.jsonl", recognizer.transcribe
-            self._ask(CASCADE, lambda questions: TextSystem(model, asr(questions.cuts, cache)), recognizer.key)
+
+            def cascade(questions: EvaluationSet) -> TextSystem:
+                return TextSystem(model, asr(questions.cuts, cache))
+
+            self._ask(CASCADE, cascade, recognizer.key)
             if cfg.normalized_cascade:
-
-                def normalized(questions: EvaluationSet) -> System:
-                    return TextSystem(model, {i: normalize(t) for i, t in asr(questions.cuts, cache).items()})
-
-                self._ask(NORMALIZED_CASCADE, normalized, recognizer.key, "normalized")
+                self._ask(NORMALIZED_CASCADE, lambda q: cascade(q).normalized(), recognizer.key, "normalized")
         if not cfg.latency_utterances:
             return {}
         first = CutSet.from_file(next(iter(cfg.cuts.values())))

@@ -27,7 +27,7 @@ from nemo_mtbi.evaluation.systems import (
     against_the_text_llm,
     system_batches,
 )
-from nemo_mtbi.io.text import normalized as normalize
+from nemo_mtbi.io.text import normalized
 from nemo_mtbi.models.mtbi_salm import MTBISALM
 
 REPEAT = "repeat"
@@ -55,11 +55,11 @@ class Scores:
             },
         }
         if self.repeats:
-            answers, own, spoken = (([normalize(r[i]) for r in self.repeats]) for i in range(3))
+            answers, own, spoken = (([normalized(r[i]) for r in self.repeats]) for i in range(3))
             result["repeat_wer"] = word_error_rate(own, answers)
             result["repeat_wer_to_transcript"] = word_error_rate(spoken, answers)
         if self.heard:
-            written, said = ([normalize(h[i]) for h in self.heard] for i in range(2))
+            written, said = ([normalized(h[i]) for h in self.heard] for i in range(2))
             result["transcribe_wer"] = word_error_rate(said, written)
             result["nothing_heard"] = empty_share(written)
         return result
@@ -112,8 +112,7 @@ class Evaluation:
         if isinstance(system, SpeechSystem):
             return own_transcripts(system, self.questions, self.batch_size, name)
         own = (system.transcripts or {}) if isinstance(system, TextSystem) else {}
-        once = {c.source_id: c for c in self.questions.conversations}
-        return [(own[i], transcript(c.cut)) for i, c in once.items() if i in own]
+        return [(own[c.id], transcript(c)) for c in self.questions.cuts if c.id in own]
 
 
 def budget(examples: list[Example]) -> int:

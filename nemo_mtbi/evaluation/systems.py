@@ -21,6 +21,7 @@ from nemo_mtbi.data.dataset import MTBIDataset
 from nemo_mtbi.data.example import Example
 from nemo_mtbi.data.messages import NOTHING_HEARD, user_message
 from nemo_mtbi.data.rendering import Spoken
+from nemo_mtbi.io.text import normalized
 from nemo_mtbi.losses.imitation import imitation_loss
 from nemo_mtbi.losses.objective import CROSS_ENTROPY, ImitationObjective
 from nemo_mtbi.models.language_model import teacher_hidden_states
@@ -135,6 +136,11 @@ class TextSystem:
 
     def __init__(self, model: MTBISALM, transcripts: dict[str, str] | None) -> None:
         self.model, self.transcripts = model, transcripts
+
+    def normalized(self) -> "TextSystem":
+        """The same with transcripts in lower case without punctuation, as many corpora's are."""
+        own = self.transcripts
+        return TextSystem(self.model, None if own is None else {i: normalized(t) for i, t in own.items()})
 
     def read(self, questions: EvaluationSet, conversations: list[MTBIConversation]) -> SystemBatch | None:
         if self.transcripts is not None:

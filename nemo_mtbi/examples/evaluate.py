@@ -20,7 +20,7 @@ def main(cfg: DictConfig) -> None:
     from nemo_mtbi.data.conversation import check_manifest
     from nemo_mtbi.evaluation.asr import WhisperASR
     from nemo_mtbi.evaluation.report import write_report
-    from nemo_mtbi.evaluation.score import Evaluation, normalize
+    from nemo_mtbi.evaluation.score import Evaluation
     from nemo_mtbi.evaluation.silence import nothing_heard
     from nemo_mtbi.evaluation.systems import SpeechSystem, TextSystem
     from nemo_mtbi.models import MTBISALM
@@ -45,11 +45,11 @@ def main(cfg: DictConfig) -> None:
             asr = WhisperASR(model.config.pretrained_asr)
             cache = output / "cascade_transcripts.jsonl"
             transcripts = from_first_rank(partial(asr.transcribe, evaluation.questions.cuts, cache))
-            systems[CASCADE] = evaluation.score(f"{manifest}: cascade", TextSystem(model, transcripts)).summary()
+            cascade = TextSystem(model, transcripts)
+            systems[CASCADE] = evaluation.score(f"{manifest}: cascade", cascade).summary()
             if cfg.normalized_cascade:
-                normalized = TextSystem(model, {i: normalize(t) for i, t in transcripts.items()})
                 title = f"{manifest}: cascade, normalized"
-                systems[NORMALIZED_CASCADE] = evaluation.score(title, normalized).summary()
+                systems[NORMALIZED_CASCADE] = evaluation.score(title, cascade.normalized()).summary()
         for name in stages:
             run.load_weights(model, name)
             systems[name] = evaluation.score(

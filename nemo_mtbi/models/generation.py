@@ -44,6 +44,10 @@ class GenerationMixin(LightningModule):
         """Tokens that end an answer: the tokenizer's and the LLM's own."""
         return stop_ids(self.tokenizer.tokenizer, self.llm.generation_config)
 
+    def _padding_id(self) -> int:
+        own = self.tokenizer.tokenizer.pad_token_id
+        return self.stop_ids()[0] if own is None else own
+
     def end_of_turn(self) -> int:
         """The token that ends an answer in training."""
         return end_of_turn(self.tokenizer.tokenizer, self.llm.generation_config)
@@ -135,20 +139,17 @@ class GenerationMixin(LightningModule):
         elif "streamer" in options:
             options["streamer"].put(answer.cpu())
             options["streamer"].end()
-        padding = self.tokenizer.tokenizer.pad_token_id
-        padding = self.stop_ids()[0] if padding is None else padding
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self._padding_id())
 
     def generate_from_embeddings(
         self, inputs: Tensor, mask: Tensor, generation_config: GenerationConfig | None = None, **kwargs: Any
     ) -> Tensor:
         """inputs (B, L, H), mask (B, L), left-padded -> new token ids (B, N)."""
         tokenizer = self.tokenizer.tokenizer
-        stop = self.stop_ids()
         generation_config = generation_config or GenerationConfig(
             bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=stop,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop[0],
+            eos_token_id=self.stop_ids(),
+            pad_token_id=self._padding_id(),
         )
         with move_embedding(self):
             return self.llm.generate(

@@ -9,7 +9,7 @@ from typing import Any
 from lhotse import CutSet, Recording, SupervisionSegment
 from lhotse.cut import Cut, MonoCut
 
-from nemo_mtbi.data.audio import AUDIO_SUFFIXES, part_of
+from nemo_mtbi.data.audio import AUDIO_SUFFIXES, audio_files, part_of
 from nemo_mtbi.data.manifest import ManifestLine, read_manifest
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.io.tables import read_table
@@ -199,10 +199,7 @@ def read_tsv(config: SourceConfig) -> Iterator[Entry]:
 def read_folder(config: SourceConfig) -> Iterator[Entry]:
     """Audio files with a transcript beside each (``a.wav`` and ``a.txt``); the parent folder's name is the speaker."""
     root = _require(config.path, config.kind)
-    recordings = sorted(f for f in root.rglob("*") if f.suffix.lower() in AUDIO_SUFFIXES)
-    if not recordings:
-        raise DataError(f"No audio file ({', '.join(sorted(AUDIO_SUFFIXES))}) under {root}.")
-    for file in recordings:
+    for file in audio_files(root):
         relative = file.relative_to(root).with_suffix("").as_posix().replace("/", "-")
         entry_id = f"{config.name or root.name}-{relative}"
         text_file = file.with_suffix(".txt")

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from nemo_mtbi.data.messages import NOTHING_HEARD_ANSWER
+
 ENGINES = ("hf", "openai")
 
 
@@ -90,7 +92,7 @@ class TargetsConfig:
     top_k: int = 0
     temperature: float = 1.0
     filters: list[str] = field(default_factory=lambda: ["empty", "refusal", "truncated", "repetition"])
-    nothing_heard_answer: str = "I did not hear any speech."  # as in nemo_mtbi.config.ModelConfig
+    nothing_heard_answer: str = NOTHING_HEARD_ANSWER  # that of the model's configuration too
     max_total_tokens: int | None = None
     max_duplicates: int = 3
     shar_dir: str | None = None

@@ -3,7 +3,8 @@
 import pytest
 
 from nemo_mtbi.evaluation.report import markdown, plot
-from nemo_mtbi.evaluation.score import Scores, normalize, word_error_rate
+from nemo_mtbi.evaluation.score import Scores, word_error_rate
+from nemo_mtbi.io.text import normalized
 
 pytestmark = pytest.mark.unit
 
@@ -23,6 +24,6 @@ def test_scores_and_their_tables(tmp_path):
 
 
 def test_normalization_and_word_error_rate():
-    assert normalize("It's  HERE, isn't it?") == "it's here isn't it"
+    assert normalized("It's  HERE, isn't it?") == "it's here isn't it"
     assert word_error_rate(["", "a b"], ["noise", "a c"]) == 0.5
     assert word_error_rate([], []) == 0.0

@@ -22,14 +22,18 @@ class ImitationConfig:
     """Objective of the imitation stage; see :mod:`nemo_mtbi.losses.imitation`.
 
     ``w_ctc`` weighs the connector's own loss on the transcripts (CTC; cross-entropy of an attention decoder),
-    ``w_align`` the word-level alignment term; ``teacher`` is ``online``, ``cached``
-    (top-k stored with the targets) or ``none`` (CE alone); ``task_weights`` multiplies the loss of a task.
+    ``w_align`` the word-level alignment term, ``w_risk`` the minimum risk over ``risk_samples`` hypotheses of a
+    connector that writes text (the greedy one, the others drawn at ``risk_temperature``); ``teacher`` is ``online``,
+    ``cached`` (top-k stored with the targets) or ``none`` (CE alone); ``task_weights`` multiplies the loss of a task.
     """
 
     w_ce: float = 1.0
     w_kl: float = 1.0
     w_ctc: float = 0.0
     w_align: float = 0.0
+    w_risk: float = 0.0
+    risk_samples: int = 4
+    risk_temperature: float = 1.0
     temperature: float = 1.0
     divergence: str = "forward_kl"
     teacher: str = "online"
@@ -179,11 +183,21 @@ def model_config(cfg: DictConfig | dict[str, Any]) -> ModelConfig:
         problems.append("model.imitation: w_kl > 0 needs teacher=online or cached")
     if config.sequence_parallel and config.tensor_model_parallel_size > 1 and not torch.cuda.is_available():
         problems.append("model.sequence_parallel=true needs GPUs")
-    terms = config.imitation.w_ctc > 0 or config.imitation.w_align > 0
+    imitation = config.imitation
+    terms = imitation.w_ctc > 0 or imitation.w_align > 0 or imitation.w_risk > 0
+    if imitation.w_risk < 0 or imitation.risk_samples < 2 or imitation.risk_temperature <= 0:
+        problems.append(
+            f"model.imitation: w_risk={imitation.w_risk} must be >= 0, risk_samples={imitation.risk_samples} at least "
+            f"2, risk_temperature={imitation.risk_temperature} positive"
+        )
+    if imitation.w_risk > 0 and imitation.w_ce == 0 and imitation.w_kl == 0:
+        problems.append("model.imitation: w_risk weighs hypotheses by CE and KL, so w_ce or w_kl must be above 0")
     if config.imitation.w_ce == 0 and config.imitation.w_kl == 0 and not terms:
         problems.append("model.imitation: w_ce, w_kl, w_ctc and w_align are all 0, so nothing is trained")
     if config.interleaving.level == "waveform" and config.interleaving.probability > 0 and terms:
-        problems.append("model.interleaving.level=waveform cuts the audio, so imitation.w_ctc and w_align must be 0")
+        problems.append(
+            "model.interleaving.level=waveform cuts the audio, so imitation.w_ctc, w_align and w_risk must be 0"
+        )
     for group in config.parameter_groups:
         try:
             re.compile(group.pattern)

@@ -18,6 +18,7 @@ from nemo.collections.common.data.lhotse.text_adapters import AudioTurn, NeMoMul
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_mtbi.data.messages import NOTHING_HEARD, user_message
+from nemo_mtbi.data.perturbation import SpeedPerturbation
 from nemo_mtbi.data.rendering import Message, RenderedPrompt, Spoken, TimedWord
 from nemo_mtbi.data.target import TARGETS_FIELD, Target
 from nemo_mtbi.errors import ConfigError, DataError
@@ -144,6 +145,7 @@ class ConversationIterator:
     def __init__(self, cuts: CutSet, selection: TargetSelection, config: DictConfig) -> None:
         self.cuts = cuts
         self.selection = selection
+        self.speed = SpeedPerturbation(config.get("perturb_speed"), selection.seed)
         self.audio_locator_tag = config.audio_locator_tag
         self.token_equivalent_duration = config.get("token_equivalent_duration")
         self.speech_position = config.get("speech_position", "after")
@@ -171,6 +173,7 @@ class ConversationIterator:
     def conversations(self, cut: Cut, visit: int) -> Iterator[MTBIConversation]:
         targets = [Target(**t) for t in (cut.custom or {}).get(TARGETS_FIELD, [])]
         chosen = [NO_TARGET] if self.every_cut else self.selection.select(cut.id, targets, visit)
+        cut = self.speed(cut, visit)
         for index, target in enumerate(chosen):
             # Cut ids must be unique within a batch; the same cut may come with several targets.
             own = cut if index == 0 else cut.with_id(f"{cut.id}#{index}")
@@ -201,6 +204,7 @@ KNOWN_KEYS = {
     "task_temperature",
     "every_target",
     "seed",
+    "perturb_speed",
     "speech_position",
     "shared_prefix",
     "acoustic_rate",
@@ -213,10 +217,11 @@ def read_mtbi(config: DictConfig) -> tuple[CutSet, bool]:
     """NeMo data-type parser of ``type: mtbi``. Other keys go to NeMo's reader.
 
     Keys: ``cuts_path`` or ``shar_path``; ``tasks`` (list, or mapping to weights; default all), ``task_temperature``,
-    ``every_target``, ``seed``, ``speech_position``.
+    ``every_target``, ``seed``, ``speech_position``, ``perturb_speed``
+    (:class:`nemo_mtbi.data.perturbation.SpeedPerturbation`).
 
     Raises:
-        ConfigError: neither path.
+        ConfigError: neither path, or an impossible factor.
         DataError: the manifest does not exist.
     """
     reader = OmegaConf.create({k: v for k, v in config.items() if k not in KNOWN_KEYS - {"cuts_path", "shar_path"}})

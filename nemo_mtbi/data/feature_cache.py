@@ -27,6 +27,8 @@ def features_key(cut: Cut, encoder_key: str) -> str:
         digest.update(b"equal windows")
     if cut.num_channels != 1 or cut.sampling_rate != 16_000:  # once channels were averaged always, and Lhotse resampled
         digest.update(b"mono, soxr")
+    if getattr(cut, "has_recording", False) and cut.recording.transforms:  # speed, volume, ...
+        digest.update(str(cut.recording.transforms).encode())
     for source in cut.recording.sources if hasattr(cut, "recording") and cut.recording else []:
         digest.update(str(source.source if source.type in ("file", "url") else cut.recording_id).encode())
         if source.type == "file" and Path(source.source).exists():
@@ -56,8 +58,8 @@ def load_array(cut: Cut, field: str, encoder_key: str | None) -> torch.Tensor:
     custom: dict[str, Any] = cut.custom or {}
     if field not in custom:
         raise DataError(
-            f"Cut {cut.id} has no cached encoder features. Run cache_features.py on the manifest, "
-            "or set data.cached_features=false."
+            f"Cut {cut.id} has no cached encoder features at this speed. Run cache_features.py on the manifest (with "
+            "the perturb_speed of training), or set data.cached_features=false."
         )
     if encoder_key is not None and not str(custom.get(KEY_FIELD, "")).startswith(f"{encoder_key}-"):
         raise DataError(

@@ -5,17 +5,23 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from nemo_mtbi.config import ModelConfig
+from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.examples._launcher import announce, launcher
 
 
 @launcher("cache_features", {"speech_llm/schema": ModelConfig})
 def main(cfg: DictConfig) -> None:
     from nemo_mtbi import models  # noqa: F401  registers our classes as NeMo targets
+    from nemo_mtbi.data.perturbation import speed_factors
     from nemo_mtbi.preparation.cache_features import FrozenEncoder, cache_features
 
+    perturbed = cfg.manifests if cfg.perturbed_manifests is None else cfg.perturbed_manifests
+    if unknown := set(perturbed) - set(cfg.manifests):
+        raise ConfigError(f"perturbed_manifests: {', '.join(sorted(unknown))} is not among manifests.")
+    speeds = speed_factors(cfg.perturb_speed)
     encoder = FrozenEncoder(cfg.model)
     for manifest in cfg.manifests:
-        report = cache_features(encoder, Path(manifest), cfg.batch_seconds)
+        report = cache_features(encoder, Path(manifest), cfg.batch_seconds, speeds if manifest in perturbed else ())
         rate = report.bytes / 2**20 / report.hours if report.hours else 0.0
         announce(
             f"{manifest}: {report.encoded} encoded, {report.cached} in the cache, {report.skipped} left out",

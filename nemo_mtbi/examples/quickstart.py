@@ -53,13 +53,15 @@ def main(cfg: DictConfig) -> None:
 
     data = {
         "data.train_ds.input_cfg.0.cuts_path": answered["train"],
+        "data.train_ds.input_cfg.0.perturb_speed": cfg.cache_features.get("perturb_speed", []),
         "data.validation_ds.datasets.held_out.input_cfg.0.cuts_path": answered[cfg.validation_split],
         "data.cached_features": True,
     }
     scored = {s: answered[s] for s in cfg.evaluated_splits}
     step("prepare speech and word times", "prepare_data", {"output_dir": root, **cfg.prepare})
     heard = [*cuts.values(), *filter(None, [silent])]
-    step("cache encoder features", "cache_features", {"manifests": heard, **cfg.cache_features})
+    perturbed = {"perturbed_manifests": [cuts["train"]]}
+    step("cache encoder features", "cache_features", {"manifests": heard, **perturbed, **cfg.cache_features})
     answers = dict(cfg.targets)
     if "tasks_per_cut" in answers:  # an experiment may leave splits out
         answers["tasks_per_cut"] = {s: n for s, n in answers["tasks_per_cut"].items() if s in cuts}

@@ -33,6 +33,8 @@ from nemo_mtbi.models.objective import (
     batch_counts,
     combined,
     imitation_terms,
+    mean_by_example,
+    risk_term,
     step_loss,
     sums_by_task,
     transcript_terms,
@@ -131,7 +133,7 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, GenerationMixin, GradientM
         else:
             student = self.student(batch, interleave=True)
             loss = self.imitation(batch, student)
-            step = step_loss(batch, student, loss, self.transcript_loss(batch, student.speech))
+            step = step_loss(batch, student, loss, self.further_terms(batch, student.speech))
         self.count_tokens(step.count)
         self.seen.add(batch["examples"], self.stage)
         size = len(batch["examples"])
@@ -144,7 +146,11 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, GenerationMixin, GradientM
         examples: list[Example] = batch["examples"]
         policy = self.interleaving if interleave else None
         pieces = plan_batch(examples, policy, self.global_step if self._trainer is not None else 0)
-        spoken = speech.speech_input(self.perception, batch, pieces, policy.level if policy else None)
+        level = policy.level if policy else None
+        return self.answering(examples, speech.speech_input(self.perception, batch, pieces, level))
+
+    def answering(self, examples: list[Example], spoken: speech.SpeechInput) -> StudentOutput:
+        """The LLM on the examples' prompts, speech and responses."""
         first = 0 if self.prefixes is None else 1  # constant beginnings are not computed again
         inputs, layout = build_inputs(
             [row[first:] for row in spoken.pieces],
@@ -175,18 +181,23 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, GenerationMixin, GradientM
             )
         return imitation_terms(batch, student, self.head(), config, teacher)
 
-    def transcript_loss(
-        self, batch: dict[str, Any], spoken: SpeechEmbeddings
-    ) -> tuple[Tensor, dict[str, Tensor]] | None:
-        """The connector's own terms beside imitation, in units of response tokens; None without such."""
+    def further_terms(self, batch: dict[str, Any], spoken: SpeechEmbeddings) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """The terms beside CE and KL, in units of response tokens; None without such."""
         weights = self.config.imitation
-        if weights.w_ctc == 0 and weights.w_align == 0:
-            return None
         terms = transcript_terms(batch, spoken, self.perception, self.embed_tokens, weights)
-        return combined(terms, *self.counts(batch), RESPONSE_TOKENS)
+        if weights.w_risk > 0:
+            terms.append(risk_term(batch, self.perception, weights, lambda heard: self.answer_losses(batch, heard)))
+        return combined(terms, *self.counts(batch), RESPONSE_TOKENS) if terms else None
+
+    def answer_losses(self, batch: dict[str, Any], heard: SpeechEmbeddings) -> Tensor:
+        """Mean CE and KL (B,) of the response tokens, as weighted, where the LLM reads ``heard``."""
+        examples: list[Example] = batch["examples"]
+        seconds = [e.duration_seconds for e in examples]
+        student = self.answering(examples, speech.SpeechInput(plan_batch(examples, None, 0), heard, seconds))
+        return mean_by_example(self.imitation(batch, student).per_token, student.layout.response_counts)
 
     def counts(self, batch: dict[str, Any]) -> tuple[dict[str, int], Tensor]:
-        """Of a micro-batch, and (3,) of its whole optimizer step over the data-parallel ranks."""
+        """Of a micro-batch, and (4,) of its whole optimizer step over the data-parallel ranks."""
         group = self.data_parallel_group() if self.training else None
         return batch_counts(batch, connector_of(self.perception), self.device, self.training, group)
 

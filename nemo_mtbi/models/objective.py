@@ -3,6 +3,7 @@
 Letters: R response tokens, W words with a time, B utterances, P connector positions, H LLM width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,8 @@ from nemo_mtbi.modules.connectors.base import Connector, SpeechEmbeddings
 from nemo_mtbi.modules.perception import connector_of, encoder_frame_seconds
 from nemo_mtbi.parallel.ranks import summed
 
-RESPONSE_TOKENS, TRANSCRIPT_TOKENS, WORDS = KINDS = ("response_tokens", "transcript_tokens", "words")
+KINDS = ("response_tokens", "transcript_tokens", "words", "utterances")
+RESPONSE_TOKENS, TRANSCRIPT_TOKENS, WORDS, UTTERANCES = KINDS
 WINDOW_COUNTS = "window_counts"  # key of a batch: the counts of its whole optimizer step on this rank
 
 
@@ -96,7 +98,7 @@ def _token_weights(examples: list[Example], layout: BatchLayout, weights: dict[s
 
 @dataclass(frozen=True)
 class Term:
-    """A sum over ``count`` tokens or words that enters the loss as ``weight * total / count``."""
+    """A sum over tokens, words or utterances that enters the loss as ``weight * total / count``, by ``kind``."""
 
     weight: float
     total: Tensor
@@ -119,6 +121,8 @@ def transcript_terms(
         embed_tokens: of the LLM.
         weights: with ``w_ctc`` and ``w_align``.
     """
+    if weights.w_ctc == 0 and weights.w_align == 0:
+        return []
     examples: list[Example] = batch["examples"]
     features, lengths = batch_features(perception, batch)
     connector = connector_of(perception) or Connector()
@@ -138,12 +142,42 @@ def transcript_terms(
     return terms
 
 
+def risk_term(
+    batch: dict[str, Any],
+    perception: AudioPerceptionModule,
+    config: ImitationConfig,
+    answer_losses: Callable[[SpeechEmbeddings], Tensor],
+) -> Term:
+    """Minimum risk over the connector's hypotheses (w_risk): an utterance's risk is the mean loss of a response token.
+
+    Args:
+        batch: of :class:`nemo_mtbi.data.dataset.MTBIDataset`.
+        perception: encoder and connector.
+        config: number and temperature of the samples.
+        answer_losses: losses (B,) of the answers where the LLM reads a hypothesis.
+    """
+    features, lengths = batch_features(perception, batch)
+    features, connector = connector_dtype(perception, features), connector_of(perception) or Connector()
+    readings = connector.hypotheses(features, lengths, config.risk_samples, config.risk_temperature)
+    with torch.no_grad():
+        risks = torch.stack([answer_losses(reading) for reading in readings.speech], 1)
+    return Term(config.w_risk, connector.risk_loss(features, lengths, readings, risks), UTTERANCES)
+
+
+def mean_by_example(per_token: Tensor, counts: list[int]) -> Tensor:
+    """(R,) values of response tokens, R = sum of the B counts -> their means (B,)."""
+    owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(per_token.device)
+    sums = per_token.new_zeros(len(counts)).index_add(0, owner, per_token)
+    return sums / torch.tensor(counts, device=per_token.device)
+
+
 def term_counts(examples: list[Example], connector: Connector | None) -> dict[str, int]:
-    """What the terms of a micro-batch are divided by: response tokens, transcript tokens, timed words."""
+    """What the terms of a micro-batch are divided by, by kind (words: those with times)."""
     return {
         RESPONSE_TOKENS: sum(len(e.response_ids) for e in examples),
         TRANSCRIPT_TOKENS: (connector or Connector()).transcript_tokens([e.transcript for e in examples]),
         WORDS: sum(u.token_end > u.token_begin for e in examples for u in e.units),
+        UTTERANCES: len(examples),
     }
 
 
@@ -180,7 +214,7 @@ def pooled_words(
 def batch_counts(
     batch: dict[str, Any], connector: Connector | None, device: torch.device, training: bool, group: Any
 ) -> tuple[dict[str, int], Tensor]:
-    """Counts of a micro-batch, and (3,) in the order of KINDS of its whole optimizer step.
+    """Counts of a micro-batch, and (4,) in the order of KINDS of its whole optimizer step.
 
     Args:
         batch: with ``window_counts`` where a step has several micro-batches.
@@ -206,12 +240,12 @@ def combined(
     Args:
         terms: at least one.
         own: counts of this micro-batch.
-        counts: (3,) in the order of KINDS, of the whole optimizer step, over all micro-batches and ranks.
+        counts: (4,) in the order of KINDS, of the whole optimizer step, over all micro-batches and ranks.
         reference: kind of N.
     """
     size = counts[KINDS.index(reference)]
     scaled = [t.weight * t.total * (size / counts[KINDS.index(t.kind)].clamp_min(1)) for t in terms]
-    names = {TRANSCRIPT_TOKENS: "transcription", WORDS: "word_alignment"}
+    names = {TRANSCRIPT_TOKENS: "transcription", WORDS: "word_alignment", UTTERANCES: "risk"}
     metrics = {names[t.kind]: t.total.detach() / max(1, own[t.kind]) for t in terms}
     return torch.stack(scaled).sum(), metrics
 
@@ -232,7 +266,7 @@ def step_loss(
         batch: of :class:`nemo_mtbi.data.dataset.MTBIDataset`.
         student: its forward pass.
         loss: CE and KL.
-        extra: :func:`combined` transcript terms in units of response tokens, if any.
+        extra: :func:`combined` further terms in units of response tokens, if any.
     """
     count, layout = len(student.layout.response_ids), student.layout
     total = loss.loss if extra is None else loss.loss + extra[0]

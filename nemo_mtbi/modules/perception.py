@@ -88,10 +88,16 @@ def require_fitting_encoder(config: ModelConfig) -> None:
     """Check, before any weight is loaded, that the connector can read the encoder.
 
     Raises:
-        ConfigError: a connector that is a Whisper's decoder, or layers of one, with an encoder that is no Whisper.
+        ConfigError: a connector that is a Whisper's decoder, or layers of one, with an encoder that is no Whisper; risk
+            over the hypotheses of a connector that has none.
     """
     perception = config.perception
     target = str((perception.get("modality_adapter") or {}).get("_target_", ""))
+    if config.imitation.w_risk > 0 and not target.endswith(DECODER_TARGETS):
+        raise ConfigError(
+            f"model.imitation.w_risk={config.imitation.w_risk} needs a connector that writes text "
+            f"({' or '.join(DECODER_TARGETS)}); {target.rpartition('.')[2]} does not."
+        )
     if "_target_" in perception.get("encoder", {}):  # an export, which describes itself
         return
     name = resolve_pretrained(config.pretrained_asr)

@@ -6,7 +6,7 @@ changed is encoded again.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +25,7 @@ from nemo_mtbi.config import model_config, plain
 from nemo_mtbi.data.audio import collate_waveforms, mono_samples
 from nemo_mtbi.data.conversation import check_manifest
 from nemo_mtbi.data.feature_cache import AUDIO_FIELD, FEATURES_FIELD, KEY_FIELD, audio_identity, features_key
+from nemo_mtbi.data.perturbation import features_field, perturbed, speed_factors
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.io.array_storage import RawChunkyWriter
 from nemo_mtbi.models.speech import encode
@@ -77,23 +78,32 @@ class CacheReport:
     hours: float = 0.0
 
 
-def cache_features(encoder: FrozenEncoder, manifest: Path, batch_seconds: float = 120.0) -> CacheReport:
+def cache_features(
+    encoder: FrozenEncoder, manifest: Path, batch_seconds: float = 120.0, perturb_speed: Iterable[float] = ()
+) -> CacheReport:
     """Attach encoder features to every cut of a manifest (see the module's description).
 
     Args:
         encoder: whose features.
         manifest: CutSet (.jsonl), rewritten in place under a temporary name.
         batch_seconds: audio encoded together.
+        perturb_speed: factors of speed at which every cut is encoded too, for ``perturb_speed`` of training.
+
+    Raises:
+        ConfigError: an impossible factor.
+        DataError: there is no such manifest.
     """
+    speeds = (1.0, *speed_factors(perturb_speed))
     check_manifest(str(manifest))
     report = CacheReport()
     cuts = list(CutSet.from_file(manifest))
+    versions = {cut.id: [perturbed(cut, factor) for factor in speeds] for cut in cuts}
     progress = manifest.with_suffix(".features.jsonl")
     jsonl.repair(progress)
     arrays = {r["key"]: r["array"] for r in jsonl.read(progress)}
-    keys = {cut.id: features_key(cut, encoder.key) for cut in cuts}
-    missing = [c for c in cuts if keys[c.id] not in arrays]
-    report.cached = len(cuts) - len(missing)
+    keys = {cut_id: [features_key(cut, encoder.key) for cut in own] for cut_id, own in versions.items()}
+    missing = [c for own in versions.values() for c in own if features_key(c, encoder.key) not in arrays]
+    report.cached = len(cuts) * len(speeds) - len(missing)
     with (
         jsonl.Appender(progress) as out,
         RawChunkyWriter(manifest.with_suffix(".features.bin")) as writer,
@@ -103,20 +113,25 @@ def cache_features(encoder: FrozenEncoder, manifest: Path, batch_seconds: float 
             for cut, features in _encode(encoder, batch, report):
                 array = writer.store_array(cut.id, features)
                 writer.flush()
-                out.write({"key": keys[cut.id], "array": array.to_dict()})
-                arrays[keys[cut.id]] = array.to_dict()
+                key = features_key(cut, encoder.key)
+                out.write({"key": key, "array": array.to_dict()})
+                arrays[key] = array.to_dict()
                 report.encoded += 1
             bar.update(len(batch))
     lines = []
     for cut in cuts:
-        array = arrays.get(keys[cut.id])
-        if array is None:
+        own = [arrays[key] for key in keys[cut.id] if key in arrays]
+        if len(own) < len(speeds):
             continue
-        report.bytes += 2 * int(np.prod(array["shape"]))
-        report.hours += cut.duration / 3600
+        report.bytes += sum(2 * int(np.prod(array["shape"])) for array in own)
+        report.hours += sum(version.duration for version in versions[cut.id]) / 3600
         line = cut.to_dict()
-        own = {FEATURES_FIELD: array, KEY_FIELD: keys[cut.id], AUDIO_FIELD: audio_identity(cut)}
-        line["custom"] = {**line.get("custom", {}), **own}
+        line["custom"] = {
+            **{k: v for k, v in line.get("custom", {}).items() if not k.startswith(f"{FEATURES_FIELD}_sp")},
+            **dict(zip(map(features_field, speeds), own, strict=True)),
+            KEY_FIELD: keys[cut.id][0],
+            AUDIO_FIELD: audio_identity(cut),
+        }
         lines.append(jsonl.dumps(line) + "\n")
     jsonl.write_text(manifest, "".join(lines))
     return report

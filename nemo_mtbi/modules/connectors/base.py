@@ -39,6 +39,21 @@ class SpeechEmbeddings:
     nothing_heard: Tensor | None = None
 
 
+@dataclass
+class Hypotheses:
+    """Several readings of the same utterances by a connector that writes text.
+
+    Attributes:
+        tokens: S lists of the B utterances' tokens, in the connector's own vocabulary.
+        speech: of each of the S lists, what the LLM would read.
+        usable: (B,) utterances whose hypotheses can be scored by ``risk_loss``.
+    """
+
+    tokens: list[list[list[int]]]
+    speech: list[SpeechEmbeddings]
+    usable: Tensor
+
+
 class Connector(nn.Module):
     """Base class. ``connect`` is what we use; ``forward`` is NeMo's channel-first adapter contract."""
 
@@ -89,6 +104,32 @@ class Connector(nn.Module):
             f"w_ctc > 0 needs a connector that emits tokens as modality_adapter (CTCCompressConnector, "
             f"WhisperDecoderConnector); {type(self).__name__} does not."
         )
+
+    def hypotheses(self, features: Tensor, lengths: Tensor, count: int, temperature: float) -> Hypotheses:
+        """The greedy reading of the utterances and ``count - 1`` sampled ones, without a graph.
+
+        Args:
+            features, lengths: as in ``connect``.
+            count: S.
+            temperature: of the samples.
+
+        Raises:
+            ConfigError: the connector does not choose among texts.
+        """
+        raise ConfigError(
+            f"w_risk > 0 needs a connector that writes text (WhisperDecoderConnector, TwoChannelConnector); "
+            f"{type(self).__name__} does not."
+        )
+
+    def risk_loss(self, features: Tensor, lengths: Tensor, hypotheses: Hypotheses, risks: Tensor) -> Tensor:
+        """Sum over the usable utterances of the expected risk (:mod:`nemo_mtbi.losses.risk`).
+
+        Args:
+            features, lengths: as in ``connect``.
+            hypotheses: of the B utterances.
+            risks: (B, S).
+        """
+        raise NotImplementedError
 
     def transcribe(self, features: Tensor, lengths: Tensor) -> list[str] | None:
         """features (B, T, D), lengths (B,) -> what a connector that writes text heard; None for others."""

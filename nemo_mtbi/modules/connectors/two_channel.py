@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nemo_mtbi.data.example import Example
 from nemo_mtbi.errors import ConfigError
-from nemo_mtbi.modules.connectors.base import SpeechEmbeddings, frame_mask, uniform_centers
+from nemo_mtbi.modules.connectors.base import Hypotheses, SpeechEmbeddings, frame_mask, uniform_centers
 from nemo_mtbi.modules.connectors.subsampling import ConvSubsampler
 from nemo_mtbi.modules.connectors.whisper_decoder import WhisperDecoderConnector
 
@@ -108,10 +108,24 @@ class TwoChannelConnector(WhisperDecoderConnector):
 
     def connect(self, features: Tensor, lengths: Tensor, starts: list[bool] | None = None) -> SpeechEmbeddings:
         text = super().connect(features[..., -self.width :], lengths, starts)
+        return self._with_acoustic(features, lengths, [text])[0]
+
+    def _with_acoustic(
+        self, features: Tensor, lengths: Tensor, texts: list[SpeechEmbeddings]
+    ) -> list[SpeechEmbeddings]:
         if not self._open:
-            return text
+            return texts
         acoustic = self.acoustic(features, lengths, self.embedding_rms)
-        return joined(text, acoustic) if self.order == "text_first" else joined(acoustic, text)
+        return [joined(t, acoustic) if self.order == "text_first" else joined(acoustic, t) for t in texts]
+
+    @torch.no_grad()
+    def hypotheses(self, features: Tensor, lengths: Tensor, count: int, temperature: float) -> Hypotheses:
+        result = super().hypotheses(features[..., -self.width :], lengths, count, temperature)
+        result.speech = self._with_acoustic(features, lengths, result.speech)
+        return result
+
+    def risk_loss(self, features: Tensor, lengths: Tensor, hypotheses: Hypotheses, risks: Tensor) -> Tensor:
+        return super().risk_loss(features[..., -self.width :], lengths, hypotheses, risks)
 
     def transcription_loss(
         self, speech: SpeechEmbeddings | None, features: Tensor, lengths: Tensor, transcripts: list[str]

@@ -20,7 +20,8 @@ from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.losses.head import Head
 from nemo_mtbi.losses.imitation import imitation_loss
 from nemo_mtbi.losses.objective import CROSS_ENTROPY
-from nemo_mtbi.modules.connectors.base import SpeechEmbeddings, evaluation_mode, frame_mask, mask_spans
+from nemo_mtbi.losses.risk import expected_risk
+from nemo_mtbi.modules.connectors.base import Hypotheses, SpeechEmbeddings, evaluation_mode, frame_mask, mask_spans
 from nemo_mtbi.modules.connectors.token import TokenConnector
 from nemo_mtbi.modules.windows import equal_windows
 
@@ -252,7 +253,7 @@ class WhisperDecoderConnector(TokenConnector):
         """features (B, T, D), lengths (B,) -> greedy transcripts."""
         windows, sizes, owners = self._windows(features, lengths)
         with evaluation_mode(self):
-            tokens, _ = self._greedy(*self._encode(windows, sizes))
+            tokens, _ = self._write(*self._encode(windows, sizes))
         texts: list[list[str]] = [[] for _ in lengths]
         for owner, own in zip(owners, tokens, strict=True):
             texts[owner[0]].append(self.tokenizer.decode(own).strip())
@@ -323,8 +324,13 @@ class WhisperDecoderConnector(TokenConnector):
         return self._step(ids.to(features.device), 0, features, mask, None)
 
     @torch.no_grad()
-    def _greedy(self, features: Tensor, sizes: Tensor) -> tuple[list[list[int]], Tensor]:
-        """Tokens of each window, and the states (W, N + 1, D) that predicted them and the end. In evaluation mode."""
+    def _write(
+        self, features: Tensor, sizes: Tensor, temperature: float | None = None
+    ) -> tuple[list[list[int]], Tensor]:
+        """Tokens of each window, and the states (W, N + 1, D) that predicted them and the end. In evaluation mode.
+
+        The most likely tokens; with a temperature, sampled ones.
+        """
         mask = self._frame_mask(sizes, features.shape[1])
         seconds = (sizes - len(self.silence)).float() / FRAMES_PER_SECOND
         limits = (seconds * self.max_tokens_per_second).ceil().long().add(8).clamp_max(self.max_tokens - 1)
@@ -342,7 +348,11 @@ class WhisperDecoderConnector(TokenConnector):
             states.append(hidden)
             begin += ids.shape[1]
             logits = nn.functional.linear(hidden, self._output_weight()).float()
-            best = (logits + self.suppressed[0 if len(states) == 1 else 1]).argmax(-1)
+            logits = logits + self.suppressed[0 if len(states) == 1 else 1]
+            if temperature is None:
+                best = logits.argmax(-1)
+            else:
+                best = (logits / temperature).softmax(-1).multinomial(1)[:, 0]
             done |= (best == self.eos_id) | (limits <= len(states) - 1)
             if bool(done.all()):
                 break
@@ -354,18 +364,35 @@ class WhisperDecoderConnector(TokenConnector):
     # -- connector ------------------------------------------------------------------------------------------------
 
     def connect(self, features: Tensor, lengths: Tensor, starts: list[bool] | None = None) -> SpeechEmbeddings:
-        assert self._language_model is not None
-        tokenizer, embed_tokens = self._language_model
-        begins = starts or [True] * len(lengths)
         windows, sizes, owners = self._windows(features, lengths)
         with evaluation_mode(self):
             encoded, heard = self._encode(windows, sizes)
-            tokens, states = self._greedy(encoded, heard)
+            tokens, states = self._write(encoded, heard)
             if torch.is_grad_enabled():
                 states = self._forced_states(encoded, heard, tokens)
-        rows: list[list[tuple[int, int, int, float]]] = [
-            [] for _ in lengths
-        ]  # LLM token, window, Whisper token, center
+        return self._read(tokens, states, sizes, owners, starts or [True] * len(lengths))
+
+    def _read(
+        self,
+        tokens: list[list[int]],
+        states: Tensor,
+        sizes: Tensor,
+        owners: list[tuple[int, int]],
+        begins: list[bool],
+    ) -> SpeechEmbeddings:
+        """What the LLM reads of the text of W windows.
+
+        Args:
+            tokens: Whisper's, of each window.
+            states: (W, N + 1, D) that predicted them.
+            sizes: (W,) frames of the windows.
+            owners: utterance and first frame of each window.
+            begins: whether each of the B rows begins its utterance.
+        """
+        assert self._language_model is not None
+        tokenizer, embed_tokens = self._language_model
+        device = states.device
+        rows: list[list[tuple[int, int, int, float]]] = [[] for _ in begins]  # LLM token, window, Whisper token, center
         for window, ((utterance, first), own, frames) in enumerate(zip(owners, tokens, sizes.tolist(), strict=True)):
             for token, index in self._language_model_tokens(tokenizer, own, begins[utterance] and not rows[utterance]):
                 rows[utterance].append((token, window, index, first + (index + 0.5) / max(1, len(own)) * frames))
@@ -375,9 +402,9 @@ class WhisperDecoderConnector(TokenConnector):
                 window = next(w for w, (own, _) in enumerate(owners) if own == utterance)
                 row += [(t, window, 0, 0.0) for t in tokenizer(NOTHING_HEARD, add_special_tokens=False)["input_ids"]]
         width = max(map(len, rows))
-        counts = torch.tensor([len(row) for row in rows], device=features.device)
+        counts = torch.tensor([len(row) for row in rows], device=device)
         padded = torch.tensor([row + [(0, 0, 0, 0.0)] * (width - len(row)) for row in rows], dtype=torch.float64)
-        ids, window_index, token_index = (padded[..., i].long().to(features.device) for i in range(3))
+        ids, window_index, token_index = (padded[..., i].long().to(device) for i in range(3))
         valid = frame_mask(counts, width)
         chosen = states[window_index[valid], token_index[valid]]
         extra = self.residual(self.norm(chosen)) * (self.residual_scale * self.embedding_rms)
@@ -387,8 +414,44 @@ class WhisperDecoderConnector(TokenConnector):
         text = embed_tokens(ids[valid]).to(extra.dtype)
         embeddings = text.new_zeros(*ids.shape, text.shape[-1])
         embeddings[valid] = text + extra
-        centers = padded[..., 3].float().to(features.device)
-        return SpeechEmbeddings(embeddings, counts, centers, labels=ids, nothing_heard=nothing.to(features.device))
+        centers = padded[..., 3].float().to(device)
+        return SpeechEmbeddings(embeddings, counts, centers, labels=ids, nothing_heard=nothing.to(device))
+
+    @torch.no_grad()
+    def hypotheses(self, features: Tensor, lengths: Tensor, count: int, temperature: float) -> Hypotheses:
+        windows, sizes, owners = self._windows(features, lengths)
+        place = {utterance: window for window, (utterance, first) in enumerate(owners) if first == 0}
+        several = {utterance for utterance, first in owners if first > 0}
+        tokens, speech = [], []
+        with evaluation_mode(self):
+            encoded, heard = self._encode(windows, sizes)
+            for index in range(count):
+                written, states = self._write(encoded, heard, temperature if index else None)
+                tokens.append([written[place[row]] for row in range(len(lengths))])
+                speech.append(self._read(written, states, sizes, owners, [True] * len(lengths)))
+        usable = torch.tensor([row not in several for row in range(len(lengths))])
+        return Hypotheses(tokens, speech, usable.to(features.device))
+
+    def risk_loss(self, features: Tensor, lengths: Tensor, hypotheses: Hypotheses, risks: Tensor) -> Tensor:
+        head, repeats, usable = Head(self._output_weight()), len(hypotheses.tokens), hypotheses.usable
+        targets = [[*own, self.eos_id] for sample in hypotheses.tokens for own in sample]  # (S, B)
+        with evaluation_mode(self):
+            encoded, heard = self._encode(features[:, : self.window], lengths.clamp_max(self.window))
+            states = self._forced_states(
+                encoded.repeat(repeats, 1, 1), heard.repeat(repeats), [own[:-1] for own in targets]
+            )
+        counts = torch.tensor([len(own) for own in targets], device=features.device)
+        rows = states[frame_mask(counts, states.shape[1])]
+        ids = torch.tensor([token for own in targets for token in own], device=features.device)
+        owner = torch.arange(len(targets), device=features.device).repeat_interleave(counts)
+        with torch.no_grad():
+            losses = imitation_loss(rows.detach(), head, ids, CROSS_ENTROPY).per_token
+            log_probs = -losses.new_zeros(len(targets)).index_add(0, owner, losses)
+            expected, slopes = expected_risk(log_probs.unflatten(0, (repeats, -1)).t(), risks)
+            weights = -(slopes * usable[:, None]).t().flatten()[owner]
+        # The expected risk has the gradient of its log-probabilities weighted by their slopes.
+        weighted = imitation_loss(rows, head, ids, CROSS_ENTROPY, token_weights=weights).loss
+        return weighted + ((expected * usable).sum() - weighted).detach()
 
     def _likely_embeddings(self, states: Tensor, first: Tensor) -> Tensor:
         """Mean LLM embedding (R, H) of the likely tokens, weighted by their probabilities.

@@ -101,6 +101,8 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, GenerationMixin, GradientM
         load_shards(self.llm, self.llm_weights, device)
         self.embed_tokens = body.embed_tokens
         del body.embed_tokens
+        if (connector := connector_of(self.perception)) is not None:
+            connector.choice_group = self.vocabulary_shard.group
         self.bind_connector()
 
     def bind_connector(self) -> None:

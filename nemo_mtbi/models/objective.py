@@ -26,6 +26,7 @@ from nemo_mtbi.parallel.ranks import summed
 
 KINDS = ("response_tokens", "transcript_tokens", "words", "utterances")
 RESPONSE_TOKENS, TRANSCRIPT_TOKENS, WORDS, UTTERANCES = KINDS
+ENERGY_ROWS = 8192  # embeddings read together
 WINDOW_COUNTS = "window_counts"  # key of a batch: the counts of its whole optimizer step on this rank
 
 
@@ -182,10 +183,19 @@ def term_counts(examples: list[Example], connector: Connector | None) -> dict[st
 
 
 def embedding_energy(embed_tokens: nn.Module) -> float:
-    """Mean square of the LLM's (frozen) token embeddings, the unit of the word-level alignment term."""
+    """Mean square of the LLM's (frozen) token embeddings, as it reads them: the unit of the word-level alignment term.
+
+    Computed once. Under tensor parallelism all ranks of the LLM call this together.
+    """
     energy = getattr(embed_tokens, "mtbi_energy", None)
     if energy is None:
-        energy = float(next(embed_tokens.parameters()).detach().float().square().mean())
+        weight, total = next(embed_tokens.parameters()), 0.0
+        rows = int(getattr(embed_tokens, "vocabulary", embed_tokens.num_embeddings))  # type: ignore[arg-type]
+        with torch.no_grad():
+            for begin in range(0, rows, ENERGY_ROWS):
+                ids = torch.arange(begin, min(begin + ENERGY_ROWS, rows), device=weight.device)
+                total += float(embed_tokens(ids).double().square().sum())
+        energy = total / (rows * weight.shape[1])
         embed_tokens.mtbi_energy = energy  # type: ignore[assignment]
     return energy
 

@@ -4,7 +4,7 @@ Letters: B utterances, S samples, M mel bins, F mel frames (10 ms), T encoder fr
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +21,7 @@ from nemo_mtbi.modules.windows import equal_windows
 SAMPLE_RATE, N_FFT, HOP_SAMPLES = 16_000, 400, 160
 WINDOW_FRAMES = 3_000  # 30 s, the only input length that Whisper saw in training
 SUBSAMPLING = 2
+PASS_FRAMES = 32 * WINDOW_FRAMES  # mel frames of the windows that are encoded together
 
 
 class WindowPolicy:
@@ -55,6 +56,14 @@ class WindowPolicy:
     def padded_frames(self, frames: int) -> int:
         begin, _, padded = self.windows(frames)[-1]
         return begin + padded
+
+
+def passes(jobs: dict[int, list[Any]]) -> Iterator[tuple[int, list[Any]]]:
+    """Windows of equal length in groups of at most PASS_FRAMES mel frames: hours of audio come in bounded memory."""
+    for padded, group in jobs.items():
+        size = max(1, PASS_FRAMES // padded)
+        for begin in range(0, len(group), size):
+            yield padded, group[begin : begin + size]
 
 
 class WhisperPreprocessor(NeuralModule):
@@ -159,7 +168,7 @@ class WhisperEncoder(NeuralModule):
             for begin, valid, padded in self.policy.windows(frames):
                 jobs.setdefault(padded, []).append((row, begin, valid))
         parts: list[list[tuple[int, Tensor]]] = [[] for _ in range(audio_signal.shape[0])]
-        for padded, group in jobs.items():
+        for padded, group in passes(jobs):
             mel = audio_signal.new_empty(len(group), audio_signal.shape[1], padded)
             for index, (row, begin, _) in enumerate(group):
                 window = audio_signal[row, :, begin : begin + padded]

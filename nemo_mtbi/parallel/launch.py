@@ -41,10 +41,17 @@ def join_ranks(size: int, launcher: str) -> torch.device:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+    dist.init_process_group(backend(), timeout=PATIENCE)
     initialize(size, PATIENCE)
     torch.manual_seed(0)
     return device
+
+
+def backend() -> str:
+    """Of the process groups. With GPUs also one for CPU tensors: weights meet that have not moved to a GPU yet, or
+    that Lightning has taken from there after training.
+    """
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
 def initialize(tensor_model_parallel_size: int, timeout: timedelta = timedelta(minutes=30)) -> None:

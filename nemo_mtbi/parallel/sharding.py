@@ -277,6 +277,7 @@ def _shard_vocabulary(llm: Any, config: ModelParallelConfig, group: Any, rank: i
         scale=float(getattr(embedding, "embed_scale", 1.0)),
     )
     new.weight = part.parameter(embedding.weight)
+    new.vocabulary = vocabulary
     tied = head.weight is embedding.weight
     weight = new.weight if tied else part.parameter(head.weight)
     bias = None if head.bias is None else part.parameter(head.bias)

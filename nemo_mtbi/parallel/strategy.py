@@ -7,7 +7,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from megatron.core import parallel_state
 from torch.distributed.device_mesh import DeviceMesh
 
-from nemo_mtbi.parallel.launch import PATIENCE, initialize
+from nemo_mtbi.parallel.launch import PATIENCE, backend, initialize
 
 
 class TensorParallelStrategy(DDPStrategy):
@@ -28,7 +28,8 @@ class TensorParallelStrategy(DDPStrategy):
     """
 
     def __init__(self, tensor_model_parallel_size: int, **ddp: Any) -> None:
-        super().__init__(**{"timeout": PATIENCE, "broadcast_buffers": False, **ddp})
+        own = {"timeout": PATIENCE, "broadcast_buffers": False, "process_group_backend": backend()}
+        super().__init__(**{**own, **ddp})
         self.tensor_model_parallel_size = tensor_model_parallel_size
         self.device_mesh: DeviceMesh | None = None
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
+import torch
 from nemo.collections.speechlm2.data import DataModule
 from omegaconf import DictConfig, OmegaConf
 
@@ -12,6 +13,7 @@ from nemo_mtbi.checkpoints.run_directory import ALIGNMENT
 from nemo_mtbi.data.conversation import INPUT_TYPE
 from nemo_mtbi.data.dataset import MTBIDataset
 from nemo_mtbi.data.messages import require_same_rendering
+from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.models.mtbi_salm import MTBISALM
 from nemo_mtbi.models.objective import WINDOW_COUNTS, term_counts
 from nemo_mtbi.modules.connectors.base import Connector
@@ -50,11 +52,12 @@ class ResumableData(DataModule):
     """NeMo's data module, whose training data goes on after ``skip`` batches."""
 
     skip = 0
+    drawing_workers = 0
     accumulated = 1
     connector: Connector | None = None
 
     def train_dataloader(self) -> Any:
-        loader = skip_batches(super().train_dataloader(), self.skip)
+        loader = skip_batches(super().train_dataloader(), self.skip, self.drawing_workers)
         return WindowedLoader(loader, self.accumulated, self.connector) if self.accumulated > 1 else loader
 
 
@@ -76,6 +79,7 @@ def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulate
             cfg[section].audio_locator_tag = model.audio_locator_tag
             cfg[section].token_equivalent_duration = None if emits_tokens else model.token_equivalent_duration
             cfg[section].sample_rate = model.sampling_rate
+            cfg[section].setdefault("pin_memory", torch.cuda.is_available())
             if any("shar_path" in entry for entry in input_entries(cfg[section])):
                 cfg[section].shard_seed = "randomized"  # an integer would give every rank and worker the same shards
             for entry in input_entries(cfg[section]):
@@ -93,6 +97,7 @@ def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulate
         llm_key=model.references["llm"],
         sampling_rate=model.sampling_rate,
     )
+    drawing_workers = workers_that_draw(cfg.get("train_ds"))
     tarred = any("shar_path" in entry for entry in input_entries(cfg.get("train_ds") or OmegaConf.create()))
     if tarred:
         for entry in input_entries(cfg.train_ds):
@@ -100,8 +105,27 @@ def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulate
     require_same_rendering(dataset.renderer, model.audio_locator_tag, model.config.speech_position)
     data = ResumableData(cfg, tokenizer=model.tokenizer, dataset=dataset)
     data.skip = 0 if tarred else step * accumulated
+    data.drawing_workers = drawing_workers
     data.accumulated, data.connector = accumulated, connector
     return data
+
+
+def workers_that_draw(section: DictConfig | None) -> int:
+    """Worker processes that draw batches themselves (``force_iterable_dataset``), each with a seed of its own; 0
+    otherwise.
+
+    Raises:
+        ConfigError: there are none to do it.
+    """
+    if section is None or not section.get("force_iterable_dataset"):
+        return 0
+    if not section.get("num_workers"):
+        raise ConfigError(
+            "data.train_ds.force_iterable_dataset=true lets the loader's workers draw the batches; set "
+            "data.train_ds.num_workers to at least 1."
+        )
+    section.shard_seed = "randomized"  # of each rank and worker; an integer would give all of them the same batches
+    return int(section.num_workers)
 
 
 def input_entries(section: DictConfig) -> Iterator[DictConfig]:

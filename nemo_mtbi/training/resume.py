@@ -8,12 +8,14 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
 from nemo.collections.common.data.lhotse.broadcasting import BroadcastingDataLoader
 from nemo.utils.callbacks import NeMoModelCheckpoint
 from nemo.utils.exp_manager import _flush_in_flight_batch_progress
@@ -49,8 +51,12 @@ class Preemption(pl.Callback):
         self.noticed = False
         self.previous: Any = None
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.previous = signal.signal(signal.SIGTERM, self._notice)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self.previous is not None:
+            signal.signal(signal.SIGTERM, self.previous)
 
     def _notice(self, *_: Any) -> None:
         self.noticed = True
@@ -68,6 +74,9 @@ class Preemption(pl.Callback):
     def _leave_if_told(self, trainer: pl.Trainer) -> None:
         if not trainer.strategy.reduce_boolean_decision(self.noticed, all=False):
             return
+        if trainer.state.fn != TrainerFn.FITTING:
+            log.warning("SIGTERM: stopped before the first step; the same command begins anew.")
+            sys.exit(0)
         callback = trainer.checkpoint_callback
         assert isinstance(callback, NeMoModelCheckpoint)
         _flush_in_flight_batch_progress(trainer)
@@ -76,10 +85,6 @@ class Preemption(pl.Callback):
             callback._save_last_checkpoint(trainer, candidates)
         log.warning(f"SIGTERM: stopped after step {trainer.global_step}; the same command continues from there.")
         sys.exit(0)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.previous is not None:
-            signal.signal(signal.SIGTERM, self.previous)
 
 
 class WholeSteps(pl.Callback):
@@ -155,12 +160,36 @@ class SkippingSampler:
         return getattr(self.sampler, name)
 
 
-def skip_batches(loader: BroadcastingDataLoader, skip: int) -> BroadcastingDataLoader:
+class LaterBatches:
+    """A loader without its first ``count`` batches, which are read and dropped."""
+
+    def __init__(self, loader: Any, count: int) -> None:
+        self.loader, self.count = loader, count
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self.loader), self.count, None)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+
+def skip_batches(loader: BroadcastingDataLoader, skip: int, drawing_workers: int = 0) -> Any:
     """The training data loader without its first ``skip`` batches.
 
     A rank that gets its batches from another has no source.
+
+    Args:
+        loader: NeMo's.
+        skip: batches.
+        drawing_workers: worker processes that draw batches themselves, in turns (``force_iterable_dataset``); each
+            leaves out its share, and what is left is read and dropped. 0: batches are drawn in this process.
     """
     source: DataLoader | None = loader._source
+    if skip and drawing_workers:
+        if source is not None:
+            drawing: Any = source.dataset  # Lhotse's IterableDatasetWrapper
+            drawing.sampler = SkippingSampler(drawing.sampler, skip // drawing_workers)
+        return LaterBatches(loader, skip % drawing_workers)
     if not skip or source is None:
         return loader
     loader._source = DataLoader(

@@ -3,11 +3,13 @@
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from filelock import FileLock
 from lightning.pytorch.strategies import DDPStrategy
 from nemo.collections.common.data.lhotse.cutset import read_cutset_from_config
 from nemo.collections.common.tokenizers import AutoTokenizer
@@ -27,7 +29,7 @@ from nemo_mtbi.models.mtbi_salm import MTBISALM
 from nemo_mtbi.models.optimization import moments_of
 from nemo_mtbi.modules.connectors.ctc_vocabulary import choose_tokens, count_tokens
 from nemo_mtbi.modules.perception import require_fixed_features
-from nemo_mtbi.parallel.launch import PATIENCE
+from nemo_mtbi.parallel.launch import PATIENCE, backend
 from nemo_mtbi.parallel.parts import part_of
 from nemo_mtbi.parallel.strategy import TensorParallelStrategy
 from nemo_mtbi.pretrained.offline import resolve_pretrained
@@ -144,16 +146,21 @@ def build_trainer(cfg: DictConfig, name: str, callbacks: Sequence[pl.Callback] =
     """
     options: Any = resolve_trainer_cfg(cfg)
     size = options.pop("tensor_model_parallel_size", 1)
+    minutes = options.pop("collective_timeout_minutes", None)
+    timeout = PATIENCE if minutes is None else timedelta(minutes=float(minutes))
+    if timeout <= timedelta(0):
+        raise ConfigError(f"trainer.collective_timeout_minutes={minutes} must be positive.")
     # The alignment stage leaves the part of the connector that only the LLM reads without a gradient.
     unused = name == ALIGNMENT
     several = options.get("num_nodes", 1) > 1 or str(options.get("devices", 1)) not in ("1", "auto")
     if options.get("strategy", "auto") == "auto":
         if size > 1:
-            options["strategy"] = TensorParallelStrategy(size, find_unused_parameters=unused)
+            options["strategy"] = TensorParallelStrategy(size, find_unused_parameters=unused, timeout=timeout)
         elif several or torch.cuda.device_count() > 1:
             options["strategy"] = DDPStrategy(
                 find_unused_parameters=unused,
-                timeout=PATIENCE,
+                timeout=timeout,
+                process_group_backend=backend(),
                 broadcast_buffers=False,  # they hold the LLM's embeddings
             )
     elif size > 1:
@@ -213,14 +220,14 @@ def ctc_tokens(cfg: DictConfig, config: ModelConfig, run: RunDirectory) -> list[
             RunDirectory.parse(cfg.init_from)[0].root / "ctc_tokens.json"
         )  # of the connector that training starts from
         file = given if given.is_file() else file
-    if file.is_file():
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_name(f".{file.name}.lock")):  # one process of a job counts, the others wait for its file
+        if not file.is_file():
+            tokenizer = AutoTokenizer(resolve_pretrained(config.pretrained_llm), use_fast=True).tokenizer
+            settings = config.ctc_vocabulary
+            counts = count_tokens(_transcripts(cfg), tokenizer)
+            jsonl.write_json(file, choose_tokens(counts, tokenizer, settings.max_size, settings.min_count))
         return json.loads(file.read_text())
-    tokenizer = AutoTokenizer(resolve_pretrained(config.pretrained_llm), use_fast=True).tokenizer
-    settings = config.ctc_vocabulary
-    counts = count_tokens(_transcripts(cfg), tokenizer)
-    tokens = choose_tokens(counts, tokenizer, settings.max_size, settings.min_count)
-    jsonl.write_json(file, tokens)
-    return tokens
 
 
 def _transcripts(cfg: DictConfig) -> Iterator[str]:

@@ -31,6 +31,7 @@ from transformers import (
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.losses.imitation import ImitationObjective, imitation_loss
 from nemo_mtbi.models.language_model import hidden_states
+from nemo_mtbi.models.objective import embedding_energy
 from nemo_mtbi.modules.causal_lm import output_head
 from nemo_mtbi.parallel.launch import initialize
 from nemo_mtbi.parallel.loading import empty_llm, load_shards, local_snapshot
@@ -128,6 +129,9 @@ def worker(rank, size, port, results):
     join(rank, size, port)
     torch.cuda.current_device = lambda: "cpu"  # where Megatron's gathers of sequence parallelism allocate
     out = {}
+    sharded = build("llama")
+    shard_llm(sharded)
+    out["energy"] = embedding_energy(sharded.get_input_embeddings())
     for name in MODELS:
         for sequence_parallel in (False, True):
             llm = build(name)
@@ -155,6 +159,9 @@ def test_sharded_equals_whole(size):
                 *values, own = got[rank][name, sequence_parallel]
                 assert_same_values(values, expected, name)
                 assert own < count * (1 / size + 0.15)  # norms, and key/value heads fewer than ranks, are on every rank
+    energy = float(build("llama").get_input_embeddings().weight.square().mean())
+    for rank in range(size):
+        assert got[rank]["energy"] == pytest.approx(energy, rel=1e-5)
     for name in LORA[size]:
         values, gradients, norm = measure_lora(name)
         for rank in range(size):

@@ -98,6 +98,19 @@ def test_long_audio_is_chunked_not_cut(reference):
     assert torch.nn.functional.cosine_similarity(features[0, :, :788], head[0, :, :788], dim=0).mean() > 0.99
 
 
+@torch.no_grad()
+def test_hours_of_audio_come_in_bounded_passes(reference, monkeypatch):
+    encoder, preprocessor = own_encoder(reference, input_length="own")
+    mel, frames = preprocessor(*waves(95.0, 4.0, 33.0))
+    expected, counts = encoder(mel, frames)
+    monkeypatch.setattr("nemo_mtbi.modules.whisper.PASS_FRAMES", 4000)
+    passes, encode = [], encoder._encode
+    monkeypatch.setattr(encoder, "_encode", lambda mel: passes.append(mel.shape[0] * mel.shape[2]) or encode(mel))
+    found, again = encoder(mel, frames)
+    assert len(passes) > 4 and max(passes) <= 4000 and again.tolist() == counts.tolist()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("values", [("short", 2.0), ("own", 0.0), ("own", 31.0)])
 def test_bad_window_policies_are_refused(values):
     with pytest.raises(ConfigError):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from nemo_mtbi.data.example import Example
@@ -60,6 +61,17 @@ class Connector(nn.Module):
     subsampling_factor: int = 1
     emits_tokens = False  # see TokenConnector
     positions_per_second = 0.0  # beside the tokens, of a connector that emits them
+    choice_group: Any = None  # process group that holds the LLM together (tensor parallelism)
+
+    def agreed(self, choice: Tensor) -> Tensor:
+        """A discrete choice (int64) of the connector: that of the first rank of ``choice_group``, on all of its ranks.
+
+        Ranks compute the same up to rounding. A near tie that falls differently would give them sequences of different
+        lengths, and their collectives would never meet.
+        """
+        if self.choice_group is not None:
+            dist.broadcast(choice, dist.get_global_rank(self.choice_group, 0), self.choice_group)
+        return choice
 
     def bind_language_model(self, tokenizer: Any, embed_tokens: nn.Module) -> None:
         """Take what depends on the LLM (its fast tokenizer, its embeddings).

@@ -160,12 +160,12 @@ class CTCCompressConnector(TokenConnector):
         """-> embeddings (B, P, H), counts (B,), centers (B, P) in subsampled frames, labels (B, P)."""
         batch, frames, _ = log_probs.shape
         valid = frame_mask(lengths, frames)
-        best = log_probs.argmax(-1)
+        best = self.agreed(log_probs.argmax(-1))
         emitted = (best != 0) & valid
         # Silence or noise without a token still gives the LLM one position: the frame nearest to emitting one.
         empty = ~emitted.any(1)
         if empty.any():
-            loudest = log_probs[..., 0].masked_fill(~valid, torch.inf).argmin(1)
+            loudest = self.agreed(log_probs[..., 0].masked_fill(~valid, torch.inf).argmin(1))
             emitted[empty, loudest[empty]] = True
         previous = nn.functional.pad(best, (1, 0), value=-1)[:, :-1]
         previous_emitted = nn.functional.pad(emitted, (1, 0))[:, :-1]

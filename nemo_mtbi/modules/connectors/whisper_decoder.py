@@ -343,16 +343,17 @@ class WhisperDecoderConnector(TokenConnector):
         while True:
             step = self._step(ids, begin, features, mask, cache)
             if self.no_speech_id is not None and not states:
-                done |= self._no_speech_log_probs(step[:, 0]) > math.log(self.no_speech_threshold)
+                nothing = self._no_speech_log_probs(step[:, 0]) > math.log(self.no_speech_threshold)
+                done |= self.agreed(nothing.long()).bool()
             hidden = step[:, -1]
             states.append(hidden)
             begin += ids.shape[1]
             logits = nn.functional.linear(hidden, self._output_weight()).float()
             logits = logits + self.suppressed[0 if len(states) == 1 else 1]
             if temperature is None:
-                best = logits.argmax(-1)
+                best = self.agreed(logits.argmax(-1))
             else:
-                best = (logits / temperature).softmax(-1).multinomial(1)[:, 0]
+                best = self.agreed((logits / temperature).softmax(-1).multinomial(1)[:, 0])
             done |= (best == self.eos_id) | (limits <= len(states) - 1)
             if bool(done.all()):
                 break

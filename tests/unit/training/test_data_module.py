@@ -1,12 +1,26 @@
-"""Each term of the loss is divided by its own count over the whole optimizer step."""
+"""Each term of the loss is divided by its own count over the whole optimizer step; a resumed run draws what is next."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+
+import numpy as np
 import pytest
+import soundfile
 import torch
+from lhotse import CutSet
+from omegaconf import OmegaConf
 
+from nemo_mtbi.checkpoints.run_directory import RunDirectory
+from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.models.objective import KINDS, WINDOW_COUNTS
+from nemo_mtbi.modules.connectors.ctc_vocabulary import count_tokens
 from nemo_mtbi.modules.perception import connector_of
-from nemo_mtbi.training.data_module import WindowedLoader
+from nemo_mtbi.preparation.sources import utterance_cut
+from nemo_mtbi.training import stages
+from nemo_mtbi.training.data_module import WindowedLoader, data_module
 from tests.helpers import assert_same, build, gradients, make_batch, split
+from tests.unit.data_helpers import TARGETS
 
 pytestmark = pytest.mark.unit
 CTC = {
@@ -52,3 +66,68 @@ def test_other_responses_leave_the_transcription_term_its_weight(model):
 
     short, long = transcription_part(0), transcription_part(20)
     assert_same(long, short, 1e-3)
+
+
+def ids_of_batches(manifest, model, step, count, workers, iterable):
+    """Ids of training batches from ``step`` on, as Lightning takes them: an iterator is made and dropped first."""
+    section = {
+        "input_cfg": [{"type": "mtbi", "cuts_path": str(manifest), "seed": 7}],
+        "shuffle": True,
+        "seed": 7,
+        "shard_seed": 7,
+        "num_workers": workers,
+        "use_multimodal_sampling": True,
+        "measure_total_length": True,
+        "batch_size": 2,
+        "force_iterable_dataset": iterable,
+    }
+    data = data_module(OmegaConf.create({"cached_features": False, "train_ds": section}), model, step)
+    loader = data.train_dataloader()
+    dropped = iter(loader)
+    del dropped
+    return [[e.id for e in batch["examples"]] for batch in islice(iter(loader), count)]
+
+
+@pytest.mark.parametrize(("workers", "iterable"), [(0, False), (2, False), (1, True), (2, True), (3, True)])
+def test_a_resumed_run_goes_on_with_the_next_batch(many, model, workers, iterable):
+    whole = ids_of_batches(many, model, 0, 11, workers, iterable)
+    assert len({i for batch in whole for i in batch}) > 12  # workers draw differently
+    for step in (3, 4):
+        assert ids_of_batches(many, model, step, 11 - step, workers, iterable) == whole[step:], step
+
+
+def test_workers_that_draw_must_be_there(many, model):
+    with pytest.raises(ConfigError, match="num_workers to at least 1"):
+        ids_of_batches(many, model, 0, 1, 0, True)
+
+
+@pytest.fixture
+def many(tmp_path):
+    """Forty short utterances with targets."""
+    cuts = []
+    for i in range(40):
+        path = tmp_path / f"{i}.wav"
+        soundfile.write(path, 0.1 * np.random.default_rng(i).standard_normal(3200), 16000)
+        cuts.append(
+            utterance_cut(f"utt{i}", path, "one two three", "s", "en", {"targets": [t.to_dict() for t in TARGETS]})
+        )
+    CutSet(cuts).to_file(tmp_path / "many.jsonl")
+    return tmp_path / "many.jsonl"
+
+
+def test_one_process_of_a_job_counts_the_transcripts(many, model, tmp_path, monkeypatch):
+    """Ranks that start together on one file system: the first counts, the others read its file."""
+    counted = []
+
+    def slowly(transcripts, tokenizer):
+        counted.append(1)
+        time.sleep(0.3)
+        return count_tokens(transcripts, tokenizer)
+
+    monkeypatch.setattr(stages, "count_tokens", slowly)
+    entry = {"type": "mtbi", "cuts_path": str(many)}
+    cfg = OmegaConf.create({"model": model.cfg, "init_from": None, "data": {"train_ds": {"input_cfg": [entry]}}})
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(stages.ctc_tokens, cfg, model.config, RunDirectory(tmp_path / "run")) for _ in range(4)]
+    results = [job.result() for job in jobs]
+    assert len(counted) == 1 and all(r == results[0] for r in results) and len(results[0]) > 3

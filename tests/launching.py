@@ -35,6 +35,35 @@ def _fork(name, arguments, cwd):
         return process.exitcode, Path(printed.name).read_text(errors="replace")
 
 
+class Started:
+    """A launcher that runs; the part of ``subprocess.Popen`` that tests need."""
+
+    def __init__(self, name, arguments):
+        with tempfile.NamedTemporaryFile(delete=False) as printed:
+            self.printed = Path(printed.name)
+        arguments = (name, list(map(str, arguments)), os.getcwd(), printed.name)
+        self.process = CONTEXT.Process(target=_main, args=arguments)
+        self.process.start()
+        self.pid = self.process.pid
+
+    def poll(self):
+        return self.process.exitcode
+
+    @property
+    def returncode(self):
+        return self.process.exitcode
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def communicate(self, timeout=None):
+        self.process.join(timeout)
+        if self.process.is_alive():
+            self.process.kill()
+            raise TimeoutError(self.printed.read_text(errors="replace")[-4000:])
+        return self.printed.read_text(errors="replace"), None
+
+
 def _main(name, arguments, cwd, printed):
     os.chdir(cwd)
     file = os.open(printed, os.O_WRONLY | os.O_APPEND)

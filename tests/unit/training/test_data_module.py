@@ -80,6 +80,7 @@ def ids_of_batches(manifest, model, step, count, workers, iterable):
         "measure_total_length": True,
         "batch_size": 2,
         "force_iterable_dataset": iterable,
+        "shuffle_buffer_size": 60,
     }
     data = data_module(OmegaConf.create({"cached_features": False, "train_ds": section}), model, step)
     loader = data.train_dataloader()
@@ -88,12 +89,11 @@ def ids_of_batches(manifest, model, step, count, workers, iterable):
     return [[e.id for e in batch["examples"]] for batch in islice(iter(loader), count)]
 
 
-@pytest.mark.parametrize(("workers", "iterable"), [(0, False), (2, False), (1, True), (2, True), (3, True)])
+@pytest.mark.parametrize(("workers", "iterable"), [(0, False), (2, False), (2, True)])
 def test_a_resumed_run_goes_on_with_the_next_batch(many, model, workers, iterable):
-    whole = ids_of_batches(many, model, 0, 11, workers, iterable)
-    assert len({i for batch in whole for i in batch}) > 12  # workers draw differently
-    for step in (3, 4):
-        assert ids_of_batches(many, model, step, 11 - step, workers, iterable) == whole[step:], step
+    whole = ids_of_batches(many, model, 0, 9, workers, iterable)
+    assert len({i for batch in whole for i in batch}) > 10  # workers draw differently
+    assert ids_of_batches(many, model, 3, 6, workers, iterable) == whole[3:]
 
 
 def test_workers_that_draw_must_be_there(many, model):

@@ -53,7 +53,7 @@ def load_array(cut: Cut, field: str, encoder_key: str | None) -> torch.Tensor:
     """Cached features (T, D), bfloat16.
 
     Raises:
-        DataError: the cut has none, or they come from another encoder or other audio.
+        DataError: the cut has none, they come from another encoder or other audio, or their file is gone.
     """
     custom: dict[str, Any] = cut.custom or {}
     if field not in custom:
@@ -72,5 +72,11 @@ def load_array(cut: Cut, field: str, encoder_key: str | None) -> torch.Tensor:
             f"The audio of {cut.id} has changed since its features were cached ({heard}, now {now}). "
             "Run cache_features.py again."
         )
-    array = np.array(cut.load_custom(field))
+    try:
+        array = np.array(cut.load_custom(field))
+    except FileNotFoundError as error:
+        raise DataError(
+            f"The cached features of {cut.id} are gone: there is no {error.filename}. A relative path is meant from the "
+            "folder in which cache_features.py ran; start there, or run it again."
+        ) from None
     return torch.from_numpy(array).view(torch.bfloat16) if array.dtype == np.int16 else torch.from_numpy(array)

@@ -49,6 +49,10 @@ def test_cached_features_are_the_encoders_and_only_its(manifest, tiny_config, sm
     assert cache_features(other, manifest).encoded == 1
     resampled = CutSet([c.resample(8000) for c in CutSet.from_file(manifest)])
     assert all(len(load_array(c, FEATURES_FIELD, other.key)) for c in resampled)  # as NeMo's reader hands them on
+    (tmp_path / "cuts.features.bin").rename(tmp_path / "elsewhere.bin")
+    with pytest.raises(DataError, match="are gone: there is no .*cuts.features.bin.*folder in which"):
+        load_array(resampled[0], FEATURES_FIELD, other.key)
+    (tmp_path / "elsewhere.bin").rename(tmp_path / "cuts.features.bin")
     (tmp_path / "2.wav").write_text("broken")
     assert cache_features(encoder, manifest).skipped == 1
 

@@ -76,7 +76,7 @@ def load_array(cut: Cut, field: str, encoder_key: str | None) -> torch.Tensor:
         array = np.array(cut.load_custom(field))
     except FileNotFoundError as error:
         raise DataError(
-            f"The cached features of {cut.id} are gone: there is no {error.filename}. A relative path is meant from the "
+            f"The cached features of {cut.id} are gone: there is no {error.filename}. A relative path begins in the "
             "folder in which cache_features.py ran; start there, or run it again."
         ) from None
     return torch.from_numpy(array).view(torch.bfloat16) if array.dtype == np.int16 else torch.from_numpy(array)

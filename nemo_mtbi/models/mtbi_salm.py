@@ -45,7 +45,7 @@ from nemo_mtbi.models.seen import SeenRecord
 from nemo_mtbi.models.setup import setup_parts
 from nemo_mtbi.models.validation import ValidationSums
 from nemo_mtbi.modules.causal_lm import causal_lm, checkpoint_activations, output_head
-from nemo_mtbi.modules.connectors.base import SpeechEmbeddings
+from nemo_mtbi.modules.connectors.base import SpeechEmbeddings, evaluation_mode
 from nemo_mtbi.modules.perception import connector_of, encoder_frame_seconds, encoder_key
 from nemo_mtbi.parallel.loading import load_shards
 from nemo_mtbi.parallel.sharding import shard_llm
@@ -195,7 +195,8 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, GenerationMixin, GradientM
         """Mean CE and KL (B,) of the response tokens, as weighted, where the LLM reads ``heard``."""
         examples: list[Example] = batch["examples"]
         seconds = [e.duration_seconds for e in examples]
-        student = self.answering(examples, speech.SpeechInput(plan_batch(examples, None, 0), heard, seconds))
+        with evaluation_mode(self.llm):  # dropout of LoRA would tell equal hypotheses apart
+            student = self.answering(examples, speech.SpeechInput(plan_batch(examples, None, 0), heard, seconds))
         return mean_by_example(self.imitation(batch, student).per_token, student.layout.response_counts)
 
     def counts(self, batch: dict[str, Any]) -> tuple[dict[str, int], Tensor]:

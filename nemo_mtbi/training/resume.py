@@ -52,11 +52,24 @@ class Preemption(pl.Callback):
         self.previous: Any = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self.previous = signal.signal(signal.SIGTERM, self._notice)
+        if self.previous is None:
+            self.previous = signal.getsignal(signal.SIGTERM)
+        self._listen()
+
+    def _listen(self) -> None:
+        signal.signal(signal.SIGTERM, self._notice)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # After ``setup`` Lightning puts its own handler before ours, and would leave in the middle of a step.
+        self._listen()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._listen()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self.previous is not None:
             signal.signal(signal.SIGTERM, self.previous)
+            self.previous = None
 
     def _notice(self, *_: Any) -> None:
         self.noticed = True
@@ -157,6 +170,8 @@ class SkippingSampler:
                 return
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "sampler":  # while it is unpickled
+            raise AttributeError(name)
         return getattr(self.sampler, name)
 
 

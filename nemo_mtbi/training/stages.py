@@ -220,6 +220,8 @@ def ctc_tokens(cfg: DictConfig, config: ModelConfig, run: RunDirectory) -> list[
             RunDirectory.parse(cfg.init_from)[0].root / "ctc_tokens.json"
         )  # of the connector that training starts from
         file = given if given.is_file() else file
+    if file.is_file():  # perhaps in a folder that only can be read
+        return json.loads(file.read_text())
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(file.with_name(f".{file.name}.lock")):  # one process of a job counts, the others wait for its file
         if not file.is_file():

@@ -178,35 +178,41 @@ def test_another_layout_resumes(root, overrides, whole, lora):
     assert_same(train(output, more, "trainer.accumulate_grad_batches=2"), whole, 1e-4)
 
 
-TERMINATED_IN_VALIDATION = """
+TERMINATED = """
 import os, signal, sys
 from nemo_mtbi.examples.train import main
 from nemo_mtbi.models import MTBISALM
 
-start = MTBISALM.on_validation_epoch_start
+start, step = MTBISALM.on_validation_epoch_start, MTBISALM.training_step
+place, _, number = os.environ["TERMINATED_AT"].partition(" ")
 
-def terminated(self):
+def validating(self):
     start(self)
-    if self.global_step == int(os.environ["TERMINATED_AT"]):
+    if place == "validation" and self.global_step == int(number):
         os.kill(os.getpid(), signal.SIGTERM)
 
-MTBISALM.on_validation_epoch_start = terminated
+def training(self, batch, batch_idx):
+    if place == "micro-batch" and batch_idx == int(number):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(self, batch, batch_idx)
+
+MTBISALM.on_validation_epoch_start, MTBISALM.training_step = validating, training
 main()
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [0, 10])
-def test_sigterm_in_a_validation_loses_no_step(root, overrides, whole, step):
-    output = root / f"validation_{step}"
+@pytest.mark.parametrize(("place", "step"), [("validation 0", 0), ("validation 10", 10), ("micro-batch 6", 4)])
+def test_sigterm_loses_no_step(root, overrides, whole, place, step):
+    output = root / place.replace(" ", "_")
     more = ["trainer.accumulate_grad_batches=2", "exp_manager.checkpoint_callback_params.every_n_train_steps=1000"]
     arguments = command(output, overrides, *more)[3:]
     run = subprocess.run(
-        [sys.executable, "-c", TERMINATED_IN_VALIDATION, *arguments],
+        [sys.executable, "-c", TERMINATED, *arguments],
         capture_output=True,
         text=True,
         timeout=600,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TERMINATED_AT": str(step)},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TERMINATED_AT": place},
     )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     kept = [f.name for f in (output / "imitation" / "checkpoints").glob("*last.ckpt")]

@@ -1,5 +1,6 @@
 """Each term of the loss is divided by its own count over the whole optimizer step; a resumed run draws what is next."""
 
+import pickle
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -19,6 +20,7 @@ from nemo_mtbi.modules.perception import connector_of
 from nemo_mtbi.preparation.sources import utterance_cut
 from nemo_mtbi.training import stages
 from nemo_mtbi.training.data_module import WindowedLoader, data_module
+from nemo_mtbi.training.resume import SkippingSampler
 from tests.helpers import assert_same, build, gradients, make_batch, split
 from tests.unit.data_helpers import TARGETS
 
@@ -131,3 +133,19 @@ def test_one_process_of_a_job_counts_the_transcripts(many, model, tmp_path, monk
         jobs = [pool.submit(stages.ctc_tokens, cfg, model.config, RunDirectory(tmp_path / "run")) for _ in range(4)]
     results = [job.result() for job in jobs]
     assert len(counted) == 1 and all(r == results[0] for r in results) and len(results[0]) > 3
+
+
+def test_a_skipping_sampler_travels_to_spawned_workers():
+    copy = pickle.loads(pickle.dumps(SkippingSampler([1, 2, 3], 1)))
+    assert list(copy) == [2, 3]
+
+
+def test_the_vocabulary_of_another_run_is_only_read(many, model, tmp_path):
+    other = tmp_path / "other"
+    (other / "alignment").mkdir(parents=True)
+    (other / "alignment" / "trained.safetensors").touch()
+    (other / "ctc_tokens.json").write_text("[5, 6, 7]")
+    entry = {"type": "mtbi", "cuts_path": str(many)}
+    cfg = {"model": model.cfg, "init_from": str(other), "data": {"train_ds": {"input_cfg": [entry]}}}
+    assert stages.ctc_tokens(OmegaConf.create(cfg), model.config, RunDirectory(tmp_path / "run")) == [5, 6, 7]
+    assert {p.name for p in other.iterdir()} == {"alignment", "ctc_tokens.json"}

@@ -27,7 +27,7 @@ from nemo_mtbi.data.rendering import PromptRenderer, Spoken
 from nemo_mtbi.io.text import normalized
 from nemo_mtbi.models import MTBISALM
 from nemo_mtbi.models.speech import encode, transcribe
-from nemo_mtbi.preparation.sources import SourceConfig, read_tsv
+from nemo_mtbi.preparation.sources import Entry, SourceConfig, read_tsv
 
 UTTERANCES, SNR_DB, LEARNING_RATE = 8, 3.0, 5e-5
 PROMPT = "Repeat what was said, word for word."
@@ -54,15 +54,18 @@ def build(w_risk: float, samples: int) -> Any:
     )
 
 
-def make_batch(model: Any) -> dict[str, Any]:
+def utterances() -> list[Entry]:
     table = SourceConfig("tsv", "pkg://nemo_mtbi/samples/librispeech/transcripts.tsv", split_column="split")
     entries = [e for e in read_tsv(table) if e.split == "train"]
-    entries = [e for e in entries if e.load().duration < 6][::9][:UTTERANCES]
+    return [e for e in entries if e.load().duration < 6][::9][:UTTERANCES]
+
+
+def make_batch(model: Any) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     waves, examples = [], []
     renderer = PromptRenderer(model.tokenizer, PromptFormatter.resolve(model.cfg.prompt_format))
     tokenizer = model.tokenizer.tokenizer
-    for entry in entries:
+    for entry in utterances():
         clean = load_waveform(entry.load().recording.sources[0].source, 16_000)
         noise = rng.standard_normal(len(clean)) * np.sqrt((clean**2).mean()) * 10 ** (-SNR_DB / 20)
         waves.append((clean + noise).astype(np.float32))
@@ -118,7 +121,7 @@ def main() -> None:
     args = parser.parse_args()
     steps = [2, 4] if args.quick else [3, 6, 9, 12, 15, 18]
     results = {name: learn(w, steps, args.samples) for name, w in (("minimum_risk", 1.0), ("kl_alone", 0.0))}
-    words = sum(len(normalized(e.transcript).split()) for e in make_batch(build(0.0, 2))["examples"])
+    words = sum(len(normalized(e.text).split()) for e in utterances())
     finish({"words": words, **results}, args.json)
 
 

@@ -28,21 +28,18 @@ def _torchrun(name, arguments, cwd, ranks):
 
 
 def _fork(name, arguments, cwd):
-    with tempfile.NamedTemporaryFile() as printed:
-        process = CONTEXT.Process(target=_main, args=(name, arguments, str(cwd or os.getcwd()), printed.name))
-        process.start()
-        process.join()
-        return process.exitcode, Path(printed.name).read_text(errors="replace")
+    started = Started(name, arguments, cwd)
+    output, _ = started.communicate()
+    return started.returncode, output
 
 
 class Started:
     """A launcher that runs; the part of ``subprocess.Popen`` that tests need."""
 
-    def __init__(self, name, arguments):
+    def __init__(self, name, arguments, cwd=None):
         with tempfile.NamedTemporaryFile(delete=False) as printed:
             self.printed = Path(printed.name)
-        arguments = (name, list(map(str, arguments)), os.getcwd(), printed.name)
-        self.process = CONTEXT.Process(target=_main, args=arguments)
+        self.process = CONTEXT.Process(target=_main, args=(name, arguments, str(cwd or os.getcwd()), printed.name))
         self.process.start()
         self.pid = self.process.pid
 
@@ -57,11 +54,15 @@ class Started:
         os.kill(self.pid, number)
 
     def communicate(self, timeout=None):
+        """All that it printed, when it has ended."""
         self.process.join(timeout)
-        if self.process.is_alive():
+        ended = not self.process.is_alive()
+        output = self.printed.read_text(errors="replace")
+        self.printed.unlink()
+        if not ended:
             self.process.kill()
-            raise TimeoutError(self.printed.read_text(errors="replace")[-4000:])
-        return self.printed.read_text(errors="replace"), None
+            raise TimeoutError(output[-4000:])
+        return output, None
 
 
 def _main(name, arguments, cwd, printed):

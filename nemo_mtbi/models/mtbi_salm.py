@@ -5,6 +5,7 @@ encodes and connects the audio, ``layout.py`` joins both to the LLM's input, ``l
 of student and teacher, ``objective.py`` sums the loss.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +135,9 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, GenerationMixin, GradientM
             step = self.alignment(batch, self.config.alignment_stage)
         else:
             student = self.student(batch, interleave=True)
-            loss = self.imitation(batch, student)
-            step = step_loss(batch, student, loss, self.further_terms(batch, student.speech))
+            teacher = self.teacher_hidden(batch)
+            loss = self.imitation(batch, student, teacher)
+            step = step_loss(batch, student, loss, self.further_terms(batch, student.speech, teacher))
         self.count_tokens(step.count)
         self.seen.add(batch["examples"], self.stage)
         size = len(batch["examples"])
@@ -168,36 +170,43 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, GenerationMixin, GradientM
         hidden = self.hidden(inputs, prefix)
         return StudentOutput(hidden.flatten(0, 1)[layout.response_rows], layout, spoken.embeddings)
 
-    def imitation(self, batch: dict[str, Any], student: StudentOutput, full_teacher: bool = False) -> ImitationLoss:
-        """CE and KL of a batch; ``full_teacher`` asks for the online teacher whatever the configuration says."""
+    def teacher_hidden(self, batch: dict[str, Any]) -> Tensor | None:
+        """The online teacher's hidden states (R, H) before the response tokens; None where the teacher is another."""
         config, examples = self.config.imitation, batch["examples"]
-        teacher = None
-        if full_teacher or (config.w_kl > 0 and config.teacher == "online"):
-            teacher = teacher_hidden_states(
-                self.llm,
-                self.embed_tokens,
-                [e.prompt_ids for e in examples],
-                [e.response_ids for e in examples],
-                self.prefixes,
-                [e.units[0].token_begin for e in examples],
-            )
-        return imitation_terms(batch, student, self.head(), config, teacher)
+        if config.w_kl == 0 or config.teacher != "online":
+            return None
+        return teacher_hidden_states(
+            self.llm,
+            self.embed_tokens,
+            [e.prompt_ids for e in examples],
+            [e.response_ids for e in examples],
+            self.prefixes,
+            [e.units[0].token_begin for e in examples],
+        )
 
-    def further_terms(self, batch: dict[str, Any], spoken: SpeechEmbeddings) -> tuple[Tensor, dict[str, Tensor]] | None:
+    def imitation(self, batch: dict[str, Any], student: StudentOutput, teacher: Tensor | None = None) -> ImitationLoss:
+        """CE and KL of a batch; ``teacher``: what :meth:`teacher_hidden` gave for it, if it was called."""
+        teacher = self.teacher_hidden(batch) if teacher is None else teacher
+        return imitation_terms(batch, student, self.head(), self.config.imitation, teacher)
+
+    def further_terms(
+        self, batch: dict[str, Any], spoken: SpeechEmbeddings, teacher: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]] | None:
         """The terms beside CE and KL, in units of response tokens; None without such."""
         weights = self.config.imitation
         terms = transcript_terms(batch, spoken, self.perception, self.embed_tokens, weights)
         if weights.w_risk > 0:
-            terms.append(risk_term(batch, self.perception, weights, lambda heard: self.answer_losses(batch, heard)))
+            losses = partial(self.answer_losses, batch, teacher=teacher)
+            terms.append(risk_term(batch, self.perception, weights, losses))
         return combined(terms, *self.counts(batch), RESPONSE_TOKENS) if terms else None
 
-    def answer_losses(self, batch: dict[str, Any], heard: SpeechEmbeddings) -> Tensor:
+    def answer_losses(self, batch: dict[str, Any], heard: SpeechEmbeddings, teacher: Tensor | None = None) -> Tensor:
         """Mean CE and KL (B,) of the response tokens, as weighted, where the LLM reads ``heard``."""
         examples: list[Example] = batch["examples"]
         seconds = [e.duration_seconds for e in examples]
         with evaluation_mode(self.llm):  # dropout of LoRA would tell equal hypotheses apart
             student = self.answering(examples, speech.SpeechInput(plan_batch(examples, None, 0), heard, seconds))
-        return mean_by_example(self.imitation(batch, student).per_token, student.layout.response_counts)
+        return mean_by_example(self.imitation(batch, student, teacher).per_token, student.layout.response_counts)
 
     def counts(self, batch: dict[str, Any]) -> tuple[dict[str, int], Tensor]:
         """Of a micro-batch, and (4,) of its whole optimizer step over the data-parallel ranks."""

@@ -10,6 +10,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from nemo_mtbi.parallel.launch import PATIENCE, backend, initialize
 
 
+def ddp_options(**own: Any) -> dict[str, Any]:
+    """Arguments of ``DDPStrategy``: ``own``, and our defaults.
+
+    The ``timeout`` is long, because ranks may wait for the one that draws the data up to its place again; a rank that
+    dies ends the job at once all the same. Buffers hold the LLM's embeddings, the same on all ranks, and are not
+    broadcast.
+    """
+    return {"timeout": PATIENCE, "broadcast_buffers": False, "process_group_backend": backend(), **own}
+
+
 class TensorParallelStrategy(DDPStrategy):
     """Every ``tensor_model_parallel_size`` consecutive ranks hold one LLM together and see the same batches.
 
@@ -19,17 +29,14 @@ class TensorParallelStrategy(DDPStrategy):
 
     Args:
         tensor_model_parallel_size: ranks of one LLM.
-        ddp: arguments of ``DDPStrategy``. Its ``timeout`` is long by default, because ranks may wait for the one that
-            draws the data up to its place again; a rank that dies ends the job at once all the same. Buffers hold the
-            LLM's embeddings, the same on all ranks, and are not broadcast.
+        ddp: see :func:`ddp_options`.
 
     Raises:
         ConfigError: the number of processes is no multiple of ``tensor_model_parallel_size``.
     """
 
     def __init__(self, tensor_model_parallel_size: int, **ddp: Any) -> None:
-        own = {"timeout": PATIENCE, "broadcast_buffers": False, "process_group_backend": backend()}
-        super().__init__(**{**own, **ddp})
+        super().__init__(**ddp_options(**ddp))
         self.tensor_model_parallel_size = tensor_model_parallel_size
         self.device_mesh: DeviceMesh | None = None
 

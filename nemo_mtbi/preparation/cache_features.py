@@ -67,6 +67,14 @@ class FrozenEncoder:
         return encode(self.perception, audios.to(self.device), audio_lens.to(self.device))
 
 
+@dataclass(frozen=True)
+class Version:
+    """A cut at one speed, and the key of its features."""
+
+    cut: Cut
+    key: str
+
+
 @dataclass
 class CacheReport:
     """What a run did: utterances encoded now, found in the cache, left out; bytes and hours of speech in the cache."""
@@ -97,12 +105,12 @@ def cache_features(
     check_manifest(str(manifest))
     report = CacheReport()
     cuts = list(CutSet.from_file(manifest))
-    versions = {cut.id: [perturbed(cut, factor) for factor in speeds] for cut in cuts}
+    heard = {cut.id: [perturbed(cut, factor) for factor in speeds] for cut in cuts}
+    versions = {i: [Version(cut, features_key(cut, encoder.key)) for cut in own] for i, own in heard.items()}
     progress = manifest.with_suffix(".features.jsonl")
     jsonl.repair(progress)
     arrays = {r["key"]: r["array"] for r in jsonl.read(progress)}
-    keys = {cut_id: [features_key(cut, encoder.key) for cut in own] for cut_id, own in versions.items()}
-    missing = [c for own in versions.values() for c in own if features_key(c, encoder.key) not in arrays]
+    missing = [version for own in versions.values() for version in own if version.key not in arrays]
     report.cached = len(cuts) * len(speeds) - len(missing)
     with (
         jsonl.Appender(progress) as out,
@@ -110,26 +118,25 @@ def cache_features(
         console.progress(total=len(missing), desc="encoder features", unit="utt", disable=not missing) as bar,
     ):
         for batch in _batches(missing, batch_seconds):
-            for cut, features in _encode(encoder, batch, report):
-                array = writer.store_array(cut.id, features)
+            for version, features in _encode(encoder, batch, report):
+                array = writer.store_array(version.cut.id, features)
                 writer.flush()
-                key = features_key(cut, encoder.key)
-                out.write({"key": key, "array": array.to_dict()})
-                arrays[key] = array.to_dict()
+                out.write({"key": version.key, "array": array.to_dict()})
+                arrays[version.key] = array.to_dict()
                 report.encoded += 1
             bar.update(len(batch))
     lines = []
     for cut in cuts:
-        own = [arrays[key] for key in keys[cut.id] if key in arrays]
+        own = [arrays[version.key] for version in versions[cut.id] if version.key in arrays]
         if len(own) < len(speeds):
             continue
         report.bytes += sum(2 * int(np.prod(array["shape"])) for array in own)
-        report.hours += sum(version.duration for version in versions[cut.id]) / 3600
+        report.hours += sum(version.cut.duration for version in versions[cut.id]) / 3600
         line = cut.to_dict()
         line["custom"] = {
             **{k: v for k, v in line.get("custom", {}).items() if not k.startswith(f"{FEATURES_FIELD}_sp")},
             **dict(zip(map(features_field, speeds), own, strict=True)),
-            KEY_FIELD: keys[cut.id][0],
+            KEY_FIELD: versions[cut.id][0].key,
             AUDIO_FIELD: audio_identity(cut),
         }
         lines.append(jsonl.dumps(line) + "\n")
@@ -137,30 +144,32 @@ def cache_features(
     return report
 
 
-def _batches(cuts: list[Cut], seconds: float) -> Iterator[list[Cut]]:
-    batch: list[Cut] = []
-    for cut in sorted(cuts, key=lambda c: c.duration):
-        if batch and cut.duration * (len(batch) + 1) > seconds:
+def _batches(versions: list[Version], seconds: float) -> Iterator[list[Version]]:
+    batch: list[Version] = []
+    for version in sorted(versions, key=lambda v: v.cut.duration):
+        if batch and version.cut.duration * (len(batch) + 1) > seconds:
             yield batch
             batch = []
-        batch.append(cut)
+        batch.append(version)
     if batch:
         yield batch
 
 
-def _encode(encoder: FrozenEncoder, cuts: list[Cut], report: CacheReport) -> Iterator[tuple[Cut, torch.Tensor]]:
+def _encode(
+    encoder: FrozenEncoder, versions: list[Version], report: CacheReport
+) -> Iterator[tuple[Version, torch.Tensor]]:
     waveforms: list[Any] = []
-    kept: list[Cut] = []
-    for cut in cuts:
+    kept: list[Version] = []
+    for version in versions:
         try:
-            waveforms.append(mono_samples(cut, encoder.sampling_rate))
-            kept.append(cut)
+            waveforms.append(mono_samples(version.cut, encoder.sampling_rate))
+            kept.append(version)
         except Exception as error:  # one broken recording must not stop the run
             report.skipped += 1
-            log.warning(f"{cut.id} left out: {type(error).__name__}: {str(error)[:200]}")
+            log.warning(f"{version.cut.id} left out: {type(error).__name__}: {str(error)[:200]}")
     if not kept:
         return
     audios, lengths = collate_waveforms(waveforms)
     features, counts = encoder.encode(audios, lengths)
-    for cut, row, count in zip(kept, features, counts.tolist(), strict=True):
-        yield cut, row[:count].to("cpu", torch.bfloat16)
+    for version, row, count in zip(kept, features, counts.tolist(), strict=True):
+        yield version, row[:count].to("cpu", torch.bfloat16)

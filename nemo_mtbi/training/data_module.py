@@ -73,6 +73,7 @@ def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulate
     cached = cfg.pop("cached_features")
     connector = connector_of(model.perception)
     emits_tokens = connector is not None and connector.emits_tokens
+    drawing_workers = workers_that_draw(cfg.get("train_ds"))
     for section in ("train_ds", "validation_ds"):
         if section in cfg:
             cfg[section].prompt_format = model.cfg.prompt_format
@@ -80,8 +81,9 @@ def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulate
             cfg[section].token_equivalent_duration = None if emits_tokens else model.token_equivalent_duration
             cfg[section].sample_rate = model.sampling_rate
             cfg[section].setdefault("pin_memory", torch.cuda.is_available())
-            if any("shar_path" in entry for entry in input_entries(cfg[section])):
-                cfg[section].shard_seed = "randomized"  # an integer would give every rank and worker the same shards
+            alone = section == "train_ds" and drawing_workers > 0
+            if alone or any("shar_path" in entry for entry in input_entries(cfg[section])):
+                cfg[section].shard_seed = "randomized"  # an integer would give every rank and worker the same data
             for entry in input_entries(cfg[section]):
                 entry.speech_position = model.config.speech_position
                 entry.shared_prefix = model.prefixes is not None
@@ -97,7 +99,6 @@ def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulate
         llm_key=model.references["llm"],
         sampling_rate=model.sampling_rate,
     )
-    drawing_workers = workers_that_draw(cfg.get("train_ds"))
     tarred = any("shar_path" in entry for entry in input_entries(cfg.get("train_ds") or OmegaConf.create()))
     if tarred:
         for entry in input_entries(cfg.train_ds):
@@ -111,8 +112,7 @@ def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulate
 
 
 def workers_that_draw(section: DictConfig | None) -> int:
-    """Worker processes that draw batches themselves (``force_iterable_dataset``), each with a seed of its own; 0
-    otherwise.
+    """Worker processes that draw batches themselves (``force_iterable_dataset``); 0 otherwise.
 
     Raises:
         ConfigError: there are none to do it.
@@ -124,7 +124,6 @@ def workers_that_draw(section: DictConfig | None) -> int:
             "data.train_ds.force_iterable_dataset=true lets the loader's workers draw the batches; set "
             "data.train_ds.num_workers to at least 1."
         )
-    section.shard_seed = "randomized"  # of each rank and worker; an integer would give all of them the same batches
     return int(section.num_workers)
 
 

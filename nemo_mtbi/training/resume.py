@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -147,18 +146,21 @@ def step_of(checkpoint: str | Path) -> int:
         return -1
 
 
-class SkippingSampler:
-    """A Lhotse sampler that leaves out its first ``skip`` mini-batches: metadata is drawn, audio is not read.
+class LaterBatches:
+    """A Lhotse sampler, or a loader, without its first ``skip`` mini-batches: a sampler draws their metadata, a loader
+    reads them.
 
     At every iteration, because Lightning makes an iterator, and drops it, before the one that it trains with;
     training data has no second epoch.
     """
 
-    def __init__(self, sampler: Any, skip: int) -> None:
-        self.sampler, self.skip = sampler, skip
+    def __init__(self, source: Any, skip: int) -> None:
+        self.source, self.skip = source, skip
 
     def __iter__(self) -> Iterator[Any]:
-        batches = iter(self.sampler)
+        return self._rest(iter(self.source))  # made at once, as without skipping: a loader's workers then begin
+
+    def _rest(self, batches: Iterator[Any]) -> Iterator[Any]:
         for _ in console.progress(
             range(self.skip), desc="finding the place in the data", unit="batch", disable=self.skip < 100
         ):
@@ -170,22 +172,9 @@ class SkippingSampler:
                 return
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "sampler":  # while it is unpickled
+        if name.startswith("__") or name == "source":  # while it is unpickled
             raise AttributeError(name)
-        return getattr(self.sampler, name)
-
-
-class LaterBatches:
-    """A loader without its first ``count`` batches, which are read and dropped."""
-
-    def __init__(self, loader: Any, count: int) -> None:
-        self.loader, self.count = loader, count
-
-    def __iter__(self) -> Iterator[Any]:
-        return islice(iter(self.loader), self.count, None)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.loader, name)
+        return getattr(self.source, name)
 
 
 def skip_batches(loader: BroadcastingDataLoader, skip: int, drawing_workers: int = 0) -> Any:
@@ -203,13 +192,13 @@ def skip_batches(loader: BroadcastingDataLoader, skip: int, drawing_workers: int
     if skip and drawing_workers:
         if source is not None:
             drawing: Any = source.dataset  # Lhotse's IterableDatasetWrapper
-            drawing.sampler = SkippingSampler(drawing.sampler, skip // drawing_workers)
+            drawing.sampler = LaterBatches(drawing.sampler, skip // drawing_workers)
         return LaterBatches(loader, skip % drawing_workers)
     if not skip or source is None:
         return loader
     loader._source = DataLoader(
         source.dataset,
-        sampler=SkippingSampler(source.sampler, skip),
+        sampler=LaterBatches(source.sampler, skip),
         batch_size=None,
         num_workers=source.num_workers,
         pin_memory=source.pin_memory,

@@ -29,9 +29,9 @@ from nemo_mtbi.models.mtbi_salm import MTBISALM
 from nemo_mtbi.models.optimization import moments_of
 from nemo_mtbi.modules.connectors.ctc_vocabulary import choose_tokens, count_tokens
 from nemo_mtbi.modules.perception import require_fixed_features
-from nemo_mtbi.parallel.launch import PATIENCE, backend
+from nemo_mtbi.parallel.launch import PATIENCE
 from nemo_mtbi.parallel.parts import part_of
-from nemo_mtbi.parallel.strategy import TensorParallelStrategy
+from nemo_mtbi.parallel.strategy import TensorParallelStrategy, ddp_options
 from nemo_mtbi.pretrained.offline import resolve_pretrained
 from nemo_mtbi.training.accelerators import fused_optimizer
 from nemo_mtbi.training.best import BestWeights
@@ -153,16 +153,12 @@ def build_trainer(cfg: DictConfig, name: str, callbacks: Sequence[pl.Callback] =
     # The alignment stage leaves the part of the connector that only the LLM reads without a gradient.
     unused = name == ALIGNMENT
     several = options.get("num_nodes", 1) > 1 or str(options.get("devices", 1)) not in ("1", "auto")
+    ddp: dict[str, Any] = {"find_unused_parameters": unused, "timeout": timeout}
     if options.get("strategy", "auto") == "auto":
         if size > 1:
-            options["strategy"] = TensorParallelStrategy(size, find_unused_parameters=unused, timeout=timeout)
+            options["strategy"] = TensorParallelStrategy(size, **ddp)
         elif several or torch.cuda.device_count() > 1:
-            options["strategy"] = DDPStrategy(
-                find_unused_parameters=unused,
-                timeout=timeout,
-                process_group_backend=backend(),
-                broadcast_buffers=False,  # they hold the LLM's embeddings
-            )
+            options["strategy"] = DDPStrategy(**ddp_options(**ddp))
     elif size > 1:
         raise ConfigError("trainer.tensor_model_parallel_size > 1 chooses the strategy; leave trainer.strategy out.")
     bars = [StageProgress(name)] if options.get("enable_progress_bar", True) else []

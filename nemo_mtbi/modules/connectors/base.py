@@ -120,18 +120,14 @@ class Connector(nn.Module):
     def hypotheses(self, features: Tensor, lengths: Tensor, count: int, temperature: float) -> Hypotheses:
         """The greedy reading of the utterances and ``count - 1`` sampled ones, without a graph.
 
+        Only of connectors that write text; others are refused with the configuration.
+
         Args:
             features, lengths: as in ``connect``.
             count: S.
             temperature: of the samples.
-
-        Raises:
-            ConfigError: the connector does not choose among texts.
         """
-        raise ConfigError(
-            f"w_risk > 0 needs a connector that writes text (WhisperDecoderConnector, TwoChannelConnector); "
-            f"{type(self).__name__} does not."
-        )
+        raise NotImplementedError
 
     def risk_loss(self, features: Tensor, lengths: Tensor, hypotheses: Hypotheses, risks: Tensor) -> Tensor:
         """Sum over the usable utterances of the expected risk (:mod:`nemo_mtbi.losses.risk`).

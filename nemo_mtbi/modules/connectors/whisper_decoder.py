@@ -351,9 +351,10 @@ class WhisperDecoderConnector(TokenConnector):
             logits = nn.functional.linear(hidden, self._output_weight()).float()
             logits = logits + self.suppressed[0 if len(states) == 1 else 1]
             if temperature is None:
-                best = self.agreed(logits.argmax(-1))
+                chosen = logits.argmax(-1)
             else:
-                best = self.agreed((logits / temperature).softmax(-1).multinomial(1)[:, 0])
+                chosen = (logits / temperature).softmax(-1).multinomial(1)[:, 0]
+            best = self.agreed(chosen)
             done |= (best == self.eos_id) | (limits <= len(states) - 1)
             if bool(done.all()):
                 break

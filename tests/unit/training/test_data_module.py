@@ -20,7 +20,7 @@ from nemo_mtbi.modules.perception import connector_of
 from nemo_mtbi.preparation.sources import utterance_cut
 from nemo_mtbi.training import stages
 from nemo_mtbi.training.data_module import WindowedLoader, data_module
-from nemo_mtbi.training.resume import SkippingSampler
+from nemo_mtbi.training.resume import LaterBatches
 from tests.helpers import assert_same, build, gradients, make_batch, split
 from tests.unit.data_helpers import TARGETS
 
@@ -136,7 +136,7 @@ def test_one_process_of_a_job_counts_the_transcripts(many, model, tmp_path, monk
 
 
 def test_a_skipping_sampler_travels_to_spawned_workers():
-    copy = pickle.loads(pickle.dumps(SkippingSampler([1, 2, 3], 1)))
+    copy = pickle.loads(pickle.dumps(LaterBatches([1, 2, 3], 1)))
     assert list(copy) == [2, 3]
 
 

@@ -9,15 +9,14 @@
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from nemo.collections.common.data.lhotse.cutset import data_type_parser
 from nemo.collections.common.data.prompt_fn import registered_prompt_format_fn
 from nemo.collections.common.prompts.formatter import Modality, PromptFormatter
 from nemo.core.classes import common
 
+from nemo_mtbi.data.chat_template import ChatTemplateFormat
 from nemo_mtbi.data.conversation import INPUT_TYPE, MTBIConversation, read_mtbi
 from nemo_mtbi.data.rendering import PromptRenderer
-from nemo_mtbi.errors import ConfigError, DataError
 
 TARGET_PREFIX = "nemo_mtbi."
 
@@ -39,42 +38,10 @@ class ChatMLPromptFormatter(PromptFormatter):
     }
 
 
-class ChatTemplatePromptFormatter(PromptFormatter):
-    """The chat template that the LLM's own tokenizer carries."""
+class ChatTemplatePromptFormatter(ChatTemplateFormat, PromptFormatter):
+    """The chat template that the LLM's own tokenizer carries, for NeMo's data pipeline too."""
 
-    NAME = "chat_template"
-    OUTPUT_ROLE = "assistant"
-    TEMPLATE = {
-        role: {"template": "|message|", "slots": {"message": Modality.Text}} for role in ("system", "user", "assistant")
-    }
-
-    def encode_dialog(self, turns: list[dict], **kwargs: Any) -> dict[str, torch.Tensor]:
-        hf: Any = getattr(self.tokenizer, "tokenizer", self.tokenizer)
-        if not getattr(hf, "chat_template", None):
-            raise ConfigError(
-                f"The tokenizer {hf.name_or_path!r} has no chat template. Use an instruction-tuned LLM, or set "
-                f"prompt_format to one of {', '.join(sorted(PromptFormatter._REGISTERED_FORMATTERS))}."
-            )
-        messages = [{"role": t["role"], "content": t.get("content") or t["slots"]["message"]} for t in turns]
-        answered = messages[-1]["role"] == self.OUTPUT_ROLE
-        context = messages[:-1] if answered else messages
-        try:
-            text = hf.apply_chat_template(context, tokenize=False, add_generation_prompt=True, **kwargs)
-        except TemplateError as error:  # e.g. a template without a system role
-            raise DataError(f"The chat template of {hf.name_or_path!r} refuses this dialog: {error}.") from error
-        context_ids = torch.tensor(self._apply_tokenizer(text), dtype=torch.long)
-        if not answered:
-            return {"input_ids": context_ids, "context_ids": context_ids}
-        full = hf.apply_chat_template(messages, tokenize=False, **kwargs)
-        if not full.startswith(text):
-            raise ConfigError(
-                "The chat template renders earlier turns differently once they are answered, so answers cannot be "
-                "separated from it. Set prompt_format to a NeMo prompt format instead."
-            )
-        answer_ids = torch.tensor(self._apply_tokenizer(full[len(text) :]), dtype=torch.long)
-        mask = torch.cat([torch.zeros_like(context_ids), torch.ones_like(answer_ids)]).bool()
-        input_ids = torch.cat([context_ids, answer_ids])
-        return {"input_ids": input_ids, "context_ids": context_ids, "answer_ids": answer_ids, "mask": mask}
+    NAME, OUTPUT_ROLE, TEMPLATE = ChatTemplateFormat.NAME, ChatTemplateFormat.OUTPUT_ROLE, ChatTemplateFormat.TEMPLATE
 
 
 @registered_prompt_format_fn(MTBIConversation)

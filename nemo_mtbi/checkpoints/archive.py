@@ -1,4 +1,4 @@
-"""Exports that need nothing else: a Hugging Face directory, and the same directory as one ``.nemo`` file.
+"""Writes exports that need nothing else: a Hugging Face directory, and the same directory as one ``.nemo`` file.
 
 Contents: ``config.json`` (SALM's configuration format, encoder and connector described completely),
 ``model.safetensors`` (every weight), the tokenizer's files, ``llm_backbone/config.json`` and
@@ -6,7 +6,6 @@ Contents: ``config.json`` (SALM's configuration format, encoder and connector de
 No pickle, no code: classes come from the configuration through NeMo's list of allowed targets.
 """
 
-import json
 import logging
 import os
 import tarfile
@@ -17,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from nemo.collections.common.prompts import PromptFormatter
-from nemo.collections.speechlm2.parts.hf_hub import LLM_BACKBONE_DIR
 from omegaconf import OmegaConf
-from safetensors import SafetensorError, safe_open
 
 from nemo_mtbi.checkpoints.card import model_card
+from nemo_mtbi.checkpoints.exported import LLM_BACKBONE_DIR, NEMO_CONFIG
 from nemo_mtbi.checkpoints.run_directory import RunDirectory
 from nemo_mtbi.data.chat_template import chat_template
 from nemo_mtbi.errors import CheckpointError, ConfigError
@@ -30,7 +28,6 @@ from nemo_mtbi.modules.causal_lm import causal_lm
 
 log = logging.getLogger(__name__)
 
-CONFIG, WEIGHTS, NEMO_CONFIG = "config.json", "model.safetensors", "model_config.yaml"
 # Settings of training that mean nothing to a user of the model.
 TRAINING_KEYS = (
     "optimizer",
@@ -142,73 +139,3 @@ def save_nemo(model: Any, path: Path, card: str | None = None) -> Path:
                 tar.add(file, arcname=f"./{file.relative_to(folder)}", recursive=False)
         os.replace(temporary, path)
     return path
-
-
-@contextmanager
-def unpacked_nemo(path: Path) -> Iterator[Path]:
-    """The content of a ``.nemo`` archive that :func:`save_nemo` wrote, as a folder.
-
-    Raises:
-        CheckpointError: missing, truncated, hostile, or of another model.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"There is no file {path}.")
-    with tempfile.TemporaryDirectory() as name:
-        try:
-            with tarfile.open(path, "r:") as tar:
-                members = {m.name.removeprefix("./") for m in tar.getmembers()}
-                if CONFIG not in members or WEIGHTS not in members:
-                    raise CheckpointError(
-                        f"{path} is a NeMo archive of another kind of model (it holds "
-                        f"{', '.join(sorted(members)[:5])}); "
-                        "MTBISALM.restore_from opens what export.py writes."
-                    )
-                unsafe = [m for m in members if m.startswith("/") or ".." in Path(m).parts]
-                if unsafe:
-                    raise CheckpointError(f"{path} is unsafe: it would write to {unsafe[0]}; it was not opened.")
-                tar.extractall(name, filter="data")
-        except (tarfile.TarError, EOFError, OSError) as error:
-            raise CheckpointError(
-                f"{path} is damaged or unsafe ({error}); it was not opened. Copy it again."
-            ) from error
-        yield Path(name)
-
-
-def checked_directory(folder: Path) -> set[str]:
-    """Names of the tensors of an exported directory, after every check that needs no model.
-
-    Raises:
-        CheckpointError: no export, of another kind of model, damaged, or one that asks for its own code to be run.
-    """
-    for file in (CONFIG, WEIGHTS):
-        if not (folder / file).is_file():
-            raise CheckpointError(f"{folder} is not an exported model: it has no {file}.")
-    config = json.loads((folder / CONFIG).read_text())
-    if "modality_adapter" not in (config.get("perception") or {}):
-        raise CheckpointError(
-            f"{folder / CONFIG} does not describe a speech LLM: it has no perception.modality_adapter."
-        )
-    if config.get("trust_remote_code"):
-        raise CheckpointError(
-            f"{folder / CONFIG} asks to run code that came with the model; set trust_remote_code to false."
-        )
-    try:
-        with safe_open(folder / WEIGHTS, "pt") as weights:
-            return set(weights.keys())
-    except SafetensorError as error:
-        raise CheckpointError(f"{folder / WEIGHTS} is truncated or no safetensors file ({error}).") from error
-
-
-def require_every_weight(model: Any, folder: Path, names: set[str]) -> None:
-    """
-    Raises:
-        CheckpointError: the model has tensors that are not among the ``names`` in ``folder``.
-    """
-    tie = causal_lm(model.llm).config.tie_word_embeddings
-    tied = {n for n in model.state_dict() if tie and n.endswith("lm_head.weight")}
-    own = {n for n in model.state_dict() if not n.endswith("_extra_state")}  # Megatron's layers name one that is empty
-    missing = own - names - tied
-    if missing:
-        raise CheckpointError(
-            f"{folder / WEIGHTS} lacks {len(missing)} tensors of the model, e.g. {sorted(missing)[0]}."
-        )

@@ -1,11 +1,15 @@
-"""The Jinja chat template that an export carries: it writes what training and inference of the model read."""
+"""Chat templates: as a prompt format, and the one that an export carries, which writes what training read."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nemo.collections.common.prompts import PromptFormatter
+import torch
+from jinja2 import TemplateError
 
 from nemo_mtbi.data.rendering import PromptRenderer
-from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from nemo.collections.common.prompts import PromptFormatter
 
 PROBES = (
     [("user", "What is it?")],
@@ -14,7 +18,66 @@ PROBES = (
 )
 
 
-def chat_template(tokenizer: Any, formatter: type[PromptFormatter]) -> str:
+class ChatTemplateFormat:
+    """The prompt format of the tokenizer's own chat template; the methods are those of NeMo's ``PromptFormatter``.
+
+    Args:
+        tokenizer: with ``text_to_ids``, around a Hugging Face tokenizer.
+        defaults: NeMo's default turns; a chat template has its own.
+    """
+
+    NAME = "chat_template"
+    OUTPUT_ROLE = "assistant"
+    TEMPLATE = {role: {"template": "|message|", "slots": {"message": str}} for role in ("system", "user", "assistant")}
+
+    def __init__(self, tokenizer: Any, defaults: list[dict] | None = None) -> None:
+        self.tokenizer = tokenizer
+        self._defaults = defaults or []
+
+    @classmethod
+    def get_roles(cls) -> list[str]:
+        return list(cls.TEMPLATE)
+
+    @classmethod
+    def get_slots(cls, role: str) -> dict[str, Any]:
+        return dict(cls.TEMPLATE[role]["slots"])  # type: ignore[arg-type]
+
+    def encode_dialog(self, turns: list[dict], **kwargs: Any) -> dict[str, torch.Tensor]:
+        """Turns -> ``context_ids`` up to the answer; with an assistant's last turn also ``answer_ids`` and ``mask``.
+
+        Raises:
+            ConfigError: no chat template, or one that renders a dialog otherwise once it is answered.
+            DataError: a dialog that the template refuses.
+        """
+        hf: Any = getattr(self.tokenizer, "tokenizer", self.tokenizer)
+        if not getattr(hf, "chat_template", None):
+            raise ConfigError(
+                f"The tokenizer {hf.name_or_path!r} has no chat template. Use an instruction-tuned LLM, or set "
+                "prompt_format to one of NeMo's prompt formats."
+            )
+        messages = [{"role": t["role"], "content": t.get("content") or t["slots"]["message"]} for t in turns]
+        answered = messages[-1]["role"] == self.OUTPUT_ROLE
+        context = messages[:-1] if answered else messages
+        try:
+            text = hf.apply_chat_template(context, tokenize=False, add_generation_prompt=True, **kwargs)
+        except TemplateError as error:  # e.g. a template without a system role
+            raise DataError(f"The chat template of {hf.name_or_path!r} refuses this dialog: {error}.") from error
+        context_ids = torch.tensor(self.tokenizer.text_to_ids(text), dtype=torch.long)
+        if not answered:
+            return {"input_ids": context_ids, "context_ids": context_ids}
+        full = hf.apply_chat_template(messages, tokenize=False, **kwargs)
+        if not full.startswith(text):
+            raise ConfigError(
+                "The chat template renders earlier turns differently once they are answered, so answers cannot be "
+                "separated from it. Set prompt_format to a NeMo prompt format instead."
+            )
+        answer_ids = torch.tensor(self.tokenizer.text_to_ids(full[len(text) :]), dtype=torch.long)
+        mask = torch.cat([torch.zeros_like(context_ids), torch.ones_like(answer_ids)]).bool()
+        input_ids = torch.cat([context_ids, answer_ids])
+        return {"input_ids": input_ids, "context_ids": context_ids, "answer_ids": answer_ids, "mask": mask}
+
+
+def chat_template(tokenizer: Any, formatter: "type[PromptFormatter]") -> str:
     """The chat template of a prompt format: the tokenizer's own, or a NeMo format's templates as Jinja.
 
     Args:
@@ -25,7 +88,7 @@ def chat_template(tokenizer: Any, formatter: type[PromptFormatter]) -> str:
         ConfigError: the format does something that its templates do not say, so that no Jinja template equals it.
     """
     hf = tokenizer.tokenizer
-    if formatter.NAME == "chat_template":
+    if formatter.NAME == ChatTemplateFormat.NAME:
         return str(hf.chat_template)
     start = hf.bos_token if formatter.INSERT_BOS else ""
     start += formatter.TEMPLATE.get("preamble", {}).get("template", "")

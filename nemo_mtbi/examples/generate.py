@@ -16,7 +16,7 @@ def main(cfg: DictConfig) -> None:
     from nemo_mtbi.data.audio_inputs import audio_inputs
     from nemo_mtbi.errors import DataError
     from nemo_mtbi.io import jsonl
-    from nemo_mtbi.models import MTBISALM
+    from nemo_mtbi.models.exported import open_speech_llm
     from nemo_mtbi.parallel.launch import is_first_rank, join_ranks
 
     inputs = list(audio_inputs(cfg.audio))
@@ -24,7 +24,7 @@ def main(cfg: DictConfig) -> None:
     alone = len(inputs) == len(questions) == 1
     size = cfg.tensor_model_parallel_size
     device = join_ranks(size, "generate") if cfg.device == "auto" or size > 1 else cfg.device
-    model = MTBISALM.restore_from(cfg.model, tensor_model_parallel_size=size).to(device)
+    model = open_speech_llm(cfg.model, tensor_model_parallel_size=size).to(device)
     records: list[dict[str, Any]] = []
     failed = 0
     for begin in range(0, len(inputs), cfg.batch_size):

@@ -22,7 +22,7 @@ def main(cfg: DictConfig) -> None:
         raise ConfigError(f"{', '.join(missing)} is not installed: pip install 'nemo_mtbi[serve]', or set page=false.")
     import uvicorn
 
-    from nemo_mtbi.models import MTBISALM
+    from nemo_mtbi.models.exported import open_speech_llm
     from nemo_mtbi.parallel.launch import join_ranks
     from nemo_mtbi.process import tune
     from nemo_mtbi.serving.batching import Batcher
@@ -31,7 +31,7 @@ def main(cfg: DictConfig) -> None:
 
     tune(cfg.threads)
     device = join_ranks(1, "serve") if cfg.device == "auto" else cfg.device
-    model = MTBISALM.restore_from(cfg.model).to(device)
+    model = open_speech_llm(cfg.model).to(device)
     name = cfg.name or Path(cfg.model).stem
     batcher = Batcher(model, cfg.max_batch, cfg.max_waiting)
     limits = Limits(

@@ -15,8 +15,8 @@ from nemo_mtbi.data.audio import collate_waveforms, load_waveform
 Audio = str | Path | np.ndarray | Tensor
 
 
-class SpeechLLM(Protocol):
-    """What a conversation asks of its model (:class:`nemo_mtbi.models.MTBISALM`)."""
+class ConversationModel(Protocol):
+    """What a conversation asks of its model (:class:`nemo_mtbi.models.generation.SpeechLLM`)."""
 
     tokenizer: Any
 
@@ -46,7 +46,7 @@ class Conversation:
         system: system message, where the prompt format has one.
     """
 
-    def __init__(self, model: SpeechLLM, system: str | None = None) -> None:
+    def __init__(self, model: ConversationModel, system: str | None = None) -> None:
         self.model = model
         self.messages: list[dict[str, Any]] = [{"role": "system", "content": [system]}] if system else []
         self.waveforms: list[np.ndarray | Tensor] = []

@@ -7,10 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from lightning import LightningModule
-from nemo.collections.common.prompts import PromptFormatter
-from nemo.collections.speechlm2.parts.pretrained import move_embedding
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from nemo_mtbi.data.audio import collate_waveforms, load_waveform
@@ -23,22 +20,30 @@ from nemo_mtbi.errors import DataError
 from nemo_mtbi.models.conversation import Audio, Conversation
 from nemo_mtbi.models.layout import build_inputs
 from nemo_mtbi.models.speech import batch_features, connect, encode
-from nemo_mtbi.modules.causal_lm import end_of_turn, stop_ids, without_adapters
+from nemo_mtbi.modules.causal_lm import end_of_turn, lent_embedding, stop_ids, without_adapters
 from nemo_mtbi.modules.connectors.base import SpeechEmbeddings
 
 
-class GenerationMixin(LightningModule):
-    """Mixin for :class:`nemo_mtbi.models.MTBISALM`, which brings the parts."""
+class SpeechLLM(nn.Module):
+    """What answers; :class:`nemo_mtbi.models.MTBISALM` and :class:`nemo_mtbi.models.exported.ExportedSpeechLLM` bring
+    the parts.
+    """
 
     llm: Any
     embed_tokens: Any
     perception: Any
     tokenizer: Any
-    cfg: Any
     config: Any
     frame_seconds: float
-    sampling_rate: int
     audio_locator_tag: str
+
+    @property
+    def sampling_rate(self) -> int:
+        return int(self.perception.preprocessor.featurizer.sample_rate)
+
+    def prompt_formatter(self) -> type:
+        """The prompt format: what :class:`nemo_mtbi.data.rendering.PromptRenderer` renders with."""
+        raise NotImplementedError
 
     def stop_ids(self) -> list[int]:
         """Tokens that end an answer: the tokenizer's and the LLM's own."""
@@ -151,7 +156,7 @@ class GenerationMixin(LightningModule):
             eos_token_id=self.stop_ids(),
             pad_token_id=self._padding_id(),
         )
-        with move_embedding(self):
+        with lent_embedding(self):
             return self.llm.generate(
                 inputs_embeds=inputs, attention_mask=mask, generation_config=generation_config, **kwargs
             )
@@ -164,7 +169,7 @@ class GenerationMixin(LightningModule):
 
     def _speech(self, audios: Tensor | None, audio_lens: Tensor | None) -> tuple[SpeechEmbeddings, list[float]]:
         """Audios (N, S), (N,) as the LLM reads them, and their seconds; none without audio."""
-        device = self.device
+        device = self.embed_tokens.weight.device
         if audios is not None and audio_lens is not None:
             speech = connect(self.perception, *encode(self.perception, audios.to(device), audio_lens.to(device)))
             return speech, (audio_lens / self.sampling_rate).tolist()
@@ -205,7 +210,7 @@ class GenerationMixin(LightningModule):
 
     def prompt_pieces(self, prompts: list[list[dict[str, Any]]]) -> tuple[list[list[Piece]], int]:
         """Dialogs as pieces, a span for each audio tag, numbered in order. -> pieces, audio tags."""
-        renderer = PromptRenderer(self.tokenizer, PromptFormatter.resolve(self.cfg.prompt_format))
+        renderer = PromptRenderer(self.tokenizer, self.prompt_formatter())
         pieces, audio = [], 0
         for dialog in prompts:
             rendered = renderer.render([{"role": m["role"], "content": self._parts(m["content"])} for m in dialog])

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
+from nemo.collections.common.prompts import PromptFormatter
 from nemo.collections.speechlm2.models.salm import SALM
-from nemo.collections.speechlm2.parts.optim_setup import is_frozen
 from torch import Tensor
 
+from nemo_mtbi import registration as registration
 from nemo_mtbi.checkpoints.trained_state import TrainableCheckpoint
 from nemo_mtbi.config import model_config
 from nemo_mtbi.data.example import Example, plan_batch
@@ -22,7 +23,7 @@ from nemo_mtbi.losses.head import Head
 from nemo_mtbi.losses.imitation import ImitationLoss
 from nemo_mtbi.losses.vocabulary import WHOLE_VOCABULARY, VocabularyShard
 from nemo_mtbi.models import speech
-from nemo_mtbi.models.generation import GenerationMixin
+from nemo_mtbi.models.generation import SpeechLLM
 from nemo_mtbi.models.gradients import GradientMixin
 from nemo_mtbi.models.language_model import Prefix, PrefixStore, hidden_states, teacher_hidden_states
 from nemo_mtbi.models.layout import build_inputs
@@ -45,14 +46,14 @@ from nemo_mtbi.models.persistence import PersistenceMixin
 from nemo_mtbi.models.seen import SeenRecord
 from nemo_mtbi.models.setup import setup_parts
 from nemo_mtbi.models.validation import ValidationSums
-from nemo_mtbi.modules.causal_lm import causal_lm, checkpoint_activations, output_head
+from nemo_mtbi.modules.causal_lm import causal_lm, checkpoint_activations, is_frozen, output_head
 from nemo_mtbi.modules.connectors.base import SpeechEmbeddings, evaluation_mode
 from nemo_mtbi.modules.perception import connector_of, encoder_frame_seconds, encoder_key
 from nemo_mtbi.parallel.loading import load_shards
 from nemo_mtbi.parallel.sharding import shard_llm
 
 
-class MTBISALM(TrainableCheckpoint, PersistenceMixin, GenerationMixin, GradientMixin, SALM):
+class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, SALM):
     """Frozen speech encoder, trainable connector, frozen LLM.
 
     The module names and ``cfg`` fields are SALM's (``perception``, ``embed_tokens``, ``llm``), so SALM's export and
@@ -65,6 +66,7 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, GenerationMixin, GradientM
         ConfigError: before any weight is loaded, if the configuration cannot work.
     """
 
+    cfg: Any
     llm_weights: str | Path
     references: dict[str, str]
     prefixes: PrefixStore | None
@@ -122,6 +124,9 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, GenerationMixin, GradientM
         assert connector is not None
         connector.set_vocabulary(token_ids)  # type: ignore[operator]
         self.bind_connector()
+
+    def prompt_formatter(self) -> type[PromptFormatter]:
+        return PromptFormatter.resolve(self.cfg.prompt_format)
 
     @property
     def encoder_key(self) -> str:

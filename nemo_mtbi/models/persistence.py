@@ -1,27 +1,25 @@
 """A speech LLM from files and to files: exports, training runs, hubs, merged LoRA."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from nemo.collections.speechlm2.parts.hf_hub import LLM_BACKBONE_DIR
-from nemo.collections.speechlm2.parts.pretrained import move_embedding
 from omegaconf import open_dict
 from safetensors import safe_open
 from typing_extensions import Self
 
-from nemo_mtbi.checkpoints.archive import (
-    CONFIG,
+from nemo_mtbi.checkpoints.archive import save_nemo
+from nemo_mtbi.checkpoints.exported import (
     WEIGHTS,
     checked_directory,
+    export_folder,
+    local_config,
     require_every_weight,
-    save_nemo,
-    unpacked_nemo,
 )
 from nemo_mtbi.checkpoints.fast_loading import fill, without_initialization
 from nemo_mtbi.checkpoints.run_directory import RunDirectory
 from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.modules.causal_lm import lent_embedding
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
@@ -48,9 +46,7 @@ class PersistenceMixin:
             run = RunDirectory(path)
             model = cls.from_run(run, tensor_model_parallel_size=tensor_model_parallel_size)
             return model.to(map_location)  # type: ignore[attr-defined]
-        if path.is_dir():
-            return cls._from_export(path, map_location, tensor_model_parallel_size)
-        with unpacked_nemo(path) as folder:
+        with export_folder(path) as folder:
             return cls._from_export(folder, map_location, tensor_model_parallel_size)
 
     @classmethod
@@ -100,23 +96,13 @@ class PersistenceMixin:
     @classmethod
     def _whole(cls, folder: Path, map_location: str) -> Any:
         with without_initialization():
-            model: Any = cls(cls._local_config(folder))  # type: ignore[call-arg]
+            model: Any = cls(local_config(folder))  # type: ignore[call-arg]
         fill(model, folder / WEIGHTS)
         return model.to(map_location)
 
-    @staticmethod
-    def _local_config(folder: Path) -> dict[str, Any]:
-        """The configuration of an export, with tokenizer and LLM configuration from its own folder."""
-        cfg: dict[str, Any] = json.loads((folder / CONFIG).read_text())
-        return cfg | {
-            "pretrained_llm": str(folder / LLM_BACKBONE_DIR),
-            "tokenizer_path": str(folder),
-            "pretrained_weights": False,
-        }
-
     @classmethod
     def _sharded(cls, folder: Path, ranks: int) -> Any:
-        cfg = cls._local_config(folder) | {"tensor_model_parallel_size": ranks}
+        cfg = local_config(folder) | {"tensor_model_parallel_size": ranks}
         model: Any = cls(cfg)  # type: ignore[call-arg]
         model.llm_weights = folder
         model.configure_model()
@@ -137,7 +123,7 @@ class PersistenceMixin:
         """
         if self.config.lora is None:
             raise ConfigError("The model has no LoRA adapters to merge (model.lora is not set).")
-        with move_embedding(self):
+        with lent_embedding(self):
             self.llm = self.llm.merge_and_unload()
         self.config.lora = None
         self.references["llm"] += "+lora"  # another LLM from now on: targets and systems of the old one do not fit it

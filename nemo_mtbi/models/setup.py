@@ -8,7 +8,6 @@ import torch
 from accelerate import init_empty_weights
 from nemo.collections.common.tokenizers import AutoTokenizer
 from nemo.collections.speechlm2.parts.lora import maybe_install_lora
-from nemo.collections.speechlm2.parts.optim_setup import is_frozen
 from nemo.collections.speechlm2.parts.pretrained import load_pretrained_hf
 from omegaconf import DictConfig
 from torch import nn
@@ -17,6 +16,7 @@ from transformers import AutoConfig
 from nemo_mtbi.config import ModelConfig
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.models.language_model import PrefixStore
+from nemo_mtbi.modules.causal_lm import is_frozen
 from nemo_mtbi.modules.fused_norm import fuse_norms, rms_norm_class
 from nemo_mtbi.modules.parameter_groups import parameter_groups
 from nemo_mtbi.modules.perception import freeze, input_length_reference, require_fitting_encoder, setup_perception

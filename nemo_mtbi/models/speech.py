@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from nemo.collections.speechlm2.modules import AudioPerceptionModule
-from nemo.collections.speechlm2.parts.optim_setup import is_frozen
 from torch import Tensor
 
 from nemo_mtbi.data.example import Example, Piece
 from nemo_mtbi.data.interleaving import SpeechSpan
 from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.modules.causal_lm import is_frozen
 from nemo_mtbi.modules.connectors.base import SpeechEmbeddings, uniform_centers
 from nemo_mtbi.modules.connectors.token import TokenConnector
 from nemo_mtbi.modules.perception import connector_of, encoder_frame_seconds
@@ -34,9 +33,7 @@ class SpeechInput:
     seconds: list[float]
 
 
-def speech_input(
-    perception: AudioPerceptionModule, batch: dict[str, Any], pieces: list[list[Piece]], level: str | None
-) -> SpeechInput:
+def speech_input(perception: Any, batch: dict[str, Any], pieces: list[list[Piece]], level: str | None) -> SpeechInput:
     """Encode and connect the speech of a batch.
 
     Args:
@@ -62,7 +59,7 @@ def speech_input(
     return SpeechInput(pieces, embeddings, seconds)
 
 
-def batch_features(perception: AudioPerceptionModule, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def batch_features(perception: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Encoder features (B, T, D) and lengths (B,); the batch keeps them, if it does not bring them from the cache."""
     if "encoder_features" not in batch:
         features = encode(perception, batch["audios"], batch["audio_lens"])
@@ -70,7 +67,7 @@ def batch_features(perception: AudioPerceptionModule, batch: dict[str, Any]) -> 
     return batch["encoder_features"], batch["encoder_feature_lens"]
 
 
-def encode(perception: AudioPerceptionModule, audios: Tensor, audio_lens: Tensor) -> tuple[Tensor, Tensor]:
+def encode(perception: Any, audios: Tensor, audio_lens: Tensor) -> tuple[Tensor, Tensor]:
     """Preprocessor and encoder, without a graph if the encoder is frozen.
 
     Args:
@@ -92,9 +89,7 @@ def encode(perception: AudioPerceptionModule, audios: Tensor, audio_lens: Tensor
     return features.transpose(1, 2), lengths
 
 
-def connect(
-    perception: AudioPerceptionModule, features: Tensor, lengths: Tensor, starts: list[bool] | None = None
-) -> SpeechEmbeddings:
+def connect(perception: Any, features: Tensor, lengths: Tensor, starts: list[bool] | None = None) -> SpeechEmbeddings:
     """Connector. features (B, T, D), lengths (B,) -> :class:`SpeechEmbeddings` in the connector's precision.
 
     Args:
@@ -113,13 +108,13 @@ def connect(
 
 
 @torch.no_grad()
-def transcribe(perception: AudioPerceptionModule, features: Tensor, lengths: Tensor) -> list[str] | None:
+def transcribe(perception: Any, features: Tensor, lengths: Tensor) -> list[str] | None:
     """features (B, T, D), lengths (B,) -> what the connector itself writes; None for connectors without text."""
     connector = connector_of(perception)
     return None if connector is None else connector.transcribe(connector_dtype(perception, features), lengths)
 
 
-def connector_dtype(perception: AudioPerceptionModule, features: Tensor) -> Tensor:
+def connector_dtype(perception: Any, features: Tensor) -> Tensor:
     """Features in the connector's precision."""
     trained = [*perception.modality_adapter.parameters(), *perception.proj.parameters()]
     return features.to(trained[0].dtype if trained else torch.float32)

@@ -1,9 +1,10 @@
 """Transformers' causal LM as the objective needs it: body and output layer apart, with LoRA or without."""
 
-from contextlib import AbstractContextManager, nullcontext
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from peft import PeftModel
 from torch import nn
 
 from nemo_mtbi.errors import ConfigError
@@ -11,9 +12,31 @@ from nemo_mtbi.losses.head import Head
 from nemo_mtbi.losses.vocabulary import WHOLE_VOCABULARY, VocabularyShard
 
 
-def causal_lm(llm: nn.Module) -> Any:
+def causal_lm(llm: Any) -> Any:
     """The Transformers ``...ForCausalLM`` under a possible LoRA wrapper."""
-    return llm.base_model.model if isinstance(llm, PeftModel) else llm
+    return llm.base_model.model if has_adapters(llm) else llm
+
+
+def has_adapters(llm: Any) -> bool:
+    """Whether PEFT wraps the LLM (LoRA); where it is not imported, nothing is wrapped."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(llm, peft.PeftModel)
+
+
+@contextmanager
+def lent_embedding(model: Any) -> Iterator[None]:
+    """``model.llm`` with the embedding that SALM keeps beside it, as Transformers' ``generate`` needs it."""
+    body = causal_lm(model.llm).model
+    body.embed_tokens = model.embed_tokens
+    try:
+        yield
+    finally:
+        del body.embed_tokens
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether nothing in the module is trained."""
+    return not any(p.requires_grad for p in module.parameters())
 
 
 def output_head(llm: nn.Module, shard: VocabularyShard = WHOLE_VOCABULARY) -> Head:
@@ -75,6 +98,6 @@ def checkpoint_activations(llm: nn.Module) -> None:
             module.training = True  # of this module alone: dropout inside stays off
 
 
-def without_adapters(llm: nn.Module) -> AbstractContextManager[Any]:
+def without_adapters(llm: Any) -> AbstractContextManager[Any]:
     """The teacher is the LLM without LoRA."""
-    return llm.disable_adapter() if isinstance(llm, PeftModel) else nullcontext()
+    return llm.disable_adapter() if has_adapters(llm) else nullcontext()

@@ -1,26 +1,27 @@
 """NeMo's ``AudioPerceptionModule`` around a Whisper or a NeMo ASR encoder and a connector.
 
-How it is built and identified.
+How it is built and identified. NeMo is imported where it builds something: a finished model is read without it.
 """
 
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.errors import InstantiationException
-from nemo.collections.speechlm2.modules import AudioPerceptionModule
-from nemo.collections.speechlm2.parts.optim_setup import is_frozen
-from nemo.collections.speechlm2.parts.pretrained import setup_speech_encoder
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
 from nemo_mtbi.config import ModelConfig
 from nemo_mtbi.errors import ConfigError, MTBIError
+from nemo_mtbi.modules.causal_lm import is_frozen
 from nemo_mtbi.modules.connectors.base import Connector
 from nemo_mtbi.modules.connectors.whisper_weights import load_whisper_decoder, whisper_decoder_settings
 from nemo_mtbi.modules.whisper import SUBSAMPLING
 from nemo_mtbi.pretrained.offline import resolve_pretrained
+
+if TYPE_CHECKING:
+    from nemo.collections.speechlm2.modules import AudioPerceptionModule
 
 DECODER_TARGETS = ("WhisperDecoderConnector", "TwoChannelConnector")  # hold a Whisper's own decoder
 WHISPER_KEYS = ("input_length", "round_seconds")
@@ -72,10 +73,14 @@ def setup_perception(model: Any) -> None:
     else:
         if not cfg.pretrained_weights:
             _configure_nemo(perception, name)
+        from nemo.collections.speechlm2.parts.pretrained import setup_speech_encoder
+
         setup_speech_encoder(model, pretrained_weights=cfg.pretrained_weights)
 
 
-def _build(perception: DictConfig) -> AudioPerceptionModule:
+def _build(perception: DictConfig) -> "AudioPerceptionModule":
+    from nemo.collections.speechlm2.modules import AudioPerceptionModule
+
     try:
         return AudioPerceptionModule(perception).train()
     except InstantiationException as error:  # Hydra's, around what a part said about its settings
@@ -177,7 +182,7 @@ def freeze(parameters: Iterable[tuple[str, nn.Parameter]], config: ModelConfig) 
             parameter.requires_grad_(False)
 
 
-def require_fixed_features(perception: AudioPerceptionModule) -> None:
+def require_fixed_features(perception: "AudioPerceptionModule") -> None:
     """
     Raises:
         ConfigError: features of the encoder differ from step to step, so they cannot be cached.
@@ -211,14 +216,14 @@ def encoder_key(perception_cfg: DictConfig, fingerprint: str, dtype: str) -> str
     return "-".join([fingerprint, *_input_length(perception_cfg), dtype])
 
 
-def encoder_frame_seconds(perception: AudioPerceptionModule) -> float:
+def encoder_frame_seconds(perception: Any) -> float:
     """Duration of one frame that the connector receives."""
     featurizer = perception.preprocessor.featurizer
     hop = featurizer.hop_length / featurizer.sample_rate
     return hop * getattr(perception.encoder, "subsampling_factor", SUBSAMPLING)
 
 
-def connector_of(perception: AudioPerceptionModule) -> Connector | None:
+def connector_of(perception: Any) -> Connector | None:
     """Our connector, or None where the modality adapter is one of NeMo's own."""
     adapter = perception.modality_adapter
     return adapter if isinstance(adapter, Connector) else None

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from nemo.core import NeuralModule
 from torch import Tensor, nn
 from transformers import WhisperConfig
 from transformers.audio_utils import mel_filter_bank
@@ -66,7 +65,7 @@ def passes(jobs: dict[int, list[Any]]) -> Iterator[tuple[int, list[Any]]]:
             yield padded, group[begin : begin + size]
 
 
-class WhisperPreprocessor(NeuralModule):
+class WhisperPreprocessor(nn.Module):
     """Log-mel features of Whisper (openai/whisper ``audio.py``), batched, independent of the batch's padding."""
 
     filters: Tensor
@@ -123,7 +122,7 @@ class WhisperPreprocessor(NeuralModule):
         return (log_mel + 4.0) / 4.0, frames
 
 
-class WhisperEncoder(NeuralModule):
+class WhisperEncoder(nn.Module):
     """Transformers' Whisper encoder under NeMo's encoder contract, at 30 s or at the audio's own length.
 
     Args:

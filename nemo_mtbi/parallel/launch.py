@@ -8,7 +8,6 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from nemo_mtbi.errors import ConfigError
 
@@ -60,6 +59,8 @@ def initialize(tensor_model_parallel_size: int, timeout: timedelta = timedelta(m
     Raises:
         ConfigError: the world size is no multiple of the tensor-parallel size.
     """
+    from megatron.core import parallel_state  # start-up: one process needs none of it
+
     world = dist.get_world_size()
     if world % tensor_model_parallel_size:
         raise ConfigError(

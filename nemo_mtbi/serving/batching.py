@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from nemo_mtbi.data.audio import collate_waveforms
 from nemo_mtbi.errors import DataError, MTBIError
-from nemo_mtbi.models.mtbi_salm import MTBISALM
+from nemo_mtbi.models.generation import SpeechLLM
 from nemo_mtbi.modules.causal_lm import without_adapters
 from nemo_mtbi.serving.request import Request
 
@@ -79,7 +79,7 @@ class Batcher:
         max_waiting: requests that may wait; more are refused.
     """
 
-    def __init__(self, model: MTBISALM, max_batch: int = 8, max_waiting: int = 64) -> None:
+    def __init__(self, model: SpeechLLM, max_batch: int = 8, max_waiting: int = 64) -> None:
         self.model, self.max_batch = model.eval(), max_batch
         self.waiting: queue.Queue[Request] = queue.Queue(max_waiting)
         self.held: list[Request] = []  # taken from the queue, but for the other LLM than the running batch

@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo_mtbi.data.rendering import AudioTag, Message
 from nemo_mtbi.errors import DataError
-from nemo_mtbi.models.mtbi_salm import MTBISALM
+from nemo_mtbi.models.generation import SpeechLLM
 from nemo_mtbi.serving.audio import decode_audio
 from nemo_mtbi.serving.limits import Limits
 from nemo_mtbi.serving.protocol import AudioURLPart, ChatMessage, InputAudioPart, RefusalPart, TextPart
@@ -15,7 +15,7 @@ from nemo_mtbi.serving.protocol import AudioURLPart, ChatMessage, InputAudioPart
 ROLES = {"developer": "system"}  # the name that newer clients give it
 
 
-def read_messages(model: MTBISALM, messages: list[ChatMessage], limits: Limits) -> tuple[list[Message], list[Any]]:
+def read_messages(model: SpeechLLM, messages: list[ChatMessage], limits: Limits) -> tuple[list[Message], list[Any]]:
     """Messages as clients send them -> a dialog of literal texts and audio tags, and the waveforms (S,) of the tags.
 
     A user's message of one audio and text is laid out as in training, whatever the order of its parts. Calls of tools
@@ -74,7 +74,7 @@ def _parts(message: ChatMessage) -> list[Any]:
     return parts or [""]
 
 
-def _turn(model: MTBISALM, role: str, parts: list[Any]) -> Message:
+def _turn(model: SpeechLLM, role: str, parts: list[Any]) -> Message:
     texts = [p for p in parts if isinstance(p, str)]
     if len(parts) - len(texts) == 1:
         return model.user_turn("\n".join(texts))
@@ -84,7 +84,7 @@ def _turn(model: MTBISALM, role: str, parts: list[Any]) -> Message:
     return {"role": "user" if role == "tool" else ROLES.get(role, role), "content": content[1:]}
 
 
-def _require_format(model: MTBISALM, dialog: list[Message]) -> None:
+def _require_format(model: SpeechLLM, dialog: list[Message]) -> None:
     try:
         pieces, _ = model.prompt_pieces([dialog])
     except Exception as error:  # templates raise what they like

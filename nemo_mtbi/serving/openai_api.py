@@ -7,7 +7,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from nemo_mtbi.models.mtbi_salm import MTBISALM
+from nemo_mtbi.models.generation import SpeechLLM
 from nemo_mtbi.serving.batching import Batcher
 from nemo_mtbi.serving.completion import Answers, answers_asked, sampling_of, streamed_chat, whole_chat
 from nemo_mtbi.serving.failures import explain_errors
@@ -18,7 +18,7 @@ from nemo_mtbi.serving.transcription import read_form, transcribe
 from nemo_mtbi.version import __version__
 
 
-def create_app(model: MTBISALM, name: str, batcher: Batcher, limits: Limits | None = None) -> FastAPI:
+def create_app(model: SpeechLLM, name: str, batcher: Batcher, limits: Limits | None = None) -> FastAPI:
     """The endpoint.
 
     Args:

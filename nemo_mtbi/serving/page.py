@@ -12,11 +12,11 @@ import gradio as gr
 import numpy as np
 from fastapi import FastAPI
 
+from nemo_mtbi.data.audio import load_waveform
 from nemo_mtbi.data.messages import NOTHING_HEARD
 from nemo_mtbi.errors import ConfigError, MTBIError
 from nemo_mtbi.evaluation.asr import RATE, WhisperASR
-from nemo_mtbi.models.generation import load_waveform
-from nemo_mtbi.models.mtbi_salm import MTBISALM
+from nemo_mtbi.models.generation import SpeechLLM
 from nemo_mtbi.serving.batching import Batcher
 from nemo_mtbi.serving.limits import Limits
 from nemo_mtbi.serving.request import Piece, Request
@@ -38,7 +38,7 @@ class Page:
         asr: transcribes for the cascade; None leaves the cascade out.
     """
 
-    def __init__(self, model: MTBISALM, batcher: Batcher, limits: Limits, asr: WhisperASR | None) -> None:
+    def __init__(self, model: SpeechLLM, batcher: Batcher, limits: Limits, asr: WhisperASR | None) -> None:
         self.model, self.batcher, self.limits, self.asr = model, batcher, limits, asr
 
     def speech(self, audio: str | None, prompt: str, max_tokens: float) -> Iterator[tuple[str, str]]:
@@ -104,7 +104,7 @@ def _question(prompt: str) -> str:
 
 
 def mount_page(
-    app: FastAPI, model: MTBISALM, batcher: Batcher, limits: Limits, asr: str | None, examples: list[str]
+    app: FastAPI, model: SpeechLLM, batcher: Batcher, limits: Limits, asr: str | None, examples: list[str]
 ) -> FastAPI:
     """The endpoint's app with the page at ``/``.
 

@@ -25,7 +25,7 @@ class Request:
     """One question.
 
     Attributes:
-        dialog: messages, as :meth:`MTBISALM.generate` takes them.
+        dialog: messages, as :meth:`SpeechLLM.generate` takes them.
         waveforms: (S,) float32 at the model's rate, one for each audio tag.
         max_tokens: new tokens at most.
         on_piece: called by the worker thread with each new piece of text.

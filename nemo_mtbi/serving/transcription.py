@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
 from nemo_mtbi.errors import DataError
-from nemo_mtbi.models.mtbi_salm import MTBISALM
+from nemo_mtbi.models.generation import SpeechLLM
 from nemo_mtbi.serving.audio import decode_audio
 from nemo_mtbi.serving.batching import Batcher
 from nemo_mtbi.serving.completion import Answers
@@ -76,7 +76,7 @@ def transcription_prompt(language: str | None) -> str:
 
 
 async def transcribe(
-    http: HTTPRequest, data: bytes, body: TranscriptionRequest, model: MTBISALM, batcher: Batcher, limits: Limits
+    http: HTTPRequest, data: bytes, body: TranscriptionRequest, model: SpeechLLM, batcher: Batcher, limits: Limits
 ) -> Response:
     """
     Raises:

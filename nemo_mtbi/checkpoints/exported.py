@@ -1,0 +1,106 @@
+"""Reads what :mod:`nemo_mtbi.checkpoints.archive` wrote: every check before a model is built; imports no NeMo."""
+
+import json
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from nemo_mtbi.errors import CheckpointError
+from nemo_mtbi.modules.causal_lm import causal_lm
+
+CONFIG, WEIGHTS, NEMO_CONFIG = "config.json", "model.safetensors", "model_config.yaml"
+LLM_BACKBONE_DIR = "llm_backbone"  # NeMo's name (speechlm2/parts/hf_hub.py)
+
+
+def export_folder(path: Path) -> AbstractContextManager[Path]:
+    """An export as a folder: itself, or what its ``.nemo`` file holds (mapped files stay readable afterwards).
+
+    Raises:
+        CheckpointError: see :func:`unpacked_nemo`.
+    """
+    return nullcontext(path) if path.is_dir() else unpacked_nemo(path)
+
+
+def local_config(folder: Path) -> dict[str, Any]:
+    """The configuration of an export, with tokenizer and LLM configuration from its own folder."""
+    cfg: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+    return cfg | {
+        "pretrained_llm": str(folder / LLM_BACKBONE_DIR),
+        "tokenizer_path": str(folder),
+        "pretrained_weights": False,
+    }
+
+
+@contextmanager
+def unpacked_nemo(path: Path) -> Iterator[Path]:
+    """The content of a ``.nemo`` archive that :func:`save_nemo` wrote, as a folder.
+
+    Raises:
+        CheckpointError: missing, truncated, hostile, or of another model.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"There is no file {path}.")
+    with tempfile.TemporaryDirectory() as name:
+        try:
+            with tarfile.open(path, "r:") as tar:
+                members = {m.name.removeprefix("./") for m in tar.getmembers()}
+                if CONFIG not in members or WEIGHTS not in members:
+                    raise CheckpointError(
+                        f"{path} is a NeMo archive of another kind of model (it holds "
+                        f"{', '.join(sorted(members)[:5])}); "
+                        "MTBISALM.restore_from opens what export.py writes."
+                    )
+                unsafe = [m for m in members if m.startswith("/") or ".." in Path(m).parts]
+                if unsafe:
+                    raise CheckpointError(f"{path} is unsafe: it would write to {unsafe[0]}; it was not opened.")
+                tar.extractall(name, filter="data")
+        except (tarfile.TarError, EOFError, OSError) as error:
+            raise CheckpointError(
+                f"{path} is damaged or unsafe ({error}); it was not opened. Copy it again."
+            ) from error
+        yield Path(name)
+
+
+def checked_directory(folder: Path) -> set[str]:
+    """Names of the tensors of an exported directory, after every check that needs no model.
+
+    Raises:
+        CheckpointError: no export, of another kind of model, damaged, or one that asks for its own code to be run.
+    """
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).is_file():
+            raise CheckpointError(f"{folder} is not an exported model: it has no {file}.")
+    config = json.loads((folder / CONFIG).read_text())
+    if "modality_adapter" not in (config.get("perception") or {}):
+        raise CheckpointError(
+            f"{folder / CONFIG} does not describe a speech LLM: it has no perception.modality_adapter."
+        )
+    if config.get("trust_remote_code"):
+        raise CheckpointError(
+            f"{folder / CONFIG} asks to run code that came with the model; set trust_remote_code to false."
+        )
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as weights:
+            return set(weights.keys())
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder / WEIGHTS} is truncated or no safetensors file ({error}).") from error
+
+
+def require_every_weight(model: Any, folder: Path, names: set[str]) -> None:
+    """
+    Raises:
+        CheckpointError: the model has tensors that are not among the ``names`` in ``folder``.
+    """
+    tie = causal_lm(model.llm).config.tie_word_embeddings
+    tied = {n for n in model.state_dict() if tie and n.endswith("lm_head.weight")}
+    own = {n for n in model.state_dict() if not n.endswith("_extra_state")}  # Megatron's layers name one that is empty
+    missing = own - names - tied
+    if missing:
+        raise CheckpointError(
+            f"{folder / WEIGHTS} lacks {len(missing)} tensors of the model, e.g. {sorted(missing)[0]}."
+        )

@@ -1,0 +1,131 @@
+"""A finished speech LLM opened with Transformers and our own modules alone: NeMo takes seconds to import."""
+
+import json
+from pathlib import Path
+from pkgutil import resolve_name
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from nemo_mtbi.checkpoints.exported import (
+    CONFIG,
+    WEIGHTS,
+    checked_directory,
+    export_folder,
+    local_config,
+    require_every_weight,
+)
+from nemo_mtbi.checkpoints.fast_loading import fill, without_initialization
+from nemo_mtbi.config import model_config
+from nemo_mtbi.data.chat_template import ChatTemplateFormat
+from nemo_mtbi.errors import CheckpointError
+from nemo_mtbi.models.generation import SpeechLLM
+from nemo_mtbi.modules.perception import connector_of, encoder_frame_seconds
+
+OWN_PARTS = "nemo_mtbi.modules."
+
+
+def open_speech_llm(path: str | Path, tensor_model_parallel_size: int = 1) -> SpeechLLM:
+    """Open what answers, with as little as it needs: see :class:`ExportedSpeechLLM`; everything else through
+    :meth:`nemo_mtbi.models.MTBISALM.restore_from`, which gives the same answers.
+
+    Args:
+        path: ``.nemo`` file, exported directory, or training run.
+        tensor_model_parallel_size: ranks that hold the LLM together.
+
+    Raises:
+        CheckpointError: missing, damaged, hostile, or another kind of model.
+    """
+    path = Path(path)
+    if tensor_model_parallel_size == 1 and not (path / "model.json").is_file():
+        with export_folder(path) as folder:
+            names = checked_directory(folder)
+            if needs_no_nemo(json.loads((folder / CONFIG).read_text())):
+                model = ExportedSpeechLLM(folder)
+                require_every_weight(model, folder, names)
+                return model
+    from nemo_mtbi.models import MTBISALM  # start-up: NeMo
+
+    return MTBISALM.restore_from(path, tensor_model_parallel_size=tensor_model_parallel_size)
+
+
+def needs_no_nemo(cfg: dict[str, Any]) -> bool:
+    """Whether all parts of an exported configuration are ours or Transformers'."""
+    perception = cfg["perception"]
+    parts = [
+        (perception.get(name) or {}).get("_target_", "") for name in ("preprocessor", "encoder", "modality_adapter")
+    ]
+    return (
+        all(target.startswith(OWN_PARTS) for target in parts)
+        and cfg.get("prompt_format", ChatTemplateFormat.NAME) == ChatTemplateFormat.NAME
+        and not any(cfg.get(key) for key in ("lora", "fused_norms"))
+        and not perception.get("spec_augment")
+    )
+
+
+class Perception(nn.Module):
+    """The parts of NeMo's ``AudioPerceptionModule`` under its names, without those that only training needs."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        super().__init__()
+        self.preprocessor = own_part(cfg.preprocessor)
+        self.encoder = own_part(cfg.encoder)
+        self.modality_adapter = own_part(cfg.modality_adapter)
+        self.proj = nn.Identity()
+        self.spec_augmentation = None
+
+
+def own_part(cfg: DictConfig) -> nn.Module:
+    """A module of ours by its ``_target_``.
+
+    Raises:
+        CheckpointError: the target is none; the configuration comes from whoever made the file.
+    """
+    options: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    target = options.pop("_target_")
+    try:
+        found = resolve_name(target) if target.startswith(OWN_PARTS) else None
+    except (ImportError, AttributeError, ValueError):
+        found = None
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise CheckpointError(f"{CONFIG} names {target!r} as a part of the model, which is no module of nemo_mtbi.")
+    part: nn.Module = found(**{k: OmegaConf.create(v) if isinstance(v, dict | list) else v for k, v in options.items()})
+    return part
+
+
+class ExportedSpeechLLM(SpeechLLM):
+    """An export in evaluation mode: it answers as :class:`nemo_mtbi.models.MTBISALM` does, and does nothing else.
+
+    Args:
+        folder: exported directory for which :func:`needs_no_nemo` holds.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        cfg = local_config(folder)
+        self.config = config = model_config(cfg)
+        self.audio_locator_tag = config.audio_locator_tag
+        # ``.tokenizer``, as in NeMo's AutoTokenizer
+        self.tokenizer = SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(folder, use_fast=True))
+        self.tokenizer.tokenizer.add_special_tokens({"additional_special_tokens": [self.audio_locator_tag]})
+        with without_initialization():
+            llm = AutoConfig.from_pretrained(config.pretrained_llm)
+            self.llm = AutoModelForCausalLM.from_config(llm, dtype=getattr(torch, config.llm_dtype))
+            self.embed_tokens = self.llm.model.embed_tokens
+            del self.llm.model.embed_tokens
+            self.perception = Perception(OmegaConf.create(cfg["perception"]))
+        self.perception.encoder.to(getattr(torch, config.encoder_dtype))
+        self.frame_seconds = encoder_frame_seconds(self.perception)
+        fill(self, folder / WEIGHTS)
+        self.requires_grad_(False)
+        connector = connector_of(self.perception)
+        assert connector is not None
+        connector.bind_language_model(self.tokenizer.tokenizer, self.embed_tokens)
+        self.eval()
+
+    def prompt_formatter(self) -> type:
+        return ChatTemplateFormat

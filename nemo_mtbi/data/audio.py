@@ -12,7 +12,7 @@ import soxr
 import torch
 from lhotse import Recording
 from lhotse.audio import AudioLoadingError
-from lhotse.augmentation import AudioTransform, Resample
+from lhotse.augmentation import AudioTransform, Resample, Speed
 from lhotse.cut import Cut
 from lhotse.cut.data import DataCut
 from lhotse.utils import compute_num_samples, fastcopy
@@ -70,7 +70,7 @@ def _notice(noticed: list[str] | None, what: str) -> None:
         noticed.append(what)
 
 
-def resample(samples: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
+def resample(samples: np.ndarray, from_rate: float, to_rate: float) -> np.ndarray:
     """(S,) at another rate. SoX's resampler takes any pair of rates; Lhotse's tabulates its filter, which for rates
     that have little in common (15,991 and 16,000 Hz) takes gigabytes."""
     if from_rate == to_rate or not len(samples):
@@ -144,28 +144,50 @@ def part_of(cut: Cut, offset_seconds: float, duration_seconds: float | None, tol
 
 def mono_samples(cut: Cut, sampling_rate: int, noticed: list[str] | None = None) -> np.ndarray:
     """float32 samples (S,) of a cut at ``sampling_rate``, see :func:`mono`; raises what the audio backend raises."""
-    cut = _before_resampling(cut)
-    return resample(mono(cut.load_audio(), noticed), cut.sampling_rate, sampling_rate)
+    cut, speed = _before_resampling(cut)
+    return resample(mono(cut.load_audio(), noticed), cut.sampling_rate * speed, sampling_rate)
 
 
-def _before_resampling(cut: Cut) -> Cut:
-    """NeMo's data loader asks every cut for its rate, which Lhotse notes as the recording's last transform: undone,
-    since :func:`resample` does it."""
+def _before_resampling(cut: Cut) -> tuple[Cut, float]:
+    """The cut without its last changes of rate and speed, and that speed.
+
+    NeMo's data loader asks every cut for its rate, which Lhotse notes as the recording's last transform; speed
+    perturbation is a change of rate too. :func:`resample` does both at once.
+    """
+    speed = 1.0
+    while (last := _last_transform(cut)) is not None:
+        if isinstance(last, Resample):
+            cut = _with_rate(cut, last.source_sampling_rate)
+        elif isinstance(last, Speed):
+            speed *= last.factor
+            cut = _with_speed_undone(cut, last.factor)
+        else:
+            break
+    return cut, speed
+
+
+def _last_transform(cut: Cut) -> AudioTransform | None:
     recording = cut.recording if isinstance(cut, DataCut) and cut.has_recording else None
     if recording is None or not recording.transforms:
-        return cut
+        return None
     last = recording.transforms[-1]
-    last = last if isinstance(last, AudioTransform) else AudioTransform.from_dict(last)
-    if not isinstance(last, Resample):
-        return cut
-    rate = last.source_sampling_rate
-    before = fastcopy(
-        recording,
-        sampling_rate=rate,
-        num_samples=compute_num_samples(recording.duration, rate),
-        transforms=recording.transforms[:-1],
-    )
+    return last if isinstance(last, AudioTransform) else AudioTransform.from_dict(last)
+
+
+def _with_rate(cut: Cut, rate: int) -> Cut:
+    recording = cut.recording
+    samples = compute_num_samples(recording.duration, rate)
+    before = fastcopy(recording, sampling_rate=rate, num_samples=samples, transforms=recording.transforms[:-1])
     return fastcopy(cut, recording=before)
+
+
+def _with_speed_undone(cut: Cut, factor: float) -> Cut:
+    recording = cut.recording
+    samples = round(recording.num_samples * factor)
+    seconds = samples / recording.sampling_rate
+    before = fastcopy(recording, num_samples=samples, duration=seconds, transforms=recording.transforms[:-1])
+    start = min(cut.start * factor, seconds)
+    return fastcopy(cut, recording=before, start=start, duration=min(cut.duration * factor, seconds - start))
 
 
 def collate_waveforms(waveforms: Sequence[np.ndarray | Tensor]) -> tuple[Tensor, Tensor]:

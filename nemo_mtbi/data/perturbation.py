@@ -48,7 +48,8 @@ def perturbed(cut: Cut, factor: float) -> Cut:
 
 
 class SpeedPerturbation:
-    """At every visit another speed of a cut: the recording's own and ``factors``, in a shuffled order of each cut.
+    """At every visit another speed of a cut: the recording's own and ``factors``, each once in a round of visits, in an
+    order that is drawn anew for every round, so that no wording of a target always comes at the same speed.
 
     Args:
         factors: see :func:`speed_factors`; pitch changes with speed.
@@ -60,5 +61,6 @@ class SpeedPerturbation:
         self.seed = seed
 
     def __call__(self, cut: Cut, visit: int) -> Cut:
-        order = random.Random(f"{self.seed}/{cut.id}/speed").sample(self.speeds, len(self.speeds))
-        return perturbed(cut, order[visit % len(order)])
+        round_, place = divmod(visit, len(self.speeds))
+        order = random.Random(f"{self.seed}/{cut.id}/speed/{round_}").sample(self.speeds, len(self.speeds))
+        return perturbed(cut, order[place])

@@ -4,6 +4,7 @@ Letters: C channels, S samples, B utterances.
 """
 
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -110,9 +111,7 @@ def load_waveform(
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     except (AudioLoadingError, RuntimeError, ValueError, OSError) as error:
-        raise DataError(
-            f"{path} cannot be read as audio ({(str(error).splitlines() or [''])[0]}). Is it a complete audio file?"
-        ) from error
+        raise DataError(f"{path} cannot be read as audio ({_reason(path, error)}). Is it a complete file?") from error
     except Exception as error:  # decoders raise their own types
         raise DataError(f"{path} cannot be read as audio ({type(error).__name__}: {error}).") from error
     if len(samples) < MIN_AUDIO_SECONDS * sampling_rate:
@@ -122,6 +121,18 @@ def load_waveform(
     for what in noticed:
         log.warning(f"{path}: {what}.")
     return samples
+
+
+def _reason(path: str | Path, error: Exception) -> str:
+    """What a person can use of an error of the audio backends, in a few words."""
+    if Path(path).stat().st_size == 0:
+        return "the file is empty"
+    text = str(error)
+    if found := re.search(r"LibsndfileError'>: (?:Error opening .*: )?(.+?)\.?$", text, re.MULTILINE):
+        return found[1]
+    if found := re.search(r"diff=(\d+).*?sampling_rate=(\d+)", text, re.DOTALL):  # Lhotse, of declared and read samples
+        return f"{int(found[1]) / int(found[2]):.1f} s of what its header announces are missing"
+    return (text.splitlines() or [type(error).__name__])[0].removesuffix(" Details:")
 
 
 def part_of(cut: Cut, offset_seconds: float, duration_seconds: float | None, tolerance_seconds: float = 0.1) -> Cut:

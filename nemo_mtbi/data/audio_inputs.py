@@ -21,7 +21,7 @@ class AudioInput:
     Attributes:
         path: of the audio file; of the manifest, with a problem.
         offset_seconds, duration_seconds: the part that is heard; None: to the end.
-        problem: why a manifest's line names no recording, with file and line; or None.
+        problem: why there is nothing to hear: no such file, or a manifest's line that names none; or None.
     """
 
     path: Path
@@ -59,14 +59,14 @@ def audio_inputs(audio: str | Path | Sequence[str | Path], encoding: str | None 
         encoding: of the manifests, see :func:`nemo_mtbi.io.text.read_text`.
 
     Raises:
-        DataError: a path that does not exist, a folder without audio, an empty manifest.
+        DataError: a folder without audio, an empty manifest.
     """
     for item in [audio] if isinstance(audio, str | Path) else audio:
         path = Path(item)
         if path.is_dir():
             yield from map(AudioInput, audio_files(path))
         elif not path.exists():
-            raise DataError(f"There is no audio file {path}.")
+            yield AudioInput(path, problem=f"There is no audio file {path}.")
         elif path.name.lower().endswith(MANIFEST_SUFFIXES):
             for line in read_manifest(path, encoding=encoding):
                 if line.audio is None:

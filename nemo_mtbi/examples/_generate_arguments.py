@@ -36,7 +36,7 @@ def to_overrides(arguments: list[str]) -> list[str]:
     audio = options.pop("audio") + words
     for name, value in (("MODEL", model), ("AUDIO", audio), ("a question", prompts)):
         if not value:
-            parser.error(f"{name} is missing: {USAGE}")
+            parser.error(f"{name} is missing")
     values: dict[str, Any] = {"model": model, "audio": audio, "prompt": prompts}
     values |= {key: value for key, value in options.items() if value is not None}
     return [override(key, value) for key, value in values.items()]

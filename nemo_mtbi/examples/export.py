@@ -1,5 +1,6 @@
 """A trained run as one .nemo file, a Hugging Face directory, or what was trained alone. See conf/export.yaml."""
 
+import shlex
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -51,10 +52,7 @@ def main(cfg: DictConfig) -> None:
     model_path = next(iter(written.values()))
     if console.within_step():
         return
-    console.say(
-        f"\nAsk it: python -m nemo_mtbi.examples.generate model={model_path} audio=question.wav "
-        '"prompt=What is this about?"'
-    )
+    console.say(f'\nAsk it: mtbi generate {shlex.quote(str(model_path))} question.wav "What is this about?"')
 
 
 if __name__ == "__main__":

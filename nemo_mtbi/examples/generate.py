@@ -6,24 +6,26 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_mtbi import console
+from nemo_mtbi.errors import CheckpointError, ConfigError, DataError
 from nemo_mtbi.examples._generate_arguments import to_overrides
 from nemo_mtbi.examples._launcher import launcher
 
 
 @launcher("generate", arguments=to_overrides)
 def main(cfg: DictConfig) -> None:
+    paths, questions = (list(v) if OmegaConf.is_list(v) else [v] for v in (cfg.audio, cfg.prompt))
+    check(cfg, paths, questions)
     from nemo_mtbi.data.audio import collate_waveforms
     from nemo_mtbi.data.audio_inputs import audio_inputs
-    from nemo_mtbi.errors import DataError
     from nemo_mtbi.io import jsonl
     from nemo_mtbi.models.exported import open_speech_llm
-    from nemo_mtbi.parallel.launch import is_first_rank, join_ranks
+    from nemo_mtbi.parallel.launch import chosen_device, is_first_rank
 
-    inputs = list(audio_inputs(cfg.audio))
-    questions = [str(p) for p in ([cfg.prompt] if not OmegaConf.is_list(cfg.prompt) else cfg.prompt)]
+    inputs = list(audio_inputs(paths))
+    questions = [str(question) for question in questions]
     alone = len(inputs) == len(questions) == 1
     size = cfg.tensor_model_parallel_size
-    device = join_ranks(size, "generate") if cfg.device == "auto" or size > 1 else cfg.device
+    device = chosen_device(str(cfg.device), size, "generate")
     model = open_speech_llm(cfg.model, tensor_model_parallel_size=size).to(device)
     records: list[dict[str, Any]] = []
     failed = 0
@@ -59,6 +61,25 @@ def main(cfg: DictConfig) -> None:
     if cfg.output and is_first_rank():
         jsonl.write_text(Path(cfg.output), "".join(jsonl.dumps(r) + "\n" for r in records))
         console.tell(f"{len(records)} answers, {failed} left out: {cfg.output}")
+
+
+def check(cfg: DictConfig, paths: list[Any], questions: list[Any]) -> None:
+    """Refuse, before anything is imported, what cannot work.
+
+    Raises:
+        ConfigError: a setting.
+        CheckpointError: there is no such model.
+        DataError: there is none of the recordings.
+    """
+    for key in ("max_new_tokens", "batch_size", "tensor_model_parallel_size"):
+        if type(cfg[key]) is not int or cfg[key] < 1:
+            raise ConfigError(f"{key}={cfg[key]}: give a whole number of at least 1.")
+    if not questions:
+        raise ConfigError("prompt is empty; give a question, or prompt='' for the speech alone.")
+    if not Path(str(cfg.model)).exists():
+        raise CheckpointError(f"There is no model {cfg.model}: a .nemo file, an exported directory or a training run.")
+    if not any(Path(str(path)).exists() for path in paths):
+        raise DataError(f"There is no audio file {', '.join(map(str, paths[:3]))}.")
 
 
 def one_line(text: str) -> str:

@@ -23,14 +23,14 @@ def main(cfg: DictConfig) -> None:
     import uvicorn
 
     from nemo_mtbi.models.exported import open_speech_llm
-    from nemo_mtbi.parallel.launch import join_ranks
+    from nemo_mtbi.parallel.launch import chosen_device
     from nemo_mtbi.process import tune
     from nemo_mtbi.serving.batching import Batcher
     from nemo_mtbi.serving.limits import Limits
     from nemo_mtbi.serving.openai_api import create_app
 
     tune(cfg.threads)
-    device = join_ranks(1, "serve") if cfg.device == "auto" else cfg.device
+    device = chosen_device(str(cfg.device), 1, "serve")
     model = open_speech_llm(cfg.model).to(device)
     name = cfg.name or Path(cfg.model).stem
     batcher = Batcher(model, cfg.max_batch, cfg.max_waiting)

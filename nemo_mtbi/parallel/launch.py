@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
@@ -43,6 +44,24 @@ def join_ranks(size: int, launcher: str) -> torch.device:
     dist.init_process_group(backend(), timeout=PATIENCE)
     initialize(size, PATIENCE)
     torch.manual_seed(0)
+    return device
+
+
+def chosen_device(name: str, size: int, launcher: str) -> torch.device:
+    """The device of a launcher's ``device`` (``auto``, ``cpu``, ``mps``, ``cuda`` or ``cuda:N``); see
+    :func:`join_ranks`.
+
+    Raises:
+        ConfigError: no such device.
+    """
+    if name == "auto" or size > 1:
+        return join_ranks(size, launcher)
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise ConfigError(f"device={name}: use auto, cpu, mps, cuda or cuda:N.")
+    device = torch.device(name)
+    there = {"cpu": True, "mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available()}[device.type]
+    if not there or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        raise ConfigError(f"device={name}: PyTorch finds no such device here. Use device=auto.")
     return device
 
 

@@ -26,7 +26,8 @@ def decode_audio(data: bytes, sampling_rate: int, max_seconds: float) -> np.ndar
                 raise DataError(f"The audio has {file.channels} channels; send mono or stereo.")
             samples = file.read(limit + 1, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, RuntimeError, TypeError) as error:
-        raise DataError(f"The audio cannot be decoded ({error}). Send WAV, FLAC, OGG or MP3.") from error
+        reason = str(getattr(error, "error_string", error)).rstrip(".")  # without the name of our buffer
+        raise DataError(f"The audio cannot be decoded ({reason}). Send WAV, FLAC, OGG or MP3.") from error
     if len(samples) > limit:
         raise DataError(f"The audio is longer than {max_seconds:g} s, which is the limit here.")
     if len(samples) < MIN_AUDIO_SECONDS * rate:

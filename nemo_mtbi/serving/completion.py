@@ -10,9 +10,8 @@ from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse
 
 from nemo_mtbi.data.rendering import Message
-from nemo_mtbi.errors import DataError
 from nemo_mtbi.serving.batching import Batcher
-from nemo_mtbi.serving.failures import error_body
+from nemo_mtbi.serving.failures import RequestError, error_body
 from nemo_mtbi.serving.limits import Limits
 from nemo_mtbi.serving.protocol import ChatRequest
 from nemo_mtbi.serving.request import Piece, Request
@@ -34,11 +33,11 @@ def sampling_of(body: ChatRequest) -> Sampling:
 def answers_asked(body: ChatRequest, limits: Limits, batcher: Batcher) -> int:
     """
     Raises:
-        DataError: more than one request may ask for.
+        RequestError: more than one request may ask for.
     """
     most = min(limits.max_answers, batcher.waiting.maxsize or limits.max_answers)
     if (body.n or 1) > most:
-        raise DataError(f"n: {body.n} answers; at most {most} can be asked for at once.")
+        raise RequestError(f"n: {body.n} answers; at most {most} can be asked for at once.", "n")
     return body.n or 1
 
 

@@ -11,12 +11,25 @@ from nemo_mtbi.errors import DataError
 from nemo_mtbi.serving.batching import QueueFull
 
 
+class RequestError(DataError):
+    """Something wrong in one field of a request.
+
+    Args:
+        message: what.
+        param: name of the field.
+    """
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
 def error_body(error: Exception) -> tuple[int, dict[str, Any]]:
     """Status and body of what went wrong with an answer."""
     if isinstance(error, QueueFull):
         return 429, _body(str(error), "rate_limit_error")
     if isinstance(error, DataError):
-        return 400, _body(str(error), "invalid_request_error")
+        return 400, _body(str(error), "invalid_request_error", getattr(error, "param", None))
     return 500, _body(f"The model failed: {type(error).__name__}.", "server_error")
 
 
@@ -38,6 +51,9 @@ def explain_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         deepest = max(error.errors(), key=lambda e: len(e["loc"]))  # of the alternatives that content can be
+        if deepest["type"] == "json_invalid":
+            reason, place = deepest.get("ctx", {}).get("error", ""), deepest["loc"][-1]
+            return failure(400, f"The body is no JSON: {reason} (character {place}).")
         names = [str(p) for p in deepest["loc"] if p != "body"]
         param = ".".join(names) or deepest.get("ctx", {}).get("name")
         return failure(400, f"{param or 'body'}: {deepest['msg']}", param)

@@ -3,14 +3,15 @@
 import asyncio
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from nemo_mtbi.errors import DataError
 from nemo_mtbi.models.generation import SpeechLLM
 from nemo_mtbi.serving.batching import Batcher
 from nemo_mtbi.serving.completion import Answers, answers_asked, sampling_of, streamed_chat, whole_chat
-from nemo_mtbi.serving.failures import explain_errors
+from nemo_mtbi.serving.failures import RequestError, explain_errors
 from nemo_mtbi.serving.limits import BodyLimit, Limits
 from nemo_mtbi.serving.messages import read_messages
 from nemo_mtbi.serving.protocol import ChatRequest
@@ -54,12 +55,17 @@ def create_app(model: SpeechLLM, name: str, batcher: Batcher, limits: Limits | N
         require_model(asked)
         return card
 
-    @app.post("/v1/chat/completions", response_model=None)
-    async def chat(body: ChatRequest, http: Request) -> Response:
+    async def require_json(http: Request) -> None:
         require_type(http, "application/json")
+
+    @app.post("/v1/chat/completions", response_model=None, dependencies=[Depends(require_json)])  # before the body
+    async def chat(body: ChatRequest, http: Request) -> Response:
         require_model(body.model)
         number = answers_asked(body, bounds, batcher)
-        dialog, waveforms = await asyncio.to_thread(read_messages, model, body.messages, bounds)
+        try:
+            dialog, waveforms = await asyncio.to_thread(read_messages, model, body.messages, bounds)
+        except DataError as error:
+            raise RequestError(str(error), "messages") from error
         most = min(body.max_completion_tokens or body.max_tokens or bounds.max_tokens, bounds.max_tokens)
         answers = Answers(batcher, dialog, waveforms, most, sampling_of(body), number)
         if body.stream:

@@ -79,6 +79,8 @@ class Request:
         if found:
             self.finished, self._text = "stop", self._text[: min(found)]
             self._scores = [(begin, score) for begin, score in self._scores if begin < min(found)]
+        if self.finished:
+            self._text = self._text.rstrip()
         self._send()
         if self.finished:
             self.end(self.finished)
@@ -106,6 +108,7 @@ class Request:
             if self._text.endswith("\ufffd"):
                 return  # in the middle of a character
             ready -= max((_begun(self._text, stop) for stop in self.sampling.stop), default=0)
+            ready = len(self._text[:ready].rstrip())  # an answer does not end in spaces
         due = [score for begin, score in self._scores if self.finished or begin < ready]
         if ready > self._sent or due:
             self._scores = self._scores[len(due) :]

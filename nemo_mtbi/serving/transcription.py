@@ -16,7 +16,7 @@ from nemo_mtbi.models.generation import SpeechLLM
 from nemo_mtbi.serving.audio import decode_audio
 from nemo_mtbi.serving.batching import Batcher
 from nemo_mtbi.serving.completion import Answers
-from nemo_mtbi.serving.failures import error_body
+from nemo_mtbi.serving.failures import RequestError, error_body
 from nemo_mtbi.serving.limits import Limits
 from nemo_mtbi.serving.protocol import TranscriptionRequest
 from nemo_mtbi.serving.request import Piece, Request
@@ -32,14 +32,14 @@ async def read_form(http: HTTPRequest) -> tuple[bytes, TranscriptionRequest]:
     """The audio file and the other fields of a multipart form.
 
     Raises:
-        DataError: there is no file.
+        RequestError: there is no file.
         RequestValidationError: a field is wrong.
     """
     fields: dict[str, Any] = {}
     async with http.form(max_files=1, max_fields=32) as form:
         file = form.get("file")
         if not isinstance(file, UploadFile):
-            raise DataError("file: send the audio as a file of a multipart form.")
+            raise RequestError("file: send the audio as a file of a multipart form.", "file")
         data = await file.read()
         for name, value in form.multi_items():
             if name.endswith("[]"):
@@ -61,17 +61,15 @@ def transcription_prompt(language: str | None) -> str:
     """The task library's first wording in the language.
 
     Raises:
-        DataError: there is none.
+        RequestError: there is none.
     """
     prompts = _task().prompts
     wanted = (language or "en").lower()
     found = [p.text for p in prompts if p.language == wanted]
     if not found:
         known = ", ".join(sorted({p.language for p in prompts}))
-        raise DataError(
-            f"language: {language!r}; the model can be asked to transcribe in {known}. Leave language out, and the "
-            "words come in the language that is spoken."
-        )
+        text = f"language: {language!r}; the model can be asked to transcribe in {known}."
+        raise RequestError(f"{text} Leave language out, and the words come in the language that is spoken.", "language")
     return found[0]
 
 
@@ -80,11 +78,14 @@ async def transcribe(
 ) -> Response:
     """
     Raises:
-        DataError: what is wrong with the request.
+        RequestError: what is wrong with the request.
         QueueFull: try again later.
     """
     prompt = transcription_prompt(body.language)
-    waveform = await asyncio.to_thread(decode_audio, data, model.sampling_rate, limits.max_audio_seconds)
+    try:
+        waveform = await asyncio.to_thread(decode_audio, data, model.sampling_rate, limits.max_audio_seconds)
+    except DataError as error:
+        raise RequestError(str(error), "file") from error
     sampling = Sampling(body.temperature or 0.0, seed=body.seed, top_logprobs=0 if body.include else None)
     answers = Answers(batcher, [model.user_turn(prompt)], [waveform], limits.max_tokens, sampling, silence="")
     tokenizer = model.tokenizer.tokenizer

@@ -3,9 +3,11 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
+from lhotse.serialization import open_best
 from nemo.collections.speechlm2.data import DataModule
 from omegaconf import DictConfig, OmegaConf
 
@@ -19,6 +21,8 @@ from nemo_mtbi.models.objective import WINDOW_COUNTS, term_counts
 from nemo_mtbi.modules.connectors.base import Connector
 from nemo_mtbi.modules.perception import connector_of
 from nemo_mtbi.training.resume import skip_batches
+
+BUFFERS = ("bucket_buffer_size", "num_cuts_for_bins_estimate")  # in examples, of NeMo's bucketing sampler
 
 
 class WindowedLoader:
@@ -81,6 +85,9 @@ def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulate
             cfg[section].token_equivalent_duration = None if emits_tokens else model.token_equivalent_duration
             cfg[section].sample_rate = model.sampling_rate
             cfg[section].setdefault("pin_memory", torch.cuda.is_available())
+            for key in BUFFERS:
+                if cfg[section].get(key):
+                    cfg[section][key] = enough(cfg[section], cfg[section][key])
             alone = section == "train_ds" and drawing_workers > 0
             if alone or any("shar_path" in entry for entry in input_entries(cfg[section])):
                 cfg[section].shard_seed = "randomized"  # an integer would give every rank and worker the same data
@@ -109,6 +116,21 @@ def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulate
     data.drawing_workers = drawing_workers
     data.accumulated, data.connector = accumulated, connector
     return data
+
+
+def enough(section: DictConfig, most: int) -> int:
+    """Examples that a buffer of ``most`` needs: those of small manifests go round and round in it before the first
+    batch. At least some batches of every bucket; all of ``most`` for Shar and pipes.
+    """
+    found = 0
+    for entry in input_entries(section):
+        path = entry.get("cuts_path")
+        if not isinstance(path, str) or not Path(path).is_file():
+            return most
+        with open_best(path) as lines:
+            found += sum(1 for _ in islice(lines, most - found))
+    batches = section.get("num_buckets", 1) * (section.get("batch_size") or 16)
+    return min(most, max(found, batches))
 
 
 def workers_that_draw(section: DictConfig | None) -> int:

@@ -43,6 +43,15 @@ def test_each_line_is_answered_for_its_part_and_broken_lines_are_named(tmp_path,
     heard, _ = soundfile.read(tmp_path / "a.wav", dtype="float32")
     for record, part in zip(records, (heard[:16_000], heard[24_000:]), strict=True):
         assert record["answer"] == model.eval().chat(part, "Say it.", max_new_tokens=5, do_sample=False)
+    (tmp_path / "empty.wav").touch()
+    (tmp_path / "text.wav").write_text("no audio")
+    broken = [tmp_path / name for name in ("absent.wav", "empty.wav", "text.wav")]
+    mixed = ", ".join(map(str, [*broken, tmp_path / "a.wav"]))
+    out = launch("generate", *shared, f"audio=[{mixed}]", f"output={tmp_path}/answers.jsonl")
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1 and "1 answers, 3 left out" in out
+    reasons = ("There is no audio file", "(the file is empty)", "(Format not recognised)")
+    for path, reason in zip(broken, reasons, strict=True):
+        assert any(str(path) in line and reason in line for line in out.splitlines()), out
     manifest.write_text("broken\nbroken too\n")
     out = launch("generate", *shared, f"audio={manifest}", ok=False)
     assert "None of the 2 recordings" in out and "Traceback" not in out

@@ -188,7 +188,9 @@ def quiet_hours():
         (b"{}", "application/json", 400, "messages"),
         (b"[]", "application/json", 400, "body"),
         (b"\xff\xfe\x00", "application/json", 400, ""),
-        (b"a=b", "application/x-www-form-urlencoded", 400, ""),
+        (b"a=b", "application/x-www-form-urlencoded", 415, "application/json"),
+        (b'{"messages": []}', "text/plain", 415, "application/json"),
+        (b"{", "application/json", 400, "no JSON: Expecting property name"),
         (b"x" * 4_000_000, "application/json", 413, "3000000"),
         (b"[" * 200_000, "application/json", 400, ""),
         (
@@ -227,8 +229,9 @@ def test_a_body_of_unannounced_length_is_cut_off(server):
     ],
 )
 def test_bad_audio_is_a_400(server, client, audio, message):
-    with pytest.raises(openai.BadRequestError, match=message):
+    with pytest.raises(openai.BadRequestError, match=message) as refused:
         ask(client, audio, PROMPTS[0])
+    assert refused.value.param == "messages" and "BytesIO" not in refused.value.message
 
 
 @pytest.mark.parametrize(

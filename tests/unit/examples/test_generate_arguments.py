@@ -3,9 +3,12 @@
 import io
 
 import pytest
+from omegaconf import OmegaConf
 
-from nemo_mtbi.examples._generate_arguments import to_overrides
+from nemo_mtbi.errors import MTBIError
+from nemo_mtbi.examples._generate_arguments import YAML, to_overrides
 from nemo_mtbi.examples._overrides import read
+from nemo_mtbi.examples.generate import check
 
 pytestmark = pytest.mark.unit
 TEXT = '7 "things", it\'s {x} ${y} = \\ : ä 🙂\n- [a]'
@@ -58,6 +61,28 @@ def test_what_is_missing_is_said(arguments, capsys):
         to_overrides(arguments)
     message = capsys.readouterr().err
     assert "missing" in message or "cannot be read" in message
+    assert message.count("mtbi generate MODEL") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *[({"max_new_tokens": value}, "max_new_tokens=.*at least 1") for value in (0, -3, 2.5, "many", None, True)],
+        ({"batch_size": 0}, "batch_size=0: give"),
+        ({"prompt": []}, "prompt is empty"),
+        ({"model": "absent.nemo"}, "There is no model absent.nemo"),
+        ({"audio": ["no.wav", "neither.wav"]}, "no audio file no.wav, neither.wav"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_imported(tmp_path, change, message):
+    (tmp_path / "m.nemo").touch()
+    (tmp_path / "a.wav").touch()
+    values = {"model": str(tmp_path / "m.nemo"), "audio": [str(tmp_path / "a.wav"), "absent.wav"], "prompt": ["Why?"]}
+    cfg = OmegaConf.merge(OmegaConf.load(YAML), values, change)
+    with pytest.raises(MTBIError, match=message):
+        check(cfg, list(cfg.audio), list(cfg.prompt))
+    cfg = OmegaConf.merge(OmegaConf.load(YAML), values)
+    check(cfg, list(cfg.audio), list(cfg.prompt))  # one of the recordings is there
 
 
 def test_a_forgotten_question_is_no_recording(tmp_path, capsys):

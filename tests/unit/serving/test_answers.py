@@ -71,11 +71,11 @@ def answer(text, max_tokens=99, scored=False, **options):
 
 def test_stop_texts_never_show():
     for text, stop, wanted in (
-        ("one two three", ("two",), "one "),
-        ("one twt two", ("two",), "one twt "),
+        ("one two three", ("two",), "one"),
+        ("one twt two", ("two",), "one twt"),
         ("aaab", ("aab",), "a"),
         ("one two", ("wo", "two", "e"), "on"),
-        ("Bär, Löwe", ("Lö",), "Bär, "),
+        ("Bär, Löwe", ("Lö",), "Bär,"),
         ("stop", ("stop",), ""),
     ):
         request, pieces, end = answer(text, stop=stop)
@@ -87,9 +87,14 @@ def test_stop_texts_never_show():
     assert "".join(p.text for p in pieces) == "one tw" and end == "length"
 
 
+def test_spaces_wait_for_what_follows_them():
+    _, pieces, _ = answer("one  two \n")
+    assert [p.text for p in pieces] == ["o", "n", "e", "  t", "w", "o"]
+
+
 def test_every_piece_carries_the_scores_of_its_tokens():
     _, pieces, _ = answer("Bär, Löwe", scored=True)
-    assert [p.text for p in pieces] == list("Bär, Löwe")
+    assert [p.text for p in pieces] == ["B", "ä", "r", ",", " L", "ö", "w", "e"]
     assert all(bytes(s.token for s in p.scores).decode() == p.text for p in pieces)
     _, pieces, _ = answer("Bär, Löwe und Wolf", scored=True, stop=(" und",))
     assert b"".join(bytes(s.token for s in p.scores) for p in pieces).decode() == "Bär, Löwe"

@@ -19,7 +19,7 @@ from nemo_mtbi.modules.connectors.ctc_vocabulary import count_tokens
 from nemo_mtbi.modules.perception import connector_of
 from nemo_mtbi.preparation.sources import utterance_cut
 from nemo_mtbi.training import stages
-from nemo_mtbi.training.data_module import WindowedLoader, data_module
+from nemo_mtbi.training.data_module import WindowedLoader, data_module, enough
 from nemo_mtbi.training.resume import LaterBatches
 from tests.helpers import assert_same, build, gradients, make_batch, split
 from tests.unit.data_helpers import TARGETS
@@ -149,3 +149,15 @@ def test_the_vocabulary_of_another_run_is_only_read(many, model, tmp_path):
     cfg = {"model": model.cfg, "init_from": str(other), "data": {"train_ds": {"input_cfg": [entry]}}}
     assert stages.ctc_tokens(OmegaConf.create(cfg), model.config, RunDirectory(tmp_path / "run")) == [5, 6, 7]
     assert {p.name for p in other.iterdir()} == {"alignment", "ctc_tokens.json"}
+
+
+@pytest.mark.parametrize(("cuts", "batch", "expected"), [(3, 4, 32), (100, 4, 100), (900, 4, 400), (100, None, 128)])
+def test_buffers_hold_what_small_data_can_fill(tmp_path, cuts, batch, expected):
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    files[0].write_text("{}\n" * (cuts // 3))
+    files[1].write_text("{}\n" * (cuts - cuts // 3))
+    entries = [{"type": "mtbi", "cuts_path": str(file)} for file in files]
+    section = OmegaConf.create({"num_buckets": 8, "batch_size": batch, "input_cfg": entries})
+    assert enough(section, 400) == expected
+    section.input_cfg[0] = {"type": "mtbi", "shar_path": "/data/shar"}
+    assert enough(section, 400) == 400

@@ -29,7 +29,7 @@ def main() -> None:
     from nemo.collections.common.prompts import PromptFormatter
     from nemo.collections.common.tokenizers import AutoTokenizer
 
-    from nemo_mtbi import models as models
+    from nemo_mtbi import registration as registration
     from nemo_mtbi.data.messages import user_message
     from nemo_mtbi.data.rendering import PromptRenderer, Spoken
     from nemo_mtbi.preparation.everyday import everyday_sentences

@@ -60,7 +60,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    from nemo_mtbi import models as models
+    from nemo_mtbi import registration as registration
     from nemo_mtbi.pretrained.offline import resolve_pretrained
     from nemo_mtbi.targets.config import TargetsConfig
     from nemo_mtbi.targets.generate import TargetGenerator

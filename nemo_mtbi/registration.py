@@ -9,14 +9,18 @@
 from typing import Any
 
 import torch
-from nemo.collections.common.data.lhotse.cutset import data_type_parser
-from nemo.collections.common.data.prompt_fn import registered_prompt_format_fn
-from nemo.collections.common.prompts.formatter import Modality, PromptFormatter
-from nemo.core.classes import common
 
 from nemo_mtbi.data.chat_template import ChatTemplateFormat
-from nemo_mtbi.data.conversation import INPUT_TYPE, MTBIConversation, read_mtbi
-from nemo_mtbi.data.rendering import PromptRenderer
+from nemo_mtbi.process import collection_paused
+
+with collection_paused():
+    from nemo.collections.common.data.lhotse.cutset import data_type_parser
+    from nemo.collections.common.data.prompt_fn import registered_prompt_format_fn
+    from nemo.collections.common.prompts.formatter import Modality, PromptFormatter
+    from nemo.core.classes import common
+
+    from nemo_mtbi.data.conversation import INPUT_TYPE, MTBIConversation, read_mtbi
+    from nemo_mtbi.data.rendering import PromptRenderer
 
 TARGET_PREFIX = "nemo_mtbi."
 

@@ -9,7 +9,9 @@ import tempfile
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["nemo_mtbi.models", "nemo_mtbi.training.stages", "nemo_mtbi.evaluation.benchmark"])
+CONTEXT.set_forkserver_preload(
+    ["nemo_mtbi.models.mtbi_salm", "nemo_mtbi.training.stages", "nemo_mtbi.evaluation.benchmark"]
+)
 
 
 def launch(name, *overrides, ok=True, cwd=None, ranks=1):

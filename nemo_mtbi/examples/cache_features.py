@@ -11,7 +11,7 @@ from nemo_mtbi.examples._launcher import announce, launcher
 
 @launcher("cache_features", {"speech_llm/schema": ModelConfig})
 def main(cfg: DictConfig) -> None:
-    from nemo_mtbi import models  # noqa: F401  registers our classes as NeMo targets
+    from nemo_mtbi import registration  # noqa: F401  registers our classes as NeMo targets
     from nemo_mtbi.data.perturbation import speed_factors
     from nemo_mtbi.preparation.cache_features import FrozenEncoder, cache_features
 

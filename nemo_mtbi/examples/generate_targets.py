@@ -10,7 +10,7 @@ from nemo_mtbi.targets.config import TargetsConfig
 
 @launcher("targets", {"targets_schema": TargetsConfig})
 def main(cfg: DictConfig) -> None:
-    from nemo_mtbi import models  # noqa: F401  registers the prompt formats
+    from nemo_mtbi import registration  # noqa: F401  registers the prompt formats
     from nemo_mtbi.process import tune
     from nemo_mtbi.targets import workers
 

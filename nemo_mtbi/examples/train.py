@@ -11,7 +11,7 @@ from nemo_mtbi.examples._launcher import announce, launcher
 
 @launcher("train", {"speech_llm/schema": ModelConfig})
 def main(cfg: DictConfig) -> None:
-    from nemo_mtbi import models  # noqa: F401  registers the plugin with NeMo
+    from nemo_mtbi import registration  # noqa: F401  registers the plugin with NeMo
     from nemo_mtbi.process import tune
     from nemo_mtbi.training.stages import train
 

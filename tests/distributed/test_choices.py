@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from nemo_mtbi import models as models
+from nemo_mtbi import registration as registration
 from nemo_mtbi.modules.connectors import CTCCompressConnector
 from tests.helpers import build
 

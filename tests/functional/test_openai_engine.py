@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from nemo.collections.common.tokenizers import AutoTokenizer
 
-from nemo_mtbi import models as models
+from nemo_mtbi import registration as registration
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.targets.config import OpenAIConfig, TargetsConfig
 from nemo_mtbi.targets.decoder import Request

@@ -5,7 +5,7 @@ import torch
 from nemo.collections.common.prompts import PromptFormatter
 from nemo.collections.common.tokenizers import AutoTokenizer
 
-from nemo_mtbi import models as models
+from nemo_mtbi import registration as registration
 from nemo_mtbi.data.chat_template import chat_template
 from nemo_mtbi.data.example import Example, plan_batch
 from nemo_mtbi.data.interleaving import InterleavingPolicy, SpeechSpan, timeline

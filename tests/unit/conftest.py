@@ -9,7 +9,7 @@ import torch
 from lhotse import CutSet
 from omegaconf import OmegaConf
 
-from nemo_mtbi import models as models
+from nemo_mtbi import registration as registration
 from nemo_mtbi.preparation.sources import utterance_cut
 from tests.unit.data_helpers import TARGETS
 

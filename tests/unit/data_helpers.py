@@ -3,7 +3,7 @@
 from lhotse import CutSet
 from omegaconf import OmegaConf
 
-from nemo_mtbi import models as models
+from nemo_mtbi import registration as registration
 from nemo_mtbi.data.conversation import ConversationIterator, TargetSelection
 from nemo_mtbi.data.target import Target
 

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 from omegaconf import OmegaConf
 
-from nemo_mtbi import models as models
+from nemo_mtbi import registration as registration
 from nemo_mtbi.data.conversation import TargetSelection, read_mtbi
 from nemo_mtbi.errors import ConfigError, DataError
 from tests.unit.data_helpers import TARGETS

@@ -9,7 +9,7 @@ from lhotse import CutSet
 from nemo.collections.common.tokenizers import AutoTokenizer
 from omegaconf import OmegaConf
 
-from nemo_mtbi import models as models
+from nemo_mtbi import registration as registration
 from nemo_mtbi.data.conversation import read_mtbi
 from nemo_mtbi.data.dataset import MTBIDataset
 from nemo_mtbi.errors import DataError

@@ -11,7 +11,7 @@ from lhotse.supervision import AlignmentItem
 from nemo.collections.common.tokenizers import AutoTokenizer
 from omegaconf import OmegaConf
 
-from nemo_mtbi import models as models
+from nemo_mtbi import registration as registration
 from nemo_mtbi.data.audio import mono_samples
 from nemo_mtbi.data.conversation import ConversationIterator, TargetSelection, spoken_part
 from nemo_mtbi.data.dataset import MTBIDataset

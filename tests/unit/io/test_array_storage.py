@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nemo_mtbi import models as models
+from nemo_mtbi import registration as registration
 from nemo_mtbi.io.array_storage import RawChunkyReader, RawChunkyWriter
 
 pytestmark = pytest.mark.unit

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nemo_mtbi import models as models
+from nemo_mtbi import registration as registration
 from nemo_mtbi.losses.alignment import ctc_loss, word_alignment_loss
 
 pytestmark = pytest.mark.unit

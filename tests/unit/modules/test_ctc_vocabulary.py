@@ -3,7 +3,7 @@
 import pytest
 from nemo.collections.common.tokenizers import AutoTokenizer
 
-from nemo_mtbi import models as models
+from nemo_mtbi import registration as registration
 from nemo_mtbi.errors import DataError
 from nemo_mtbi.modules.connectors.ctc_vocabulary import CTCVocabulary, choose_tokens, count_tokens
 

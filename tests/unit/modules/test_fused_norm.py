@@ -3,7 +3,7 @@
 import pytest
 from omegaconf import OmegaConf
 
-from nemo_mtbi import models as models
+from nemo_mtbi import registration as registration
 
 pytestmark = pytest.mark.unit
 

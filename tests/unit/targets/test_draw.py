@@ -5,7 +5,7 @@ import json
 import pytest
 from lhotse import CutSet
 
-from nemo_mtbi import models as models
+from nemo_mtbi import registration as registration
 from nemo_mtbi.targets.draw import one_line
 from nemo_mtbi.targets.generate import TargetGenerator
 from tests.unit.targets_helpers import config, write_cuts

@@ -12,7 +12,7 @@ import torch
 from lhotse import CutSet
 from transformers import AutoTokenizer
 
-from nemo_mtbi import models as models
+from nemo_mtbi import registration as registration
 from nemo_mtbi.data.target import Target
 from nemo_mtbi.errors import DataError
 from nemo_mtbi.targets.filters import (
@@ -228,7 +228,7 @@ def test_a_full_disk_is_said_and_the_run_continues(tmp_path, tiny_llm):
     script = tmp_path / "run.py"
     script.write_text(
         "import json, resource, sys\n"
-        "from nemo_mtbi import models\n"
+        "from nemo_mtbi import registration\n"
         "from nemo_mtbi.targets.config import TargetsConfig\n"
         "from nemo_mtbi.targets.generate import TargetGenerator\n"
         "config = TargetsConfig(**json.loads(sys.argv[1]) | {'openai': TargetsConfig().openai})\n"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nemo_mtbi import models as models
+from nemo_mtbi import registration as registration
 from nemo_mtbi.tasks.forms import choose, form_error
 from nemo_mtbi.tasks.library import load_library
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nemo_mtbi import models as models
+from nemo_mtbi import registration as registration
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.tasks.library import FORMS, load_library, load_task, render_template, select_tasks
 

@@ -56,8 +56,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_const", const=True, help="one JSON object for each answer")
     parser.add_argument("--do-sample", action="store_const", const=True, help="draw instead of the likeliest answer")
-    for name, kind in (("max-new-tokens", int), ("batch-size", int), ("device", str), ("output", str)):
-        parser.add_argument(f"--{name}", type=kind)
+    for name in ("max-new-tokens", "max-positions", "batch-size"):
+        parser.add_argument(f"--{name}", type=int)
+    for name in ("device", "output"):
+        parser.add_argument(f"--{name}")
     return parser
 
 

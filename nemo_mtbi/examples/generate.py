@@ -27,6 +27,8 @@ def main(cfg: DictConfig) -> None:
     size = cfg.tensor_model_parallel_size
     device = chosen_device(str(cfg.device), size, "generate")
     model = open_speech_llm(cfg.model, tensor_model_parallel_size=size).to(device)
+    if cfg.max_positions is not None:
+        model.limit_positions(cfg.max_positions)
     records: list[dict[str, Any]] = []
     failed = 0
     for begin in range(0, len(inputs), cfg.batch_size):
@@ -71,7 +73,8 @@ def check(cfg: DictConfig, paths: list[Any], questions: list[Any]) -> None:
         CheckpointError: there is no such model.
         DataError: there is none of the recordings.
     """
-    for key in ("max_new_tokens", "batch_size", "tensor_model_parallel_size"):
+    optional = [] if cfg.max_positions is None else ["max_positions"]
+    for key in ("max_new_tokens", "batch_size", "tensor_model_parallel_size", *optional):
         if type(cfg[key]) is not int or cfg[key] < 1:
             raise ConfigError(f"{key}={cfg[key]}: give a whole number of at least 1.")
     if not questions:

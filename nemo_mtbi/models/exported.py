@@ -24,7 +24,7 @@ from nemo_mtbi.config import model_config
 from nemo_mtbi.data.chat_template import ChatTemplateFormat
 from nemo_mtbi.errors import CheckpointError
 from nemo_mtbi.models.generation import SpeechLLM
-from nemo_mtbi.modules.perception import connector_of, encoder_frame_seconds
+from nemo_mtbi.modules.perception import connector_of, encoder_frame_seconds, fusion_of
 
 OWN_PARTS = "nemo_mtbi.modules."
 
@@ -77,6 +77,7 @@ class Perception(nn.Module):
         self.modality_adapter = own_part(cfg.modality_adapter)
         self.proj = nn.Identity()
         self.spec_augmentation = None
+        self.fusion = fusion_of(cfg)
 
 
 def own_part(cfg: DictConfig) -> nn.Module:

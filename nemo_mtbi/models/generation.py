@@ -19,9 +19,10 @@ from nemo_mtbi.data.rendering import AudioTag, Message, PromptRenderer
 from nemo_mtbi.errors import DataError
 from nemo_mtbi.models.conversation import Audio, Conversation
 from nemo_mtbi.models.layout import build_inputs
-from nemo_mtbi.models.speech import batch_features, connect, encode
+from nemo_mtbi.models.speech import batch_features, connect, encode, fused
 from nemo_mtbi.modules.causal_lm import end_of_turn, lent_embedding, stop_ids, without_adapters
 from nemo_mtbi.modules.connectors.base import SpeechEmbeddings
+from nemo_mtbi.modules.perception import fusion_of
 
 
 class SpeechLLM(nn.Module):
@@ -44,6 +45,14 @@ class SpeechLLM(nn.Module):
     def prompt_formatter(self) -> type:
         """The prompt format: what :class:`nemo_mtbi.data.rendering.PromptRenderer` renders with."""
         raise NotImplementedError
+
+    def limit_positions(self, max_positions: int) -> None:
+        """Give the LLM at most that many positions of each audio (see :class:`nemo_mtbi.modules.fusion.Fusion`).
+
+        Raises:
+            ConfigError: a number below 1, or a connector whose positions cannot be merged.
+        """
+        self.perception.fusion = fusion_of(self.config.perception, {"max_positions": max_positions})
 
     def stop_ids(self) -> list[int]:
         """Tokens that end an answer: the tokenizer's and the LLM's own."""
@@ -172,7 +181,8 @@ class SpeechLLM(nn.Module):
         device = self.embed_tokens.weight.device
         if audios is not None and audio_lens is not None:
             speech = connect(self.perception, *encode(self.perception, audios.to(device), audio_lens.to(device)))
-            return speech, (audio_lens / self.sampling_rate).tolist()
+            seconds = (audio_lens / self.sampling_rate).tolist()
+            return fused(self.perception, speech, seconds), seconds
         empty = torch.zeros(0, 0, self.llm.config.hidden_size, device=device)
         return SpeechEmbeddings(empty, torch.zeros(0, dtype=torch.long, device=device), empty[..., 0]), []
 
@@ -189,8 +199,8 @@ class SpeechLLM(nn.Module):
         speech.
         """
         examples = batch["examples"]
-        speech = connect(self.perception, *batch_features(self.perception, batch))
         pieces, seconds = plan_batch(examples, None, 0), [e.duration_seconds for e in examples]
+        speech = fused(self.perception, connect(self.perception, *batch_features(self.perception, batch)), seconds)
         silent = self._nothing_heard(speech, [[row] for row in range(len(examples))])
         return self._greedy(*self._left_padded_inputs(pieces, speech, seconds), max_new_tokens, silent)
 

@@ -136,6 +136,8 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """One micro-batch. The returned loss is a *sum*; the gradient is normalized by :class:`GradientMixin`."""
         self.keep_frozen_parts_in_evaluation_mode()
+        if self.perception.fusion is not None:
+            self.perception.fusion.draw(f"{self.seed}/{self.global_step if self._trainer is not None else 0}")
         if self.stage == "alignment":
             step = self.alignment(batch, self.config.alignment_stage)
         else:
@@ -210,6 +212,7 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
         examples: list[Example] = batch["examples"]
         seconds = [e.duration_seconds for e in examples]
         with evaluation_mode(self.llm):  # dropout of LoRA would tell equal hypotheses apart
+            heard = speech.fused(self.perception, heard, seconds)
             student = self.answering(examples, speech.SpeechInput(plan_batch(examples, None, 0), heard, seconds))
         return mean_by_example(self.imitation(batch, student, teacher).per_token, student.layout.response_counts)
 

@@ -56,7 +56,7 @@ def speech_input(perception: Any, batch: dict[str, Any], pieces: list[list[Piece
     connector = connector_of(perception)
     if level == "embedding" and connector is not None:
         embeddings.centers = connector.word_centers(embeddings, examples, encoder_frame_seconds(perception))
-    return SpeechInput(pieces, embeddings, seconds)
+    return SpeechInput(pieces, fused(perception, embeddings, seconds), seconds)
 
 
 def batch_features(perception: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -105,6 +105,14 @@ def connect(perception: Any, features: Tensor, lengths: Tensor, starts: list[boo
     embeddings = perception.proj(encoded.transpose(1, 2))
     factor = round(features.shape[1] / embeddings.shape[1])
     return SpeechEmbeddings(embeddings, counts, uniform_centers(embeddings.shape[1], factor, embeddings))
+
+
+def fused(perception: Any, speech: SpeechEmbeddings, seconds: list[float]) -> SpeechEmbeddings:
+    """What a connector gave for audios of ``seconds``, within the budget of ``perception.fusion``."""
+    fusion, connector = getattr(perception, "fusion", None), connector_of(perception)
+    if fusion is None or connector is None:
+        return speech
+    return fusion(speech, seconds, connector.fusable(speech), connector.agreed)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from nemo_mtbi.errors import ConfigError, MTBIError
 from nemo_mtbi.modules.causal_lm import is_frozen
 from nemo_mtbi.modules.connectors.base import Connector
 from nemo_mtbi.modules.connectors.whisper_weights import load_whisper_decoder, whisper_decoder_settings
+from nemo_mtbi.modules.fusion import Fusion
 from nemo_mtbi.modules.whisper import SUBSAMPLING
 from nemo_mtbi.pretrained.offline import resolve_pretrained
 
@@ -76,6 +77,30 @@ def setup_perception(model: Any) -> None:
         from nemo.collections.speechlm2.parts.pretrained import setup_speech_encoder
 
         setup_speech_encoder(model, pretrained_weights=cfg.pretrained_weights)
+    model.perception.fusion = fusion_of(perception)
+
+
+def fusion_of(perception: Any, options: dict[str, Any] | None = None) -> Fusion | None:
+    """The :class:`Fusion` that a configuration's ``perception.fusion`` describes, or ``options`` in its place.
+
+    Raises:
+        ConfigError: an unknown key, an impossible budget, or a connector whose positions cannot be merged.
+    """
+    options = options or perception.get("fusion")
+    if not options:
+        return None
+    target = str((perception.get("modality_adapter") or {}).get("_target_", ""))
+    if not target.startswith("nemo_mtbi.") or target.endswith("WhisperDecoderConnector"):
+        raise ConfigError(
+            f"perception.fusion merges positions of the connector; {target.rpartition('.')[2]} has none that can be "
+            "merged (a decoder writes the LLM's own tokens). Use a dense, CTC or two-channel connector, or leave "
+            "fusion out."
+        )
+    try:
+        return Fusion(**OmegaConf.to_container(OmegaConf.create(options)))  # type: ignore[arg-type]
+    except TypeError as error:
+        known = "max_positions, per_second, sampled"
+        raise ConfigError(f"perception.fusion={dict(options)}: known keys are {known} ({error}).") from error
 
 
 def _build(perception: DictConfig) -> "AudioPerceptionModule":
@@ -93,10 +118,11 @@ def require_fitting_encoder(config: ModelConfig) -> None:
     """Check, before any weight is loaded, that the connector can read the encoder.
 
     Raises:
-        ConfigError: a connector that is a Whisper's decoder, or layers of one, with an encoder that is no Whisper; risk
-            over the hypotheses of a connector that has none.
+        ConfigError: an impossible ``fusion``; a connector that is a Whisper's decoder, or layers of one, with an
+            encoder that is no Whisper; risk over the hypotheses of a connector that has none.
     """
     perception = config.perception
+    fusion_of(perception)
     target = str((perception.get("modality_adapter") or {}).get("_target_", ""))
     if config.imitation.w_risk > 0 and not target.endswith(DECODER_TARGETS):
         raise ConfigError(

@@ -29,6 +29,7 @@ class SpeechEmbeddings:
         nothing_heard: (B,) of a connector that writes text, whether it wrote none; None for others.
         labels: (B, P) the token (of a CTC connector: the CTC label) of each position; None for connectors without
             tokens, -1 for positions of a channel without tokens.
+        content: (B, P) how much each position says, the sum of its 1 - P(blank); None for connectors without CTC.
     """
 
     embeddings: Tensor
@@ -37,6 +38,7 @@ class SpeechEmbeddings:
     ctc_log_probs: Tensor | None = None
     ctc_lengths: Tensor | None = None
     labels: Tensor | None = None
+    content: Tensor | None = None
     nothing_heard: Tensor | None = None
 
 
@@ -96,6 +98,10 @@ class Connector(nn.Module):
             frame_seconds: duration of an encoder frame.
         """
         return speech.centers
+
+    def fusable(self, speech: SpeechEmbeddings) -> Tensor | None:
+        """(B, P) positions that :class:`nemo_mtbi.modules.fusion.Fusion` may merge; None: all."""
+        return None
 
     def transcript_tokens(self, transcripts: list[str]) -> int:
         """Target tokens of the transcripts, the count of :meth:`transcription_loss`; 0 without tokens."""

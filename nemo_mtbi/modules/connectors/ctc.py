@@ -130,9 +130,9 @@ class CTCCompressConnector(TokenConnector):
         with evaluation_mode(self):  # what the LLM reads in training is what it reads in use
             hidden, lengths = self._frames(features, lengths)
         log_probs = self._ctc_log_probs(hidden)
-        embeddings, counts, centers, labels = self._compress(hidden, log_probs, lengths)
+        embeddings, counts, centers, labels, content = self._compress(hidden, log_probs, lengths)
         centers = (centers + 0.5) * self.subsampling_factor - 0.5
-        return SpeechEmbeddings(embeddings, counts, centers, log_probs, lengths, labels)
+        return SpeechEmbeddings(embeddings, counts, centers, log_probs, lengths, labels, content)
 
     def ctc(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """CTC log-probabilities only (alignment warm start). (B, T, D), (B,) -> (B, P', V_ctc + 1), (B,)."""
@@ -156,8 +156,8 @@ class CTCCompressConnector(TokenConnector):
         tokens = self.project(hidden) @ (self.table * scale).t() + self.token_bias
         return torch.cat([self.blank(hidden), tokens], -1).float().log_softmax(-1)
 
-    def _compress(self, hidden: Tensor, log_probs: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """-> embeddings (B, P, H), counts (B,), centers (B, P) in subsampled frames, labels (B, P)."""
+    def _compress(self, hidden: Tensor, log_probs: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+        """-> embeddings (B, P, H), counts (B,), centers (B, P) in subsampled frames, labels (B, P), content (B, P)."""
         batch, frames, _ = log_probs.shape
         valid = frame_mask(lengths, frames)
         best = self.agreed(log_probs.argmax(-1))
@@ -194,4 +194,4 @@ class CTCCompressConnector(TokenConnector):
         ones = torch.ones_like(weight)
         centers = (pool(rows[1].to(weight.dtype)) / pool(ones).clamp_min(1)).view(batch, positions)
         labels = best.new_zeros(batch * positions).scatter(0, slot, best[rows]).view(batch, positions)
-        return embeddings, counts, centers, labels
+        return embeddings, counts, centers, labels, total.view(batch, positions).detach() * used

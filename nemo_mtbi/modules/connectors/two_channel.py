@@ -135,6 +135,10 @@ class TwoChannelConnector(WhisperDecoderConnector):
     def transcribe(self, features: Tensor, lengths: Tensor) -> list[str]:
         return super().transcribe(features[..., -self.width :], lengths)
 
+    def fusable(self, speech: SpeechEmbeddings) -> Tensor | None:
+        """The acoustic positions; the others are the LLM's own tokens."""
+        return None if speech.labels is None else speech.labels == NO_TOKEN
+
     def word_centers(self, speech: SpeechEmbeddings, examples: list[Example], frame_seconds: float) -> Tensor:
         """Text positions belong to words by order, acoustic ones by time."""
         assert speech.labels is not None

@@ -424,6 +424,10 @@ class WhisperDecoderConnector(TokenConnector):
         centers = padded[..., 3].float().to(device)
         return SpeechEmbeddings(embeddings, counts, centers, labels=ids, nothing_heard=nothing.to(device))
 
+    def fusable(self, speech: SpeechEmbeddings) -> Tensor | None:
+        """None of them: they are the LLM's own tokens."""
+        return torch.zeros_like(speech.centers, dtype=torch.bool)
+
     @torch.no_grad()
     def hypotheses(self, features: Tensor, lengths: Tensor, count: int, temperature: float) -> Hypotheses:
         windows, sizes, owners = self._windows(features, lengths)

@@ -1,0 +1,158 @@
+"""Long speech in a bounded number of positions: similar neighbours are fused, as in FastLongSpeech (arXiv 2507.14815).
+
+In each round the most similar neighbours are merged, at most half of the positions, until the budget is met. A merged
+position is the mean of what it came from, weighted by how much each says: by 1 - P(blank) where the connector has CTC
+posteriors, else by its energy.
+
+Letters: B utterances, P positions, H LLM width.
+"""
+
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.modules.connectors.base import SpeechEmbeddings, frame_mask
+
+SMALLEST = 1e-6  # of a position's content: none is lost altogether
+
+
+class Fusion(nn.Module):
+    """Reduces a connector's positions to a budget for each audio; has no weights.
+
+    Args:
+        max_positions: budget; None: none.
+        per_second: positions for each second of audio, as a further budget; None: none.
+        sampled: budgets of which training draws one for each batch (None among them: no fusion), so that one model
+            serves them all.
+
+    Raises:
+        ConfigError: a budget below 1.
+    """
+
+    def __init__(
+        self,
+        max_positions: int | None = None,
+        per_second: float | None = None,
+        sampled: list[int | None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.max_positions, self.per_second, self.sampled = max_positions, per_second, list(sampled or [])
+        for name, values in (("max_positions", [max_positions]), ("sampled", self.sampled)):
+            if wrong := [v for v in values if v is not None and (type(v) is not int or v < 1)]:
+                raise ConfigError(f"fusion.{name}={wrong[0]}: give whole numbers of at least 1, or null.")
+        if per_second is not None and not (type(per_second) in (int, float) and 0 < per_second < math.inf):
+            raise ConfigError(f"fusion.per_second={per_second}: give positions for each second, above 0, or null.")
+        self.drawn: int | None = None
+
+    def draw(self, key: str) -> None:
+        """Draw the budget of the next training batch; equal keys draw alike, on every rank and after a resume."""
+        if self.sampled:
+            generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+            self.drawn = self.sampled[int(torch.randint(len(self.sampled), (), generator=generator))]
+
+    def budgets(self, seconds: list[float]) -> list[int | None]:
+        """Positions that each audio may have; None: as many as it has."""
+        fixed = self.drawn if self.training and self.sampled else self.max_positions
+        rate = self.per_second
+        own = [None if rate is None else max(1, math.ceil(s * rate)) for s in seconds]
+        return [min((b for b in (fixed, o) if b is not None), default=None) for o in own]
+
+    def forward(
+        self,
+        speech: SpeechEmbeddings,
+        seconds: list[float],
+        fusable: Tensor | None = None,
+        agreed: Callable[[Tensor], Tensor] = lambda choice: choice,
+    ) -> SpeechEmbeddings:
+        """Fuse.
+
+        Args:
+            speech: what a connector gave; its ``labels`` do not outlive a fusion.
+            seconds: duration of each of the B audios.
+            fusable: (B, P) positions that may be merged with a neighbour that may; None: all.
+            agreed: makes a choice the same on all ranks that hold the LLM together.
+        """
+        budgets = self.budgets(seconds)
+        if all(budget is None for budget in budgets):
+            return speech
+        mask = frame_mask(speech.lengths, speech.embeddings.shape[1])
+        may = mask if fusable is None else mask & fusable
+        links = may[:, 1:] & may[:, :-1]
+        rounds = plan(speech.lengths.tolist(), links.sum(1).tolist(), budgets)
+        if not rounds:
+            return speech
+        left = Positions.of(speech, mask, links)
+        for merges in rounds:
+            left = left.merged(merges, agreed)
+        own = {"embeddings": left.embeddings, "lengths": left.lengths, "centers": left.centers, "content": left.content}
+        return replace(speech, **own, labels=None)
+
+
+def plan(lengths: list[int], links: list[int], budgets: list[int | None]) -> list[list[int]]:
+    """Merges of each of B utterances in each round: at most half of its positions, and no more than it has links."""
+    rows = []
+    for length, left, budget in zip(lengths, links, budgets, strict=True):
+        row = []
+        while budget is not None and (merges := min(length - budget, length // 2, left)) > 0:
+            row.append(merges)
+            length, left = length - merges, left - merges
+        rows.append(row)
+    return [[row[i] if i < len(row) else 0 for row in rows] for i in range(max(map(len, rows)))]
+
+
+@dataclass(frozen=True)
+class Positions:
+    """What is left between two rounds.
+
+    Attributes:
+        embeddings: (B, P, H).
+        content: (B, P) how much each position says; 0 for padding.
+        centers: (B, P) times.
+        spans: (B, P) original positions in each one.
+        lengths: (B,).
+        links: (B, P - 1) whether a position may be merged with the next one.
+    """
+
+    embeddings: Tensor
+    content: Tensor
+    centers: Tensor
+    spans: Tensor
+    lengths: Tensor
+    links: Tensor
+
+    @classmethod
+    def of(cls, speech: SpeechEmbeddings, mask: Tensor, links: Tensor) -> "Positions":
+        content = speech.content
+        if content is None:
+            content = speech.embeddings.detach().float().square().mean(-1)
+        content = content.clamp_min(SMALLEST) * mask
+        return cls(speech.embeddings, content, speech.centers, mask.to(content.dtype), speech.lengths, links)
+
+    def merged(self, merges: list[int], agreed: Callable[[Tensor], Tensor]) -> "Positions":
+        """After merging the most similar neighbours, ``merges`` of each utterance; a chain becomes one position."""
+        wanted = torch.tensor(merges, device=self.links.device)
+        with torch.no_grad():
+            unit = nn.functional.normalize(self.embeddings.float(), dim=-1)
+            similarity = (unit[:, 1:] * unit[:, :-1]).sum(-1).masked_fill(~self.links, -torch.inf)
+            order = agreed(similarity.argsort(dim=1, descending=True, stable=True))
+            place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+            chosen = torch.empty_like(order).scatter_(1, order, place) < wanted[:, None]
+            target = nn.functional.pad((~chosen).long(), (1, 0)).cumsum(1)  # where each position goes
+        size = self.embeddings.shape[1] - min(merges)
+
+        def pooled(values: Tensor) -> Tensor:
+            index = target if values.ndim == 2 else target[..., None].expand_as(values)
+            return values.new_zeros(len(values), size, *values.shape[2:]).scatter_add(1, index, values)
+
+        content, spans = pooled(self.content), pooled(self.spans)
+        weighted = pooled(self.embeddings * self.content[..., None].to(self.embeddings.dtype))
+        embeddings = weighted / content.clamp_min(SMALLEST)[..., None].to(weighted.dtype)
+        centers = pooled(self.centers * self.spans) / spans.clamp_min(1)
+        kept = (self.links & ~chosen).long()  # each of them joins what its two ends have become
+        links = kept.new_zeros(len(kept), size).scatter_add(1, target[:, :-1], kept)[:, : size - 1] > 0
+        return Positions(embeddings, content, centers, spans, self.lengths - wanted, links)

@@ -1,0 +1,198 @@
+"""Fusion of similar neighbours against plain Python, its invariants, and the model around it."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemo_mtbi.checkpoints.archive import save_directory
+from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.models.exported import open_speech_llm
+from nemo_mtbi.models.speech import connect, fused
+from nemo_mtbi.modules.connectors.base import SpeechEmbeddings, frame_mask
+from nemo_mtbi.modules.connectors.two_channel import NO_TOKEN, joined
+from nemo_mtbi.modules.fusion import Fusion, Positions, plan
+from tests.helpers import build, gradients, make_batch
+
+pytestmark = pytest.mark.unit
+CONNECTORS = "nemo_mtbi.modules.connectors."
+DENSE = {"_target_": f"{CONNECTORS}ConvBottleneckConnector", "layers": 1}
+CTC = {"_target_": f"{CONNECTORS}CTCCompressConnector", "vocab_size": 9, "d_model": 32, "heads": 4}
+TWO = {"_target_": f"{CONNECTORS}TwoChannelConnector", "acoustic_strides": 1}
+
+
+def speech(lengths, content=False, seed=0, width=6):
+    generator = torch.Generator().manual_seed(seed)
+    size = max(lengths)
+    mask = frame_mask(torch.tensor(lengths), size)
+    embeddings = torch.randn(len(lengths), size, width, generator=generator, dtype=torch.float64) * mask[..., None]
+    centers = torch.arange(size, dtype=torch.float64).expand(len(lengths), -1) * 2 + 0.5
+    own = torch.rand(len(lengths), size, generator=generator, dtype=torch.float64) * mask if content else None
+    return SpeechEmbeddings(embeddings, torch.tensor(lengths), centers.clone(), content=own)
+
+
+def plainly(rows, weights, budget):
+    """The rounds of one utterance, position by position. -> embedding, weight, members of each."""
+    items = [(row, weight, [i]) for i, (row, weight) in enumerate(zip(rows, weights, strict=True))]
+    while len(items) > budget:
+        count = min(len(items) - budget, len(items) // 2)
+        alike = [
+            float(torch.nn.functional.cosine_similarity(a.float(), b.float(), dim=0))
+            for (a, _, _), (b, _, _) in zip(items, items[1:], strict=False)
+        ]
+        chosen = set(sorted(range(len(alike)), key=lambda i: -alike[i])[:count])
+        groups = [[items[0]]]
+        for i, item in enumerate(items[1:]):
+            groups[-1].append(item) if i in chosen else groups.append([item])
+        items = []
+        for group in groups:
+            total = sum(weight for _, weight, _ in group)
+            mean = sum(row * weight for row, weight, _ in group) / total
+            items.append((mean, total, [m for _, _, members in group for m in members]))
+    return items
+
+
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(1, 30), st.booleans(), st.integers(0, 2**31 - 1)
+)
+@settings(max_examples=60, deadline=None)
+def test_it_is_the_plain_procedure(lengths, budget, content, seed):
+    given_ = speech(lengths, content, seed)
+    result = Fusion(budget)(given_, [1.0] * len(lengths))
+    assert result.lengths.tolist() == [min(n, budget) for n in lengths]
+    if max(lengths) <= budget:
+        assert result is given_
+        return
+    for row, length in enumerate(lengths):
+        rows = given_.embeddings[row, :length]
+        weights = given_.content[row, :length] if content else rows.float().square().mean(-1).double()
+        items = plainly(rows, weights.clamp_min(1e-6), budget)
+        own = slice(0, len(items))
+        torch.testing.assert_close(
+            result.embeddings[row, own], torch.stack([i[0] for i in items]), rtol=1e-5, atol=1e-6
+        )
+        total = torch.stack([i[1] for i in items]).to(result.content)
+        torch.testing.assert_close(result.content[row, own], total, rtol=1e-5, atol=1e-6)
+        times = torch.stack([given_.centers[row, i[2]].mean() for i in items])
+        torch.testing.assert_close(result.centers[row, own], times)
+        assert not result.embeddings[row, len(items) :].any()
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=3), st.integers(1, 60), st.integers(0, 2**31 - 1))
+@settings(max_examples=40, deadline=None)
+def test_order_and_mass_are_kept_and_a_batch_is_its_rows(lengths, budget, seed):
+    given_ = speech(lengths, True, seed)
+    together = Fusion(budget)(given_, [1.0] * len(lengths))
+    for row, length in enumerate(lengths):
+        count = int(together.lengths[row])
+        assert (together.centers[row, :count].diff() > 0).all()
+        assert float(together.content[row].sum()) == pytest.approx(
+            float(given_.content[row].clamp_min(1e-6)[:length].sum())
+        )
+        own = SpeechEmbeddings(
+            given_.embeddings[row : row + 1, :length],
+            given_.lengths[row : row + 1],
+            given_.centers[row : row + 1, :length],
+            content=given_.content[row : row + 1, :length],
+        )
+        alone = Fusion(budget)(own, [1.0])
+        torch.testing.assert_close(alone.embeddings[0], together.embeddings[row, :count])
+
+
+def test_gradients_reach_every_position():
+    given_ = speech([37, 20])
+    given_.embeddings.requires_grad_()
+    Fusion(5)(given_, [1.0, 1.0]).embeddings.square().sum().backward()
+    grad = given_.embeddings.grad.abs().sum(-1)
+    assert (grad[0, :37] > 0).all() and (grad[1, :20] > 0).all() and not grad[1, 20:].any()
+
+
+def test_budgets_by_seconds_and_drawn_ones():
+    fusion = Fusion(50, per_second=2.5)
+    assert fusion.budgets([1.0, 10.0, 100.0, 0.01]) == [3, 25, 50, 1]
+    assert Fusion().budgets([1.0]) == [None]
+    fusion = Fusion(100, sampled=[10, 20, None])
+    drawn = []
+    for step in range(60):
+        fusion.draw(f"0/{step}")
+        drawn.append(fusion.budgets([9.0])[0])
+        again = Fusion(100, sampled=[10, 20, None])
+        again.draw(f"0/{step}")
+        assert again.drawn == fusion.drawn
+    assert set(drawn) == {10, 20, None}
+    assert fusion.eval().budgets([9.0]) == [100]
+
+
+def test_text_positions_of_two_channels_stay():
+    text, sound = speech([4, 2]), speech([30, 25], seed=1)
+    text.labels = torch.arange(8).reshape(2, 4)
+    both = joined(text, sound)
+    fusable = both.labels == NO_TOKEN
+    result = Fusion(10)(both, [1.0, 1.0], fusable)
+    assert result.lengths.tolist() == [10, 10]
+    torch.testing.assert_close(result.embeddings[0, :4], both.embeddings[0, :4])
+    torch.testing.assert_close(result.embeddings[1, :2], both.embeddings[1, :2])
+    assert Fusion(2)(both, [1.0, 1.0], fusable).lengths.tolist() == [5, 3]  # text and one acoustic position
+    assert Fusion(2)(both, [1.0, 1.0], torch.zeros_like(fusable)) is both
+
+
+def test_half_of_the_positions_at_most_go_in_a_round():
+    assert plan([40, 9, 3], [39, 8, 2], [5, 9, None]) == [[20, 0, 0], [10, 0, 0], [5, 0, 0]]
+    assert plan([4], [1], [1]) == [[1]] and plan([1], [0], [1]) == []
+
+
+@pytest.mark.parametrize("adapter", [DENSE, CTC, TWO], ids=["dense", "ctc", "two_channel"])
+def test_training_generation_and_export_read_the_same_positions(tiny_config, tmp_path, adapter):
+    fusion = {"max_positions": 7, "sampled": [5, 9, None]}
+    changes = {"perception": {"modality_adapter": copy.deepcopy(adapter), "fusion": fusion}}
+    model = build(tiny_config, **changes, prompt_format="chat_template")
+    if adapter is CTC:
+        model.set_ctc_vocabulary(list(range(300, 309)))
+    model.stage, batch = "imitation", make_batch(model, 2)
+    if adapter is TWO:
+        model.perception.modality_adapter.begin_imitation()
+    assert all(g.isfinite().all() for g in gradients(model, [batch]).values())
+    model.eval()
+    light = open_speech_llm(save_directory(model, tmp_path / "hf"))
+    audio, lens = batch["audios"], batch["audio_lens"]
+    with torch.no_grad():
+        mine, seconds = model._speech(audio, lens)
+        other, _ = light._speech(audio, lens)
+        features, lengths = model.encode(audio, lens)
+        direct = fused(model.perception, connect(model.perception, features, lengths), seconds)
+    assert mine.lengths.max() <= max(
+        7, int(connect(model.perception, features, lengths).lengths.max()) * (adapter is TWO)
+    )
+    for got in (other, direct):
+        torch.testing.assert_close(mine.embeddings, got.embeddings)
+        torch.testing.assert_close(mine.centers, got.centers)
+
+
+@pytest.mark.parametrize(
+    ("fusion", "adapter", "message"),
+    [
+        ({"max_positions": 0}, DENSE, "max_positions=0: give whole numbers"),
+        ({"max_positions": 2.5}, DENSE, "max_positions=2.5"),
+        ({"max_positions": True}, DENSE, "max_positions=True"),
+        ({"sampled": [100, -1]}, DENSE, "sampled=-1"),
+        ({"per_second": 0}, DENSE, "per_second=0"),
+        ({"positions": 4}, DENSE, "known keys are max_positions, per_second, sampled"),
+        ({"max_positions": 4}, {"_target_": f"{CONNECTORS}WhisperDecoderConnector"}, "has none that can be merged"),
+    ],
+)
+def test_impossible_settings_are_named_before_weights_are_read(tiny_config, fusion, adapter, message):
+    with pytest.raises(ConfigError, match=message):
+        build(
+            {**tiny_config, "pretrained_llm": "/not/there"}, perception={"modality_adapter": adapter, "fusion": fusion}
+        )
+
+
+def test_merged_positions_are_the_same_on_all_ranks():
+    given_ = speech([12])
+    left = Positions.of(given_, frame_mask(given_.lengths, 12), torch.ones(1, 11, dtype=torch.bool))
+    seen = []
+    first = left.merged([4], lambda order: seen.append(order) or order)
+    noisy = Positions(left.embeddings + 1e-3 * torch.randn_like(left.embeddings), *list(vars(left).values())[1:])
+    assert noisy.merged([4], lambda _: seen[0]).spans.tolist() == first.spans.tolist()

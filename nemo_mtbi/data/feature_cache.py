@@ -28,7 +28,7 @@ def features_key(cut: Cut, encoder_key: str) -> str:
     if cut.num_channels != 1 or cut.sampling_rate != 16_000:  # once channels were averaged always, and Lhotse resampled
         digest.update(b"mono, soxr")
     if getattr(cut, "has_recording", False) and cut.recording.transforms:  # speed, volume, ...
-        digest.update(str(cut.recording.transforms).encode())
+        digest.update(f"resampled once {cut.recording.transforms}".encode())
     for source in cut.recording.sources if hasattr(cut, "recording") and cut.recording else []:
         digest.update(str(source.source if source.type in ("file", "url") else cut.recording_id).encode())
         if source.type == "file" and Path(source.source).exists():

@@ -1,4 +1,4 @@
-"""A Lhotse array storage that keeps bytes as they are (bfloat16 included) in one append-only file.
+"""A Lhotse array storage that keeps bytes as they are (bfloat16 included) in append-only files of bounded size.
 
 Lhotse's own ``lilcom_chunky`` is lossy and HDF5 is left unreadable by a crash. Here a killed run leaves at most
 unreferenced bytes at the end of the file: a manifest line is written only after its array is on disk.
@@ -13,27 +13,41 @@ import torch
 from lhotse.features.io import FeaturesReader, FeaturesWriter, register_reader, register_writer
 
 STORAGE_TYPE = "raw_chunky"
+MAX_BYTES = 8 * 2**30
 
 
 @register_writer
 class RawChunkyWriter(FeaturesWriter):
-    """Appends arrays to ``storage_path``; the key of an array is ``offset,dtype,shape`` (``12,bfloat16,40x384``)."""
+    """Appends arrays to ``storage_path``; the key of an array is ``offset,dtype,shape`` (``12,bfloat16,40x384``).
+
+    Args:
+        storage_path: ``NAME.bin``; further files are ``NAME.00001.bin`` and so on.
+        max_bytes: a file of this size is followed by the next one.
+    """
 
     name = STORAGE_TYPE
 
-    def __init__(self, storage_path: str | Path, mode: str = "ab", **_: Any) -> None:
-        path = Path(storage_path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.storage_path_ = str(path)
-        self.file = open(path, mode)
+    def __init__(self, storage_path: str | Path, mode: str = "ab", max_bytes: int = MAX_BYTES, **_: Any) -> None:
+        self.first, self.mode, self.max_bytes, self.number = Path(storage_path), mode, max_bytes, 0
+        self.first.parent.mkdir(parents=True, exist_ok=True)
+        while self._path(self.number + 1).exists():
+            self.number += 1
+        self.file = open(self._path(self.number), mode)
+
+    def _path(self, number: int) -> Path:
+        return self.first.with_suffix(f".{number:05d}{self.first.suffix}") if number else self.first
 
     @property
     def storage_path(self) -> str:
-        return self.storage_path_
+        """Of the array that was written last."""
+        return str(self._path(self.number))
 
     def write(self, key: str, value: np.ndarray | torch.Tensor) -> str:
         tensor = torch.as_tensor(value).contiguous()
-        offset = self.file.seek(0, os.SEEK_END)
+        if (offset := self.file.seek(0, os.SEEK_END)) >= self.max_bytes:
+            self.file.close()
+            self.number, offset = self.number + 1, 0
+            self.file = open(self._path(self.number), self.mode)
         self.file.write(tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
         return f"{offset},{str(tensor.dtype).removeprefix('torch.')},{'x'.join(map(str, tensor.shape))}"
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.modules.causal_lm import causal_lm, without_adapters
 
 
@@ -61,7 +62,8 @@ class PrefixStore:
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
-        self.kept: OrderedDict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = OrderedDict()
+        # of each beginning of P tokens, keys and values of all N layers in turn: (2 N, heads, P, d)
+        self.kept: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
         self.place: tuple[torch.device, torch.dtype] | None = None
 
     def clear(self) -> None:
@@ -69,14 +71,18 @@ class PrefixStore:
 
     @torch.no_grad()
     def get(self, llm: nn.Module, embed_tokens: nn.Module, prefixes: list[list[int]]) -> Prefix | None:
-        """The prefix of every row; None where no row has one."""
+        """The prefix of every row; None where no row has one.
+
+        Raises:
+            ConfigError: an LLM whose layers differ in size.
+        """
         columns = max(map(len, prefixes))
         if columns == 0:
             return None
         weight = next(embed_tokens.parameters())
-        if (place := (weight.device, weight.dtype)) != self.place:  # the model has moved
+        if (where := (weight.device, weight.dtype)) != self.place:  # the model has moved
             self.clear()
-            self.place = place
+            self.place = where
         rows = [tuple(p) for p in prefixes]
         have = {r: self.kept.pop(r) for r in dict.fromkeys(rows) if r in self.kept}
         missing = [r for r in dict.fromkeys(rows) if r not in have]
@@ -84,28 +90,30 @@ class PrefixStore:
             ids, _ = pad_right([list(r) for r in missing], weight.device)
             cache = DynamicCache()
             causal_lm(llm).model(inputs_embeds=embed_tokens(ids), past_key_values=cache, use_cache=True)
+            states = [state for layer in cast(list[Any], cache.layers) for state in (layer.keys, layer.values)]
+            if len({state.shape for state in states}) > 1:
+                raise ConfigError(
+                    "The LLM's layers have keys and values of different sizes, so that its prompt beginnings cannot be "
+                    "kept. Set model.prefix_cache_tokens=0."
+                )
+            joint = torch.stack(states)
             for index, row in enumerate(missing):
-                have[row] = [
-                    (layer.keys[index, :, : len(row)].clone(), layer.values[index, :, : len(row)].clone())
-                    for layer in cast(list[Any], cache.layers)
-                ]
+                have[row] = joint[:, index, :, : len(row)].clone()
         self.kept.update(have)
         tokens = sum(map(len, self.kept))
         while tokens > self.max_tokens and len(self.kept) > 1:
             tokens -= len(self.kept.popitem(last=False)[0])
-        layers = [
-            (
-                torch.stack([_pad_columns(have[r][i][0], columns) for r in rows]),
-                torch.stack([_pad_columns(have[r][i][1], columns) for r in rows]),
-            )
-            for i in range(len(have[rows[0]]))
-        ]
-        return Prefix(layers, torch.tensor([len(r) for r in rows], device=layers[0][0].device))
+        # A few kernels, whatever the number of layers and rows: the batch's different beginnings, then one selection.
+        place = {row: index for index, row in enumerate(have)}
+        different = torch.stack([_pad_columns(kept, columns) for kept in have.values()], 1)
+        chosen = torch.tensor([[place[row], len(row)] for row in rows], device=different.device)
+        batch = different.index_select(1, chosen[:, 0])
+        return Prefix(list(zip(batch[::2], batch[1::2], strict=True)), chosen[:, 1])
 
 
 def _pad_columns(tensor: Tensor, columns: int) -> Tensor:
-    """(heads, P, d) -> (heads, columns, d), padded on the left."""
-    return nn.functional.pad(tensor, (0, 0, columns - tensor.shape[1], 0))
+    """(..., P, d) -> (..., columns, d), padded on the left."""
+    return nn.functional.pad(tensor, (0, 0, columns - tensor.shape[-2], 0))
 
 
 def pad_right(sequences: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -23,3 +23,18 @@ def test_array_storage_keeps_the_bits(tmp_path, dtype):
     (tmp_path / "a.bin").write_bytes((tmp_path / "a.bin").read_bytes()[:-4])
     with pytest.raises(OSError, match="truncated"):
         reader.read(keys[-1])
+
+
+def test_a_full_file_is_followed_by_the_next_one(tmp_path):
+    values = [torch.full((5, 2), float(i)) for i in range(7)]  # 40 bytes each
+    places = []
+    for begin in (0, 4):  # interrupted and continued
+        with RawChunkyWriter(tmp_path / "a.features.bin", max_bytes=60) as writer:
+            for value in values[begin : begin + 4]:
+                key = writer.write("", value)
+                places.append((writer.storage_path, key))
+    names = ["a.features.bin", "a.features.00001.bin", "a.features.00002.bin", "a.features.00003.bin"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(names)
+    assert all((tmp_path / name).stat().st_size <= 80 for name in names)
+    for (path, key), value in zip(places, values, strict=True):
+        assert torch.equal(torch.from_numpy(RawChunkyReader(path).read(key)), value)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from nemo.collections.speechlm2.models.salm import SALM
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_mtbi.checkpoints.run_directory import RunDirectory
 from nemo_mtbi.errors import CheckpointError, ConfigError
@@ -101,6 +102,28 @@ def test_kept_prompt_beginnings_change_nothing(tiny_config):
     assert len(kept.prefixes.kept) == 1
 
 
+@torch.no_grad()
+def test_kept_beginnings_take_few_kernels_whatever_the_batch(tiny_config):
+    model = build(tiny_config)
+
+    class Counted(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.calls += not function.is_view
+            return function(*args, **(kwargs or {}))
+
+    rows = [[300 + n] * (3 + n % 4) for n in range(4)]
+    model.prefixes.get(model.llm, model.embed_tokens, rows)
+    counts = []
+    for batch in (rows, rows * 8):
+        with Counted() as counted:
+            prefix = model.prefixes.get(model.llm, model.embed_tokens, batch)
+        counts.append(counted.calls)
+    assert counts[0] == counts[1] <= 16  # 4 different beginnings
+    assert prefix.lengths.tolist() == [len(row) for row in rows] * 8
+
+
 def test_recomputed_activations_give_the_same_gradient_from_less_memory(tiny_config):
     plain, checkpointed = build(tiny_config, prefix_cache_tokens=0), build(tiny_config, activation_checkpointing=True)
     batch = make_batch(plain, 8)
@@ -177,4 +200,4 @@ def test_kept_prompt_beginnings_follow_the_model_to_another_type(tiny_config):
     model.llm.to(torch.float64)
     model.embed_tokens.to(torch.float64)
     assert model.student(batch, interleave=False).hidden.dtype == torch.float64
-    assert all(k.dtype == torch.float64 for layers in model.prefixes.kept.values() for k, _ in layers)
+    assert all(states.dtype == torch.float64 for states in model.prefixes.kept.values())

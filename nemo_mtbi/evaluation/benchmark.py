@@ -32,7 +32,7 @@ from nemo_mtbi.evaluation.columns import (
 from nemo_mtbi.evaluation.labelled import label_of, labelled_cuts
 from nemo_mtbi.evaluation.latency import seconds_to_first_token
 from nemo_mtbi.evaluation.predictions import Predictions, digest, key_of
-from nemo_mtbi.evaluation.silence import nothing_heard, writes_text
+from nemo_mtbi.evaluation.silence import nothing_heard
 from nemo_mtbi.evaluation.summary import summarize, summarize_labels
 from nemo_mtbi.evaluation.systems import EvaluationSet, SALMSystem, SpeechSystem, System, TextLLM, TextSystem
 from nemo_mtbi.models.mtbi_salm import MTBISALM
@@ -203,7 +203,7 @@ class Benchmark:
                 f"systems.{name} has another LLM than the first system; their answers cannot be compared."
             )
         self._ask(name, lambda questions: SpeechSystem(model), digest(self.weights), model.encoder_key)
-        if self.cfg.no_speech and writes_text(model):
+        if self.cfg.no_speech:
             sets = {"no speech": self.cfg.no_speech, **self.cfg.cuts}
             self.silence[name] = {
                 title: nothing_heard(

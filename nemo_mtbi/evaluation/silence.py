@@ -1,4 +1,4 @@
-"""What a connector that writes text heard, and whether it wrote nothing where nothing is said."""
+"""What a connector that writes text heard, and whether a model notices that nothing is said."""
 
 from lhotse import CutSet
 
@@ -31,9 +31,21 @@ def own_transcripts(
 def nothing_heard(
     system: SpeechSystem, cuts: CutSet, cached_features: bool, batch_size: int, title: str
 ) -> float | None:
-    """Share of cuts, with targets or without, of which the connector writes nothing; None for one without text."""
+    """Share of cuts, with targets or without, of which the connector writes nothing.
+
+    With a connector without text: share that the LLM, asked to repeat, answers with ``model.nothing_heard_answer``;
+    None where that is null.
+    """
     questions = EvaluationSet(system.model, cuts, cached_features, every_cut=True)
-    return empty_share([text for text, _ in own_transcripts(system, questions, batch_size, title)])
+    if writes_text(system.model):
+        return empty_share([text for text, _ in own_transcripts(system, questions, batch_size, title)])
+    answer = system.model.config.nothing_heard_answer
+    if answer is None:
+        return None
+    longest = len(system.model.nothing_heard_ids())
+    batches = system_batches(system, questions, questions.conversations, batch_size, f"{title}: answer")
+    answers = [text for reading in batches for text in system.answers(reading, longest)]
+    return sum(text.strip() == answer for text in answers) / len(answers) if answers else None
 
 
 def empty_share(texts: list[str]) -> float | None:

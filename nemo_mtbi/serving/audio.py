@@ -11,11 +11,16 @@ from nemo_mtbi.errors import DataError
 MIN_RATE, MAX_RATE = 4_000, 192_000
 
 
+class TooLong(DataError):
+    """Audio of more seconds than a request may have."""
+
+
 def decode_audio(data: bytes, sampling_rate: int, max_seconds: float) -> np.ndarray:
     """WAV, FLAC, OGG/Opus or MP3 as float32 mono (S,) at ``sampling_rate``.
 
     Raises:
-        DataError: no audio, too short, or longer than ``max_seconds`` (nothing beyond that is decoded).
+        DataError: no audio, or too short.
+        TooLong: longer than ``max_seconds``; nothing beyond that is decoded.
     """
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
@@ -29,7 +34,7 @@ def decode_audio(data: bytes, sampling_rate: int, max_seconds: float) -> np.ndar
         reason = str(getattr(error, "error_string", error)).rstrip(".")  # without the name of our buffer
         raise DataError(f"The audio cannot be decoded ({reason}). Send WAV, FLAC, OGG or MP3.") from error
     if len(samples) > limit:
-        raise DataError(f"The audio is longer than {max_seconds:g} s, which is the limit here.")
+        raise TooLong(f"The audio is longer than {max_seconds:g} s, which is the limit here.")
     if len(samples) < MIN_AUDIO_SECONDS * rate:
         raise DataError(f"The audio lasts {len(samples) / rate:.3f} s; at least {MIN_AUDIO_SECONDS} s are needed.")
     return resample(mono(samples.T), rate, sampling_rate)

@@ -8,6 +8,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from nemo_mtbi.errors import DataError
+from nemo_mtbi.serving.audio import TooLong
 from nemo_mtbi.serving.batching import QueueFull
 
 
@@ -17,11 +18,17 @@ class RequestError(DataError):
     Args:
         message: what.
         param: name of the field.
+        status: of the answer.
     """
 
-    def __init__(self, message: str, param: str) -> None:
+    def __init__(self, message: str, param: str, status: int = 400) -> None:
         super().__init__(message)
-        self.param = param
+        self.param, self.status = param, status
+
+    @classmethod
+    def of(cls, error: DataError, param: str) -> "RequestError":
+        """What is wrong with the data of a field: 413 for audio beyond the limit, else 400."""
+        return cls(str(error), param, 413 if isinstance(error, TooLong) else 400)
 
 
 def error_body(error: Exception) -> tuple[int, dict[str, Any]]:
@@ -29,7 +36,8 @@ def error_body(error: Exception) -> tuple[int, dict[str, Any]]:
     if isinstance(error, QueueFull):
         return 429, _body(str(error), "rate_limit_error")
     if isinstance(error, DataError):
-        return 400, _body(str(error), "invalid_request_error", getattr(error, "param", None))
+        status, param = getattr(error, "status", 400), getattr(error, "param", None)
+        return status, _body(str(error), "invalid_request_error", param)
     return 500, _body(f"The model failed: {type(error).__name__}.", "server_error")
 
 

@@ -65,7 +65,7 @@ def create_app(model: SpeechLLM, name: str, batcher: Batcher, limits: Limits | N
         try:
             dialog, waveforms = await asyncio.to_thread(read_messages, model, body.messages, bounds)
         except DataError as error:
-            raise RequestError(str(error), "messages") from error
+            raise RequestError.of(error, "messages") from error
         most = min(body.max_completion_tokens or body.max_tokens or bounds.max_tokens, bounds.max_tokens)
         answers = Answers(batcher, dialog, waveforms, most, sampling_of(body), number)
         if body.stream:

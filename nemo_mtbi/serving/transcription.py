@@ -85,7 +85,7 @@ async def transcribe(
     try:
         waveform = await asyncio.to_thread(decode_audio, data, model.sampling_rate, limits.max_audio_seconds)
     except DataError as error:
-        raise RequestError(str(error), "file") from error
+        raise RequestError.of(error, "file") from error
     sampling = Sampling(body.temperature or 0.0, seed=body.seed, top_logprobs=0 if body.include else None)
     answers = Answers(batcher, [model.user_turn(prompt)], [waveform], limits.max_tokens, sampling, silence="")
     tokenizer = model.tokenizer.tokenizer

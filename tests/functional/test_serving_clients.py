@@ -245,8 +245,9 @@ def test_transcriptions(client, model):
     ],
 )
 def test_transcriptions_that_are_refused(client, options, message):
-    with pytest.raises(openai.BadRequestError, match=message) as refused:
+    with pytest.raises(openai.APIStatusError, match=message) as refused:
         client.audio.transcriptions.create(**{"model": "tiny", "file": ("a.wav", AUDIO), **options})
+    assert refused.value.status_code == (413 if "longer" in message else 400)
     assert refused.value.param in options or refused.value.param in ("stream", "include")
 
 

@@ -13,7 +13,6 @@ import torch
 from lhotse.features.io import FeaturesReader, FeaturesWriter, register_reader, register_writer
 
 STORAGE_TYPE = "raw_chunky"
-MAX_BYTES = 8 * 2**30
 
 
 @register_writer
@@ -22,12 +21,21 @@ class RawChunkyWriter(FeaturesWriter):
 
     Args:
         storage_path: ``NAME.bin``; further files are ``NAME.00001.bin`` and so on.
-        max_bytes: a file of this size is followed by the next one.
+        max_bytes: a file of this size is followed by the next one; None: all in one.
+        named: what manifests call the file, if it gets another name when it is complete.
     """
 
     name = STORAGE_TYPE
 
-    def __init__(self, storage_path: str | Path, mode: str = "ab", max_bytes: int = MAX_BYTES, **_: Any) -> None:
+    def __init__(
+        self,
+        storage_path: str | Path,
+        mode: str = "ab",
+        max_bytes: int | None = None,
+        named: str | Path | None = None,
+        **_: Any,
+    ) -> None:
+        self.named = named
         self.first, self.mode, self.max_bytes, self.number = Path(storage_path), mode, max_bytes, 0
         self.first.parent.mkdir(parents=True, exist_ok=True)
         while self._path(self.number + 1).exists():
@@ -40,11 +48,12 @@ class RawChunkyWriter(FeaturesWriter):
     @property
     def storage_path(self) -> str:
         """Of the array that was written last."""
-        return str(self._path(self.number))
+        return str(self.named or self._path(self.number))
 
     def write(self, key: str, value: np.ndarray | torch.Tensor) -> str:
         tensor = torch.as_tensor(value).contiguous()
-        if (offset := self.file.seek(0, os.SEEK_END)) >= self.max_bytes:
+        offset = self.file.seek(0, os.SEEK_END)
+        if self.max_bytes is not None and offset >= self.max_bytes:
             self.file.close()
             self.number, offset = self.number + 1, 0
             self.file = open(self._path(self.number), self.mode)

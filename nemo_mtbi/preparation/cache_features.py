@@ -33,6 +33,7 @@ from nemo_mtbi.modules.perception import encoder_key, freeze, require_fixed_feat
 from nemo_mtbi.pretrained.fingerprint import fingerprint
 from nemo_mtbi.pretrained.offline import resolve_pretrained
 
+FILE_BYTES = 8 * 2**30  # about the size of a file of features
 log = logging.getLogger(__name__)
 
 
@@ -114,7 +115,7 @@ def cache_features(
     report.cached = len(cuts) * len(speeds) - len(missing)
     with (
         jsonl.Appender(progress) as out,
-        RawChunkyWriter(manifest.with_suffix(".features.bin")) as writer,
+        RawChunkyWriter(manifest.with_suffix(".features.bin"), max_bytes=FILE_BYTES) as writer,
         console.progress(total=len(missing), desc="encoder features", unit="utt", disable=not missing) as bar,
     ):
         for batch in _batches(missing, batch_seconds):

@@ -240,8 +240,7 @@ class ShardWriter:
 
     def _write_top_k(self, path: Path, cuts: list[Cut], lines: list[dict[str, Any]], answers: AnswerFile) -> None:
         temporary = path.with_name(f".{path.name}")
-        with RawChunkyWriter(temporary, mode="wb") as arrays:
-            arrays.storage_path_ = str(path)
+        with RawChunkyWriter(temporary, mode="wb", named=path) as arrays:
             for cut, line in zip(cuts, lines, strict=True):
                 tops = [answers.top_k_of(t["key"]) for t in line["custom"][TARGETS_FIELD]]
                 for field_name, part in ((TEACHER_IDS_FIELD, 0), (TEACHER_LOG_PROBS_FIELD, 1)):

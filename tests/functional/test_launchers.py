@@ -274,9 +274,9 @@ def test_two_ranks_evaluate_and_answer_like_one(root, trained, targets):
         ),
         ("prepare_data", ["output_dir={root}/x", "sources=[{{kind: tsv, pth: a}}]"], "pth"),
         ("generate", ["model={root}/absent.nemo", "audio={root}/3.wav", "prompt=Hi"], "no model"),
-        ("generate", ["model={root}/m.nemo", "audio={root}/3.wav", "prompt=Hi", "device=cuda:7"], "device=cuda:7"),
-        ("generate", ["model={root}/m.nemo", "audio={root}/3.wav", "prompt=Hi", "device=toaster"], "use auto, cpu"),
-        ("generate", ["model={root}/m.nemo", "audio={root}/absent.wav", "prompt=Hi"], "no audio file"),
+        ("generate", ["model={root}", "audio={root}/3.wav", "prompt=Hi", "device=cuda:7"], "device=cuda:7"),
+        ("generate", ["model={root}", "audio={root}/3.wav", "prompt=Hi", "device=toaster"], "use auto, cpu"),
+        ("generate", ["model={root}", "audio={root}/absent.wav", "prompt=Hi"], "no audio file"),
         ("export", ["run={root}/absent", "nemo={root}/x.nemo"], "no trained model"),
         ("export", ["run={root}/absent"], "Say what to write"),
         (
@@ -287,7 +287,7 @@ def test_two_ranks_evaluate_and_answer_like_one(root, trained, targets):
         ("report", ["run={root}/absent"], "is not a training run"),
         (
             "generate",
-            ["model={root}/m.nemo", "audio={root}/3.wav", "prompt=Hi", "tensor_model_parallel_size=2"],
+            ["model={root}", "audio={root}/3.wav", "prompt=Hi", "tensor_model_parallel_size=2"],
             "needs 2 processes, 1 started",
         ),
     ],

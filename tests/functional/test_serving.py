@@ -53,7 +53,7 @@ def folder(tmp_path_factory, tiny_llm, tiny_whisper):
         {
             "pretrained_llm": tiny_llm,
             "pretrained_asr": tiny_whisper,
-            "prompt_format": "chatml",
+            "prompt_format": "chat_template",
             "perception": {"input_length": "own", "round_seconds": 1.0, "modality_adapter": adapter},
         }
     )
@@ -365,7 +365,7 @@ def test_what_one_request_breaks_the_others_survive(model, monkeypatch):
 
     monkeypatch.setattr(model, "prompt_pieces", failing)
     monkeypatch.setattr(model.llm.config, "max_position_embeddings", 100)
-    good, bad, long, deaf, last = [question(t) for t in ("Hello.", "breaks", "word " * 200, "Hello.", "a " * 80)]
+    good, bad, long, deaf, last = [question(t) for t in ("Hello.", "breaks", "word " * 200, "Hello.", "a " * 50)]
     last[0].max_tokens = 90
     deaf[0].on_piece = listener
     answer_together(batcher, good, bad, long, deaf, last)

@@ -151,7 +151,7 @@ def test_ctc_compression_equals_the_plain_loop():
     hidden, length = torch.randn(1, 30, 32), 27
     log_probs = (torch.randn(1, 30, 8) * 3).log_softmax(-1)
     log_probs[0, 5:7] = log_probs[0, 4]  # a run
-    got, counts, centers, classes = connector._compress(hidden, log_probs, torch.tensor([length]))
+    got, counts, centers, classes, _ = connector._compress(hidden, log_probs, torch.tensor([length]))
     runs, previous = [], 0
     for t in range(length):
         best = int(log_probs[0, t].argmax())

@@ -87,7 +87,7 @@ class PrefixStore:
         have = {r: self.kept.pop(r) for r in dict.fromkeys(rows) if r in self.kept}
         missing = [r for r in dict.fromkeys(rows) if r not in have]
         if missing:
-            ids, _ = pad_right([list(r) for r in missing], weight.device)
+            ids = pad_right([list(r) for r in missing], weight.device)
             cache = DynamicCache()
             causal_lm(llm).model(inputs_embeds=embed_tokens(ids), past_key_values=cache, use_cache=True)
             states = [state for layer in cast(list[Any], cache.layers) for state in (layer.keys, layer.values)]
@@ -116,13 +116,10 @@ def _pad_columns(tensor: Tensor, columns: int) -> Tensor:
     return nn.functional.pad(tensor, (0, 0, columns - tensor.shape[-2], 0))
 
 
-def pad_right(sequences: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token lists -> ids (B, L) padded with 0 on the right, and their lengths (B,)."""
+def pad_right(sequences: list[list[int]], device: torch.device) -> Tensor:
+    """Token lists -> ids (B, L) padded with 0 on the right."""
     width = max(map(len, sequences))
-    ids = torch.zeros(len(sequences), width, dtype=torch.long)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = torch.tensor(sequence)
-    return ids.to(device), torch.tensor([len(s) for s in sequences], device=device)
+    return torch.tensor([sequence + [0] * (width - len(sequence)) for sequence in sequences]).to(device)
 
 
 @torch.no_grad()
@@ -146,7 +143,7 @@ def teacher_hidden_states(
     rest = [p[n:] + r[:-1] for p, r, n in zip(prompts, responses, skip, strict=True)]
     parts: dict[int, Tensor] = {}
     for group in length_groups([len(tokens) for tokens in rest]):
-        ids, _ = pad_right([rest[i] for i in group], device)
+        ids = pad_right([rest[i] for i in group], device)
         with without_adapters(llm):
             prefix = None
             if store is not None:

@@ -31,9 +31,9 @@ def build_inputs(
         embed_tokens: of the LLM.
     """
     device = speech.embeddings.device
-    layout = lay_out_batch(
-        pieces, responses, speech.lengths.tolist(), speech.centers.tolist(), speech_seconds, frame_seconds, device
-    )
+    places = torch.cat([speech.lengths[:, None].double(), speech.centers.double()], 1).tolist()  # one transfer
+    lengths, centers = [int(row[0]) for row in places], [row[1:] for row in places]
+    layout = lay_out_batch(pieces, responses, lengths, centers, speech_seconds, frame_seconds, device)
     text = embed_tokens(layout.text_ids)
     valid = frame_mask(speech.lengths, speech.embeddings.shape[1])
     rows = torch.cat([text, speech.embeddings[valid].to(text.dtype)])
@@ -112,15 +112,20 @@ def lay_out_batch(
         for i, (row, response) in enumerate(zip(rows, responses, strict=True))
         for j in range(len(response))
     ]
-    return BatchLayout(
-        torch.tensor(text_ids, dtype=torch.long, device=device),
-        index.to(device),
-        torch.tensor([len(row) for row in rows], device=device),
-        torch.tensor(response_rows, dtype=torch.long, device=device),
-        torch.tensor([t for r in responses for t in r], dtype=torch.long, device=device),
-        [len(r) for r in responses],
-        empty,
-    )
+    response_ids = [t for r in responses for t in r]
+    plans = [torch.tensor(p, dtype=torch.long) for p in (text_ids, [len(r) for r in rows], response_rows, response_ids)]
+    text, lengths, rows_of_responses, ids_of_responses, index = on_device([*plans, index], torch.device(device))
+    return BatchLayout(text, index, lengths, rows_of_responses, ids_of_responses, [len(r) for r in responses], empty)
+
+
+def on_device(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors of one type that lie on the CPU, in one transfer that the CPU does not wait for."""
+    if device.type == "cpu":
+        return tensors
+    flat = torch.cat([t.flatten() for t in tensors])
+    flat = (flat.pin_memory() if device.type == "cuda" else flat).to(device, non_blocking=True)
+    parts = flat.split([t.numel() for t in tensors])
+    return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
 
 
 def _positions(span: SpeechSpan, centers: list[float], audio_seconds: float, frame_seconds: float) -> list[int]:

@@ -1,9 +1,11 @@
 """The LLM's input from pieces of text and speech."""
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_mtbi.data.interleaving import SpeechSpan
-from nemo_mtbi.models.layout import lay_out_batch
+from nemo_mtbi.models.layout import lay_out_batch, on_device
 
 pytestmark = pytest.mark.unit
 
@@ -16,3 +18,19 @@ def test_positions_are_partitioned_by_adjacent_spans():
     layout = lay_out_batch([together], [[7]], [30], [centers], [2.4], 0.02)
     assert layout.index[0].tolist() == list(range(30))
     assert layout.response_rows.tolist() == [29] and layout.response_ids.tolist() == [7]
+
+
+def test_a_layout_goes_to_its_device_in_one_transfer():
+    class Transfers(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function is torch.ops.aten._to_copy.default and (kwargs or {}).get("device") is not None
+            return function(*args, **(kwargs or {}))
+
+    tensors = [torch.arange(6).view(2, 3), torch.empty(0, dtype=torch.long), torch.tensor([5])]
+    with Transfers() as transfers:
+        moved = on_device(tensors, torch.device("meta"))
+    assert transfers.count == 1
+    assert [(t.device.type, t.shape) for t in moved] == [("meta", t.shape) for t in tensors]
+    assert on_device(tensors, torch.device("cpu")) is tensors

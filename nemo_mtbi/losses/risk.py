@@ -4,7 +4,7 @@ A hypothesis is a discrete text, so the LLM's loss on it has no gradient to the 
 
     R_b = sum_s q_bs r_bs,      q_bs = P(h_bs) / sum_t P(h_bt),      dR_b = sum_s q_bs (r_bs - R_b) d log P(h_bs)
 
-over different hypotheses h; P of one that was cut off is that of its beginning. Letters: B utterances, S hypotheses.
+over different hypotheses h, each with its end. Letters: B utterances, S hypotheses.
 """
 
 import torch

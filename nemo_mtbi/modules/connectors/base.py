@@ -49,12 +49,10 @@ class Hypotheses:
     Attributes:
         tokens: S lists of the B utterances' tokens, in the connector's own vocabulary.
         speech: of each of the S lists, what the LLM would read.
-        ended: of each of the S lists, whether the B hypotheses end by themselves; others were cut off.
         usable: (B,) utterances whose hypotheses can be scored by ``risk_loss``.
     """
 
     tokens: list[list[list[int]]]
-    ended: list[list[bool]]
     speech: list[SpeechEmbeddings]
     usable: Tensor
 

@@ -253,7 +253,7 @@ class WhisperDecoderConnector(TokenConnector):
         """features (B, T, D), lengths (B,) -> greedy transcripts."""
         windows, sizes, owners = self._windows(features, lengths)
         with evaluation_mode(self):
-            tokens, _, _ = self._write(*self._encode(windows, sizes))
+            tokens, _ = self._write(*self._encode(windows, sizes))
         texts: list[list[str]] = [[] for _ in lengths]
         for owner, own in zip(owners, tokens, strict=True):
             texts[owner[0]].append(self.tokenizer.decode(own).strip())
@@ -326,9 +326,8 @@ class WhisperDecoderConnector(TokenConnector):
     @torch.no_grad()
     def _write(
         self, features: Tensor, sizes: Tensor, temperature: float | None = None
-    ) -> tuple[list[list[int]], Tensor, list[bool]]:
-        """Tokens of each window, the states (W, N + 1, D) that predicted them and the end, and whether each has ended
-        by itself rather than by the limit of its length. In evaluation mode.
+    ) -> tuple[list[list[int]], Tensor]:
+        """Tokens of each window, and the states (W, N + 1, D) that predicted them and the end. In evaluation mode.
 
         The most likely tokens; with a temperature, sampled ones.
         """
@@ -341,7 +340,6 @@ class WhisperDecoderConnector(TokenConnector):
         written: list[Tensor] = []
         states: list[Tensor] = []
         done = torch.zeros(len(sizes), dtype=torch.bool, device=features.device)
-        cut_off = done.clone()
         while True:
             step = self._step(ids, begin, features, mask, cache)
             if self.no_speech_id is not None and not states:
@@ -357,16 +355,13 @@ class WhisperDecoderConnector(TokenConnector):
             else:
                 chosen = (logits / temperature).softmax(-1).multinomial(1)[:, 0]
             best = self.agreed(chosen)
-            full = limits <= len(states) - 1
-            cut_off |= full & ~done & (best != self.eos_id)
-            done |= full | (best == self.eos_id)
+            done |= (best == self.eos_id) | (limits <= len(states) - 1)
             if bool(done.all()):
                 break
             ids = best.masked_fill(done, self.eos_id)[:, None]
             written.append(ids)
         rows = torch.cat(written, 1).tolist() if written else [[] for _ in sizes]
-        tokens = [own[: own.index(self.eos_id)] if self.eos_id in own else own for own in rows]
-        return tokens, torch.stack(states, 1), (~cut_off).tolist()
+        return [own[: own.index(self.eos_id)] if self.eos_id in own else own for own in rows], torch.stack(states, 1)
 
     # -- connector ------------------------------------------------------------------------------------------------
 
@@ -374,7 +369,7 @@ class WhisperDecoderConnector(TokenConnector):
         windows, sizes, owners = self._windows(features, lengths)
         with evaluation_mode(self):
             encoded, heard = self._encode(windows, sizes)
-            tokens, states, _ = self._write(encoded, heard)
+            tokens, states = self._write(encoded, heard)
             if torch.is_grad_enabled():
                 states = self._forced_states(encoded, heard, tokens)
         return self._read(tokens, states, sizes, owners, starts or [True] * len(lengths))
@@ -433,22 +428,22 @@ class WhisperDecoderConnector(TokenConnector):
         windows, sizes, owners = self._windows(features, lengths)
         place = {utterance: window for window, (utterance, first) in enumerate(owners) if first == 0}
         several = {utterance for utterance, first in owners if first > 0}
-        tokens, speech, ended = [], [], []
+        tokens, speech = [], []
         with evaluation_mode(self):
             encoded, heard = self._encode(windows, sizes)
             for index in range(count):
-                written, states, whole = self._write(encoded, heard, temperature if index else None)
+                written, states = self._write(encoded, heard, temperature if index else None)
                 tokens.append([written[place[row]] for row in range(len(lengths))])
-                ended.append([whole[place[row]] for row in range(len(lengths))])
                 speech.append(self._read(written, states, sizes, owners, [True] * len(lengths)))
         usable = torch.tensor([row not in several for row in range(len(lengths))])
-        return Hypotheses(tokens, ended, speech, usable.to(features.device))
+        return Hypotheses(tokens, speech, usable.to(features.device))
 
     def risk_loss(self, features: Tensor, lengths: Tensor, hypotheses: Hypotheses, risks: Tensor) -> Tensor:
         head, repeats, usable = Head(self._output_weight()), len(hypotheses.tokens), hypotheses.usable
-        samples = [list(zip(*pair, strict=True)) for pair in zip(hypotheses.tokens, hypotheses.ended, strict=True)]
-        # A text that was cut off is the beginning of many: no end is part of its probability.
-        targets = [[*own, self.eos_id] if ended else own for sample in samples for own, ended in sample]  # (S, B)
+        samples = hypotheses.tokens
+        # The probability of the text that the LLM read, its end included, also where its length was cut off: that of a
+        # mere beginning would be no rival of whole texts, and a loop would take all of the share.
+        targets = [[*own, self.eos_id] for sample in samples for own in sample]  # (S, B)
         again = [
             [own in [other[row] for other in samples[:index]] for row, own in enumerate(sample)]
             for index, sample in enumerate(samples)

@@ -55,40 +55,26 @@ def test_the_first_reading_is_the_connectors_own_and_the_others_differ(model):
         assert [row[:n] for row, n in zip(speech.labels.tolist(), speech.lengths, strict=True)] == ids
 
 
-def test_what_is_cut_off_says_so(model):
-    connector, features, lengths, found = readings(model)
-    limit = connector.max_tokens - 1
-    for sample, whole in zip(found.tokens, found.ended, strict=True):
-        assert all(ended or len(own) > 0 for own, ended in zip(sample, whole, strict=True))
-    connector = copy.deepcopy(connector)
-    connector.suppressed[:, connector.eos_id] = -torch.inf  # it cannot end
-    found = connector.hypotheses(features, lengths, 2, 1.0)
-    assert not any(map(any, found.ended)) and all(len(own) <= limit for sample in found.tokens for own in sample)
-
-
 def test_a_text_that_comes_twice_counts_once(model):
     connector, features, lengths, found = readings(model)
     risks = torch.rand(3, 3, generator=torch.Generator().manual_seed(1))
     order = [0, 1, 0, 2, 1]
-    more = replace(found, tokens=[found.tokens[i] for i in order], ended=[found.ended[i] for i in order])
+    more = replace(found, tokens=[found.tokens[i] for i in order])
     once = connector.risk_loss(features, lengths, found, risks)
     assert float(connector.risk_loss(features, lengths, more, risks[:, order])) == pytest.approx(float(once), rel=1e-5)
 
 
-@pytest.mark.parametrize("ended", [None, True, False])
-def test_value_and_gradient_are_the_plain_ones(model, ended):
+def test_value_and_gradient_are_the_plain_ones(model):
     """Expected risk from log-probabilities under teacher forcing, one hypothesis at a time, by autograd."""
     connector, features, lengths, found = readings(model)
-    if ended is not None:
-        found.ended = [[ended] * 3] * 3
     risks = torch.rand(3, 3, generator=torch.Generator().manual_seed(1))
     connector.train()
     plain = 0.0
     with evaluation_mode(connector):
         for row in range(3):
             log_probs = []
-            for sample, ended in zip(found.tokens, found.ended, strict=True):
-                own = [*sample[row], connector.eos_id] if ended[row] else sample[row]
+            for sample in found.tokens:
+                own = [*sample[row], connector.eos_id]
                 encoded, sizes = connector._encode(features[row : row + 1], lengths[row : row + 1])
                 ids = torch.tensor([[*connector.prompt_ids, *own[:-1]]])
                 states = connector._step(ids, 0, encoded[:, : int(sizes)], None, None)[
@@ -128,8 +114,8 @@ def test_the_term_is_divided_by_utterances(tiny_llm, tiny_whisper, monkeypatch):
 
     def without_chance(self, features, sizes, temperature=None):
         """Samples that do not depend on the batch."""
-        tokens, states, ended = written(self, features, sizes)
-        return [own[: len(own) // 2] if temperature else own for own in tokens], states, ended
+        tokens, states = written(self, features, sizes)
+        return [own[: len(own) // 2] if temperature else own for own in tokens], states
 
     monkeypatch.setattr(type(connector), "_write", without_chance)
     logged = {}

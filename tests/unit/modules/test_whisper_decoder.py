@@ -59,7 +59,7 @@ def test_greedy_tokens_are_transformers(model, tiny_whisper):
     whisper = WhisperForConditionalGeneration.from_pretrained(tiny_whisper).eval()
     connector = model.perception.modality_adapter
     features = torch.randn(2, 1500, 32, generator=torch.Generator().manual_seed(0))
-    tokens, states, _ = connector._write(features, torch.tensor([1500, 1500]))
+    tokens, states = connector._write(features, torch.tensor([1500, 1500]))
     ids = whisper.generate(
         encoder_outputs=BaseModelOutput(features),
         generation_config=whisper.generation_config,
@@ -131,7 +131,7 @@ def test_a_batch_without_a_usable_transcript_has_a_graph(connector):
 
 
 def test_silence_is_read_as_nothing_heard(connector, monkeypatch):
-    monkeypatch.setattr(connector, "_write", lambda f, s: ([[]] * len(s), torch.zeros(len(s), 1, 32), [True] * len(s)))
+    monkeypatch.setattr(connector, "_write", lambda f, s: ([[]] * len(s), torch.zeros(len(s), 1, 32)))
     with torch.no_grad():
         speech = connector.connect(torch.randn(2, 50, 32), torch.tensor([50, 30]))
     tokenizer, _ = connector._language_model

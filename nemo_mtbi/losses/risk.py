@@ -4,7 +4,7 @@ A hypothesis is a discrete text, so the LLM's loss on it has no gradient to the 
 
     R_b = sum_s q_bs r_bs,      q_bs = P(h_bs) / sum_t P(h_bt),      dR_b = sum_s q_bs (r_bs - R_b) d log P(h_bs)
 
-over different hypotheses h, each with its end. Letters: B utterances, S hypotheses.
+Letters: B utterances, S hypotheses of each.
 """
 
 import torch
@@ -15,7 +15,7 @@ def expected_risk(log_probs: Tensor, risks: Tensor) -> tuple[Tensor, Tensor]:
     """Expected risk and its gradient by the hypotheses' log-probabilities.
 
     Args:
-        log_probs: (B, S) of the hypotheses; -inf for one that repeats another.
+        log_probs: (B, S) of the hypotheses.
         risks: (B, S).
 
     Returns:

@@ -440,14 +440,7 @@ class WhisperDecoderConnector(TokenConnector):
 
     def risk_loss(self, features: Tensor, lengths: Tensor, hypotheses: Hypotheses, risks: Tensor) -> Tensor:
         head, repeats, usable = Head(self._output_weight()), len(hypotheses.tokens), hypotheses.usable
-        samples = hypotheses.tokens
-        # The probability of the text that the LLM read, its end included, also where its length was cut off: that of a
-        # mere beginning would be no rival of whole texts, and a loop would take all of the share.
-        targets = [[*own, self.eos_id] for sample in samples for own in sample]  # (S, B)
-        again = [
-            [own in [other[row] for other in samples[:index]] for row, own in enumerate(sample)]
-            for index, sample in enumerate(samples)
-        ]
+        targets = [[*own, self.eos_id] for sample in hypotheses.tokens for own in sample]  # (S, B)
         with evaluation_mode(self):
             encoded, heard = self._encode(features[:, : self.window], lengths.clamp_max(self.window))
             states = self._forced_states(
@@ -460,9 +453,7 @@ class WhisperDecoderConnector(TokenConnector):
         with torch.no_grad():
             losses = imitation_loss(rows.detach(), head, ids, CROSS_ENTROPY).per_token
             log_probs = -losses.new_zeros(len(targets)).index_add(0, owner, losses)
-            shares = log_probs.unflatten(0, (repeats, -1))
-            shares = shares.masked_fill(torch.tensor(again, device=shares.device), -torch.inf)  # each text counts once
-            expected, slopes = expected_risk(shares.t(), risks)
+            expected, slopes = expected_risk(log_probs.unflatten(0, (repeats, -1)).t(), risks)
             weights = -(slopes * usable[:, None]).t().flatten()[owner]
         # The expected risk has the gradient of its log-probabilities weighted by their slopes.
         weighted = imitation_loss(rows, head, ids, CROSS_ENTROPY, token_weights=weights).loss

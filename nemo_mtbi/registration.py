@@ -45,8 +45,6 @@ class ChatMLPromptFormatter(PromptFormatter):
 class ChatTemplatePromptFormatter(ChatTemplateFormat, PromptFormatter):
     """The chat template that the LLM's own tokenizer carries, for NeMo's data pipeline too."""
 
-    NAME, OUTPUT_ROLE, TEMPLATE = ChatTemplateFormat.NAME, ChatTemplateFormat.OUTPUT_ROLE, ChatTemplateFormat.TEMPLATE
-
 
 @registered_prompt_format_fn(MTBIConversation)
 def tokenize_mtbi_conversation(example: MTBIConversation, prompt: PromptFormatter, **_: Any) -> dict[str, Any]:

@@ -41,16 +41,19 @@ def open_speech_llm(path: str | Path, tensor_model_parallel_size: int = 1) -> Sp
         CheckpointError: missing, damaged, hostile, or another kind of model.
     """
     path = Path(path)
-    if tensor_model_parallel_size == 1 and not (path / "model.json").is_file():
-        with export_folder(path) as folder:
-            names = checked_directory(folder)
-            if needs_no_nemo(json.loads((folder / CONFIG).read_text())):
-                model = ExportedSpeechLLM(folder)
-                require_every_weight(model, folder, names)
-                return model
-    from nemo_mtbi.models import MTBISALM  # start-up: NeMo
+    if tensor_model_parallel_size > 1 or (path / "model.json").is_file():
+        from nemo_mtbi.models import MTBISALM  # start-up: NeMo
 
-    return MTBISALM.restore_from(path, tensor_model_parallel_size=tensor_model_parallel_size)
+        return MTBISALM.restore_from(path, tensor_model_parallel_size=tensor_model_parallel_size)
+    with export_folder(path) as folder:  # a .nemo file is unpacked once, whatever opens it
+        names = checked_directory(folder)
+        if not needs_no_nemo(json.loads((folder / CONFIG).read_text())):
+            from nemo_mtbi.models import MTBISALM
+
+            return MTBISALM.from_pretrained(folder)
+        model = ExportedSpeechLLM(folder)
+        require_every_weight(model, folder, names)
+        return model
 
 
 def needs_no_nemo(cfg: dict[str, Any]) -> bool:

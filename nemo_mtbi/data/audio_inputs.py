@@ -1,13 +1,14 @@
 """What a user names as audio (files, folders, NeMo manifests, lists of them) as recordings, or parts of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nemo_mtbi.data.audio import audio_files, load_waveform
+from nemo_mtbi.data.audio import audio_files
+from nemo_mtbi.data.audio_stream import open_audio
 from nemo_mtbi.data.manifest import read_manifest
 from nemo_mtbi.errors import DataError
 
@@ -35,15 +36,15 @@ class AudioInput:
         end = "end" if self.duration_seconds is None else f"{self.offset_seconds + self.duration_seconds:g} s"
         return f"{self.path} ({self.offset_seconds:g} s to {end})"
 
-    def load(self, sampling_rate: int) -> np.ndarray:
-        """float32 mono samples (S,).
+    def open(self, sampling_rate: int) -> Iterable[np.ndarray]:
+        """The recording in blocks, see :func:`nemo_mtbi.data.audio_stream.open_audio`.
 
         Raises:
             DataError: a broken line, or audio that cannot be read.
         """
         if self.problem is not None:
             raise DataError(self.problem)
-        return load_waveform(self.path, sampling_rate, self.offset_seconds, self.duration_seconds)
+        return open_audio(self.path, sampling_rate, self.offset_seconds, self.duration_seconds)
 
     def to_dict(self) -> dict[str, Any]:
         """As a NeMo manifest names it, with ``audio`` for the path."""

@@ -9,9 +9,10 @@ from lhotse import CutSet
 from nemo.collections.common.prompts import PromptFormatter
 
 from nemo_mtbi.data.audio import collate_waveforms, mono_samples
+from nemo_mtbi.data.audio_windows import Windows
 from nemo_mtbi.data.conversation import MTBIConversation, transcript
 from nemo_mtbi.data.example import Example
-from nemo_mtbi.data.feature_cache import FEATURES_FIELD, load_array
+from nemo_mtbi.data.feature_cache import FEATURES_FIELD, load_array, windows_of
 from nemo_mtbi.data.interleaving import timeline
 from nemo_mtbi.data.rendering import PromptRenderer
 from nemo_mtbi.data.target import TEACHER_IDS_FIELD, TEACHER_LOG_PROBS_FIELD, Target
@@ -25,8 +26,8 @@ class MTBIDataset(torch.utils.data.Dataset):
 
     - ``examples``: list of B :class:`nemo_mtbi.data.example.Example`.
     - ``audios`` (B, S) float32, zero-padded, and ``audio_lens`` (B,) int64 samples; absent with cached features.
-    - ``encoder_features`` (B, T, D) bfloat16, zero-padded, and ``encoder_feature_lens`` (B,); only with cached
-      features.
+    - ``encoder_features`` (N, T, D) bfloat16, zero-padded, and ``encoder_feature_lens`` (N,); only with cached
+      features. N is B, unless ``windows`` (:class:`nemo_mtbi.data.audio_windows.Windows`) says whose windows they are.
     - ``teacher_ids`` (R, K) int64 and ``teacher_log_probs`` (R, K) float32: the teacher's top-k of all R response
       tokens of the batch, in order; absent unless every example has them.
 
@@ -65,9 +66,7 @@ class MTBIDataset(torch.utils.data.Dataset):
         batch: dict[str, Any] = {}
         items: list[MTBIConversation] = list(conversations)
         if self.cached_features:
-            features = [load_array(c.cut, FEATURES_FIELD, self.encoder_key) for c in items]
-            batch["encoder_features"] = torch.nn.utils.rnn.pad_sequence(features, batch_first=True)
-            batch["encoder_feature_lens"] = torch.tensor([len(f) for f in features])
+            batch |= self._features(items)
         else:
             items, waveforms = self._readable(items)
             if not items:
@@ -77,6 +76,18 @@ class MTBIDataset(torch.utils.data.Dataset):
         if self.teacher_temperature is not None and all(c.target and c.target.teacher_begin >= 0 for c in items):
             batch |= self._teacher(items)
         return batch
+
+    def _features(self, items: list[MTBIConversation]) -> dict[str, Any]:
+        """Encoder features from the cache."""
+        begins = [windows_of(item.cut) for item in items]
+        rows: list[torch.Tensor] = []
+        for item, own in zip(items, begins, strict=True):
+            rows += load_array(item.cut, FEATURES_FIELD, self.encoder_key).tensor_split(own[1:])
+        return {
+            "encoder_features": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
+            "encoder_feature_lens": torch.tensor([len(row) for row in rows]),
+            "windows": Windows.of(begins),
+        }
 
     def _readable(self, items: list[MTBIConversation]) -> tuple[list[MTBIConversation], list[np.ndarray]]:
         """The conversations whose audio can be read, and the audio (S,) of each."""

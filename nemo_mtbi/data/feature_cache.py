@@ -11,9 +11,15 @@ from lhotse.cut import Cut
 from nemo_mtbi.errors import DataError
 from nemo_mtbi.io import array_storage as array_storage  # registers the storage with Lhotse
 
+WINDOW_SECONDS = 30  # of the encoder, unless its key says otherwise
 FEATURES_FIELD = "encoder_features"
 KEY_FIELD = "encoder_features_key"
 AUDIO_FIELD = "encoder_features_audio"
+
+
+def windows_field(field: str) -> str:
+    """Field with the frames at which the windows of the features in ``field`` begin; absent where there is one."""
+    return f"{field}_windows"
 
 
 def features_key(cut: Cut, encoder_key: str) -> str:
@@ -23,8 +29,8 @@ def features_key(cut: Cut, encoder_key: str) -> str:
     """
     digest = hashlib.blake2b(encoder_key.encode(), digest_size=12)
     digest.update(f"{cut.start}/{cut.duration}/{cut.sampling_rate}".encode())
-    if cut.duration > 30:  # once the first windows had 30 s and the last what was left
-        digest.update(b"equal windows")
+    if cut.duration > WINDOW_SECONDS:  # once windows were equal
+        digest.update(b"quiet cuts")
     if cut.num_channels != 1 or cut.sampling_rate != 16_000:  # once channels were averaged always, and Lhotse resampled
         digest.update(b"mono, soxr")
     if getattr(cut, "has_recording", False) and cut.recording.transforms:  # speed, volume, ...
@@ -47,6 +53,11 @@ def audio_identity(cut: Cut) -> str | None:
     if not files or len(files) < len(sources) or not all(file.exists() for file in files):
         return None
     return ",".join(f"{stat.st_size}/{stat.st_mtime_ns}" for stat in (file.stat() for file in files))
+
+
+def windows_of(cut: Cut) -> list[int]:
+    """Frames at which the windows of the cut's cached features begin."""
+    return list((cut.custom or {}).get(windows_field(FEATURES_FIELD), [0]))
 
 
 def load_array(cut: Cut, field: str, encoder_key: str | None) -> torch.Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 from lhotse.cut import Cut
 
-from nemo_mtbi.data.feature_cache import FEATURES_FIELD
+from nemo_mtbi.data.feature_cache import FEATURES_FIELD, windows_field
 from nemo_mtbi.errors import ConfigError
 
 
@@ -40,10 +40,13 @@ def perturbed(cut: Cut, factor: float) -> Cut:
     if factor == 1:
         return cut
     custom = dict(cut.custom or {})
-    features = custom.pop(features_field(factor), None)
-    custom.pop(FEATURES_FIELD, None)
+    field = features_field(factor)
+    for name, own in ((FEATURES_FIELD, field), (windows_field(FEATURES_FIELD), windows_field(field))):
+        custom.pop(name, None)
+        if own in custom:
+            custom[name] = custom.pop(own)
     result = cut.perturb_speed(factor, affix_id=False)
-    result.custom = custom if features is None else {**custom, FEATURES_FIELD: features}
+    result.custom = custom
     return result
 
 

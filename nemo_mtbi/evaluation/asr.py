@@ -11,16 +11,18 @@ from lhotse.cut import Cut
 
 from nemo_mtbi import console
 from nemo_mtbi.data.audio import mono_samples
+from nemo_mtbi.data.audio_windows import audio_windows
 from nemo_mtbi.data.feature_cache import features_key
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.modules.perception import is_whisper
+from nemo_mtbi.modules.whisper import HOP_SAMPLES, SAMPLE_RATE, SUBSAMPLING, WINDOW_SECONDS
 from nemo_mtbi.pretrained.fingerprint import fingerprint
 from nemo_mtbi.pretrained.offline import resolve_pretrained
 
 log = logging.getLogger(__name__)
 
-RATE, WINDOW_SECONDS = 16_000, 30
+RATE = SAMPLE_RATE
 
 
 class WhisperASR:
@@ -64,15 +66,17 @@ class WhisperASR:
 
     @torch.no_grad()
     def transcripts(self, waveforms: list[np.ndarray]) -> list[str]:
-        """Transcripts of waveforms (S,) at 16 kHz; longer ones than 30 s are read in windows of that length."""
-        size = WINDOW_SECONDS * RATE
-        windows = [(k, w[i : i + size]) for k, w in enumerate(waveforms) for i in range(0, max(1, len(w)), size)]
+        """Transcripts of waveforms (S,) at 16 kHz; longer ones than 30 s are cut as the speech LLM's are."""
+        options = RATE, WINDOW_SECONDS * RATE, HOP_SAMPLES * SUBSAMPLING
+        windows = [(k, w.samples) for k, own in enumerate(waveforms) for w in audio_windows([own], *options)]
         model, extractor, tokenizer = self.parts
-        features = extractor([w for _, w in windows], sampling_rate=RATE, return_tensors="pt").input_features
-        ids = model.generate(input_features=features.to(model.device))
         texts: list[list[str]] = [[] for _ in waveforms]
-        for (k, _), text in zip(windows, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
-            texts[k].append(text.strip())
+        for begin in range(0, len(windows), self.batch_size):
+            part = windows[begin : begin + self.batch_size]
+            features = extractor([w for _, w in part], sampling_rate=RATE, return_tensors="pt").input_features
+            ids = model.generate(input_features=features.to(model.device))
+            for (k, _), text in zip(part, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
+                texts[k].append(text.strip())
         return [" ".join(t).strip() for t in texts]
 
     @cached_property

@@ -1,5 +1,7 @@
 """Ask an exported speech LLM about recordings. See conf/generate.yaml."""
 
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,15 @@ from nemo_mtbi.errors import CheckpointError, ConfigError, DataError
 from nemo_mtbi.examples._generate_arguments import to_overrides
 from nemo_mtbi.examples._launcher import launcher
 
+LONG_SECONDS = 60  # of audio, from which on a progress bar is shown
+
 
 @launcher("generate", arguments=to_overrides)
 def main(cfg: DictConfig) -> None:
     paths, questions = (list(v) if OmegaConf.is_list(v) else [v] for v in (cfg.audio, cfg.prompt))
     check(cfg, paths, questions)
-    from nemo_mtbi.data.audio import collate_waveforms
     from nemo_mtbi.data.audio_inputs import audio_inputs
+    from nemo_mtbi.data.audio_stream import gaps_of, seconds_of
     from nemo_mtbi.io import jsonl
     from nemo_mtbi.models.exported import open_speech_llm
     from nemo_mtbi.parallel.launch import chosen_device, is_first_rank
@@ -27,15 +31,15 @@ def main(cfg: DictConfig) -> None:
     size = cfg.tensor_model_parallel_size
     device = chosen_device(str(cfg.device), size, "generate")
     model = open_speech_llm(cfg.model, tensor_model_parallel_size=size).to(device)
-    if cfg.max_positions is not None:
-        model.limit_positions(cfg.max_positions)
+    if cfg.max_positions is not None or cfg.positions_per_second is not None:
+        model.limit_positions(cfg.max_positions, cfg.positions_per_second)
     records: list[dict[str, Any]] = []
     failed = 0
     for begin in range(0, len(inputs), cfg.batch_size):
         loaded = []
         for source in inputs[begin : begin + cfg.batch_size]:
             try:
-                loaded.append((source, source.load(model.sampling_rate)))
+                loaded.append((source, source.open(model.sampling_rate)))
             except DataError as error:
                 if len(inputs) == 1:
                     raise
@@ -43,13 +47,21 @@ def main(cfg: DictConfig) -> None:
                 console.tell(f"{source} is left out: {error}")
         if not loaded:
             continue
-        audios, lengths = collate_waveforms([w for _, w in loaded])
+        audios = [audio for _, audio in loaded]
+        seconds = sum(seconds_of(audio, model.sampling_rate) for audio in audios)
+        with console.progress(total=round(seconds), desc="listening", unit="s", disable=seconds < LONG_SECONDS) as bar:
+            heard = model.listen(audios, on_heard=partial(advance, bar))
+        gaps = {source: gaps_of(audio) for source, audio in loaded if gaps_of(audio)}
+        for source, missing in gaps.items():
+            console.tell(f"{source} cannot be read from {', from '.join(map(str, missing))}; the rest is answered.")
         options = {"max_new_tokens": cfg.max_new_tokens, "do_sample": cfg.do_sample}
         for question in questions:
-            ids = model.generate([[model.user_turn(question)] for _ in loaded], audios, lengths, **options)
+            ids = model.generate([[model.user_turn(question)] for _ in loaded], heard, **options)
             for (source, _), row in zip(loaded, ids, strict=True):
                 answer = model.tokenizer.tokenizer.decode(row, skip_special_tokens=True).strip()
                 record = {**source.to_dict(), "prompt": question, "answer": answer}
+                if source in gaps:
+                    record["gaps"] = [asdict(gap) for gap in gaps[source]]
                 records.append(record)
                 if cfg.json:
                     console.say(jsonl.dumps(record))
@@ -77,12 +89,20 @@ def check(cfg: DictConfig, paths: list[Any], questions: list[Any]) -> None:
     for key in ("max_new_tokens", "batch_size", "tensor_model_parallel_size", *optional):
         if type(cfg[key]) is not int or cfg[key] < 1:
             raise ConfigError(f"{key}={cfg[key]}: give a whole number of at least 1.")
+    rate = cfg.positions_per_second
+    if rate is not None and not (type(rate) in (int, float) and rate > 0):
+        raise ConfigError(f"positions_per_second={rate}: give a number above 0.")
     if not questions:
         raise ConfigError("prompt is empty; give a question, or prompt='' for the speech alone.")
     if not Path(str(cfg.model)).exists():
         raise CheckpointError(f"There is no model {cfg.model}: a .nemo file, an exported directory or a training run.")
     if not any(Path(str(path)).exists() for path in paths):
         raise DataError(f"There is no audio file {', '.join(map(str, paths[:3]))}.")
+
+
+def advance(bar: Any, done: float) -> None:
+    """A progress bar to ``done`` seconds."""
+    bar.update(round(done) - bar.n)
 
 
 def one_line(text: str) -> str:

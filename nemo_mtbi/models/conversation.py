@@ -1,7 +1,7 @@
 """Conversations: several turns, each with any number of audios, whole answers or pieces of text as they come."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from nemo_mtbi.data.audio import collate_waveforms, load_waveform
+from nemo_mtbi.data.audio_stream import open_audio
 
 Audio = str | Path | np.ndarray | Tensor
 
@@ -49,7 +49,7 @@ class Conversation:
     def __init__(self, model: ConversationModel, system: str | None = None) -> None:
         self.model = model
         self.messages: list[dict[str, Any]] = [{"role": "system", "content": [system]}] if system else []
-        self.waveforms: list[np.ndarray | Tensor] = []
+        self.audios: list[Iterable[np.ndarray]] = []
 
     def ask(self, prompt: str, audio: Audio | Sequence[Audio] = (), **generation: Any) -> str:
         """The answer to the next question.
@@ -62,15 +62,15 @@ class Conversation:
         Raises:
             DataError: an audio cannot be read.
         """
-        messages, waveforms, options = self._next(prompt, audio, generation)
+        messages, audios, options = self._next(prompt, audio, generation)
         ids = self.model.generate([messages], **options)
         answer = self.model.tokenizer.tokenizer.decode(ids[0], skip_special_tokens=True).strip()
-        self._remember(messages, waveforms, answer)
+        self._remember(messages, audios, answer)
         return answer
 
     def stream(self, prompt: str, audio: Audio | Sequence[Audio] = (), **generation: Any) -> Iterator[str]:
         """:meth:`ask`, in pieces as they are generated; leaving the iterator early stops the generation."""
-        messages, waveforms, options = self._next(prompt, audio, generation)
+        messages, audios, options = self._next(prompt, audio, generation)
         streamer = TextIteratorStreamer(self.model.tokenizer.tokenizer, skip_special_tokens=True)
         stopped, failed = Stopped(), []
 
@@ -93,24 +93,28 @@ class Conversation:
             stopped.event.set()
             thread.join()
             if not failed:
-                self._remember(messages, waveforms, "".join(pieces).strip())
+                self._remember(messages, audios, "".join(pieces).strip())
         if failed:
             raise failed[0]
 
     def _next(
         self, prompt: str, audio: Any, generation: dict[str, Any]
     ) -> tuple[list[dict[str, Any]], list[Any], dict[str, Any]]:
-        """Messages and waveforms with the question added, and the other arguments of ``MTBISALM.generate``."""
-        audios = [audio] if isinstance(audio, str | Path | np.ndarray | Tensor) else list(audio)
-        rate = self.model.sampling_rate
-        own = [load_waveform(a, rate) if isinstance(a, str | Path) else a for a in audios]
+        """Messages and audios with the question added, and the other arguments of ``MTBISALM.generate``."""
+        given = [audio] if isinstance(audio, str | Path | np.ndarray | Tensor) else list(audio)
+        own = [self._open(a) for a in given]
         messages = [*self.messages, self.model.user_turn(prompt, len(own))]
-        waveforms = [*self.waveforms, *own]
+        audios = [*self.audios, *own]
         options = {"max_new_tokens": 128, **generation}
-        if waveforms:
-            options["audios"], options["audio_lens"] = collate_waveforms(waveforms)
-        return messages, waveforms, options
+        if audios:
+            options["audios"] = audios
+        return messages, audios, options
 
-    def _remember(self, messages: list[dict[str, Any]], waveforms: list[Any], answer: str) -> None:
+    def _open(self, audio: Audio) -> Iterable[np.ndarray]:
+        if isinstance(audio, str | Path):
+            return open_audio(audio, self.model.sampling_rate)
+        return [torch.as_tensor(audio, dtype=torch.float32).cpu().numpy()]
+
+    def _remember(self, messages: list[dict[str, Any]], audios: list[Any], answer: str) -> None:
         self.messages = [*messages, {"role": "assistant", "content": [answer]}]
-        self.waveforms = waveforms
+        self.audios = audios

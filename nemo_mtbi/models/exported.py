@@ -24,7 +24,7 @@ from nemo_mtbi.config import model_config
 from nemo_mtbi.data.chat_template import ChatTemplateFormat
 from nemo_mtbi.errors import CheckpointError
 from nemo_mtbi.models.generation import SpeechLLM
-from nemo_mtbi.modules.perception import connector_of, encoder_frame_seconds, fusion_of
+from nemo_mtbi.modules.perception import connector_of, encoder_frame_seconds, fusion_of, window_seconds
 
 OWN_PARTS = "nemo_mtbi.modules."
 
@@ -80,7 +80,7 @@ class Perception(nn.Module):
         self.modality_adapter = own_part(cfg.modality_adapter)
         self.proj = nn.Identity()
         self.spec_augmentation = None
-        self.fusion = fusion_of(cfg)
+        self.fusion, self.window_seconds = fusion_of(cfg), window_seconds(cfg)
 
 
 def own_part(cfg: DictConfig) -> nn.Module:

@@ -3,14 +3,14 @@
 Letters: N audios, S samples, B dialogs, L positions, H LLM width.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from nemo_mtbi.data.audio import collate_waveforms, load_waveform
+from nemo_mtbi.data.audio_stream import open_audio
 from nemo_mtbi.data.example import Piece, plan_batch
 from nemo_mtbi.data.interleaving import SpeechSpan
 from nemo_mtbi.data.literal import literal_encoding
@@ -19,10 +19,12 @@ from nemo_mtbi.data.rendering import AudioTag, Message, PromptRenderer
 from nemo_mtbi.errors import DataError
 from nemo_mtbi.models.conversation import Audio, Conversation
 from nemo_mtbi.models.layout import build_inputs
-from nemo_mtbi.models.speech import batch_features, connect, encode, fused
+from nemo_mtbi.models.speech import AudioBlocks, Heard, batch_features, connect, fused, hear
 from nemo_mtbi.modules.causal_lm import end_of_turn, lent_embedding, stop_ids, without_adapters
 from nemo_mtbi.modules.connectors.base import SpeechEmbeddings
-from nemo_mtbi.modules.perception import fusion_of
+from nemo_mtbi.modules.perception import context_of, fusion_of
+
+Audios = Tensor | Sequence[AudioBlocks] | Heard
 
 
 class SpeechLLM(nn.Module):
@@ -46,13 +48,15 @@ class SpeechLLM(nn.Module):
         """The prompt format: what :class:`nemo_mtbi.data.rendering.PromptRenderer` renders with."""
         raise NotImplementedError
 
-    def limit_positions(self, max_positions: int) -> None:
-        """Give the LLM at most that many positions of each audio (see :class:`nemo_mtbi.modules.fusion.Fusion`).
+    def limit_positions(self, max_positions: int | None, per_second: float | None = None) -> None:
+        """Give the LLM at most that many positions of each audio, and of each second of it (see
+        :class:`nemo_mtbi.modules.fusion.Fusion`).
 
         Raises:
-            ConfigError: a number below 1, or a connector whose positions cannot be merged.
+            ConfigError: an impossible number, or a connector whose positions cannot be merged.
         """
-        self.perception.fusion = fusion_of(self.config.perception, {"max_positions": max_positions})
+        options = {"max_positions": max_positions, "per_second": per_second}
+        self.perception.fusion = fusion_of(self.config.perception, options, context_of(self.llm.config))
 
     def stop_ids(self) -> list[int]:
         """Tokens that end an answer: the tokenizer's and the LLM's own."""
@@ -70,7 +74,7 @@ class SpeechLLM(nn.Module):
     def generate(
         self,
         prompts: list[list[dict[str, Any]]],
-        audios: Tensor | None = None,
+        audios: Audios | None = None,
         audio_lens: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         **generation_kwargs: Any,
@@ -82,30 +86,33 @@ class SpeechLLM(nn.Module):
                 content is a string with ``<|audio|>`` where an audio stands, or a list of texts, which are read letter
                 by letter, and :class:`nemo_mtbi.data.rendering.AudioTag`.
             audios, audio_lens: (N, S) waveforms at ``sampling_rate`` and (N,) samples, in the order of the tags;
-                instead of paths.
+                instead of paths. Or ``audios`` alone: N audios in blocks of samples
+                (:mod:`nemo_mtbi.data.audio_stream`), or what :meth:`listen` gave for them.
             generation_config, generation_kwargs: passed to Transformers' ``generate``.
 
         Returns:
             (B, new tokens) token ids, padded on the right.
 
         Raises:
-            DataError: as many audios as ``<|audio|>`` tags are needed; an audio cannot be read.
+            DataError: as many audios as ``<|audio|>`` tags are needed; an audio cannot be read; the LLM's context is
+                too small.
         """
         if audios is None:
             paths = [p for dialog in prompts for m in dialog for p in _as_list(m.get("audio"))]
             if paths:
-                audios, audio_lens = collate_waveforms([load_waveform(p, self.sampling_rate) for p in paths])
+                audios = [open_audio(p, self.sampling_rate) for p in paths]
         pieces, tags = self.prompt_pieces(prompts)
-        if tags != (0 if audios is None else len(audios)):
+        given = 0 if audios is None else len(audios.seconds if isinstance(audios, Heard) else audios)
+        if tags != given:
             raise DataError(
-                f"The dialogs hold {tags} {self.audio_locator_tag} tags, but "
-                f"{0 if audios is None else len(audios)} audios "
+                f"The dialogs hold {tags} {self.audio_locator_tag} tags, but {given} audios "
                 "came with them. Write one tag for each audio."
             )
         training = self.training
         self.eval()
         try:
             inputs, mask, silent = self.dialog_inputs(prompts, pieces, audios, audio_lens)
+            self.require_context(int(mask.sum(1).max()))
             return self._answers(inputs, mask, silent, generation_config, **generation_kwargs)
         finally:
             self.train(training)
@@ -114,16 +121,19 @@ class SpeechLLM(nn.Module):
         self,
         prompts: list[list[dict[str, Any]]],
         pieces: list[list[Piece]],
-        audios: Tensor | None,
-        audio_lens: Tensor | None,
+        audios: Audios | None,
+        audio_lens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, list[bool]]:
         """Embeddings (B, L, H) of dialogs and their :meth:`prompt_pieces`, left-padded; their mask (B, L); and whether
         the audio of each one's last message holds no speech, so that :meth:`nothing_heard_ids` is its answer.
+
+        ``audios``, ``audio_lens``: as :meth:`generate` takes them.
         """
-        speech, seconds = self._speech(audios, audio_lens)
+        heard = self.listen(audios, audio_lens)
         last = [self._parts(dialog[-1]["content"]) for dialog in prompts]
         asked = [_audios_of_message(row, content) for row, content in zip(pieces, last, strict=True)]
-        return *self._left_padded_inputs(pieces, speech, seconds), self._nothing_heard(speech, asked)
+        inputs, mask = self._left_padded_inputs(pieces, heard.speech, heard.seconds)
+        return inputs, mask, self._nothing_heard(heard.speech, asked)
 
     def nothing_heard_ids(self) -> list[int]:
         """The answer to audio without speech (``model.nothing_heard_answer``), end of turn included."""
@@ -174,17 +184,47 @@ class SpeechLLM(nn.Module):
         self, pieces: list[list[Piece]], audios: Tensor | None, audio_lens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Embeddings (B, L, H), left-padded, and their mask (B, L)."""
-        return self._left_padded_inputs(pieces, *self._speech(audios, audio_lens))
+        heard = self.listen(audios, audio_lens)
+        return self._left_padded_inputs(pieces, heard.speech, heard.seconds)
 
-    def _speech(self, audios: Tensor | None, audio_lens: Tensor | None) -> tuple[SpeechEmbeddings, list[float]]:
-        """Audios (N, S), (N,) as the LLM reads them, and their seconds; none without audio."""
+    def require_context(self, positions: int) -> None:
+        """
+        Raises:
+            DataError: the LLM reads fewer positions.
+        """
+        context = context_of(self.llm.config)
+        if context is not None and positions >= context:
+            raise DataError(
+                f"The messages take {positions} positions of the LLM, whose context has {context}. Give less text or "
+                "shorter audio, or a budget for its positions (max_positions)."
+            )
+
+    def listen(
+        self,
+        audios: Audios | None,
+        audio_lens: Tensor | None = None,
+        on_heard: Callable[[float], None] = lambda seconds: None,
+    ) -> Heard:
+        """Audios as the LLM reads them, for any number of questions.
+
+        Args:
+            audios, audio_lens: as :meth:`generate` takes them.
+            on_heard: told how many seconds are done, see :func:`nemo_mtbi.models.speech.hear`.
+
+        Raises:
+            DataError: an audio cannot be read.
+        """
+        if isinstance(audios, Heard):
+            return audios
         device = self.embed_tokens.weight.device
-        if audios is not None and audio_lens is not None:
-            speech = connect(self.perception, *encode(self.perception, audios.to(device), audio_lens.to(device)))
-            seconds = (audio_lens / self.sampling_rate).tolist()
-            return fused(self.perception, speech, seconds), seconds
+        if isinstance(audios, Tensor):
+            assert audio_lens is not None
+            rows = zip(audios.float().cpu(), audio_lens.tolist(), strict=True)
+            audios = [[row[:length].numpy()] for row, length in rows]
+        if audios:
+            return hear(self.perception, audios, device, on_heard)
         empty = torch.zeros(0, 0, self.llm.config.hidden_size, device=device)
-        return SpeechEmbeddings(empty, torch.zeros(0, dtype=torch.long, device=device), empty[..., 0]), []
+        return Heard(SpeechEmbeddings(empty, torch.zeros(0, dtype=torch.long, device=device), empty[..., 0]), [])
 
     def _left_padded_inputs(
         self, pieces: list[list[Piece]], speech: SpeechEmbeddings, seconds: list[float]

@@ -19,8 +19,9 @@ from nemo_mtbi.losses.head import Head
 from nemo_mtbi.losses.imitation import ImitationLoss, imitation_loss
 from nemo_mtbi.losses.objective import CachedTeacher
 from nemo_mtbi.models.layout import BatchLayout
-from nemo_mtbi.models.speech import batch_features, connect, connector_dtype
+from nemo_mtbi.models.speech import batch_features, connect, connector_dtype, windows_start
 from nemo_mtbi.modules.connectors.base import Connector, SpeechEmbeddings
+from nemo_mtbi.modules.connectors.windows import whole_utterances
 from nemo_mtbi.modules.perception import connector_of, encoder_frame_seconds
 from nemo_mtbi.parallel.ranks import summed
 
@@ -125,17 +126,17 @@ def transcript_terms(
     if weights.w_ctc == 0 and weights.w_align == 0:
         return []
     examples: list[Example] = batch["examples"]
-    features, lengths = batch_features(perception, batch)
+    features, lengths, windows = batch_features(perception, batch)
     connector = connector_of(perception) or Connector()
     terms = []
     if weights.w_ctc > 0:
         features = connector_dtype(perception, features)
-        own, _ = connector.transcription_loss(speech, features, lengths, [e.transcript for e in examples])
+        own, _ = connector.transcription_loss(speech, features, lengths, [e.transcript for e in examples], windows)
         terms.append(Term(weights.w_ctc, own, TRANSCRIPT_TOKENS))
     if weights.w_align > 0:
         seconds = encoder_frame_seconds(perception)
         if speech is None:
-            speech = connect(perception, features, lengths)
+            speech = connect(perception, features, lengths, windows)
             if speech.ctc_log_probs is None:  # CTC frames have times of their own
                 speech.centers = connector.word_centers(speech, examples, seconds)
         spoken, text = pooled_words(examples, speech, seconds, embed_tokens)
@@ -151,17 +152,25 @@ def risk_term(
 ) -> Term:
     """Minimum risk over the connector's hypotheses (w_risk): an utterance's risk is the mean loss of a response token.
 
+    Utterances of several windows count, and add none.
+
     Args:
         batch: of :class:`nemo_mtbi.data.dataset.MTBIDataset`.
         perception: encoder and connector.
         config: number and temperature of the samples.
         answer_losses: losses (B,) of the answers where the LLM reads a hypothesis.
     """
-    features, lengths = batch_features(perception, batch)
+    features, lengths, windows = batch_features(perception, batch)
     features, connector = connector_dtype(perception, features), connector_of(perception) or Connector()
-    readings = connector.hypotheses(features, lengths, config.risk_samples, config.risk_temperature)
+    starts = windows_start(windows)
+    readings = connector.hypotheses(features, lengths, config.risk_samples, config.risk_temperature, starts)
     with torch.no_grad():
-        risks = torch.stack([answer_losses(reading) for reading in readings.speech], 1)
+        losses = [answer_losses(whole_utterances(reading, windows)) for reading in readings.speech]
+        risks = torch.stack(losses, 1)
+    if windows is not None:
+        risks = risks * torch.tensor(windows.alone, device=risks.device)[:, None]
+        features, lengths = features[windows.firsts], lengths[windows.firsts]
+        readings.tokens = [[sample[row] for row in windows.firsts] for sample in readings.tokens]
     return Term(config.w_risk, connector.risk_loss(features, lengths, readings, risks), UTTERANCES)
 
 

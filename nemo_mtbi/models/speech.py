@@ -1,21 +1,34 @@
 """Audio to what the LLM reads of it: frozen encoder, connector, and the times by which words are cut out.
 
-Letters: B utterances, S samples, T encoder frames, D encoder width, P connector positions, H LLM width.
+Audio beyond the encoder's window (30 s) is cut where it is quiet. Its windows are rows of their own for encoder and
+connector, in training as in use; their positions are then joined.
+
+Letters: B utterances, N windows of them (B where none is long), S samples, T encoder frames, D encoder width, P
+connector positions, H LLM width.
 """
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from nemo_mtbi.data.audio import collate_waveforms
+from nemo_mtbi.data.audio_windows import Window, Windows, audio_windows
 from nemo_mtbi.data.example import Example, Piece
 from nemo_mtbi.data.interleaving import SpeechSpan
-from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.modules.causal_lm import is_frozen
 from nemo_mtbi.modules.connectors.base import SpeechEmbeddings, uniform_centers
 from nemo_mtbi.modules.connectors.token import TokenConnector
-from nemo_mtbi.modules.perception import connector_of, encoder_frame_seconds
+from nemo_mtbi.modules.connectors.windows import concatenated, whole_utterances
+from nemo_mtbi.modules.perception import connector_of, encoder_frame_seconds, window_samples
+
+PASS_SECONDS = 240.0  # of audio that is encoded and connected together, in use
+
+AudioBlocks = Iterable[np.ndarray]  # an audio, float32 (S_i,) each
 
 
 @dataclass
@@ -59,23 +72,95 @@ def speech_input(perception: Any, batch: dict[str, Any], pieces: list[list[Piece
     return SpeechInput(pieces, fused(perception, embeddings, seconds), seconds)
 
 
-def batch_features(perception: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Encoder features (B, T, D) and lengths (B,); the batch keeps them, if it does not bring them from the cache."""
+def batch_features(perception: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Windows | None]:
+    """Encoder features (N, T, D), lengths (N,) and whose windows they are (None: of one utterance each).
+
+    The batch keeps them, if it does not bring them from the cache.
+    """
     if "encoder_features" not in batch:
-        features = encode(perception, batch["audios"], batch["audio_lens"])
-        batch["encoder_features"], batch["encoder_feature_lens"] = features
-    return batch["encoder_features"], batch["encoder_feature_lens"]
+        audios, lengths, batch["windows"] = cut_windows(perception, batch["audios"], batch["audio_lens"])
+        batch["encoder_features"], batch["encoder_feature_lens"] = encode(perception, audios, lengths)
+    return batch["encoder_features"], batch["encoder_feature_lens"], batch.get("windows")
+
+
+def cut_windows(perception: Any, audios: Tensor, audio_lens: Tensor) -> tuple[Tensor, Tensor, Windows | None]:
+    """audios (B, S), audio_lens (B,) -> windows (N, S'), their samples (N,), and whose they are."""
+    rate, longest, frame = window_samples(perception)
+    if audios.shape[1] <= longest:
+        return audios, audio_lens, None
+    parts, begins = [], []
+    for row, length in zip(audios, audio_lens.tolist(), strict=True):
+        windows = list(audio_windows([row[:length].cpu().numpy()], rate, longest, frame))
+        begins.append([window.begin // frame for window in windows])
+        parts += [row[window.begin : window.begin + len(window.samples)] for window in windows]
+    sizes = torch.tensor([len(part) for part in parts], device=audios.device)
+    return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True), sizes, Windows.of(begins)
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What the LLM reads of B audios, and their seconds."""
+
+    speech: SpeechEmbeddings
+    seconds: list[float]
+
+
+@torch.no_grad()
+def hear(
+    perception: Any,
+    audios: Sequence[AudioBlocks],
+    device: torch.device,
+    on_heard: Callable[[float], None] = lambda seconds: None,
+) -> Heard:
+    """What the LLM reads of audio of any length: :func:`connect` and :func:`fused`, in bounded memory.
+
+    No more than ``PASS_SECONDS`` of audio and its features are held at once.
+
+    Args:
+        perception: encoder and connector.
+        audios: B audios, read as they are needed.
+        device: where encoder and connector are.
+        on_heard: called after each pass with the seconds of audio that are done.
+
+    Raises:
+        DataError: an audio without samples.
+    """
+    rate, longest, frame = window_samples(perception)
+    seconds, begins = [0.0] * len(audios), [list[int]() for _ in audios]
+    parts, group, held = [], list[Window](), 0
+
+    def connected() -> SpeechEmbeddings:
+        samples, lengths = collate_waveforms([window.samples for window in group])
+        features = encode(perception, samples.to(device), lengths.to(device))
+        return connect_windows(perception, *features, [window.begin == 0 for window in group])
+
+    for row, blocks in enumerate(audios):
+        for window in audio_windows(blocks, rate, longest, frame):
+            if group and held + len(window.samples) > PASS_SECONDS * rate:
+                parts.append(connected())
+                on_heard(sum(seconds))
+                group, held = [], 0
+            group.append(window)
+            held += len(window.samples)
+            begins[row].append(window.begin // frame)
+            seconds[row] = (window.begin + len(window.samples)) / rate
+        if not seconds[row]:
+            raise DataError("There are no samples in the audio.")
+    parts.append(connected())
+    on_heard(sum(seconds))
+    speech = whole_utterances(concatenated(parts), Windows.of(begins))
+    return Heard(fused(perception, speech, seconds), seconds)
 
 
 def encode(perception: Any, audios: Tensor, audio_lens: Tensor) -> tuple[Tensor, Tensor]:
     """Preprocessor and encoder, without a graph if the encoder is frozen.
 
     Args:
-        audios: (B, S) at the preprocessor's sampling rate, zero-padded.
-        audio_lens: (B,) samples.
+        audios: (N, S) at the preprocessor's sampling rate, zero-padded, none beyond ``perception.window_seconds``.
+        audio_lens: (N,) samples.
 
     Returns:
-        Features (B, T, D) and their lengths (B,).
+        Features (N, T, D) and their lengths (N,).
     """
     frozen = is_frozen(perception.encoder)
     if frozen:
@@ -89,12 +174,36 @@ def encode(perception: Any, audios: Tensor, audio_lens: Tensor) -> tuple[Tensor,
     return features.transpose(1, 2), lengths
 
 
-def connect(perception: Any, features: Tensor, lengths: Tensor, starts: list[bool] | None = None) -> SpeechEmbeddings:
-    """Connector. features (B, T, D), lengths (B,) -> :class:`SpeechEmbeddings` in the connector's precision.
+def connect(
+    perception: Any,
+    features: Tensor,
+    lengths: Tensor,
+    windows: Windows | None = None,
+    starts: list[bool] | None = None,
+) -> SpeechEmbeddings:
+    """Connector. features (N, T, D), lengths (N,) -> :class:`SpeechEmbeddings` of B utterances in the connector's
+    precision.
 
     Args:
-        starts: whether each row begins its utterance (token connectors).
+        windows: whose windows the rows are; None: each its own utterance.
+        starts: whether each of the B begins its utterance (token connectors); None: all do.
     """
+    speech = connect_windows(perception, features, lengths, windows_start(windows, starts))
+    return whole_utterances(speech, windows)
+
+
+def windows_start(windows: Windows | None, starts: list[bool] | None = None) -> list[bool] | None:
+    """Whether each of N windows begins its utterance, where ``starts`` says it of the first one of each of the B."""
+    if windows is None:
+        return starts
+    rows = zip(windows.owners, windows.starts, strict=True)
+    return [start and (starts is None or starts[owner]) for owner, start in rows]
+
+
+def connect_windows(
+    perception: Any, features: Tensor, lengths: Tensor, starts: list[bool] | None = None
+) -> SpeechEmbeddings:
+    """:func:`connect` of N windows, each on its own."""
     features = connector_dtype(perception, features)
     connector = connector_of(perception)
     if isinstance(connector, TokenConnector):
@@ -116,10 +225,18 @@ def fused(perception: Any, speech: SpeechEmbeddings, seconds: list[float]) -> Sp
 
 
 @torch.no_grad()
-def transcribe(perception: Any, features: Tensor, lengths: Tensor) -> list[str] | None:
-    """features (B, T, D), lengths (B,) -> what the connector itself writes; None for connectors without text."""
+def transcribe(perception: Any, features: Tensor, lengths: Tensor, windows: Windows | None = None) -> list[str] | None:
+    """features (N, T, D), lengths (N,) -> what the connector itself writes of B utterances; None for connectors without
+    text.
+    """
     connector = connector_of(perception)
-    return None if connector is None else connector.transcribe(connector_dtype(perception, features), lengths)
+    texts = None if connector is None else connector.transcribe(connector_dtype(perception, features), lengths)
+    if texts is None or windows is None:
+        return texts
+    own: list[list[str]] = [[] for _ in windows.firsts]
+    for owner, text in zip(windows.owners, texts, strict=True):
+        own[owner] += [text] * bool(text)
+    return [" ".join(parts) for parts in own]
 
 
 def connector_dtype(perception: Any, features: Tensor) -> Tensor:
@@ -154,7 +271,7 @@ def cut_speech_spans(
     if not parts:  # everything is text; the encoder still needs an input, which nothing refers to
         parts = [audios[0, : lengths[0]]]
     cut = {
-        **batch,
+        **{k: v for k, v in batch.items() if k != "windows"},
         "audios": torch.nn.utils.rnn.pad_sequence(parts, batch_first=True),
         "audio_lens": torch.tensor([len(p) for p in parts], device=audios.device),
     }

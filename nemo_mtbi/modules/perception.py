@@ -3,6 +3,7 @@
 How it is built and identified. NeMo is imported where it builds something: a finished model is read without it.
 """
 
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,7 +19,7 @@ from nemo_mtbi.modules.causal_lm import is_frozen
 from nemo_mtbi.modules.connectors.base import Connector
 from nemo_mtbi.modules.connectors.whisper_weights import load_whisper_decoder, whisper_decoder_settings
 from nemo_mtbi.modules.fusion import Fusion
-from nemo_mtbi.modules.whisper import SUBSAMPLING
+from nemo_mtbi.modules.whisper import SUBSAMPLING, WINDOW_SECONDS
 from nemo_mtbi.pretrained.offline import resolve_pretrained
 
 if TYPE_CHECKING:
@@ -77,14 +78,49 @@ def setup_perception(model: Any) -> None:
         from nemo.collections.speechlm2.parts.pretrained import setup_speech_encoder
 
         setup_speech_encoder(model, pretrained_weights=cfg.pretrained_weights)
-    model.perception.fusion = fusion_of(perception)
+    model.perception.fusion = fusion_of(perception, context=context_of(model.llm.config))
+    model.perception.window_seconds = window_seconds(perception)
 
 
-def fusion_of(perception: Any, options: dict[str, Any] | None = None) -> Fusion | None:
-    """The :class:`Fusion` that a configuration's ``perception.fusion`` describes, or ``options`` in its place.
+def context_of(llm_config: Any) -> int | None:
+    """Positions that the LLM can read; None: unknown."""
+    return getattr(llm_config, "max_position_embeddings", None)
+
+
+def window_seconds(perception: Any, whisper: bool = False) -> float:
+    """Longest audio that the encoder is given at once (``perception.window_seconds``); longer audio is cut where it is
+    quiet (:mod:`nemo_mtbi.data.audio_windows`).
 
     Raises:
-        ConfigError: an unknown key, an impossible budget, or a connector whose positions cannot be merged.
+        ConfigError: not from 1 s on, or more than Whisper's 30 s.
+    """
+    value = perception.get("window_seconds", WINDOW_SECONDS)
+    if type(value) not in (int, float) or not 1 <= value < math.inf:
+        raise ConfigError(f"perception.window_seconds={value}: give seconds, at least 1.")
+    whisper |= str((perception.get("encoder") or {}).get("_target_", "")).startswith("nemo_mtbi.modules.whisper")
+    if whisper and value > WINDOW_SECONDS:
+        raise ConfigError(f"perception.window_seconds={value}: Whisper's encoder takes up to {WINDOW_SECONDS} s.")
+    return float(value)
+
+
+def window_samples(perception: Any) -> tuple[int, int, int]:
+    """Sampling rate; samples of the encoder's longest window, whole frames; samples of a frame."""
+    rate = int(perception.preprocessor.featurizer.sample_rate)
+    frame = round(encoder_frame_seconds(perception) * rate)
+    return rate, int(perception.window_seconds * rate) // frame * frame, frame
+
+
+def fusion_of(perception: Any, options: dict[str, Any] | None = None, context: int | None = None) -> Fusion | None:
+    """The :class:`Fusion` that a configuration's ``perception.fusion`` describes, or ``options`` in its place.
+
+    Args:
+        perception: the configuration.
+        options: of the fusion.
+        context: positions that the LLM can read.
+
+    Raises:
+        ConfigError: an unknown key, an impossible budget, one that the LLM's context does not hold, or a connector
+            whose positions cannot be merged.
     """
     options = options or perception.get("fusion")
     if not options:
@@ -97,10 +133,14 @@ def fusion_of(perception: Any, options: dict[str, Any] | None = None) -> Fusion 
             "fusion out."
         )
     try:
-        return Fusion(**OmegaConf.to_container(OmegaConf.create(options)))  # type: ignore[arg-type]
+        fusion = Fusion(**OmegaConf.to_container(OmegaConf.create(options)))  # type: ignore[arg-type]
     except TypeError as error:
         known = "max_positions, per_second, sampled"
         raise ConfigError(f"perception.fusion={dict(options)}: known keys are {known} ({error}).") from error
+    largest = max((b for b in (fusion.max_positions, *fusion.sampled) if b is not None), default=0)
+    if context is not None and largest >= context:
+        raise ConfigError(f"A budget of {largest} positions does not fit the LLM, whose context has {context}.")
+    return fusion
 
 
 def _build(perception: DictConfig) -> "AudioPerceptionModule":
@@ -118,11 +158,12 @@ def require_fitting_encoder(config: ModelConfig) -> None:
     """Check, before any weight is loaded, that the connector can read the encoder.
 
     Raises:
-        ConfigError: an impossible ``fusion``; a connector that is a Whisper's decoder, or layers of one, with an
-            encoder that is no Whisper; risk over the hypotheses of a connector that has none.
+        ConfigError: an impossible ``fusion`` or ``window_seconds``; a connector that is a Whisper's decoder, or layers
+            of one, with an encoder that is no Whisper; risk over the hypotheses of a connector that has none.
     """
     perception = config.perception
     fusion_of(perception)
+    window_seconds(perception)
     target = str((perception.get("modality_adapter") or {}).get("_target_", ""))
     if config.imitation.w_risk > 0 and not target.endswith(DECODER_TARGETS):
         raise ConfigError(
@@ -133,6 +174,7 @@ def require_fitting_encoder(config: ModelConfig) -> None:
         return
     name = resolve_pretrained(config.pretrained_asr)
     if is_whisper(name):
+        window_seconds(perception, whisper=True)
         return
     if target.endswith(DECODER_TARGETS):
         raise ConfigError(f"{target.rpartition('.')[2]} needs a Whisper model as model.pretrained_asr, {name} is none.")
@@ -222,6 +264,8 @@ def require_fixed_features(perception: "AudioPerceptionModule") -> None:
 def _input_length(perception_cfg: DictConfig) -> list[str]:
     encoder = perception_cfg.encoder
     taps = ["taps" + ".".join(map(str, encoder.taps))] if "taps" in encoder else []
+    if (window := window_seconds(perception_cfg)) != WINDOW_SECONDS:
+        taps.append(f"window{window:g}")
     if "layers" in encoder:
         lengths = (encoder.get("input_length", "trained"), encoder.get("round_seconds", 2.0), encoder.layers)
         return [*map(str, lengths), *taps]

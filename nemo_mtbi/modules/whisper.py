@@ -14,20 +14,19 @@ from transformers import WhisperConfig
 from transformers.audio_utils import mel_filter_bank
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as HFWhisperEncoder
 
-from nemo_mtbi.errors import ConfigError
-from nemo_mtbi.modules.windows import equal_windows
+from nemo_mtbi.errors import ConfigError, DataError
 
 SAMPLE_RATE, N_FFT, HOP_SAMPLES = 16_000, 400, 160
-WINDOW_FRAMES = 3_000  # 30 s, the only input length that Whisper saw in training
+WINDOW_SECONDS, WINDOW_FRAMES = 30, 3_000  # the only input length that Whisper saw in training
 SUBSAMPLING = 2
-PASS_FRAMES = 32 * WINDOW_FRAMES  # mel frames of the windows that are encoded together
+PASS_FRAMES = 32 * WINDOW_FRAMES  # mel frames that are encoded together
 
 
 class WindowPolicy:
     """How much silence follows the speech before it enters the encoder; the encoder attends to it, so it matters.
 
     Args:
-        input_length: ``trained`` pads every window to 30 s, as Whisper was trained. ``own`` pads to the audio's own
+        input_length: ``trained`` pads all audio to 30 s, as Whisper was trained. ``own`` pads to the audio's own
             length rounded up to ``round_seconds``: several times cheaper; its features differ, and serve a connector
             that was trained on them. The setting is part of the encoder's configuration and of the feature cache's key.
         round_seconds: granularity of ``own``.
@@ -44,21 +43,21 @@ class WindowPolicy:
         frames = math.ceil(round_seconds * SAMPLE_RATE / HOP_SAMPLES)
         self.multiple = WINDOW_FRAMES if input_length == "trained" else min(WINDOW_FRAMES, frames + frames % 2)
 
-    def windows(self, frames: int) -> list[tuple[int, int, int]]:
-        """(begin, valid, padded) mel frames of each window of an utterance; audio over 30 s gives equal windows."""
-        spans = []
-        for begin, end in equal_windows(frames, WINDOW_FRAMES, SUBSAMPLING):
-            valid = end - begin
-            spans.append((begin, valid, min(WINDOW_FRAMES, math.ceil(valid / self.multiple) * self.multiple)))
-        return spans
-
     def padded_frames(self, frames: int) -> int:
-        begin, _, padded = self.windows(frames)[-1]
-        return begin + padded
+        """Mel frames with the silence.
+
+        Raises:
+            DataError: over 30 s; :mod:`nemo_mtbi.data.audio_windows` cuts longer audio.
+        """
+        if frames > WINDOW_FRAMES:
+            raise DataError(
+                f"Whisper's encoder takes up to {WINDOW_SECONDS} s at once, not {frames * HOP_SAMPLES / SAMPLE_RATE:g}."
+            )
+        return max(1, math.ceil(frames / self.multiple)) * self.multiple
 
 
-def passes(jobs: dict[int, list[Any]]) -> Iterator[tuple[int, list[Any]]]:
-    """Windows of equal length in groups of at most PASS_FRAMES mel frames: hours of audio come in bounded memory."""
+def passes(jobs: dict[int, list[int]]) -> Iterator[tuple[int, list[int]]]:
+    """Rows of equal padded length in groups of at most PASS_FRAMES mel frames."""
     for padded, group in jobs.items():
         size = max(1, PASS_FRAMES // padded)
         for begin in range(0, len(group), size):
@@ -162,20 +161,17 @@ class WhisperEncoder(nn.Module):
     def forward(self, audio_signal: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         """audio_signal (B, M, F), length (B,) valid mel frames -> (B, D, T), valid encoder frames (B,)."""
         silence = audio_signal.amin((1, 2))
-        jobs: dict[int, list[tuple[int, int, int]]] = {}  # padded frames -> (row, begin, valid)
-        for row, frames in enumerate(length.tolist()):
-            for begin, valid, padded in self.policy.windows(frames):
-                jobs.setdefault(padded, []).append((row, begin, valid))
-        parts: list[list[tuple[int, Tensor]]] = [[] for _ in range(audio_signal.shape[0])]
+        frames = length.tolist()
+        jobs: dict[int, list[int]] = {}  # padded frames -> rows
+        for row, valid in enumerate(frames):
+            jobs.setdefault(self.policy.padded_frames(valid), []).append(row)
+        rows: list[Any] = [None] * len(frames)
         for padded, group in passes(jobs):
-            mel = audio_signal.new_empty(len(group), audio_signal.shape[1], padded)
-            for index, (row, begin, _) in enumerate(group):
-                window = audio_signal[row, :, begin : begin + padded]
-                mel[index, :, : window.shape[1]] = window
-                mel[index, :, window.shape[1] :] = silence[row]
-            for (row, begin, valid), states in zip(group, self._encode(mel), strict=True):
-                parts[row].append((begin, states[: math.ceil(valid / SUBSAMPLING)]))
-        rows = [torch.cat([states for _, states in sorted(p, key=lambda item: item[0])]) for p in parts]
+            mel = audio_signal[group, :, :padded]
+            if (missing := padded - mel.shape[2]) > 0:
+                mel = torch.cat([mel, silence[group, None, None].expand(-1, mel.shape[1], missing)], 2)
+            for row, states in zip(group, self._encode(mel), strict=True):
+                rows[row] = states[: math.ceil(frames[row] / SUBSAMPLING)]
         lengths = torch.tensor([len(r) for r in rows], device=audio_signal.device)
         return nn.utils.rnn.pad_sequence(rows, batch_first=True).transpose(1, 2), lengths
 

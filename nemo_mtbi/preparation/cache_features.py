@@ -24,11 +24,18 @@ from nemo_mtbi import console
 from nemo_mtbi.config import model_config, plain
 from nemo_mtbi.data.audio import collate_waveforms, mono_samples
 from nemo_mtbi.data.conversation import check_manifest
-from nemo_mtbi.data.feature_cache import AUDIO_FIELD, FEATURES_FIELD, KEY_FIELD, audio_identity, features_key
+from nemo_mtbi.data.feature_cache import (
+    AUDIO_FIELD,
+    FEATURES_FIELD,
+    KEY_FIELD,
+    audio_identity,
+    features_key,
+    windows_field,
+)
 from nemo_mtbi.data.perturbation import features_field, perturbed, speed_factors
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.io.array_storage import RawChunkyWriter
-from nemo_mtbi.models.speech import encode
+from nemo_mtbi.models.speech import cut_windows, encode
 from nemo_mtbi.modules.perception import encoder_key, freeze, require_fixed_features, setup_perception
 from nemo_mtbi.pretrained.fingerprint import fingerprint
 from nemo_mtbi.pretrained.offline import resolve_pretrained
@@ -110,7 +117,7 @@ def cache_features(
     versions = {i: [Version(cut, features_key(cut, encoder.key)) for cut in own] for i, own in heard.items()}
     progress = manifest.with_suffix(".features.jsonl")
     jsonl.repair(progress)
-    arrays = {r["key"]: r["array"] for r in jsonl.read(progress)}
+    arrays = {r["key"]: r for r in jsonl.read(progress)}
     missing = [version for own in versions.values() for version in own if version.key not in arrays]
     report.cached = len(cuts) * len(speeds) - len(missing)
     with (
@@ -119,24 +126,32 @@ def cache_features(
         console.progress(total=len(missing), desc="encoder features", unit="utt", disable=not missing) as bar,
     ):
         for batch in _batches(missing, batch_seconds):
-            for version, features in _encode(encoder, batch, report):
+            for version, features, begins in _encode(encoder, batch, report):
                 array = writer.store_array(version.cut.id, features)
                 writer.flush()
-                out.write({"key": version.key, "array": array.to_dict()})
-                arrays[version.key] = array.to_dict()
+                arrays[version.key] = record = {"key": version.key, "array": array.to_dict()}
+                if len(begins) > 1:
+                    record["windows"] = begins
+                out.write(record)
                 report.encoded += 1
             bar.update(len(batch))
     lines = []
+    own_fields = (f"{FEATURES_FIELD}_sp", windows_field(FEATURES_FIELD))
     for cut in cuts:
         own = [arrays[version.key] for version in versions[cut.id] if version.key in arrays]
         if len(own) < len(speeds):
             continue
-        report.bytes += sum(2 * int(np.prod(array["shape"])) for array in own)
+        report.bytes += sum(2 * int(np.prod(record["array"]["shape"])) for record in own)
         report.hours += sum(version.cut.duration for version in versions[cut.id]) / 3600
         line = cut.to_dict()
         line["custom"] = {
-            **{k: v for k, v in line.get("custom", {}).items() if not k.startswith(f"{FEATURES_FIELD}_sp")},
-            **dict(zip(map(features_field, speeds), own, strict=True)),
+            **{k: v for k, v in line.get("custom", {}).items() if not k.startswith(own_fields)},
+            **{features_field(speed): record["array"] for speed, record in zip(speeds, own, strict=True)},
+            **{
+                windows_field(features_field(speed)): record["windows"]
+                for speed, record in zip(speeds, own, strict=True)
+                if "windows" in record
+            },
             KEY_FIELD: versions[cut.id][0].key,
             AUDIO_FIELD: audio_identity(cut),
         }
@@ -158,7 +173,8 @@ def _batches(versions: list[Version], seconds: float) -> Iterator[list[Version]]
 
 def _encode(
     encoder: FrozenEncoder, versions: list[Version], report: CacheReport
-) -> Iterator[tuple[Version, torch.Tensor]]:
+) -> Iterator[tuple[Version, torch.Tensor, list[int]]]:
+    """Features (T, D) and the frames at which their windows begin, of each version that can be read."""
     waveforms: list[Any] = []
     kept: list[Version] = []
     for version in versions:
@@ -170,7 +186,12 @@ def _encode(
             log.warning(f"{version.cut.id} left out: {type(error).__name__}: {str(error)[:200]}")
     if not kept:
         return
-    audios, lengths = collate_waveforms(waveforms)
+    audios, lengths, windows = cut_windows(encoder.perception, *collate_waveforms(waveforms))
     features, counts = encoder.encode(audios, lengths)
-    for version, row, count in zip(kept, features, counts.tolist(), strict=True):
-        yield version, row[:count].to("cpu", torch.bfloat16)
+    rows = [row[:count].to("cpu", torch.bfloat16) for row, count in zip(features, counts.tolist(), strict=True)]
+    owners = range(len(kept)) if windows is None else windows.owners
+    parts: list[list[torch.Tensor]] = [[] for _ in kept]
+    for owner, row in zip(owners, rows, strict=True):
+        parts[owner].append(row)
+    for version, own in zip(kept, parts, strict=True):
+        yield version, torch.cat(own), [0, *np.cumsum([len(row) for row in own[:-1]]).tolist()]

@@ -1,22 +1,28 @@
 """Audio from the network: decoded with limits, whatever its header says."""
 
 import io
+from collections.abc import Iterable
 
 import numpy as np
 import soundfile
 
 from nemo_mtbi.data.audio import MIN_AUDIO_SECONDS, mono, resample
+from nemo_mtbi.data.audio_stream import STREAMED_FROM_SECONDS, AudioStream
 from nemo_mtbi.errors import DataError
 
 MIN_RATE, MAX_RATE = 4_000, 192_000
+TOO_LONG = "The audio is longer than {:g} s, which is the limit here."
 
 
 class TooLong(DataError):
     """Audio of more seconds than a request may have."""
 
 
-def decode_audio(data: bytes, sampling_rate: int, max_seconds: float) -> np.ndarray:
-    """WAV, FLAC, OGG/Opus or MP3 as float32 mono (S,) at ``sampling_rate``.
+def decode_audio(data: bytes, sampling_rate: int, max_seconds: float) -> Iterable[np.ndarray]:
+    """WAV, FLAC, OGG/Opus or MP3 as blocks (S_i,) of float32 mono at ``sampling_rate``.
+
+    Long audio stays encoded and is decoded as it is heard; :func:`nemo_mtbi.data.audio_stream.seconds_of` tells its
+    length.
 
     Raises:
         DataError: no audio, or too short.
@@ -29,12 +35,17 @@ def decode_audio(data: bytes, sampling_rate: int, max_seconds: float) -> np.ndar
                 raise DataError(f"The audio's sampling rate is {rate:,} Hz; send {MIN_RATE:,} to {MAX_RATE:,} Hz.")
             if file.channels > 16:
                 raise DataError(f"The audio has {file.channels} channels; send mono or stereo.")
+            seconds = file.frames / rate
+            if seconds > max_seconds:
+                raise TooLong(TOO_LONG.format(max_seconds))
+            if seconds > STREAMED_FROM_SECONDS:
+                return AudioStream(data, sampling_rate)
             samples = file.read(limit + 1, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, RuntimeError, TypeError) as error:
         reason = str(getattr(error, "error_string", error)).rstrip(".")  # without the name of our buffer
         raise DataError(f"The audio cannot be decoded ({reason}). Send WAV, FLAC, OGG or MP3.") from error
     if len(samples) > limit:
-        raise TooLong(f"The audio is longer than {max_seconds:g} s, which is the limit here.")
+        raise TooLong(TOO_LONG.format(max_seconds))
     if len(samples) < MIN_AUDIO_SECONDS * rate:
         raise DataError(f"The audio lasts {len(samples) / rate:.3f} s; at least {MIN_AUDIO_SECONDS} s are needed.")
-    return resample(mono(samples.T), rate, sampling_rate)
+    return [resample(mono(samples.T), rate, sampling_rate)]

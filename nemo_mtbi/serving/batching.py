@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from nemo_mtbi.data.audio import collate_waveforms
+from nemo_mtbi.data.audio_stream import gaps_of, seconds_of
 from nemo_mtbi.errors import DataError, MTBIError
 from nemo_mtbi.models.generation import SpeechLLM
+from nemo_mtbi.models.speech import PASS_SECONDS, Heard
 from nemo_mtbi.modules.causal_lm import without_adapters
 from nemo_mtbi.serving.request import Request
 
@@ -25,6 +26,10 @@ log = logging.getLogger(__name__)
 
 class QueueFull(MTBIError):
     """As many requests wait as are allowed."""
+
+
+class Abandoned(MTBIError):
+    """Nobody waits for the answers of a batch."""
 
 
 class Draws(LogitsProcessor):
@@ -112,6 +117,8 @@ class Batcher:
         try:
             if batch:
                 self._answer(batch)
+        except Abandoned:
+            return
         except Exception as error:
             log.error("A batch failed.", exc_info=True)
             for request in batch:
@@ -138,10 +145,9 @@ class Batcher:
 
     @torch.no_grad()
     def _answer(self, batch: list[Request]) -> None:
-        waveforms = [w for r in batch for w in r.waveforms]
-        audios, lengths = collate_waveforms(waveforms) if waveforms else (None, None)
+        heard = self._listen(batch)
         pieces, _ = self.model.prompt_pieces([r.dialog for r in batch])
-        inputs, mask, silent = self.model.dialog_inputs([r.dialog for r in batch], pieces, audios, lengths)
+        inputs, mask, silent = self.model.dialog_inputs([r.dialog for r in batch], pieces, heard)
         tokenizer, ends = self.model.tokenizer.tokenizer, set(self.model.stop_ids())
         for request, nothing, positions in zip(batch, silent, mask.sum(1).tolist(), strict=True):
             request.prompt_positions = positions
@@ -161,6 +167,29 @@ class Batcher:
                 stopping_criteria=StoppingCriteriaList([Finished(batch)]),
             )
 
+    def _listen(self, batch: list[Request]) -> Heard | None:
+        """What the LLM reads of the requests' audios; None without audio.
+
+        Raises:
+            Abandoned: all clients have gone.
+        """
+        audios = [audio for request in batch for audio in request.audios]
+        if not audios:
+            return None
+        total = sum(seconds_of(audio, self.model.sampling_rate) for audio in audios)
+
+        def on_heard(seconds: float) -> None:
+            if all(request.finished for request in batch):
+                raise Abandoned
+            if total > PASS_SECONDS:
+                for request in batch:
+                    request.listened(min(1.0, seconds / total))
+
+        heard = self.model.listen(audios, on_heard=on_heard)
+        for request in batch:
+            request.gaps = [(index, gap) for index, audio in enumerate(request.audios) for gap in gaps_of(audio)]
+        return heard
+
     def _fitting(self, batch: list[Request], inputs: Tensor, mask: Tensor) -> tuple[list[Request], Tensor, Tensor]:
         """inputs (B, L, H), mask (B, L) without the requests that are longer than the LLM's context."""
         context = getattr(self.model.llm.config, "max_position_embeddings", None)
@@ -174,7 +203,7 @@ class Batcher:
                 request.max_tokens = min(request.max_tokens, context - positions if context else request.max_tokens)
             else:
                 text = f"The messages take {positions} positions of the LLM, whose context has {context}."
-                request.end(DataError(f"{text} Send less text or shorter audio."))
+                request.end(DataError(f"{text} Send less text or shorter audio, or serve with max_positions."))
         if len(kept) < len(batch):
             inputs, mask = inputs[kept], mask[kept]
             begin = int(inputs.shape[1] - mask.sum(1).max()) if kept else 0

@@ -14,9 +14,9 @@ from nemo_mtbi.serving.batching import Batcher
 from nemo_mtbi.serving.failures import RequestError, error_body
 from nemo_mtbi.serving.limits import Limits
 from nemo_mtbi.serving.protocol import ChatRequest
-from nemo_mtbi.serving.request import Piece, Request
+from nemo_mtbi.serving.request import Listening, Piece, Request
 from nemo_mtbi.serving.sampling import Sampling, TokenScore
-from nemo_mtbi.serving.written import event, scores, usage
+from nemo_mtbi.serving.written import event, listening, scores, usage
 
 
 def sampling_of(body: ChatRequest) -> Sampling:
@@ -46,7 +46,7 @@ class Answers:
 
     Args:
         batcher: answers.
-        dialog, waveforms: the question.
+        dialog, audios: the question.
         max_tokens: of each answer.
         sampling: how they are chosen.
         number: how many.
@@ -60,7 +60,7 @@ class Answers:
         self,
         batcher: Batcher,
         dialog: list[Message],
-        waveforms: list[Any],
+        audios: list[Any],
         max_tokens: int,
         sampling: Sampling,
         number: int = 1,
@@ -68,7 +68,7 @@ class Answers:
     ) -> None:
         self.loop, self.queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Any]]()
         self.requests = [
-            Request(dialog, waveforms, max_tokens, self._teller(i), self._teller(i), sampling, i, silence)
+            Request(dialog, audios, max_tokens, self._teller(i), self._teller(i), sampling, i, silence)
             for i in range(number)
         ]
         batcher.submit(*self.requests)
@@ -77,7 +77,7 @@ class Answers:
         return lambda told: self.loop.call_soon_threadsafe(self.queue.put_nowait, (index, told))
 
     async def told(self, http: HTTPRequest | None = None) -> AsyncIterator[tuple[int, Any]]:
-        """Which answer, and its next piece, its end (why) or its error, until all have ended.
+        """Which answer, and how much is heard, its next piece, its end (why) or its error, until all have ended.
 
         They are given up when the client of ``http`` goes away, or when the iterator is left.
         """
@@ -92,7 +92,7 @@ class Answers:
                     index, told = await asyncio.wait_for(self.queue.get(), 1.0)
                 except TimeoutError:
                     continue
-                running -= not isinstance(told, Piece)
+                running -= not isinstance(told, Piece | Listening)
                 yield index, told
         finally:
             self.cancel()  # no effect on those that have ended
@@ -113,6 +113,8 @@ class Answers:
         async for index, told in self.told(http):
             if isinstance(told, Exception):
                 raise told
+            if isinstance(told, Listening):
+                continue
             if isinstance(told, Piece):
                 texts[index] += told.text
                 found[index] += told.scores
@@ -137,9 +139,8 @@ async def whole_chat(answers: Answers, tokenizer: Any, name: str, http: HTTPRequ
         }
         for index, (text, found, reason) in enumerate(await answers.whole(http))
     ]
-    return JSONResponse(
-        {**head(name), "object": "chat.completion", "choices": choices, "usage": usage(answers.requests)}
-    )
+    body = {**head(name), "object": "chat.completion", "choices": choices, "usage": usage(answers.requests)}
+    return JSONResponse(body | answers.requests[0].audio_gaps())
 
 
 async def streamed_chat(answers: Answers, tokenizer: Any, name: str, include_usage: bool) -> AsyncIterator[str]:
@@ -150,7 +151,8 @@ async def streamed_chat(answers: Answers, tokenizer: Any, name: str, include_usa
     def chunk(index: int, delta: dict[str, str], told: Piece | None = None, reason: str | None = None) -> str:
         found = _logprobs(answers, tokenizer, told.scores) if told is not None else None
         choice = {"index": index, "delta": delta, "logprobs": found, "finish_reason": reason}
-        return event({**start, "choices": [choice], **extra})
+        gaps = answers.requests[index].audio_gaps() if reason else {}
+        return event({**start, "choices": [choice], **extra, **gaps})
 
     for index in range(len(answers.requests)):
         yield chunk(index, {"role": "assistant", "content": ""})
@@ -158,6 +160,9 @@ async def streamed_chat(answers: Answers, tokenizer: Any, name: str, include_usa
         if isinstance(told, Exception):
             yield event(error_body(told)[1])
             break
+        if isinstance(told, Listening):
+            yield listening(told)
+            continue
         yield chunk(index, {"content": told.text}, told) if isinstance(told, Piece) else chunk(index, {}, None, told)
     else:
         if include_usage:

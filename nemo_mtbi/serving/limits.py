@@ -13,10 +13,10 @@ class Limits:
     """What one request may ask for."""
 
     max_tokens: int = 512
-    max_audio_seconds: float = 300.0
-    max_body_bytes: int = 32 * 2**20
+    max_audio_seconds: float = 3600.0
+    max_body_bytes: int = 64 * 2**20
     max_text_characters: int = 20_000
-    max_audios: int = 16  # they are padded to the longest
+    max_audios: int = 16
     max_answers: int = 8
 
 

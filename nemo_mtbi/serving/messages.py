@@ -5,6 +5,7 @@ import binascii
 import json
 from typing import Any
 
+from nemo_mtbi.data.audio_stream import seconds_of
 from nemo_mtbi.data.rendering import AudioTag, Message
 from nemo_mtbi.errors import DataError
 from nemo_mtbi.models.generation import SpeechLLM
@@ -16,7 +17,7 @@ ROLES = {"developer": "system"}  # the name that newer clients give it
 
 
 def read_messages(model: SpeechLLM, messages: list[ChatMessage], limits: Limits) -> tuple[list[Message], list[Any]]:
-    """Messages as clients send them -> a dialog of literal texts and audio tags, and the waveforms (S,) of the tags.
+    """Messages as clients send them -> a dialog of literal texts and audio tags, and the audios of the tags in blocks.
 
     A user's message of one audio and text is laid out as in training, whatever the order of its parts. Calls of tools
     and their results, for which the prompt formats have no place, are written out in the turns around them.
@@ -25,7 +26,7 @@ def read_messages(model: SpeechLLM, messages: list[ChatMessage], limits: Limits)
         DataError: what is wrong with the request.
     """
     dialog: list[Message] = []
-    waveforms: list[Any] = []
+    heard: list[Any] = []
     seconds, characters, audio_number, previous = 0.0, 0, 0, ""
     for message in messages:
         parts = _parts(message)
@@ -41,8 +42,8 @@ def read_messages(model: SpeechLLM, messages: list[ChatMessage], limits: Limits)
             raise DataError(f"Only a user's message can hold audio, not one of role {message.role}.")
         for audio in audios:
             left = limits.max_audio_seconds - seconds
-            waveforms.append(decode_audio(audio_bytes(audio), model.sampling_rate, left))
-            seconds += len(waveforms[-1]) / model.sampling_rate
+            heard.append(decode_audio(audio_bytes(audio), model.sampling_rate, left))
+            seconds += seconds_of(heard[-1], model.sampling_rate)
         if message.role == previous == "tool":  # several results are one turn
             dialog[-1]["content"] += ["\n", *_turn(model, "tool", parts)["content"]]
         else:
@@ -51,7 +52,7 @@ def read_messages(model: SpeechLLM, messages: list[ChatMessage], limits: Limits)
     if messages[-1].role == "assistant":
         raise DataError("The last message is the assistant's; the last one has to be what is to be answered.")
     _require_format(model, dialog)
-    return dialog, waveforms
+    return dialog, heard
 
 
 def _parts(message: ChatMessage) -> list[Any]:

@@ -63,11 +63,11 @@ def create_app(model: SpeechLLM, name: str, batcher: Batcher, limits: Limits | N
         require_model(body.model)
         number = answers_asked(body, bounds, batcher)
         try:
-            dialog, waveforms = await asyncio.to_thread(read_messages, model, body.messages, bounds)
+            dialog, audios = await asyncio.to_thread(read_messages, model, body.messages, bounds)
         except DataError as error:
             raise RequestError.of(error, "messages") from error
         most = min(body.max_completion_tokens or body.max_tokens or bounds.max_tokens, bounds.max_tokens)
-        answers = Answers(batcher, dialog, waveforms, most, sampling_of(body), number)
+        answers = Answers(batcher, dialog, audios, most, sampling_of(body), number)
         if body.stream:
             usage = bool(body.stream_options and body.stream_options.include_usage)
             return StreamingResponse(streamed_chat(answers, tokenizer, name, usage), media_type="text/event-stream")

@@ -4,7 +4,7 @@ Beside it the text LLM on the transcript, and the cascade.
 """
 
 import queue
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,14 @@ import gradio as gr
 import numpy as np
 from fastapi import FastAPI
 
-from nemo_mtbi.data.audio import load_waveform
+from nemo_mtbi.data.audio_stream import gaps_of, open_audio, seconds_of
 from nemo_mtbi.data.messages import NOTHING_HEARD
 from nemo_mtbi.errors import ConfigError, MTBIError
 from nemo_mtbi.evaluation.asr import RATE, WhisperASR
 from nemo_mtbi.models.generation import SpeechLLM
 from nemo_mtbi.serving.batching import Batcher
 from nemo_mtbi.serving.limits import Limits
-from nemo_mtbi.serving.request import Piece, Request
+from nemo_mtbi.serving.request import Listening, Piece, Request
 from nemo_mtbi.serving.sampling import Sampling
 from nemo_mtbi.tasks.library import load_library
 
@@ -43,56 +43,66 @@ class Page:
 
     def speech(self, audio: str | None, prompt: str, max_tokens: float) -> Iterator[tuple[str, str]]:
         """-> the answer so far, and a remark."""
-        waveform = self._waveform(audio)
-        remark = QUIET if np.abs(waveform).max() < SILENCE_PEAK else f"{len(waveform) / self.model.sampling_rate:.1f} s"
-        for text in self._answer([self.model.user_turn(_question(prompt))], [waveform], max_tokens):
-            yield text, remark
+        opened = self._open(audio)
+        seconds = seconds_of(opened, self.model.sampling_rate)
+        quiet = isinstance(opened, list) and np.abs(opened[0]).max() < SILENCE_PEAK
+        remark = QUIET if quiet else f"{seconds:.1f} s"
+        for text, heard in self._answer([self.model.user_turn(_question(prompt))], [opened], max_tokens):
+            gaps = "".join(f"; cannot be read from {gap}" for gap in gaps_of(opened))
+            yield text, (remark if heard is None else f"{heard:.0%} of {remark} heard") + gaps
 
     def text(self, transcript: str, prompt: str, max_tokens: float) -> Iterator[str]:
         """What the text LLM says to the transcript that was typed in."""
         if not transcript.strip():
             raise gr.Error("Type what was said.")
-        yield from self._answer([self._written(transcript, prompt)], [], max_tokens)
+        for text, _ in self._answer([self._written(transcript, prompt)], [], max_tokens):
+            yield text
 
     def cascade(self, audio: str | None, prompt: str, max_tokens: float) -> Iterator[tuple[str, str]]:
         """-> the ASR's transcript, and the text LLM's answer to it so far."""
         assert self.asr is not None
-        heard = self.asr.transcripts([self._waveform(audio, RATE)])[0]
+        heard = self.asr.transcripts([np.concatenate(list(self._open(audio, RATE)))])[0]
         yield heard, ""
-        for text in self._answer([self._written(heard or NOTHING_HEARD, prompt)], [], max_tokens):
+        for text, _ in self._answer([self._written(heard or NOTHING_HEARD, prompt)], [], max_tokens):
             yield heard, text
 
     def _written(self, transcript: str, prompt: str) -> dict[str, Any]:
         return self.model.text_turn(_question(prompt), transcript)
 
-    def _waveform(self, audio: str | None, rate: int | None = None) -> np.ndarray:
+    def _open(self, audio: str | None, rate: int | None = None) -> Iterable[np.ndarray]:
         if not audio:
             raise gr.Error("Record or upload speech first.")
         try:
-            waveform = load_waveform(audio, rate or self.model.sampling_rate)
+            opened = open_audio(audio, rate or self.model.sampling_rate)
         except MTBIError as error:
             raise gr.Error(str(error).replace(str(audio), "The file")) from error
-        seconds = len(waveform) / (rate or self.model.sampling_rate)
+        seconds = seconds_of(opened, rate or self.model.sampling_rate)
         if seconds > self.limits.max_audio_seconds:
             raise gr.Error(f"{seconds:.0f} s of audio; the limit here is {self.limits.max_audio_seconds:.0f} s.")
-        return waveform
+        return opened
 
-    def _answer(self, dialog: list[dict[str, Any]], waveforms: list[np.ndarray], max_tokens: float) -> Iterator[str]:
+    def _answer(
+        self, dialog: list[dict[str, Any]], audios: list[Any], max_tokens: float
+    ) -> Iterator[tuple[str, float | None]]:
+        """The answer so far, and the share of long audio that is heard before it begins; None afterwards."""
         events: queue.Queue[Any] = queue.Queue()
         limit = min(int(max_tokens), self.limits.max_tokens)
-        request = Request(dialog, waveforms, limit, events.put, events.put, Sampling(text_llm=not waveforms))
+        request = Request(dialog, audios, limit, events.put, events.put, Sampling(text_llm=not audios))
         try:
             self.batcher.submit(request)
         except MTBIError as error:
             raise gr.Error(str(error)) from error
         text = ""
         try:
-            while isinstance(event := events.get(), Piece):
-                text += event.text
-                yield text
+            while isinstance(event := events.get(), Piece | Listening):
+                if isinstance(event, Listening):
+                    yield "", event.share
+                else:
+                    text += event.text
+                    yield text, None
             if isinstance(event, Exception):
                 raise gr.Error(f"The model failed: {event}")
-            yield text + (" ..." if event == "length" else "")
+            yield text + (" ..." if event == "length" else ""), None
         finally:
             request.cancel()
 

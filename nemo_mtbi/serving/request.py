@@ -1,12 +1,13 @@
 """One question to the batcher, and its answer as it grows."""
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
+from nemo_mtbi.data.audio_stream import Gap
 from nemo_mtbi.serving.sampling import Draw, Sampling, TokenScore
 
 log = logging.getLogger(__name__)
@@ -20,15 +21,23 @@ class Piece:
     scores: tuple[TokenScore, ...] = ()
 
 
+@dataclass(frozen=True)
+class Listening:
+    """The share of the audio that is heard."""
+
+    share: float
+
+
 @dataclass(eq=False)
 class Request:
     """One question.
 
     Attributes:
         dialog: messages, as :meth:`SpeechLLM.generate` takes them.
-        waveforms: (S,) float32 at the model's rate, one for each audio tag.
+        audios: one for each audio tag, in blocks of float32 samples at the model's rate.
         max_tokens: new tokens at most.
-        on_piece: called by the worker thread with each new piece of text.
+        on_piece: called by the worker thread with each new piece of text, and before the first, while long audio is
+            heard, with :class:`Listening`.
         on_end: called once with ``stop``, ``length`` or ``cancelled``, or the error.
         sampling: how the answer is chosen.
         silence: the answer to audio without speech; None: the model's own (``model.nothing_heard_answer``).
@@ -36,12 +45,13 @@ class Request:
         tokens: of the answer so far, without the end-of-turn token.
         prompt_positions: embeddings of the prompt, speech included.
         finished: why the answer has ended.
+        gaps: which audio, and the parts of it that could not be read.
     """
 
     dialog: list[dict[str, Any]]
-    waveforms: list[np.ndarray]
+    audios: list[Iterable[np.ndarray]]
     max_tokens: int
-    on_piece: Callable[[Piece], None]
+    on_piece: Callable[[Any], None]
     on_end: Callable[[str | Exception], None]
     sampling: Sampling = field(default_factory=Sampling)
     ordinal: int = 0
@@ -49,6 +59,7 @@ class Request:
     tokens: list[int] = field(default_factory=list)
     prompt_positions: int = 0
     finished: str | None = None
+    gaps: list[tuple[int, Gap]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.draw = Draw(self.sampling, self.ordinal)
@@ -84,6 +95,15 @@ class Request:
         self._send()
         if self.finished:
             self.end(self.finished)
+
+    def listened(self, share: float) -> None:
+        """That share of the audio is heard."""
+        self._tell(self.on_piece, Listening(share))
+
+    def audio_gaps(self) -> dict[str, Any]:
+        """For the answer's body, beyond OpenAI's fields: what could not be read; empty if everything could."""
+        gaps = [{"audio": index, **asdict(gap)} for index, gap in self.gaps]
+        return {"audio_gaps": gaps} if gaps else {}
 
     def hear_nothing(self, answer: list[int], tokenizer: Any, ends: set[int]) -> None:
         """The answer to audio without speech: ``answer`` (token ids), or ``silence``."""

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
+from nemo_mtbi.data.audio_stream import seconds_of
 from nemo_mtbi.errors import DataError
 from nemo_mtbi.models.generation import SpeechLLM
 from nemo_mtbi.serving.audio import decode_audio
@@ -19,9 +20,9 @@ from nemo_mtbi.serving.completion import Answers
 from nemo_mtbi.serving.failures import RequestError, error_body
 from nemo_mtbi.serving.limits import Limits
 from nemo_mtbi.serving.protocol import TranscriptionRequest
-from nemo_mtbi.serving.request import Piece, Request
+from nemo_mtbi.serving.request import Listening, Piece, Request
 from nemo_mtbi.serving.sampling import Sampling, TokenScore
-from nemo_mtbi.serving.written import event, scores
+from nemo_mtbi.serving.written import event, listening, scores
 from nemo_mtbi.tasks.library import DEFAULT_FOLDER, Task, load_task
 
 TASK = "repeat"
@@ -83,11 +84,11 @@ async def transcribe(
     """
     prompt = transcription_prompt(body.language)
     try:
-        waveform = await asyncio.to_thread(decode_audio, data, model.sampling_rate, limits.max_audio_seconds)
+        audio = await asyncio.to_thread(decode_audio, data, model.sampling_rate, limits.max_audio_seconds)
     except DataError as error:
         raise RequestError.of(error, "file") from error
     sampling = Sampling(body.temperature or 0.0, seed=body.seed, top_logprobs=0 if body.include else None)
-    answers = Answers(batcher, [model.user_turn(prompt)], [waveform], limits.max_tokens, sampling, silence="")
+    answers = Answers(batcher, [model.user_turn(prompt)], [audio], limits.max_tokens, sampling, silence="")
     tokenizer = model.tokenizer.tokenizer
     if body.stream:
         return StreamingResponse(_streamed(answers, tokenizer), media_type="text/event-stream")
@@ -96,7 +97,7 @@ async def transcribe(
         return PlainTextResponse(text + "\n")
     result = _result(answers.requests[0], tokenizer, text, found, reason)
     if body.response_format == "verbose_json":
-        seconds = len(waveform) / model.sampling_rate
+        seconds = seconds_of(audio, model.sampling_rate)
         spent = {"type": "duration", "seconds": seconds}
         named = {"task": "transcribe", "language": body.language or UNNAMED, "duration": seconds}
         result = {**result, **named, "usage": spent}
@@ -108,7 +109,7 @@ def _result(request: Request, tokenizer: Any, text: str, found: list[TokenScore]
     prompt, answer = request.prompt_positions, len(request.tokens)
     spent = {"type": "tokens", "input_tokens": prompt, "output_tokens": answer, "total_tokens": prompt + answer}
     logprobs = {} if request.sampling.top_logprobs is None else {"logprobs": _scores(tokenizer, found)}
-    return {"text": text, **logprobs, "usage": spent, "finish_reason": reason}
+    return {"text": text, **logprobs, "usage": spent, "finish_reason": reason, **request.audio_gaps()}
 
 
 def _scores(tokenizer: Any, found: Any) -> list[dict[str, Any]]:
@@ -121,6 +122,8 @@ async def _streamed(answers: Answers, tokenizer: Any) -> AsyncIterator[str]:
     async for _, told in answers.told():
         if isinstance(told, Exception):
             yield event(error_body(told)[1])
+        elif isinstance(told, Listening):
+            yield listening(told)
         elif isinstance(told, Piece):
             delta = told.text if text else told.text.lstrip()
             text += delta

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from nemo_mtbi.serving.request import Request
+from nemo_mtbi.serving.request import Listening, Request
 from nemo_mtbi.serving.sampling import TokenScore
 
 LEAST_LOGPROB = -9999.0  # JSON has no -inf
@@ -13,6 +13,11 @@ LEAST_LOGPROB = -9999.0  # JSON has no -inf
 def event(body: dict[str, Any]) -> str:
     """One server-sent event."""
     return f"data: {json.dumps(body)}\n\n"
+
+
+def listening(told: Listening) -> str:
+    """A comment of the event stream, which clients pass over: it holds the connection and shows who looks."""
+    return f": {told.share:.0%} heard\n\n"
 
 
 def usage(requests: Sequence[Request]) -> dict[str, int]:

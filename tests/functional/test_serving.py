@@ -133,7 +133,7 @@ def test_turns_with_several_audios_follow_the_dialog(client, model):
     samples = [soundfile.read(io.BytesIO(a), dtype="float32")[0] for a in (first, second)]
     assert talk.ask(PROMPTS[0], samples[0], max_new_tokens=5, do_sample=False) == one
     assert talk.ask(PROMPTS[1], samples[1], max_new_tokens=5, do_sample=False) == two
-    assert len(talk.waveforms) == 2 and [m["role"] for m in talk.messages] == ["user", "assistant"] * 2
+    assert len(talk.audios) == 2 and [m["role"] for m in talk.messages] == ["user", "assistant"] * 2
 
 
 def test_thirty_two_at_once_get_their_own_answers_or_429(server, client, model):

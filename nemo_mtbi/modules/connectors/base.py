@@ -12,8 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nemo_mtbi.data.audio_windows import Windows
 from nemo_mtbi.data.example import Example
 from nemo_mtbi.errors import ConfigError
+
+NO_TOKEN = -1  # label of a position of a channel without tokens
 
 
 @dataclass
@@ -28,7 +31,7 @@ class SpeechEmbeddings:
         ctc_lengths: (B,) valid rows of ``ctc_log_probs``.
         nothing_heard: (B,) of a connector that writes text, whether it wrote none; None for others.
         labels: (B, P) the token (of a CTC connector: the CTC label) of each position; None for connectors without
-            tokens, -1 for positions of a channel without tokens.
+            tokens, ``NO_TOKEN`` for positions of a channel without tokens.
         content: (B, P) how much each position says, the sum of its 1 - P(blank); None for connectors without CTC.
     """
 
@@ -49,12 +52,10 @@ class Hypotheses:
     Attributes:
         tokens: S lists of the B utterances' tokens, in the connector's own vocabulary.
         speech: of each of the S lists, what the LLM would read.
-        usable: (B,) utterances whose hypotheses can be scored by ``risk_loss``.
     """
 
     tokens: list[list[list[int]]]
     speech: list[SpeechEmbeddings]
-    usable: Tensor
 
 
 class Connector(nn.Module):
@@ -106,14 +107,20 @@ class Connector(nn.Module):
         return 0
 
     def transcription_loss(
-        self, speech: SpeechEmbeddings | None, features: Tensor, lengths: Tensor, transcripts: list[str]
+        self,
+        speech: SpeechEmbeddings | None,
+        features: Tensor,
+        lengths: Tensor,
+        transcripts: list[str],
+        windows: Windows | None = None,
     ) -> tuple[Tensor, int]:
         """The connector's own loss on the transcripts (w_ctc), as a sum, and the number of target tokens.
 
         Args:
-            speech: what ``connect`` gave for these features, if it ran.
+            speech: what the connector gave for these utterances, if it ran.
             features, lengths: as in ``connect``.
-            transcripts: of the B utterances.
+            transcripts: of the utterances.
+            windows: whose rows these are; None: each its own utterance.
 
         Raises:
             ConfigError: the connector emits no tokens.
@@ -123,25 +130,27 @@ class Connector(nn.Module):
             f"WhisperDecoderConnector); {type(self).__name__} does not."
         )
 
-    def hypotheses(self, features: Tensor, lengths: Tensor, count: int, temperature: float) -> Hypotheses:
+    def hypotheses(
+        self, features: Tensor, lengths: Tensor, count: int, temperature: float, starts: list[bool] | None = None
+    ) -> Hypotheses:
         """The greedy reading of the utterances and ``count - 1`` sampled ones, without a graph.
 
         Only of connectors that write text; others are refused with the configuration.
 
         Args:
-            features, lengths: as in ``connect``.
+            features, lengths, starts: as in ``connect``.
             count: S.
             temperature: of the samples.
         """
         raise NotImplementedError
 
     def risk_loss(self, features: Tensor, lengths: Tensor, hypotheses: Hypotheses, risks: Tensor) -> Tensor:
-        """Sum over the usable utterances of the expected risk (:mod:`nemo_mtbi.losses.risk`).
+        """Sum over the utterances of the expected risk (:mod:`nemo_mtbi.losses.risk`).
 
         Args:
             features, lengths: as in ``connect``.
             hypotheses: of the B utterances.
-            risks: (B, S).
+            risks: (B, S); equal ones teach nothing.
         """
         raise NotImplementedError
 

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nemo_mtbi.data.audio_windows import Windows
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.losses.alignment import ctc_loss
 from nemo_mtbi.modules.connectors.base import SpeechEmbeddings, evaluation_mode, frame_mask, mask_spans
 from nemo_mtbi.modules.connectors.ctc_vocabulary import CTCVocabulary
 from nemo_mtbi.modules.connectors.subsampling import ConvSubsampler
 from nemo_mtbi.modules.connectors.token import TokenConnector
+from nemo_mtbi.modules.connectors.windows import joined_rows
 
 
 class CTCCompressConnector(TokenConnector):
@@ -108,14 +110,19 @@ class CTCCompressConnector(TokenConnector):
         return sum(len(self.vocabulary.encode(t)) for t in transcripts)
 
     def transcription_loss(
-        self, speech: SpeechEmbeddings | None, features: Tensor, lengths: Tensor, transcripts: list[str]
+        self,
+        speech: SpeechEmbeddings | None,
+        features: Tensor,
+        lengths: Tensor,
+        transcripts: list[str],
+        windows: Windows | None = None,
     ) -> tuple[Tensor, int]:
         """CTC; utterances too short for their transcript contribute nothing.
 
         Dropout and time masks are applied here alone, so in training the frames are computed anew.
         """
         if speech is None or self.training:
-            log_probs, frames = self.ctc(features, lengths)
+            log_probs, frames = joined_rows(*self.ctc(features, lengths), windows)
         else:
             assert speech.ctc_log_probs is not None and speech.ctc_lengths is not None
             log_probs, frames = speech.ctc_log_probs, speech.ctc_lengths

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nemo_mtbi.data.audio_windows import Windows
 from nemo_mtbi.data.example import Example
 from nemo_mtbi.errors import ConfigError
-from nemo_mtbi.modules.connectors.base import Hypotheses, SpeechEmbeddings, frame_mask, uniform_centers
+from nemo_mtbi.modules.connectors.base import NO_TOKEN, Hypotheses, SpeechEmbeddings, frame_mask, uniform_centers
 from nemo_mtbi.modules.connectors.subsampling import ConvSubsampler
 from nemo_mtbi.modules.connectors.whisper_decoder import WhisperDecoderConnector
 
 ORDERS = ("text_first", "acoustic_first")
-NO_TOKEN = -1  # label of an acoustic position
 
 
 class AcousticChannel(nn.Module):
@@ -119,8 +119,10 @@ class TwoChannelConnector(WhisperDecoderConnector):
         return [joined(t, acoustic) if self.order == "text_first" else joined(acoustic, t) for t in texts]
 
     @torch.no_grad()
-    def hypotheses(self, features: Tensor, lengths: Tensor, count: int, temperature: float) -> Hypotheses:
-        result = super().hypotheses(features[..., -self.width :], lengths, count, temperature)
+    def hypotheses(
+        self, features: Tensor, lengths: Tensor, count: int, temperature: float, starts: list[bool] | None = None
+    ) -> Hypotheses:
+        result = super().hypotheses(features[..., -self.width :], lengths, count, temperature, starts)
         result.speech = self._with_acoustic(features, lengths, result.speech)
         return result
 
@@ -128,9 +130,14 @@ class TwoChannelConnector(WhisperDecoderConnector):
         return super().risk_loss(features[..., -self.width :], lengths, hypotheses, risks)
 
     def transcription_loss(
-        self, speech: SpeechEmbeddings | None, features: Tensor, lengths: Tensor, transcripts: list[str]
+        self,
+        speech: SpeechEmbeddings | None,
+        features: Tensor,
+        lengths: Tensor,
+        transcripts: list[str],
+        windows: Windows | None = None,
     ) -> tuple[Tensor, int]:
-        return super().transcription_loss(speech, features[..., -self.width :], lengths, transcripts)
+        return super().transcription_loss(speech, features[..., -self.width :], lengths, transcripts, windows)
 
     def transcribe(self, features: Tensor, lengths: Tensor) -> list[str]:
         return super().transcribe(features[..., -self.width :], lengths)

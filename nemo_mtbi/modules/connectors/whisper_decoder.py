@@ -1,7 +1,7 @@
 """A connector that is Whisper's own decoder: it reads the frozen encoder's frames and writes the LLM's tokens.
 
-Letters: B utterances, W windows of at most 30 s, T encoder frames, D Whisper's width, N tokens of a window, P output
-positions, H LLM width.
+Letters: B utterances or windows of at most 30 s, T encoder frames, D Whisper's width, N tokens, P output positions, H
+LLM width.
 """
 
 import math
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperDecoder, WhisperEncoderLayer
 
+from nemo_mtbi.data.audio_windows import Windows
 from nemo_mtbi.data.literal import literal_encoding
 from nemo_mtbi.data.messages import NOTHING_HEARD
 from nemo_mtbi.errors import ConfigError
@@ -23,7 +24,6 @@ from nemo_mtbi.losses.objective import CROSS_ENTROPY
 from nemo_mtbi.losses.risk import expected_risk
 from nemo_mtbi.modules.connectors.base import Hypotheses, SpeechEmbeddings, evaluation_mode, frame_mask, mask_spans
 from nemo_mtbi.modules.connectors.token import TokenConnector
-from nemo_mtbi.modules.windows import equal_windows
 
 FRAMES_PER_SECOND = 50
 OLD_RESIDUAL_SCALE = 5.0
@@ -112,7 +112,6 @@ class WhisperDecoderConnector(TokenConnector):
         self.residual_scale, self.max_tokens_per_second = residual_scale, max_tokens_per_second
         self.prompt_ids, self.eos_id = list(prompt_ids), eos_id
         self.no_speech_id, self.no_speech_threshold = no_speech_id, no_speech_threshold
-        self.window = config.max_source_positions
         self.max_tokens = config.max_target_positions - len(self.prompt_ids)
         self.encoder_layers = nn.ModuleList(WhisperEncoderLayer(config) for _ in range(encoder_layers))
         self.encoder_norm = nn.LayerNorm(config.d_model) if encoder_layers else nn.Identity()
@@ -215,23 +214,28 @@ class WhisperDecoderConnector(TokenConnector):
         return 0 if self.no_speech_id is None else len(transcripts)
 
     def transcription_loss(
-        self, speech: SpeechEmbeddings | None, features: Tensor, lengths: Tensor, transcripts: list[str]
+        self,
+        speech: SpeechEmbeddings | None,
+        features: Tensor,
+        lengths: Tensor,
+        transcripts: list[str],
+        windows: Windows | None = None,
     ) -> tuple[Tensor, int]:
         """Cross-entropy of the transcripts under teacher forcing, and of whether anything is said.
 
-        Utterances that exceed a window contribute nothing. The frames are encoded anew, with time masks and dropout
+        Utterances of several windows contribute nothing. The frames are encoded anew, with time masks and dropout
         where the connector is trained.
         """
         ids = self._transcript_ids(transcripts)
-        kept = [
-            i
-            for i, (own, frames) in enumerate(zip(ids, lengths.tolist(), strict=True))
-            if len(own) <= self.max_tokens and frames <= self.window and (own or self.no_speech_id is not None)
-        ]
+        fits = [len(own) <= self.max_tokens and (len(own) > 0 or self.no_speech_id is not None) for own in ids]
+        if windows is not None:
+            features, lengths = features[windows.firsts], lengths[windows.firsts]
+            fits = [fit and alone for fit, alone in zip(fits, windows.alone, strict=True)]
+        kept = [row for row, fit in enumerate(fits) if fit]
         if not kept:
             trained = [p.sum() for p in self.parameters() if p.requires_grad]
             return torch.stack(trained).sum() * 0.0, 0  # with a graph: the step of the other ranks goes on
-        features, sizes = features[kept][:, : self.window], lengths[kept]
+        features, sizes = features[kept], lengths[kept]
         if self.training:
             features = mask_spans(features, sizes, self.time_masks, self.time_mask_frames)
         features, frames = self._encode(features, sizes)
@@ -251,45 +255,29 @@ class WhisperDecoderConnector(TokenConnector):
     @torch.no_grad()
     def transcribe(self, features: Tensor, lengths: Tensor) -> list[str]:
         """features (B, T, D), lengths (B,) -> greedy transcripts."""
-        windows, sizes, owners = self._windows(features, lengths)
         with evaluation_mode(self):
-            tokens, _ = self._write(*self._encode(windows, sizes))
-        texts: list[list[str]] = [[] for _ in lengths]
-        for owner, own in zip(owners, tokens, strict=True):
-            texts[owner[0]].append(self.tokenizer.decode(own).strip())
-        return [" ".join(filter(None, own)) for own in texts]
+            tokens, _ = self._write(*self._encode(features, lengths))
+        return [self.tokenizer.decode(own).strip() for own in tokens]
 
     def _output_weight(self) -> Tensor:
         return self.decoder.embed_tokens.weight[: self.eos_id + 1]
 
-    def _windows(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
-        """-> windows (W, T, D), their frames (W,), and the utterance and first frame of each."""
-        if features.shape[1] <= self.window:
-            return features, lengths, [(row, 0) for row in range(len(lengths))]
-        owners, parts = [], []
-        for row, frames in enumerate(lengths.tolist()):
-            cuts = equal_windows(frames, self.window)  # the encoder's own
-            owners += [(row, begin) for begin, _ in cuts]
-            parts += [features[row, begin:end] for begin, end in cuts]
-        sizes = torch.tensor([len(p) for p in parts], device=features.device)
-        return nn.utils.rnn.pad_sequence(parts, batch_first=True), sizes, owners
-
-    def _encode(self, windows: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-        """What the decoder reads, (W, S + T, D) and (W,) frames: silence, and the window through the encoder's upper
+    def _encode(self, features: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """What the decoder reads, (B, S + T, D) and (B,) frames: silence, and the frames through the encoder's upper
         layers where they are the connector's. (Attention knows a frame's place from the frame alone.)
         """
         if len(self.silence):
-            silence = self.silence.to(windows.dtype).expand(len(windows), -1, -1)
-            windows, sizes = torch.cat([silence, windows], 1), sizes + len(self.silence)
-        mask = self._frame_mask(sizes, windows.shape[1]) if self.encoder_layers else None
+            silence = self.silence.to(features.dtype).expand(len(features), -1, -1)
+            features, sizes = torch.cat([silence, features], 1), sizes + len(self.silence)
+        mask = self._frame_mask(sizes, features.shape[1]) if self.encoder_layers else None
         for layer in self.encoder_layers:
-            windows = layer(windows, mask)
-        return self.encoder_norm(windows), sizes
+            features = layer(features, mask)
+        return self.encoder_norm(features), sizes
 
     def _step(
         self, ids: Tensor, begin: int, features: Tensor, mask: Tensor | None, cache: EncoderDecoderCache | None
     ) -> Tensor:
-        """Last hidden states (W, n, D) of tokens (W, n) that stand from position ``begin`` on."""
+        """Last hidden states (B, n, D) of tokens (B, n) that stand from position ``begin`` on."""
         decoder = self.decoder
         hidden = decoder.embed_tokens(ids) + decoder.embed_positions.weight[begin : begin + ids.shape[1]]
         hidden = nn.functional.dropout(hidden, decoder.dropout, decoder.training)
@@ -300,7 +288,7 @@ class WhisperDecoderConnector(TokenConnector):
         return decoder.layer_norm(hidden)
 
     def _frame_mask(self, sizes: Tensor, frames: int) -> Tensor | None:
-        """(W, 1, 1, T) additive, or None where nothing is padded."""
+        """(B, 1, 1, T) additive, or None where nothing is padded."""
         valid = frame_mask(sizes, frames)
         if bool(valid.all()):
             return None
@@ -308,16 +296,16 @@ class WhisperDecoderConnector(TokenConnector):
         return zeros.masked_fill(~valid, torch.finfo(zeros.dtype).min)[:, None, None]
 
     def _no_speech_log_probs(self, first: Tensor) -> Tensor:
-        """Log-probability (W,) of no speech, from the states (W, D) of the first token."""
+        """Log-probability (B,) of no speech, from the states (B, D) of the first token."""
         logits = nn.functional.linear(first, self.decoder.embed_tokens.weight).float()
         return logits[:, self.no_speech_id] - logits.logsumexp(-1)
 
     def _forced_states(self, features: Tensor, sizes: Tensor, tokens: list[list[int]]) -> Tensor:
-        """States (W, N + 1, D) that predict each token and what follows the last one."""
+        """States (B, N + 1, D) that predict each token and what follows the last one."""
         return self._forced(features, sizes, tokens)[:, len(self.prompt_ids) - 1 :]
 
     def _forced(self, features: Tensor, sizes: Tensor, tokens: list[list[int]]) -> Tensor:
-        """States (W, Q + N, D) of Q prompt tokens and N tokens."""
+        """States (B, Q + N, D) of Q prompt tokens and N tokens."""
         width = max(map(len, tokens))
         ids = torch.tensor([self.prompt_ids + own + [self.eos_id] * (width - len(own)) for own in tokens])
         mask = self._frame_mask(sizes, features.shape[1])
@@ -327,7 +315,7 @@ class WhisperDecoderConnector(TokenConnector):
     def _write(
         self, features: Tensor, sizes: Tensor, temperature: float | None = None
     ) -> tuple[list[list[int]], Tensor]:
-        """Tokens of each window, and the states (W, N + 1, D) that predicted them and the end. In evaluation mode.
+        """Tokens of each row, and the states (B, N + 1, D) that predicted them and the end. In evaluation mode.
 
         The most likely tokens; with a temperature, sampled ones.
         """
@@ -366,49 +354,41 @@ class WhisperDecoderConnector(TokenConnector):
     # -- connector ------------------------------------------------------------------------------------------------
 
     def connect(self, features: Tensor, lengths: Tensor, starts: list[bool] | None = None) -> SpeechEmbeddings:
-        windows, sizes, owners = self._windows(features, lengths)
         with evaluation_mode(self):
-            encoded, heard = self._encode(windows, sizes)
+            encoded, heard = self._encode(features, lengths)
             tokens, states = self._write(encoded, heard)
             if torch.is_grad_enabled():
                 states = self._forced_states(encoded, heard, tokens)
-        return self._read(tokens, states, sizes, owners, starts or [True] * len(lengths))
+        return self._read(tokens, states, lengths, starts)
 
     def _read(
-        self,
-        tokens: list[list[int]],
-        states: Tensor,
-        sizes: Tensor,
-        owners: list[tuple[int, int]],
-        begins: list[bool],
+        self, tokens: list[list[int]], states: Tensor, lengths: Tensor, starts: list[bool] | None
     ) -> SpeechEmbeddings:
-        """What the LLM reads of the text of W windows.
+        """What the LLM reads of the text of B rows.
 
         Args:
-            tokens: Whisper's, of each window.
-            states: (W, N + 1, D) that predicted them.
-            sizes: (W,) frames of the windows.
-            owners: utterance and first frame of each window.
-            begins: whether each of the B rows begins its utterance.
+            tokens: Whisper's, of each row.
+            states: (B, N + 1, D) that predicted them.
+            lengths: (B,) frames.
+            starts: as in :meth:`connect`.
         """
         assert self._language_model is not None
         tokenizer, embed_tokens = self._language_model
         device = states.device
-        rows: list[list[tuple[int, int, int, float]]] = [[] for _ in begins]  # LLM token, window, Whisper token, center
-        for window, ((utterance, first), own, frames) in enumerate(zip(owners, tokens, sizes.tolist(), strict=True)):
-            for token, index in self._language_model_tokens(tokenizer, own, begins[utterance] and not rows[utterance]):
-                rows[utterance].append((token, window, index, first + (index + 0.5) / max(1, len(own)) * frames))
+        rows: list[list[tuple[int, int, float]]] = []  # LLM token, Whisper token, center
+        for own, frames, start in zip(tokens, lengths.tolist(), starts or [True] * len(tokens), strict=True):
+            written = self._language_model_tokens(tokenizer, own, start)
+            rows.append([(token, index, (index + 0.5) / max(1, len(own)) * frames) for token, index in written])
         nothing = torch.tensor([not row for row in rows])
-        for utterance, row in enumerate(rows):
+        for row in rows:
             if not row:
-                window = next(w for w, (own, _) in enumerate(owners) if own == utterance)
-                row += [(t, window, 0, 0.0) for t in tokenizer(NOTHING_HEARD, add_special_tokens=False)["input_ids"]]
+                row += [(t, 0, 0.0) for t in tokenizer(NOTHING_HEARD, add_special_tokens=False)["input_ids"]]
         width = max(map(len, rows))
         counts = torch.tensor([len(row) for row in rows], device=device)
-        padded = torch.tensor([row + [(0, 0, 0, 0.0)] * (width - len(row)) for row in rows], dtype=torch.float64)
-        ids, window_index, token_index = (padded[..., i].long().to(device) for i in range(3))
+        padded = torch.tensor([row + [(0, 0, 0.0)] * (width - len(row)) for row in rows], dtype=torch.float64)
+        ids, token_index = (padded[..., i].long().to(device) for i in range(2))
         valid = frame_mask(counts, width)
-        chosen = states[window_index[valid], token_index[valid]]
+        chosen = states[valid.nonzero()[:, 0], token_index[valid]]
         extra = self.residual(self.norm(chosen)) * (self.residual_scale * self.embedding_rms)
         if self.alternatives and torch.is_grad_enabled():
             soft = self._likely_embeddings(chosen, token_index[valid] == 0)
@@ -416,7 +396,7 @@ class WhisperDecoderConnector(TokenConnector):
         text = embed_tokens(ids[valid]).to(extra.dtype)
         embeddings = text.new_zeros(*ids.shape, text.shape[-1])
         embeddings[valid] = text + extra
-        centers = padded[..., 3].float().to(device)
+        centers = padded[..., 2].float().to(device)
         return SpeechEmbeddings(embeddings, counts, centers, labels=ids, nothing_heard=nothing.to(device))
 
     def fusable(self, speech: SpeechEmbeddings) -> Tensor | None:
@@ -424,25 +404,23 @@ class WhisperDecoderConnector(TokenConnector):
         return torch.zeros_like(speech.centers, dtype=torch.bool)
 
     @torch.no_grad()
-    def hypotheses(self, features: Tensor, lengths: Tensor, count: int, temperature: float) -> Hypotheses:
-        windows, sizes, owners = self._windows(features, lengths)
-        place = {utterance: window for window, (utterance, first) in enumerate(owners) if first == 0}
-        several = {utterance for utterance, first in owners if first > 0}
+    def hypotheses(
+        self, features: Tensor, lengths: Tensor, count: int, temperature: float, starts: list[bool] | None = None
+    ) -> Hypotheses:
         tokens, speech = [], []
         with evaluation_mode(self):
-            encoded, heard = self._encode(windows, sizes)
+            encoded, heard = self._encode(features, lengths)
             for index in range(count):
                 written, states = self._write(encoded, heard, temperature if index else None)
-                tokens.append([written[place[row]] for row in range(len(lengths))])
-                speech.append(self._read(written, states, sizes, owners, [True] * len(lengths)))
-        usable = torch.tensor([row not in several for row in range(len(lengths))])
-        return Hypotheses(tokens, speech, usable.to(features.device))
+                tokens.append(written)
+                speech.append(self._read(written, states, lengths, starts))
+        return Hypotheses(tokens, speech)
 
     def risk_loss(self, features: Tensor, lengths: Tensor, hypotheses: Hypotheses, risks: Tensor) -> Tensor:
-        head, repeats, usable = Head(self._output_weight()), len(hypotheses.tokens), hypotheses.usable
+        head, repeats = Head(self._output_weight()), len(hypotheses.tokens)
         targets = [[*own, self.eos_id] for sample in hypotheses.tokens for own in sample]  # (S, B)
         with evaluation_mode(self):
-            encoded, heard = self._encode(features[:, : self.window], lengths.clamp_max(self.window))
+            encoded, heard = self._encode(features, lengths)
             states = self._forced_states(
                 encoded.repeat(repeats, 1, 1), heard.repeat(repeats), [own[:-1] for own in targets]
             )
@@ -454,10 +432,10 @@ class WhisperDecoderConnector(TokenConnector):
             losses = imitation_loss(rows.detach(), head, ids, CROSS_ENTROPY).per_token
             log_probs = -losses.new_zeros(len(targets)).index_add(0, owner, losses)
             expected, slopes = expected_risk(log_probs.unflatten(0, (repeats, -1)).t(), risks)
-            weights = -(slopes * usable[:, None]).t().flatten()[owner]
+            weights = -slopes.t().flatten()[owner]
         # The expected risk has the gradient of its log-probabilities weighted by their slopes.
         weighted = imitation_loss(rows, head, ids, CROSS_ENTROPY, token_weights=weights).loss
-        return weighted + ((expected * usable).sum() - weighted).detach()
+        return weighted + (expected.sum() - weighted).detach()
 
     def _likely_embeddings(self, states: Tensor, first: Tensor) -> Tensor:
         """Mean LLM embedding (R, H) of the likely tokens, weighted by their probabilities.

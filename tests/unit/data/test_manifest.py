@@ -133,7 +133,7 @@ def test_generate_hears_the_parts_that_a_manifest_names(tmp_path):
         {"audio_filepath": "a.wav", "offset": 4},
     )
     inputs = list(audio_inputs([str(path), str(tmp_path / "a.wav"), str(tmp_path)]))
-    waveforms = [i.load(rate) for i in inputs[:4]]
+    waveforms = [next(iter(i.open(rate))) for i in inputs[:4]]
     assert [len(w) for w in waveforms] == [rate, rate, rate, 3 * rate]
     assert [round(float(abs(w).max()), 2) for w in waveforms] == [0.1, 0.2, 0.4, 0.4]
     assert str(inputs[1]).endswith("a.wav (1 s to 2 s)") and str(inputs[2]).endswith("(2 s to end)")
@@ -144,7 +144,7 @@ def test_generate_hears_the_parts_that_a_manifest_names(tmp_path):
         (6, "offset = 4"),
     ):
         with pytest.raises(DataError, match=message):
-            inputs[index].load(rate)
+            inputs[index].open(rate)
     assert [i.path for i in inputs[7:]] == [tmp_path / "a.wav"] * 2
 
 
@@ -153,4 +153,4 @@ def test_nothing_to_hear_is_refused(tmp_path):
         list(audio_inputs(str(tmp_path)))
     (absent,) = audio_inputs(str(tmp_path / "absent.wav"))
     with pytest.raises(DataError, match="no audio file"):
-        absent.load(16_000)
+        absent.open(16_000)

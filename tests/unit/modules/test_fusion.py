@@ -11,8 +11,8 @@ from nemo_mtbi.checkpoints.archive import save_directory
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.models.exported import open_speech_llm
 from nemo_mtbi.models.speech import connect, fused
-from nemo_mtbi.modules.connectors.base import SpeechEmbeddings, frame_mask
-from nemo_mtbi.modules.connectors.two_channel import NO_TOKEN, joined
+from nemo_mtbi.modules.connectors.base import NO_TOKEN, SpeechEmbeddings, frame_mask
+from nemo_mtbi.modules.connectors.two_channel import joined
 from nemo_mtbi.modules.fusion import Fusion, Positions, plan
 from tests.helpers import build, gradients, make_batch
 
@@ -158,8 +158,9 @@ def test_training_generation_and_export_read_the_same_positions(tiny_config, tmp
     light = open_speech_llm(save_directory(model, tmp_path / "hf"))
     audio, lens = batch["audios"], batch["audio_lens"]
     with torch.no_grad():
-        mine, seconds = model._speech(audio, lens)
-        other, _ = light._speech(audio, lens)
+        heard = model.listen(audio, lens)
+        mine, seconds = heard.speech, heard.seconds
+        other = light.listen(audio, lens).speech
         features, lengths = model.encode(audio, lens)
         direct = fused(model.perception, connect(model.perception, features, lengths), seconds)
     assert mine.lengths.max() <= max(

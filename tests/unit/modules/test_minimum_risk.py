@@ -1,13 +1,12 @@
 """Minimum risk over the decoder connector's hypotheses, against plain PyTorch; and what it is for."""
 
-import copy
-
 import pytest
 import torch
 
+from nemo_mtbi.data.audio_windows import Windows
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.models import MTBISALM
-from nemo_mtbi.models.objective import KINDS, WINDOW_COUNTS, term_counts
+from nemo_mtbi.models.objective import KINDS, WINDOW_COUNTS, risk_term, term_counts
 from nemo_mtbi.models.speech import batch_features
 from nemo_mtbi.modules.connectors.base import evaluation_mode
 from tests.helpers import assert_same, gradients, make_batch, split
@@ -35,7 +34,7 @@ def model(tiny_llm, tiny_whisper):
 
 def readings(model, count=3, samples=3):
     connector = model.perception.modality_adapter
-    features, lengths = batch_features(model.perception, make_batch(model, count))
+    features, lengths, _ = batch_features(model.perception, make_batch(model, count))
     torch.manual_seed(0)
     return connector, features, lengths, connector.hypotheses(features, lengths, samples, 1.0)
 
@@ -47,7 +46,6 @@ def test_the_first_reading_is_the_connectors_own_and_the_others_differ(model):
     torch.testing.assert_close(found.speech[0].embeddings, own.embeddings)
     assert found.speech[0].labels.tolist() == own.labels.tolist()
     assert found.tokens[1] != found.tokens[0] and found.tokens[2] != found.tokens[1]
-    assert found.usable.all()
     for tokens, speech in zip(found.tokens, found.speech, strict=True):
         texts = [connector.tokenizer.decode(own).strip() for own in tokens]
         ids = model.tokenizer.tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -81,18 +79,21 @@ def test_value_and_gradient_are_the_plain_ones(model):
     assert_same(dict(enumerate(got)), dict(enumerate(expected)), 1e-3)
 
 
-def test_utterances_beyond_a_window_are_left_out(model):
-    connector = copy.deepcopy(model.perception.modality_adapter)
-    connector.window = 60
-    features, lengths = torch.randn(2, 100, 32), torch.tensor([100, 50])
-    found = connector.hypotheses(features, lengths, 2, 1.0)
-    assert found.usable.tolist() == [False, True]
-    loss = connector.risk_loss(features, lengths, found, torch.tensor([[5.0, 7.0], [0.5, 0.5]]))
-    assert float(loss) == pytest.approx(0.5)
-    assert all(
-        float(g.abs().max()) < 1e-6
-        for g in torch.autograd.grad(loss, [p for p in connector.decoder.parameters() if p.requires_grad])
-    )
+def test_utterances_of_several_windows_add_no_risk(model):
+    connector = model.perception.modality_adapter
+    rows = {"encoder_features": torch.randn(3, 60, 32), "encoder_feature_lens": torch.tensor([60, 40, 50])}
+    batch = {**rows, "windows": Windows([0, 0, 1], [0, 60, 0])}
+    heard = []
+
+    def answer_losses(speech):
+        heard.append(speech)
+        return torch.tensor([5.0 + len(heard), 0.5])  # the risks of the second utterance are equal
+
+    term = risk_term(batch, model.perception, model.config.imitation, answer_losses)
+    assert float(term.total) == pytest.approx(0.5)
+    assert [len(speech.lengths) for speech in heard] == [2, 2, 2]
+    trained = [p for p in connector.decoder.parameters() if p.requires_grad]
+    assert all(float(g.abs().max()) < 1e-6 for g in torch.autograd.grad(term.total, trained))
 
 
 def test_the_term_is_divided_by_utterances(tiny_llm, tiny_whisper, monkeypatch):

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import math
 
 import numpy as np
 import pytest
@@ -13,9 +12,11 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from nemo_mtbi.checkpoints.archive import save_nemo
 from nemo_mtbi.checkpoints.round_trip import max_abs_logit_difference
+from nemo_mtbi.data.audio_windows import Windows
 from nemo_mtbi.data.example import plan_batch
 from nemo_mtbi.evaluation.systems import text_hidden
 from nemo_mtbi.models import MTBISALM
+from nemo_mtbi.models.speech import connect, transcribe
 from tests.helpers import gradients, make_batch
 
 pytestmark = pytest.mark.unit
@@ -89,9 +90,9 @@ def test_untrained_connector_is_the_text_llm_on_its_own_transcript(model):
 
 
 @torch.no_grad()
-def test_positions_do_not_depend_on_padding_or_on_windows(connector):
-    features = torch.randn(2, 1540, 32, generator=torch.Generator().manual_seed(0))
-    lengths = torch.tensor([1540, 70])
+def test_positions_do_not_depend_on_padding(connector):
+    features = torch.randn(2, 770, 32, generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([770, 70])
     batch = connector.connect(features, lengths)
     for row, length in enumerate(lengths.tolist()):
         alone = connector.connect(features[row : row + 1, :length], lengths[row : row + 1])
@@ -100,12 +101,21 @@ def test_positions_do_not_depend_on_padding_or_on_windows(connector):
         torch.testing.assert_close(batch.embeddings[row, :count], alone.embeddings[0, :count], rtol=1e-3, atol=1e-4)
         assert (batch.centers[row, :count].diff() >= 0).all() and float(batch.centers[row, count - 1]) < length
     assert (batch.embeddings[1, int(batch.lengths[1]) :] == 0).all()
-    parts = [connector.transcribe(features[:1, a:b], torch.tensor([b - a]))[0] for a, b in ((0, 770), (770, 1540))]
-    assert connector.transcribe(features[:1], lengths[:1]) == [" ".join(parts)]
-    tokenizer, _ = connector._language_model
-    assert batch.labels[0, : int(batch.lengths[0])].tolist() == [
-        token for text in (parts[0], " " + parts[1]) for token in tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@torch.no_grad()
+def test_windows_are_written_one_after_the_other(model):
+    features = torch.randn(3, 700, 32, generator=torch.Generator().manual_seed(0))
+    lengths, windows = torch.tensor([700, 640, 70]), Windows([0, 0, 1], [0, 700, 0])
+    speech = connect(model.perception, features, lengths, windows)
+    texts = transcribe(model.perception, features, lengths)
+    assert transcribe(model.perception, features, lengths, windows) == [f"{texts[0]} {texts[1]}", texts[2]]
+    tokenizer = model.tokenizer.tokenizer
+    assert speech.labels[0, : int(speech.lengths[0])].tolist() == [
+        token for text in (texts[0], " " + texts[1]) for token in tokenizer(text, add_special_tokens=False)["input_ids"]
     ]
+    assert (speech.centers[0].diff() >= 0).all() and 700 < float(speech.centers[0].max()) < 1340
+    assert len(speech.lengths) == 2 and not speech.nothing_heard.any()
 
 
 def test_each_llm_token_reads_the_whisper_token_that_wrote_its_last_byte(model):
@@ -123,7 +133,8 @@ def test_each_llm_token_reads_the_whisper_token_that_wrote_its_last_byte(model):
 
 
 def test_a_batch_without_a_usable_transcript_has_a_graph(connector):
-    loss, count = connector.transcription_loss(None, torch.zeros(1, 1600, 32), torch.tensor([1600]), ["too long"])
+    rows = torch.zeros(2, 800, 32), torch.tensor([800, 800]), ["too long"], Windows([0, 0], [0, 800])
+    loss, count = connector.transcription_loss(None, *rows)
     loss.backward()
     assert (
         count == 0 and float(loss) == 0 and not any(p.grad.any() for p in connector.parameters() if p.grad is not None)
@@ -211,11 +222,12 @@ def test_silent_rows_do_not_change_the_others(config, monkeypatch):
 
 def test_transcription_loss_is_a_plain_cross_entropy(connector):
     connector.train()
-    features = torch.randn(4, 1600, 32, generator=torch.Generator().manual_seed(0))
-    lengths, transcripts = torch.tensor([1600, 60, 40, 50]), ["too long", "one two", "three", ""]
-    loss, count = connector.transcription_loss(None, features, lengths, transcripts)
+    features = torch.randn(4, 600, 32, generator=torch.Generator().manual_seed(0))
+    lengths, transcripts = torch.tensor([600, 60, 40, 50]), ["too long", "one two", "three", ""]
+    rows, windows = [0, 0, 1, 2, 3], Windows([0, 0, 1, 2, 3], [0, 600, 0, 0, 0])
+    loss, count = connector.transcription_loss(None, features[rows], lengths[rows], transcripts, windows)
     expected, tokens = torch.zeros(()), 0
-    for row in (1, 2, 3):  # the first one exceeds a window
+    for row in (1, 2, 3):  # the first one has two windows
         ids = [*connector.tokenizer.encode(" " + transcripts[row], add_special_tokens=False).ids, connector.eos_id]
         inputs = torch.tensor([connector.prompt_ids + ids[:-1]])
         hidden = connector.decoder(
@@ -234,7 +246,8 @@ def test_transcription_loss_is_a_plain_cross_entropy(connector):
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
     grads = [torch.autograd.grad(value, connector.decoder.layers[0].fc1.weight)[0] for value in (loss, expected)]
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-5)
-    assert connector.transcription_loss(None, features[:1], lengths[:1], transcripts[:1])[1] == 0
+    alone = features[[0, 0]], lengths[[0, 0]], transcripts[:1], Windows([0, 0], [0, 600])
+    assert connector.transcription_loss(None, *alone)[1] == 0
     short, sizes, words = features[1:, :60], lengths[1:], transcripts[1:]
     again, _ = connector.transcription_loss(connector.connect(short, sizes), short, sizes, words)
     torch.testing.assert_close(again, loss, rtol=1e-4, atol=1e-4)
@@ -307,15 +320,6 @@ def test_symbols_of_transcripts_can_be_written(model):
     for symbol in '":()':
         ids = connector.tokenizer.encode(symbol, add_special_tokens=False).ids
         assert len(ids) == 1 and torch.isfinite(connector.suppressed[1, ids[0]])
-
-
-@pytest.mark.parametrize("seconds", [31.0, 59.99, 61.3, 95.0])
-def test_encoder_and_connector_cut_long_audio_at_the_same_places(model, seconds):
-    frames = math.ceil(seconds * 100)
-    encoder = [math.ceil(valid / 2) for _, valid, _ in model.perception.encoder.policy.windows(frames)]
-    connector = model.perception.modality_adapter
-    _, sizes, _ = connector._windows(torch.zeros(1, sum(encoder), 32), torch.tensor([sum(encoder)]))
-    assert sizes.tolist() == encoder and max(encoder) <= 1500
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -32,7 +32,7 @@ def test_silent_requests_get_their_own_answer_and_the_others_theirs(tiny_llm, ti
     told = [queue.Queue() for _ in range(3)]
     questions = [("What?", None), ("Who?", None), ("Repeat.", "")]
     requests = [
-        Request([model.user_turn(q)], [audio], 30 if i else 5, told[i].put, told[i].put, silence=silence)
+        Request([model.user_turn(q)], [[audio]], 30 if i else 5, told[i].put, told[i].put, silence=silence)
         for i, (q, silence) in enumerate(questions)
     ]
     batcher._answer(requests)

@@ -1,0 +1,147 @@
+"""Recordings that are read as they are needed, so that hours of audio never stand in memory; gaps are named, not fatal.
+
+Letters: S samples.
+"""
+
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+
+from nemo_mtbi.data.audio import load_waveform, mono
+from nemo_mtbi.errors import DataError
+
+BLOCK_SECONDS, SMALL_BLOCK_SECONDS = 30.0, 1.0  # the second where the first cannot be decoded
+STREAMED_FROM_SECONDS = 120.0  # shorter recordings are read at once
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A part of a recording that cannot be read; silence stands for it."""
+
+    begin_seconds: float
+    end_seconds: float
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.begin_seconds:.1f} s to {self.end_seconds:.1f} s ({self.reason})"
+
+
+@dataclass
+class AudioStream:
+    """A recording as blocks (S_i,) of float32 mono; each iteration reads it from its beginning.
+
+    Channels are averaged block by block (:func:`nemo_mtbi.data.audio.mono`), the rate is changed across blocks. What
+    cannot be decoded is silence of the same length, and noted in ``gaps``; DataError if nothing can.
+
+    Attributes:
+        source: a file, or its bytes.
+        sampling_rate: of the blocks.
+        offset_seconds, duration_seconds: the part that is read; None: to the end.
+        gaps: of the last iteration.
+    """
+
+    source: Path | bytes
+    sampling_rate: int
+    offset_seconds: float = 0.0
+    duration_seconds: float | None = None
+    gaps: list[Gap] = field(default_factory=list)
+
+    def open(self) -> soundfile.SoundFile:
+        return soundfile.SoundFile(io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        self.gaps = []
+        file = self.open()
+        try:
+            rate, channels, frames = file.samplerate, file.channels, file.frames
+            change = None if rate == self.sampling_rate else soxr.ResampleStream(rate, self.sampling_rate, 1)
+            place, end = round(self.offset_seconds * rate), frames
+            if self.duration_seconds is not None:
+                end = min(end, place + round(self.duration_seconds * rate))
+            size = round(BLOCK_SECONDS * rate)
+            while place < end:
+                wanted = min(size, end - place)
+                block, reason = _read(file, place, wanted)
+                if reason is not None:  # a decoder that lost its place seldom finds it again: a new one
+                    file.close()
+                    file = self.open()
+                    if wanted > SMALL_BLOCK_SECONDS * rate:
+                        size = round(SMALL_BLOCK_SECONDS * rate)
+                        continue
+                    self._note((place + len(block)) / rate, (place + wanted) / rate, reason)
+                    block = np.concatenate([block, np.zeros((wanted - len(block), channels), np.float32)])
+                place += wanted
+                samples = mono(block.T)
+                yield samples if change is None else change.resample_chunk(samples)
+            if change is not None:
+                yield change.resample_chunk(np.zeros(0, np.float32), last=True)
+            if sum(gap.end_seconds - gap.begin_seconds for gap in self.gaps) >= self.seconds:
+                raise DataError(f"Nothing of the audio can be read ({self.gaps[0].reason}).")
+        finally:
+            file.close()
+
+    @property
+    def seconds(self) -> float:
+        """Of what is read, by the file's header."""
+        with self.open() as file:
+            left = file.frames / file.samplerate - self.offset_seconds
+        return left if self.duration_seconds is None else min(left, self.duration_seconds)
+
+    def _note(self, begin: float, end: float, reason: str) -> None:
+        """The reason of a long gap is that of its beginning."""
+        last = self.gaps[-1] if self.gaps else None
+        if last is not None and last.end_seconds == begin:
+            self.gaps[-1] = Gap(last.begin_seconds, end, last.reason)
+        else:
+            self.gaps.append(Gap(begin, end, reason))
+
+
+def _read(file: soundfile.SoundFile, place: int, wanted: int) -> tuple[np.ndarray, str | None]:
+    """``wanted`` samples (S, C) from ``place`` on, or fewer and why."""
+    block = np.zeros((0, file.channels), np.float32)
+    try:
+        if file.tell() != place:
+            file.seek(place)
+        block = file.read(wanted, dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, RuntimeError) as error:
+        return block, str(getattr(error, "error_string", error)).strip(" .").removeprefix("Error : ")
+    if not np.isfinite(block).all():
+        return block[:0], "samples that are no numbers"
+    return block, None if len(block) == wanted else "it ends before what its header announces"
+
+
+def open_audio(
+    path: str | Path, sampling_rate: int, offset_seconds: float = 0.0, duration_seconds: float | None = None
+) -> Iterable[np.ndarray]:
+    """A recording in blocks: streamed if it is long and of a format that can be, else read at once, as
+    :func:`nemo_mtbi.data.audio.load_waveform` does.
+
+    Raises:
+        DataError: as :func:`nemo_mtbi.data.audio.load_waveform`.
+    """
+    stream = AudioStream(Path(path), sampling_rate, offset_seconds, duration_seconds)
+    if Path(path).is_file() and _is_long(stream):
+        return stream
+    return [load_waveform(path, sampling_rate, offset_seconds, duration_seconds)]
+
+
+def _is_long(stream: AudioStream) -> bool:
+    try:
+        return stream.seconds > STREAMED_FROM_SECONDS
+    except (soundfile.SoundFileError, RuntimeError):  # of another format, or broken: Lhotse says what it is
+        return False
+
+
+def gaps_of(audio: Iterable[np.ndarray]) -> list[Gap]:
+    """The parts of an audio that could not be read, once it was."""
+    return audio.gaps if isinstance(audio, AudioStream) else []
+
+
+def seconds_of(audio: Iterable[np.ndarray], sampling_rate: int) -> float:
+    """Duration of what :func:`open_audio` gave."""
+    return audio.seconds if isinstance(audio, AudioStream) else sum(map(len, audio)) / sampling_rate

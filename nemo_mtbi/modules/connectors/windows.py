@@ -1,0 +1,73 @@
+"""What a connector gave for the windows of longer utterances, as whole utterances again.
+
+Letters: N windows, B utterances, P positions of a window, H LLM width.
+"""
+
+from dataclasses import fields
+
+import torch
+from torch import Tensor, nn
+
+from nemo_mtbi.data.audio_windows import Windows
+from nemo_mtbi.modules.connectors.base import NO_TOKEN, SpeechEmbeddings, frame_mask
+
+
+def whole_utterances(speech: SpeechEmbeddings, windows: Windows | None) -> SpeechEmbeddings:
+    """What a connector gave for N windows as the positions of B utterances, in order.
+
+    Of an utterance of which some window says something, the others' text for "nothing heard" is left out.
+    """
+    if windows is None:
+        return speech
+    device = speech.embeddings.device
+    owners = torch.tensor(windows.owners, device=device)
+    count, size = len(windows.firsts), speech.embeddings.shape[1]
+    kept, nothing = frame_mask(speech.lengths, size), speech.nothing_heard
+    if nothing is not None:
+        heard = torch.zeros(count, dtype=torch.long, device=device).index_add(0, owners, (~nothing).long())
+        nothing = heard == 0
+        silent = speech.nothing_heard & ~nothing[owners]  # type: ignore[operator]
+        kept = kept & ~(silent[:, None] & (speech.labels != NO_TOKEN))
+    frames = torch.tensor(windows.begins, device=device)[:, None]
+    embeddings, lengths = _joined(speech.embeddings, kept, owners, count)
+    result = SpeechEmbeddings(embeddings, lengths, _joined(speech.centers + frames, kept, owners, count)[0])
+    if speech.labels is not None:
+        result.labels, _ = _joined(speech.labels, kept, owners, count)
+    if speech.content is not None:
+        result.content, _ = _joined(speech.content, kept, owners, count)
+    if speech.ctc_log_probs is not None and speech.ctc_lengths is not None:
+        result.ctc_log_probs, result.ctc_lengths = joined_rows(speech.ctc_log_probs, speech.ctc_lengths, windows)
+    result.nothing_heard = nothing
+    return result
+
+
+def concatenated(parts: list[SpeechEmbeddings]) -> SpeechEmbeddings:
+    """Rows of several outputs of a connector as one."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def rows(name: str) -> Tensor | None:
+        own = [getattr(part, name) for part in parts]
+        if any(values is None for values in own):
+            return None
+        if own[0].ndim == 1:
+            return torch.cat(own)
+        return nn.utils.rnn.pad_sequence([row for values in own for row in values], batch_first=True)
+
+    return SpeechEmbeddings(**{field.name: rows(field.name) for field in fields(SpeechEmbeddings)})  # type: ignore[arg-type]
+
+
+def joined_rows(values: Tensor, lengths: Tensor, windows: Windows | None) -> tuple[Tensor, Tensor]:
+    """(N, P, ...) and (N,) of windows -> (B, P', ...) and (B,) of utterances."""
+    if windows is None:
+        return values, lengths
+    owners = torch.tensor(windows.owners, device=lengths.device)
+    return _joined(values, frame_mask(lengths, values.shape[1]), owners, len(windows.firsts))
+
+
+def _joined(values: Tensor, kept: Tensor, owners: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The kept ones of (N, P, ...) one after the other for each of ``count`` owners, zero-padded; their numbers."""
+    numbers = kept.sum(1)
+    lengths = numbers.new_zeros(count).index_add(0, owners, numbers)
+    rows = values[kept].split(lengths.tolist())
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths

@@ -1,0 +1,88 @@
+"""Long recordings, read block by block; half files."""
+
+import io
+
+import numpy as np
+import pytest
+import soundfile
+
+from nemo_mtbi.data.audio import load_waveform
+from nemo_mtbi.data.audio_stream import AudioStream, gaps_of, open_audio
+from nemo_mtbi.errors import DataError
+
+pytestmark = pytest.mark.unit
+SECONDS = 150
+
+
+def tone(rate, channels=1, seconds=SECONDS):
+    time = np.arange(seconds * rate) / rate
+    samples = 0.3 * np.sin(2 * np.pi * (200 + time) * time)
+    return np.stack([samples * (1 - 0.2 * c) for c in range(channels)], 1).astype(np.float32)
+
+
+def read(audio):
+    return np.concatenate(list(audio))
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "channels"), [("a.wav", 16_000, 1), ("a.flac", 44_100, 2), ("a.ogg", 8_000, 1)]
+)
+def test_a_stream_is_the_whole_recording(tmp_path, name, rate, channels):
+    soundfile.write(tmp_path / name, tone(rate, channels), rate)
+    stream = open_audio(tmp_path / name, 16_000)
+    assert isinstance(stream, AudioStream)
+    found, expected = read(stream), load_waveform(tmp_path / name, 16_000)
+    assert len(found) == pytest.approx(len(expected), abs=2)
+    size = min(len(found), len(expected))
+    assert np.abs(found[:size] - expected[:size]).max() < 2e-3
+    assert np.array_equal(read(stream), found) and gaps_of(stream) == []  # again
+
+
+def test_a_part_and_bytes(tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone(16_000, seconds=300), 16_000)
+    expected = load_waveform(tmp_path / "a.wav", 16_000, 7.5, 130.0)
+    assert np.array_equal(read(open_audio(tmp_path / "a.wav", 16_000, 7.5, 130.0)), expected)
+    data = (tmp_path / "a.wav").read_bytes()
+    assert np.array_equal(read(AudioStream(data, 16_000, 7.5, 130.0)), expected)
+
+
+def test_short_recordings_are_read_at_once(tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone(16_000, seconds=5), 16_000)
+    (samples,) = open_audio(tmp_path / "a.wav", 16_000)
+    assert np.array_equal(samples, load_waveform(tmp_path / "a.wav", 16_000))
+    with pytest.raises(DataError, match="There is no audio file"):
+        open_audio(tmp_path / "b.wav", 16_000)
+
+
+def broken(kind, path):
+    """A recording of 150 s of which something is missing; -> between which seconds."""
+    buffer, samples = io.BytesIO(), tone(16_000)
+    if kind == "numbers":
+        samples[70 * 16_000] = np.nan
+        soundfile.write(path, samples, 16_000, format="WAV", subtype="FLOAT")
+        return 70, 71
+    if kind == "header":  # promises more than there is
+        soundfile.write(buffer, samples, 16_000, format="FLAC")
+        path.write_bytes(buffer.getvalue()[: int(0.6 * len(buffer.getvalue()))])
+        return 60, 150
+    soundfile.write(buffer, samples, 16_000, format="FLAC")
+    data = bytearray(buffer.getvalue())
+    data[len(data) // 2 : len(data) // 2 + 20_000] = bytes(20_000)
+    path.write_bytes(data)
+    return 60, 90
+
+
+@pytest.mark.parametrize("kind", ["numbers", "header", "middle"])
+def test_what_cannot_be_read_is_a_named_gap(tmp_path, kind):
+    path = tmp_path / "a.audio"
+    low, high = broken(kind, path)
+    stream = AudioStream(path, 16_000)
+    found, expected = read(stream), tone(16_000)[:, 0]
+    assert len(found) == len(expected)
+    (gap,) = gaps_of(stream)
+    assert low <= gap.begin_seconds < gap.end_seconds <= high and gap.reason
+    begin, end = (round(s * 16_000) for s in (gap.begin_seconds, gap.end_seconds))
+    assert not found[begin:end].any()
+    kept = np.ones(len(found), bool)
+    kept[begin:end] = False
+    assert np.abs(found - expected)[kept].max() < 1e-3

@@ -1,0 +1,139 @@
+"""Audio beyond the encoder's window: the same positions in training, from the cache, in use and in an export."""
+
+import copy
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from lhotse import CutSet, Recording
+from omegaconf import OmegaConf
+
+from nemo_mtbi.checkpoints.archive import save_directory
+from nemo_mtbi.data.audio_windows import Windows
+from nemo_mtbi.data.feature_cache import FEATURES_FIELD, load_array, windows_of
+from nemo_mtbi.data.perturbation import perturbed
+from nemo_mtbi.models.exported import open_speech_llm
+from nemo_mtbi.models.speech import batch_features, connect, hear
+from nemo_mtbi.modules.connectors.base import NO_TOKEN, SpeechEmbeddings
+from nemo_mtbi.modules.connectors.windows import concatenated, whole_utterances
+from nemo_mtbi.preparation.cache_features import FrozenEncoder, cache_features
+from tests.helpers import build
+
+pytestmark = pytest.mark.unit
+CONNECTORS = "nemo_mtbi.modules.connectors."
+ADAPTERS = {
+    "dense": {"_target_": f"{CONNECTORS}ConvBottleneckConnector", "layers": 2, "bottleneck_dim": 16},
+    "stack": {"_target_": f"{CONNECTORS}StackMLPConnector", "factor": 4, "hidden_dim": 16},
+    "ctc": {"_target_": f"{CONNECTORS}CTCCompressConnector", "vocab_size": 9, "d_model": 16, "layers": 1, "heads": 2},
+    "decoder": {"_target_": f"{CONNECTORS}WhisperDecoderConnector"},
+    "two_channel": {"_target_": f"{CONNECTORS}TwoChannelConnector"},
+}
+SECONDS = (71.3, 4.0, 30.0)
+
+
+@pytest.fixture(scope="module")
+def audios():
+    generator = np.random.default_rng(0)
+    return [(0.1 * generator.standard_normal(round(s * 16_000))).astype(np.float32) for s in SECONDS]
+
+
+def long_model(tiny_config, name):
+    perception = {"modality_adapter": copy.deepcopy(ADAPTERS[name]), "input_length": "own"}
+    model = build(tiny_config, perception=perception, prompt_format="chat_template")
+    if name == "ctc":
+        model.set_ctc_vocabulary(list(range(300, 309)))
+    if name == "two_channel":
+        model.perception.modality_adapter.begin_imitation()
+    return model.eval()
+
+
+def same(found, expected, tolerance=1e-5):
+    assert found.lengths.tolist() == expected.lengths.tolist()
+    torch.testing.assert_close(found.centers, expected.centers)
+    torch.testing.assert_close(found.embeddings, expected.embeddings, rtol=1e-3, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+@torch.no_grad()
+def test_training_and_use_read_the_same_positions(tiny_config, audios, tmp_path, monkeypatch, name):
+    model = long_model(tiny_config, name)
+    padded = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(a) for a in audios], batch_first=True)
+    batch = {"audios": padded, "audio_lens": torch.tensor([len(a) for a in audios])}
+    trained = connect(model.perception, *batch_features(model.perception, batch))
+    assert batch["windows"].owners.count(0) >= 3 and batch["encoder_features"].shape[1] <= 1500
+    assert (trained.lengths[0] > trained.lengths[1]) and float(trained.centers[0].max()) > 50 * 60
+    progress = []
+    used = hear(model.perception, [[a] for a in audios], torch.device("cpu"), progress.append)
+    assert used.seconds == pytest.approx(SECONDS, abs=1e-3) and progress == [pytest.approx(sum(SECONDS), abs=1e-3)]
+    same(used.speech, trained)
+    monkeypatch.setattr("nemo_mtbi.models.speech.PASS_SECONDS", 35.0)  # in parts
+    blocks = [np.array_split(a, 7) for a in audios]
+    same(hear(model.perception, blocks, torch.device("cpu"), progress.append).speech, trained)
+    assert len(progress) > 3 and progress[1:] == sorted(progress[1:])
+    light = open_speech_llm(save_directory(model, tmp_path / "hf"))
+    same(light.listen(batch["audios"], batch["audio_lens"]).speech, trained)
+
+
+def test_the_cache_holds_the_same_windows(tiny_config, audios, tmp_path):
+    model = long_model(tiny_config, "dense")
+    cuts = []
+    for i, samples in enumerate(audios):
+        soundfile.write(tmp_path / f"{i}.wav", samples, 16_000, subtype="FLOAT")
+        cuts.append(Recording.from_file(tmp_path / f"{i}.wav").to_cut())
+    manifest = tmp_path / "cuts.jsonl"
+    CutSet.from_cuts(cuts).to_file(manifest)
+    config = {k: v for k, v in tiny_config.items() if k != "imitation"}
+    config["perception"] = {**config["perception"], "input_length": "own"}
+    cache_features(FrozenEncoder(OmegaConf.create(config)), manifest, perturb_speed=[0.9])
+    batch = {"audios": torch.from_numpy(audios[0])[None], "audio_lens": torch.tensor([len(audios[0])])}
+    rows, lengths, windows = batch_features(model.perception, batch)
+    stored = list(CutSet.from_file(manifest))
+    assert windows_of(stored[0]) == windows.begins and windows_of(stored[1]) == [0] == windows_of(stored[2])
+    found = load_array(stored[0], FEATURES_FIELD, None).tensor_split(windows.begins[1:])
+    assert [len(f) for f in found] == lengths.tolist()
+    for row, size, own in zip(rows, lengths, found, strict=True):
+        torch.testing.assert_close(own.float(), row[:size].bfloat16().float(), rtol=2e-2, atol=2e-2)
+    slow = perturbed(stored[0], 0.9)
+    starts = windows_of(slow)
+    assert len(starts) >= 3 and starts != windows.begins
+    sizes = [len(part) for part in load_array(slow, FEATURES_FIELD, None).tensor_split(starts[1:])]
+    assert max(sizes) <= 1500 and sum(sizes) == pytest.approx(50 * SECONDS[0] / 0.9, abs=3)
+
+
+def test_a_gradient_reaches_every_window(tiny_config, audios):
+    model = long_model(tiny_config, "dense")
+    batch = {"audios": torch.from_numpy(audios[0])[None], "audio_lens": torch.tensor([len(audios[0])])}
+    features, lengths, windows = batch_features(model.perception, batch)
+    features = features.clone().requires_grad_()
+    connect(model.perception, features, lengths, windows).embeddings.square().sum().backward()
+    assert all(float(features.grad[row].abs().sum()) > 0 for row in range(len(features)))
+
+
+def speech(lengths, labels, nothing):
+    size = max(lengths)
+    values = torch.arange(len(lengths) * size * 2, dtype=torch.float32).view(len(lengths), size, 2)
+    mask = torch.arange(size) < torch.tensor(lengths)[:, None]
+    return SpeechEmbeddings(
+        values * mask[..., None],
+        torch.tensor(lengths),
+        torch.arange(size).float().expand(len(lengths), -1),
+        labels=torch.tensor(labels),
+        nothing_heard=torch.tensor(nothing),
+    )
+
+
+def test_silent_windows_say_nothing_unless_all_are_silent():
+    given = speech([2, 1, 2, 2], [[5, 6], [7, 0], [8, NO_TOKEN], [9, NO_TOKEN]], [False, True, True, True])
+    joined = whole_utterances(given, Windows([0, 0, 0, 1], [0, 10, 30, 0]))
+    assert joined.lengths.tolist() == [3, 2] and joined.nothing_heard.tolist() == [False, True]
+    assert joined.labels.tolist() == [[5, 6, NO_TOKEN], [9, NO_TOKEN, 0]]  # an acoustic position stays
+    assert joined.centers.tolist() == [[0, 1, 31], [0, 1, 0]]
+    assert joined.embeddings[0, 2].tolist() == given.embeddings[2, 1].tolist() and not joined.embeddings[1, 2].any()
+
+
+def test_parts_are_rows_of_one():
+    parts = [speech([2, 1], [[1, 2], [3, 0]], [False, True]), speech([3], [[4, 5, 6]], [False])]
+    both = concatenated(parts)
+    assert both.lengths.tolist() == [2, 1, 3] and both.embeddings.shape == (3, 3, 2)
+    assert both.labels.tolist() == [[1, 2, 0], [3, 0, 0], [4, 5, 6]] and both.content is None

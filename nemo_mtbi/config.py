@@ -14,7 +14,7 @@ from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.losses.imitation import ImitationObjective
 
 DTYPES = ("float32", "bfloat16")
-TEACHERS = ("online", "cached", "none")
+TEACHERS = ("online", "cached", "unfused", "none")
 
 
 @dataclass
@@ -24,7 +24,8 @@ class ImitationConfig:
     ``w_ctc`` weighs the connector's own loss on the transcripts (CTC; cross-entropy of an attention decoder),
     ``w_align`` the word-level alignment term, ``w_risk`` the minimum risk over ``risk_samples`` hypotheses of a
     connector that writes text (the greedy one, the others drawn at ``risk_temperature``); ``teacher`` is ``online``,
-    ``cached`` (top-k stored with the targets) or ``none`` (CE alone); ``task_weights`` multiplies the loss of a task.
+    ``cached`` (top-k stored with the targets), ``unfused`` (the student on all positions, where ``perception.fusion``
+    merges some; validation has the online one) or ``none`` (CE alone); ``task_weights`` multiplies the loss of a task.
     """
 
     w_ce: float = 1.0
@@ -180,7 +181,10 @@ def model_config(cfg: DictConfig | dict[str, Any]) -> ModelConfig:
     if config.imitation.teacher not in TEACHERS:
         problems.append(f"model.imitation.teacher={config.imitation.teacher!r}: use {', '.join(TEACHERS)}")
     if config.imitation.teacher == "none" and config.imitation.w_kl > 0:
-        problems.append("model.imitation: w_kl > 0 needs teacher=online or cached")
+        problems.append("model.imitation: w_kl > 0 needs teacher=online, cached or unfused")
+    fusion = config.perception.get("fusion") if isinstance(config.perception, dict) else None
+    if config.imitation.teacher == "unfused" and not fusion:
+        problems.append("model.imitation.teacher=unfused needs model.perception.fusion, which merges positions")
     if config.sequence_parallel and config.tensor_model_parallel_size > 1 and not torch.cuda.is_available():
         problems.append("model.sequence_parallel=true needs GPUs")
     imitation = config.imitation

@@ -5,6 +5,7 @@ encodes and connects the audio, ``layout.py`` joins both to the LLM's input, ``l
 of student and teacher, ``objective.py`` sums the loss.
 """
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -142,9 +143,10 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
             step = self.alignment(batch, self.config.alignment_stage)
         else:
             student = self.student(batch, interleave=True)
-            teacher = self.teacher_hidden(batch)
+            unfused = self.config.imitation.teacher == "unfused" and self.config.imitation.w_kl > 0
+            teacher = self.unfused_hidden(batch, student) if unfused else self.teacher_hidden(batch)
             loss = self.imitation(batch, student, teacher)
-            step = step_loss(batch, student, loss, self.further_terms(batch, student.speech, teacher))
+            step = step_loss(batch, student, loss, self.further_terms(batch, student.spoken.embeddings, teacher))
         self.count_tokens(step.count)
         self.seen.add(batch["examples"], self.stage)
         size = len(batch["examples"])
@@ -175,12 +177,12 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
         if self.prefixes is not None:
             prefix = self.prefixes.get(self.llm, self.embed_tokens, [row[0] for row in spoken.pieces])  # type: ignore[misc]
         hidden = self.hidden(inputs, prefix)
-        return StudentOutput(hidden.flatten(0, 1)[layout.response_rows], layout, spoken.embeddings)
+        return StudentOutput(hidden.flatten(0, 1)[layout.response_rows], layout, spoken)
 
     def teacher_hidden(self, batch: dict[str, Any]) -> Tensor | None:
         """The online teacher's hidden states (R, H) before the response tokens; None where the teacher is another."""
         config, examples = self.config.imitation, batch["examples"]
-        if config.w_kl == 0 or config.teacher != "online":
+        if config.w_kl == 0 or config.teacher not in ("online", "unfused"):
             return None
         return teacher_hidden_states(
             self.llm,
@@ -190,6 +192,14 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
             self.prefixes,
             [e.units[0].token_begin for e in examples],
         )
+
+    @torch.no_grad()
+    def unfused_hidden(self, batch: dict[str, Any], student: StudentOutput) -> Tensor:
+        """Hidden states (R, H) of the student itself on all positions, its teacher on fewer ones."""
+        spoken = student.spoken
+        if spoken.unfused is spoken.embeddings:
+            return student.hidden.detach()
+        return self.answering(batch["examples"], replace(spoken, embeddings=spoken.unfused)).hidden
 
     def imitation(self, batch: dict[str, Any], student: StudentOutput, teacher: Tensor | None = None) -> ImitationLoss:
         """CE and KL of a batch; ``teacher``: what :meth:`teacher_hidden` gave for it, if it was called."""
@@ -212,8 +222,9 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
         examples: list[Example] = batch["examples"]
         seconds = [e.duration_seconds for e in examples]
         with evaluation_mode(self.llm):  # dropout of LoRA would tell equal hypotheses apart
-            heard = speech.fused(self.perception, heard, seconds)
-            student = self.answering(examples, speech.SpeechInput(plan_batch(examples, None, 0), heard, seconds))
+            fused = speech.fused(self.perception, heard, seconds)
+            pieces = plan_batch(examples, None, 0)
+            student = self.answering(examples, speech.SpeechInput(pieces, fused, seconds, heard))
         return mean_by_example(self.imitation(batch, student, teacher).per_token, student.layout.response_counts)
 
     def counts(self, batch: dict[str, Any]) -> tuple[dict[str, int], Tensor]:

@@ -19,7 +19,7 @@ from nemo_mtbi.losses.head import Head
 from nemo_mtbi.losses.imitation import ImitationLoss, imitation_loss
 from nemo_mtbi.losses.objective import CachedTeacher
 from nemo_mtbi.models.layout import BatchLayout
-from nemo_mtbi.models.speech import batch_features, connect, connector_dtype, windows_start
+from nemo_mtbi.models.speech import SpeechInput, batch_features, connect, connector_dtype, windows_start
 from nemo_mtbi.modules.connectors.base import Connector, SpeechEmbeddings
 from nemo_mtbi.modules.connectors.windows import whole_utterances
 from nemo_mtbi.modules.perception import connector_of, encoder_frame_seconds
@@ -38,12 +38,12 @@ class StudentOutput:
     Attributes:
         hidden: (R, H) at the positions before each response token.
         layout: of the batch.
-        speech: the connector's output.
+        spoken: what of the batch is speech.
     """
 
     hidden: Tensor
     layout: BatchLayout
-    speech: SpeechEmbeddings
+    spoken: SpeechInput
 
 
 @dataclass(frozen=True)

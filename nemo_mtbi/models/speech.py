@@ -37,13 +37,15 @@ class SpeechInput:
 
     Attributes:
         pieces: of each example; their spans name rows of ``embeddings``.
-        embeddings: the connector's output.
+        embeddings: the connector's output, fused where there is a budget.
         seconds: duration of each row's audio.
+        unfused: the connector's output.
     """
 
     pieces: list[list[Piece]]
     embeddings: SpeechEmbeddings
     seconds: list[float]
+    unfused: SpeechEmbeddings
 
 
 def speech_input(perception: Any, batch: dict[str, Any], pieces: list[list[Piece]], level: str | None) -> SpeechInput:
@@ -69,7 +71,7 @@ def speech_input(perception: Any, batch: dict[str, Any], pieces: list[list[Piece
     connector = connector_of(perception)
     if level == "embedding" and connector is not None:
         embeddings.centers = connector.word_centers(embeddings, examples, encoder_frame_seconds(perception))
-    return SpeechInput(pieces, fused(perception, embeddings, seconds), seconds)
+    return SpeechInput(pieces, fused(perception, embeddings, seconds), seconds, embeddings)
 
 
 def batch_features(perception: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Windows | None]:

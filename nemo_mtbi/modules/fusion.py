@@ -27,8 +27,9 @@ class Fusion(nn.Module):
     Args:
         max_positions: budget; None: none.
         per_second: positions for each second of audio, as a further budget; None: none.
-        sampled: budgets of which training draws one for each batch (None among them: no fusion), so that one model
+        sampled: budgets of which training draws one for each step (None among them: no fusion), so that one model
             serves them all.
+        sampled_per_second: budgets for each second, drawn likewise.
 
     Raises:
         ConfigError: a budget below 1.
@@ -39,26 +40,34 @@ class Fusion(nn.Module):
         max_positions: int | None = None,
         per_second: float | None = None,
         sampled: list[int | None] | None = None,
+        sampled_per_second: list[float | None] | None = None,
     ) -> None:
         super().__init__()
-        self.max_positions, self.per_second, self.sampled = max_positions, per_second, list(sampled or [])
+        self.max_positions, self.per_second = max_positions, per_second
+        self.sampled, self.sampled_per_second = list(sampled or []), list(sampled_per_second or [])
         for name, values in (("max_positions", [max_positions]), ("sampled", self.sampled)):
             if wrong := [v for v in values if v is not None and (type(v) is not int or v < 1)]:
                 raise ConfigError(f"fusion.{name}={wrong[0]}: give whole numbers of at least 1, or null.")
-        if per_second is not None and not (type(per_second) in (int, float) and 0 < per_second < math.inf):
-            raise ConfigError(f"fusion.per_second={per_second}: give positions for each second, above 0, or null.")
-        self.drawn: int | None = None
+        for name, rates in (("per_second", [per_second]), ("sampled_per_second", self.sampled_per_second)):
+            for rate in rates:
+                if rate is not None and not (type(rate) in (int, float) and 0 < rate < math.inf):
+                    raise ConfigError(f"fusion.{name}={rate}: give positions for each second, above 0, or null.")
+        self.drawn, self.drawn_per_second = max_positions, per_second
 
     def draw(self, key: str) -> None:
         """Draw the budget of the next training batch; equal keys draw alike, on every rank and after a resume."""
+        generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
         if self.sampled:
-            generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
             self.drawn = self.sampled[int(torch.randint(len(self.sampled), (), generator=generator))]
+        if self.sampled_per_second:
+            place = int(torch.randint(len(self.sampled_per_second), (), generator=generator))
+            self.drawn_per_second = self.sampled_per_second[place]
 
     def budgets(self, seconds: list[float]) -> list[int | None]:
         """Positions that each audio may have; None: as many as it has."""
-        fixed = self.drawn if self.training and self.sampled else self.max_positions
-        rate = self.per_second
+        fixed, rate = self.max_positions, self.per_second
+        if self.training:
+            fixed, rate = self.drawn, self.drawn_per_second
         own = [None if rate is None else max(1, math.ceil(s * rate)) for s in seconds]
         return [min((b for b in (fixed, o) if b is not None), default=None) for o in own]
 

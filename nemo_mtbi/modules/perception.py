@@ -135,7 +135,7 @@ def fusion_of(perception: Any, options: dict[str, Any] | None = None, context: i
     try:
         fusion = Fusion(**OmegaConf.to_container(OmegaConf.create(options)))  # type: ignore[arg-type]
     except TypeError as error:
-        known = "max_positions, per_second, sampled"
+        known = "max_positions, per_second, sampled, sampled_per_second"
         raise ConfigError(f"perception.fusion={dict(options)}: known keys are {known} ({error}).") from error
     largest = max((b for b in (fusion.max_positions, *fusion.sampled) if b is not None), default=0)
     if context is not None and largest >= context:

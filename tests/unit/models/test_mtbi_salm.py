@@ -154,7 +154,7 @@ def test_waveform_interleaving_encodes_the_pieces(tiny_config):
     )
     batch = make_batch(model, 4)
     student = model.student(batch, interleave=True)
-    assert student.speech.embeddings.shape[0] >= 4 and torch.isfinite(student.hidden).all()
+    assert student.spoken.embeddings.embeddings.shape[0] >= 4 and torch.isfinite(student.hidden).all()
     with pytest.raises(ConfigError, match="waveform"):
         model.student({**batch, "encoder_features": torch.zeros(4, 5, 32)}, interleave=True)
 

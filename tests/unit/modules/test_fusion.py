@@ -14,7 +14,7 @@ from nemo_mtbi.models.speech import connect, fused
 from nemo_mtbi.modules.connectors.base import NO_TOKEN, SpeechEmbeddings, frame_mask
 from nemo_mtbi.modules.connectors.two_channel import joined
 from nemo_mtbi.modules.fusion import Fusion, Positions, plan
-from tests.helpers import build, gradients, make_batch
+from tests.helpers import assert_same, build, gradients, make_batch
 
 pytestmark = pytest.mark.unit
 CONNECTORS = "nemo_mtbi.modules.connectors."
@@ -179,7 +179,8 @@ def test_training_generation_and_export_read_the_same_positions(tiny_config, tmp
         ({"max_positions": True}, DENSE, "max_positions=True"),
         ({"sampled": [100, -1]}, DENSE, "sampled=-1"),
         ({"per_second": 0}, DENSE, "per_second=0"),
-        ({"positions": 4}, DENSE, "known keys are max_positions, per_second, sampled"),
+        ({"sampled_per_second": [None, -2.0]}, DENSE, "sampled_per_second=-2.0"),
+        ({"positions": 4}, DENSE, "known keys are max_positions, per_second, sampled, sampled_per_second"),
         ({"max_positions": 4}, {"_target_": f"{CONNECTORS}WhisperDecoderConnector"}, "has none that can be merged"),
     ],
 )
@@ -197,3 +198,50 @@ def test_merged_positions_are_the_same_on_all_ranks():
     first = left.merged([4], lambda order: seen.append(order) or order)
     noisy = Positions(left.embeddings + 1e-3 * torch.randn_like(left.embeddings), *list(vars(left).values())[1:])
     assert noisy.merged([4], lambda _: seen[0]).spans.tolist() == first.spans.tolist()
+
+
+def test_a_budget_beyond_the_context_is_refused(tiny_config):
+    context = 2048
+    with pytest.raises(ConfigError, match=f"budget of {context} positions does not fit the LLM, whose context has"):
+        build(tiny_config, perception={"modality_adapter": copy.deepcopy(DENSE), "fusion": {"sampled": [context]}})
+    model = build(tiny_config, perception={"modality_adapter": copy.deepcopy(DENSE)})
+    assert model.llm.config.max_position_embeddings == context
+    with pytest.raises(ConfigError, match="does not fit"):
+        model.limit_positions(context)
+    model.limit_positions(None, per_second=2.0)
+    assert model.perception.fusion.budgets([3.2]) == [7]
+
+
+def test_rates_are_drawn_too():
+    fusion = Fusion(per_second=9.0, sampled_per_second=[2.0, 4.0, None]).train()
+    drawn = set()
+    for step in range(40):
+        fusion.draw(f"0/{step}")
+        drawn.add(fusion.budgets([3.0])[0])
+    assert drawn == {6, 12, None} and fusion.eval().budgets([3.0]) == [27]
+
+
+def test_the_student_on_all_positions_teaches_it_on_few(tiny_config):
+    """KL from plain logits, its gradient, and no gradient through the teacher."""
+    fusion = {"max_positions": 6}
+    changes = {"perception": {"modality_adapter": copy.deepcopy(DENSE), "fusion": fusion}}
+    model = build(tiny_config, **changes, imitation={"teacher": "unfused", "w_ce": 0.0})
+    batch = make_batch(model, 2)
+    found = gradients(model, [batch])
+    model.train()
+    few = model.student(batch, interleave=True)
+    whole, model.perception.fusion = model.perception.fusion, None
+    teacher = model.student(batch, interleave=True).hidden.detach()
+    model.perception.fusion = whole
+    head = model.llm.lm_head
+    student, target = (head(h).float().log_softmax(-1) for h in (few.hidden, teacher))
+    kl = (target.exp() * (target - student)).sum() / len(target)
+    assert float(kl) > 1e-3
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    expected = dict(zip(trained, torch.autograd.grad(kl, list(trained.values())), strict=True))
+    assert_same(found, {n: expected[n] for n in found}, 1e-3)
+
+
+def test_a_teacher_on_all_positions_needs_a_budget(tiny_config):
+    with pytest.raises(ConfigError, match="teacher=unfused needs model.perception.fusion"):
+        build(tiny_config, imitation={"teacher": "unfused"})

@@ -352,7 +352,9 @@ def test_spans_follow_the_order_of_tokens(model):
     pieces = plan_batch(batch["examples"], policy, 0)
     student = model.student(batch, interleave=True)
     assert student.layout.lengths.min() > 0 and len(pieces) == 2
-    assert (student.speech.centers.diff(dim=1)[0, : int(student.speech.lengths[0]) - 1] >= 0).all()
+    assert (
+        student.spoken.embeddings.centers.diff(dim=1)[0, : int(student.spoken.embeddings.lengths[0]) - 1] >= 0
+    ).all()
 
 
 def test_export_holds_decoder_and_tokenizer(model, tmp_path):

@@ -85,6 +85,17 @@ def batch_features(perception: Any, batch: dict[str, Any]) -> tuple[Tensor, Tens
     return batch["encoder_features"], batch["encoder_feature_lens"], batch.get("windows")
 
 
+def first_examples(batch: dict[str, Any], count: int) -> dict[str, Any]:
+    """A batch of the first ``count`` examples, without what a teacher gave for them."""
+    windows: Windows | None = batch.get("windows")
+    rows = count if windows is None else sum(owner < count for owner in windows.owners)
+    few = {k: v[:count] for k, v in batch.items() if k in ("examples", "audios", "audio_lens")}
+    few |= {k: v[:rows] for k, v in batch.items() if k in ("encoder_features", "encoder_feature_lens")}
+    if windows is not None:
+        few["windows"] = Windows(windows.owners[:rows], windows.begins[:rows])
+    return few
+
+
 def cut_windows(perception: Any, audios: Tensor, audio_lens: Tensor) -> tuple[Tensor, Tensor, Windows | None]:
     """audios (B, S), audio_lens (B,) -> windows (N, S'), their samples (N,), and whose they are."""
     rate, longest, frame = window_samples(perception)

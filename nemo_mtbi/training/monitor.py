@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from nemo_mtbi.io import jsonl
+from nemo_mtbi.models.speech import first_examples
 
 SAMPLES_FILE = "samples.jsonl"
 
@@ -65,7 +66,7 @@ class SampleAnswers(pl.Callback):
         for name, part in batch.items():
             if part is None:
                 continue
-            few = {k: v[: self.count] for k, v in part.items() if not k.startswith("teacher_")}
+            few = first_examples(part, self.count)
             answers = pl_module.answer(few, self.max_new_tokens)
             self._rows += [
                 {

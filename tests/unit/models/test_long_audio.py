@@ -14,7 +14,7 @@ from nemo_mtbi.data.audio_windows import Windows
 from nemo_mtbi.data.feature_cache import FEATURES_FIELD, load_array, windows_of
 from nemo_mtbi.data.perturbation import perturbed
 from nemo_mtbi.models.exported import open_speech_llm
-from nemo_mtbi.models.speech import batch_features, connect, hear
+from nemo_mtbi.models.speech import batch_features, connect, first_examples, hear
 from nemo_mtbi.modules.connectors.base import NO_TOKEN, SpeechEmbeddings
 from nemo_mtbi.modules.connectors.windows import concatenated, whole_utterances
 from nemo_mtbi.preparation.cache_features import FrozenEncoder, cache_features
@@ -108,6 +108,21 @@ def test_a_gradient_reaches_every_window(tiny_config, audios):
     features = features.clone().requires_grad_()
     connect(model.perception, features, lengths, windows).embeddings.square().sum().backward()
     assert all(float(features.grad[row].abs().sum()) > 0 for row in range(len(features)))
+
+
+@torch.no_grad()
+def test_the_first_examples_of_a_batch_keep_their_windows(tiny_config, audios):
+    model = long_model(tiny_config, "dense")
+    order = [1, 0, 2]
+    padded = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(audios[i]) for i in order], batch_first=True)
+    batch = {"examples": order, "audios": padded, "audio_lens": torch.tensor([len(audios[i]) for i in order])}
+    batch["teacher_ids"] = torch.zeros(9, 4)
+    whole = connect(model.perception, *batch_features(model.perception, batch))
+    few = first_examples(batch, 2)
+    assert few["examples"] == [1, 0] and "teacher_ids" not in few and len(few["audios"]) == 2
+    found = connect(model.perception, *batch_features(model.perception, few))
+    assert found.lengths.tolist() == whole.lengths[:2].tolist()
+    torch.testing.assert_close(found.embeddings, whole.embeddings[:2, : found.embeddings.shape[1]])
 
 
 def speech(lengths, labels, nothing):

@@ -19,6 +19,7 @@ from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.modules.connectors.base import SpeechEmbeddings, frame_mask
 
 SMALLEST = 1e-6  # of a position's content: none is lost altogether
+TOGETHER = 8192  # positions that are worked on at once: an hour of audio needs no second copy
 
 
 class Fusion(nn.Module):
@@ -142,24 +143,38 @@ class Positions:
         content = content.clamp_min(SMALLEST) * mask
         return cls(speech.embeddings, content, speech.centers, mask.to(content.dtype), speech.lengths, links)
 
+    def _similarities(self) -> Tensor:
+        """(B, P - 1) cosine of each position and the next one."""
+        found = []
+        for begin in range(0, self.links.shape[1], TOGETHER):
+            part = nn.functional.normalize(self.embeddings[:, begin : begin + TOGETHER + 1].float(), dim=-1)
+            found.append((part[:, 1:] * part[:, :-1]).sum(-1))
+        return torch.cat(found, 1)
+
     def merged(self, merges: list[int], agreed: Callable[[Tensor], Tensor]) -> "Positions":
         """After merging the most similar neighbours, ``merges`` of each utterance; a chain becomes one position."""
         wanted = torch.tensor(merges, device=self.links.device)
         with torch.no_grad():
-            unit = nn.functional.normalize(self.embeddings.float(), dim=-1)
-            similarity = (unit[:, 1:] * unit[:, :-1]).sum(-1).masked_fill(~self.links, -torch.inf)
+            similarity = self._similarities().masked_fill(~self.links, -torch.inf)
             order = agreed(similarity.argsort(dim=1, descending=True, stable=True))
             place = torch.arange(order.shape[1], device=order.device).expand_as(order)
             chosen = torch.empty_like(order).scatter_(1, order, place) < wanted[:, None]
             target = nn.functional.pad((~chosen).long(), (1, 0)).cumsum(1)  # where each position goes
         size = self.embeddings.shape[1] - min(merges)
 
-        def pooled(values: Tensor) -> Tensor:
-            index = target if values.ndim == 2 else target[..., None].expand_as(values)
-            return values.new_zeros(len(values), size, *values.shape[2:]).scatter_add(1, index, values)
+        rows = (target + size * torch.arange(len(target), device=target.device)[:, None]).flatten()
+
+        def pooled(values: Tensor, weights: Tensor | None = None) -> Tensor:
+            flat, sums = values.flatten(0, 1), values.new_zeros(len(values) * size, *values.shape[2:])
+            for begin in range(0, len(flat), TOGETHER):
+                part = flat[begin : begin + TOGETHER]
+                if weights is not None:
+                    part = part * weights.flatten()[begin : begin + TOGETHER, None].to(part.dtype)
+                sums.index_add_(0, rows[begin : begin + TOGETHER], part)
+            return sums.unflatten(0, (-1, size))
 
         content, spans = pooled(self.content), pooled(self.spans)
-        weighted = pooled(self.embeddings * self.content[..., None].to(self.embeddings.dtype))
+        weighted = pooled(self.embeddings, self.content)
         embeddings = weighted / content.clamp_min(SMALLEST)[..., None].to(weighted.dtype)
         centers = pooled(self.centers * self.spans) / spans.clamp_min(1)
         kept = (self.links & ~chosen).long()  # each of them joins what its two ends have become

@@ -200,6 +200,19 @@ def test_merged_positions_are_the_same_on_all_ranks():
     assert noisy.merged([4], lambda _: seen[0]).spans.tolist() == first.spans.tolist()
 
 
+def test_long_audio_is_fused_in_parts_to_the_same(monkeypatch):
+    given = speech([40, 7, 23], content=True)
+    given.embeddings.requires_grad_()
+    results = []
+    for together in (8192, 3):
+        monkeypatch.setattr("nemo_mtbi.modules.fusion.TOGETHER", together)
+        fused = Fusion(max_positions=5)(given, [1.0, 1.0, 1.0])
+        grads = torch.autograd.grad(fused.embeddings.square().sum(), given.embeddings)[0]
+        results.append((fused.embeddings, fused.centers, fused.content, grads))
+    for whole, parts in zip(*results, strict=True):
+        torch.testing.assert_close(parts, whole)
+
+
 def test_a_budget_beyond_the_context_is_refused(tiny_config):
     context = 2048
     with pytest.raises(ConfigError, match=f"budget of {context} positions does not fit the LLM, whose context has"):

@@ -71,7 +71,17 @@ def speech_input(perception: Any, batch: dict[str, Any], pieces: list[list[Piece
     connector = connector_of(perception)
     if level == "embedding" and connector is not None:
         embeddings.centers = connector.word_centers(embeddings, examples, encoder_frame_seconds(perception))
-    return SpeechInput(pieces, fused(perception, embeddings, seconds), seconds, embeddings)
+    cuts = span_cuts(pieces, seconds, encoder_frame_seconds(perception)) if level == "embedding" else None
+    return SpeechInput(pieces, fused(perception, embeddings, seconds, cuts), seconds, embeddings)
+
+
+def span_cuts(pieces: list[list[Piece]], seconds: list[float], frame_seconds: float) -> list[list[float]]:
+    """Where the speech of each audio is cut for interleaving, as positions' times in encoder frames, ascending."""
+    places: list[set[float]] = [set() for _ in seconds]
+    for span in (piece for row in pieces for piece in row if isinstance(piece, SpeechSpan)):
+        inner = {p for p in (span.start_seconds, span.end_seconds) if 0 < p < seconds[span.audio]}
+        places[span.audio] |= {place / frame_seconds - 0.5 for place in inner}
+    return [sorted(own) for own in places]
 
 
 def batch_features(perception: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Windows | None]:
@@ -229,12 +239,23 @@ def connect_windows(
     return SpeechEmbeddings(embeddings, counts, uniform_centers(embeddings.shape[1], factor, embeddings))
 
 
-def fused(perception: Any, speech: SpeechEmbeddings, seconds: list[float]) -> SpeechEmbeddings:
-    """What a connector gave for audios of ``seconds``, within the budget of ``perception.fusion``."""
+def fused(
+    perception: Any, speech: SpeechEmbeddings, seconds: list[float], cuts: list[list[float]] | None = None
+) -> SpeechEmbeddings:
+    """What a connector gave for audios of ``seconds``, within the budget of ``perception.fusion``.
+
+    Args:
+        cuts: of :func:`span_cuts`; nothing is merged across them.
+    """
     fusion, connector = getattr(perception, "fusion", None), connector_of(perception)
     if fusion is None or connector is None:
         return speech
-    return fusion(speech, seconds, connector.fusable(speech), connector.agreed)
+    times = None
+    if cuts is not None and any(cuts):
+        width = max(map(len, cuts))
+        times = torch.tensor([own + [torch.inf] * (width - len(own)) for own in cuts], dtype=torch.float64)
+        times = times.to(speech.centers.device)
+    return fusion(speech, seconds, connector.fusable(speech), times, connector.agreed)
 
 
 @torch.no_grad()

@@ -77,6 +77,7 @@ class Fusion(nn.Module):
         speech: SpeechEmbeddings,
         seconds: list[float],
         fusable: Tensor | None = None,
+        cuts: Tensor | None = None,
         agreed: Callable[[Tensor], Tensor] = lambda choice: choice,
     ) -> SpeechEmbeddings:
         """Fuse.
@@ -85,6 +86,8 @@ class Fusion(nn.Module):
             speech: what a connector gave; its ``labels`` do not outlive a fusion.
             seconds: duration of each of the B audios.
             fusable: (B, P) positions that may be merged with a neighbour that may; None: all.
+            cuts: (B, K) ascending times, in the units of ``centers``, padded with inf; nothing is merged across them
+                (where interleaving goes from speech to text and back).
             agreed: makes a choice the same on all ranks that hold the LLM together.
         """
         budgets = self.budgets(seconds)
@@ -93,6 +96,9 @@ class Fusion(nn.Module):
         mask = frame_mask(speech.lengths, speech.embeddings.shape[1])
         may = mask if fusable is None else mask & fusable
         links = may[:, 1:] & may[:, :-1]
+        if cuts is not None:
+            stretch = torch.searchsorted(cuts, speech.centers.to(cuts.dtype).contiguous(), right=True)
+            links &= stretch[:, 1:] == stretch[:, :-1]
         rounds = plan(speech.lengths.tolist(), links.sum(1).tolist(), budgets)
         if not rounds:
             return speech

@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_mtbi.checkpoints.archive import save_directory
+from nemo_mtbi.data.example import plan_batch
+from nemo_mtbi.data.interleaving import InterleavingPolicy, SpeechSpan
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.models.exported import open_speech_llm
-from nemo_mtbi.models.speech import connect, fused
+from nemo_mtbi.models.speech import connect, fused, span_cuts, speech_input
 from nemo_mtbi.modules.connectors.base import NO_TOKEN, SpeechEmbeddings, frame_mask
 from nemo_mtbi.modules.connectors.two_channel import joined
 from nemo_mtbi.modules.fusion import Fusion, Positions, plan
@@ -211,6 +213,34 @@ def test_long_audio_is_fused_in_parts_to_the_same(monkeypatch):
         results.append((fused.embeddings, fused.centers, fused.content, grads))
     for whole, parts in zip(*results, strict=True):
         torch.testing.assert_close(parts, whole)
+
+
+def test_nothing_is_merged_across_a_cut():
+    given = speech([40, 7])
+    cuts = torch.tensor([[20.5, 20.6, 33.0], [torch.inf] * 3], dtype=torch.float64)  # centers are 0.5, 2.5, ...
+    fused = Fusion(max_positions=1)(given, [1.0, 1.0], cuts=cuts)
+    assert fused.lengths.tolist() == [4, 1]  # a cut is where the next stretch begins
+    assert fused.centers[0].tolist() == pytest.approx([9.5, 20.5, 27.5, 56.5])
+
+
+def test_interleaved_words_and_fused_speech_do_not_mix(tiny_config):
+    """Every position that the LLM gets lies, with all that was merged into it, in a span of speech."""
+    fusion = {"max_positions": 3}
+    model = build(tiny_config, perception={"modality_adapter": copy.deepcopy(DENSE), "fusion": fusion}).eval()
+    batch = make_batch(model, 4)
+    model.interleaving = InterleavingPolicy(probability=1.0, text_share=0.5, span_words=1.0)
+    pieces = plan_batch(batch["examples"], model.interleaving, 0)
+    assert any(len([p for p in row if isinstance(p, SpeechSpan)]) > 1 for row in pieces)
+    found = speech_input(model.perception, batch, pieces, "embedding")
+    frame = model.frame_seconds
+    cuts = span_cuts(pieces, found.seconds, frame)
+    for row, own in enumerate(cuts):
+        count = int(found.embeddings.lengths[row])
+        centers = found.embeddings.centers[row, :count].double()
+        stretches = torch.searchsorted(torch.tensor(own, dtype=torch.float64), centers, right=True)
+        whole = found.unfused.centers[row, : int(found.unfused.lengths[row])].double()
+        present = torch.searchsorted(torch.tensor(own, dtype=torch.float64), whole, right=True).unique()
+        assert stretches.unique().tolist() == present.tolist()  # no stretch of speech was lost to its neighbour
 
 
 def test_a_budget_beyond_the_context_is_refused(tiny_config):

@@ -10,6 +10,7 @@
 | ``voicebench`` | a parquet of hlt-lab/voicebench (``openbookqa``, ``mmsu``, ``sd-qa``, ``bbh``, ``ifeval``) | inside |
 | ``speech_ifeval`` | ``data/eval_data/*.jsonl`` | ``audios`` beside ``eval_data`` |
 | ``slots`` | a table of ``path`` and ``slots`` (JSON) | relative to the table |
+| ``longspeech_eval`` | the JSON of ICTNLP/LongSpeech-Eval (``path``, ``question``, ``answer``) | relative to it |
 | ``jsonl`` | lines with the fields of :class:`Question` | relative to the file |
 """
 
@@ -154,6 +155,23 @@ def read_spoken_squad(config: LabelledConfig, folder: Path) -> Iterator[Question
                 )
 
 
+def read_longspeech_eval(config: LabelledConfig, folder: Path) -> Iterator[Question]:
+    """Questions about minutes of speech (FastLongSpeech): a list of objects with ``path``, ``question`` and ``answer``,
+    which is a text or a list of right ones."""
+    path = Path(config.path)
+    audio = _folder(config, path.parent)
+    try:
+        rows = json.loads(read_text(path))
+    except ValueError as error:
+        raise DataError(f"{path} is no JSON ({error}).") from error
+    for number, row in enumerate(rows if isinstance(rows, list) else [rows]):
+        if not isinstance(row, dict) or not all(row.get(key) for key in ("path", "question", "answer")):
+            raise DataError(f"{path}, entry {number}: LongSpeech-Eval has path, question and answer.")
+        answers = [str(a) for a in (row["answer"] if isinstance(row["answer"], list) else [row["answer"]])]
+        prompt = _prompt(config, "answer", question=row["question"].strip())
+        yield Question(audio / row["path"], "answer", prompt, answers[0], "answer", others=tuple(answers[1:]))
+
+
 def read_voicebench(config: LabelledConfig, folder: Path) -> Iterator[Question]:
     """Spoken instructions. Letters as references are choices; other references must stand in the answer; IFEval's
     instructions are checked. Subsets without either (``alpacaeval``, ``commoneval``, ``advbench``) need a judge and
@@ -247,6 +265,7 @@ READERS: dict[str, Callable[[LabelledConfig, Path], Iterator[Question]]] = {
     "minds14": read_minds14,
     "covost2": read_covost2,
     "spoken_squad": read_spoken_squad,
+    "longspeech_eval": read_longspeech_eval,
     "voicebench": read_voicebench,
     "speech_ifeval": read_speech_ifeval,
     "slots": read_slots,

@@ -99,12 +99,14 @@ class Fusion(nn.Module):
         if cuts is not None:
             stretch = torch.searchsorted(cuts, speech.centers.to(cuts.dtype).contiguous(), right=True)
             links &= stretch[:, 1:] == stretch[:, :-1]
-        rounds = plan(speech.lengths.tolist(), links.sum(1).tolist(), budgets)
+        lengths = speech.lengths.tolist()
+        rounds = plan(lengths, links.sum(1).tolist(), budgets)
         if not rounds:
             return speech
         left = Positions.of(speech, mask, links)
         for merges in rounds:
-            left = left.merged(merges, agreed)
+            lengths = [length - own for length, own in zip(lengths, merges, strict=True)]
+            left = left.merged(merges, max(lengths), agreed)
         own = {"embeddings": left.embeddings, "lengths": left.lengths, "centers": left.centers, "content": left.content}
         return replace(speech, **own, labels=None)
 
@@ -157,16 +159,19 @@ class Positions:
             found.append((part[:, 1:] * part[:, :-1]).sum(-1))
         return torch.cat(found, 1)
 
-    def merged(self, merges: list[int], agreed: Callable[[Tensor], Tensor]) -> "Positions":
-        """After merging the most similar neighbours, ``merges`` of each utterance; a chain becomes one position."""
+    def merged(self, merges: list[int], size: int, agreed: Callable[[Tensor], Tensor]) -> "Positions":
+        """After merging the most similar neighbours, ``merges`` of each utterance; a chain becomes one position.
+
+        ``size``: of the longest utterance that is left.
+        """
         wanted = torch.tensor(merges, device=self.links.device)
         with torch.no_grad():
             similarity = self._similarities().masked_fill(~self.links, -torch.inf)
             order = agreed(similarity.argsort(dim=1, descending=True, stable=True))
             place = torch.arange(order.shape[1], device=order.device).expand_as(order)
             chosen = torch.empty_like(order).scatter_(1, order, place) < wanted[:, None]
-            target = nn.functional.pad((~chosen).long(), (1, 0)).cumsum(1)  # where each position goes
-        size = self.embeddings.shape[1] - min(merges)
+            # Where each position goes; padding, which counts nothing, to the last place at most.
+            target = nn.functional.pad((~chosen).long(), (1, 0)).cumsum(1).clamp_max(size - 1)
 
         rows = (target + size * torch.arange(len(target), device=target.device)[:, None]).flatten()
 

@@ -160,6 +160,25 @@ def test_spoken_squad_joins_the_sentences_of_a_paragraph(tmp_path):
     assert label_measures({**row, "answer": "big dog"})["answer_f1"][0] == pytest.approx(2 / 3)
 
 
+def test_longspeech_eval(tmp_path):
+    wav(tmp_path / "audio/1.wav")
+    rows = [
+        {"path": "audio/1.wav", "question": "Where was {she}? ", "answer": ["In Rome", "Rome"]},
+        {"path": "audio/1.wav", "question": "Who?", "answer": 7},
+    ]
+    path = write(tmp_path / "long.json", json.dumps(rows))
+    first, second = ask("longspeech_eval", path, tmp_path / "out")
+    assert first.audio.is_file() and first.prompt == "Where was {she}? Answer in a few words."
+    assert (first.label, first.others, first.metric, second.label) == ("In Rome", ("Rome",), "answer", "7")
+    for text, message in (
+        ('[{"path": "a.wav"}]', "entry 0: LongSpeech-Eval has"),
+        ("[", "no JSON"),
+        ("[3]", "entry 0"),
+    ):
+        with pytest.raises(DataError, match=message):
+            ask("longspeech_eval", write(tmp_path / "wrong.json", text), tmp_path)
+
+
 @pytest.mark.parametrize(
     "answer, letter",
     [

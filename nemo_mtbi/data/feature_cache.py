@@ -18,7 +18,7 @@ AUDIO_FIELD = "encoder_features_audio"
 
 
 def windows_field(field: str) -> str:
-    """Field with the frames at which the windows of the features in ``field`` begin; absent where there is one."""
+    """Field with the frames at which the windows of the features in ``field`` begin; of cuts up to 30 s it is absent."""
     return f"{field}_windows"
 
 
@@ -56,8 +56,18 @@ def audio_identity(cut: Cut) -> str | None:
 
 
 def windows_of(cut: Cut) -> list[int]:
-    """Frames at which the windows of the cut's cached features begin."""
-    return list((cut.custom or {}).get(windows_field(FEATURES_FIELD), [0]))
+    """Frames at which the windows of the cut's cached features begin.
+
+    Raises:
+        DataError: the features of a long cut are older than this record.
+    """
+    begins = (cut.custom or {}).get(windows_field(FEATURES_FIELD))
+    if begins is None and cut.duration > WINDOW_SECONDS:
+        raise DataError(
+            f"The cached features of {cut.id} ({cut.duration:.1f} s) were made before long audio was cut at pauses. Run "
+            "cache_features.py again."
+        )
+    return list(begins or [0])
 
 
 def load_array(cut: Cut, field: str, encoder_key: str | None) -> torch.Tensor:

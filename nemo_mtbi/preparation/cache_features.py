@@ -28,6 +28,7 @@ from nemo_mtbi.data.feature_cache import (
     AUDIO_FIELD,
     FEATURES_FIELD,
     KEY_FIELD,
+    WINDOW_SECONDS,
     audio_identity,
     features_key,
     windows_field,
@@ -130,7 +131,7 @@ def cache_features(
                 array = writer.store_array(version.cut.id, features)
                 writer.flush()
                 arrays[version.key] = record = {"key": version.key, "array": array.to_dict()}
-                if len(begins) > 1:
+                if len(begins) > 1 or version.cut.duration > WINDOW_SECONDS:
                     record["windows"] = begins
                 out.write(record)
                 report.encoded += 1

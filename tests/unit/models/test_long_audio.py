@@ -7,12 +7,14 @@ import pytest
 import soundfile
 import torch
 from lhotse import CutSet, Recording
+from lhotse.utils import fastcopy
 from omegaconf import OmegaConf
 
 from nemo_mtbi.checkpoints.archive import save_directory
 from nemo_mtbi.data.audio_windows import Windows
 from nemo_mtbi.data.feature_cache import FEATURES_FIELD, load_array, windows_of
 from nemo_mtbi.data.perturbation import perturbed
+from nemo_mtbi.errors import DataError
 from nemo_mtbi.models.exported import open_speech_llm
 from nemo_mtbi.models.speech import batch_features, connect, first_examples, hear
 from nemo_mtbi.modules.connectors.base import NO_TOKEN, SpeechEmbeddings
@@ -94,6 +96,9 @@ def test_the_cache_holds_the_same_windows(tiny_config, audios, tmp_path):
     assert [len(f) for f in found] == lengths.tolist()
     for row, size, own in zip(rows, lengths, found, strict=True):
         torch.testing.assert_close(own.float(), row[:size].bfloat16().float(), rtol=2e-2, atol=2e-2)
+    old = fastcopy(stored[0], custom={k: v for k, v in stored[0].custom.items() if not k.endswith("_windows")})
+    with pytest.raises(DataError, match="made before long audio was cut at pauses"):
+        windows_of(old)
     slow = perturbed(stored[0], 0.9)
     starts = windows_of(slow)
     assert len(starts) >= 3 and starts != windows.begins

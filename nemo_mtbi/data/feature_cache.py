@@ -18,7 +18,7 @@ AUDIO_FIELD = "encoder_features_audio"
 
 
 def windows_field(field: str) -> str:
-    """Field with the frames at which the windows of the features in ``field`` begin; of cuts up to 30 s it is absent."""
+    """Field with the frames at which the windows of the features in ``field`` begin; absent of cuts up to 30 s."""
     return f"{field}_windows"
 
 
@@ -64,8 +64,8 @@ def windows_of(cut: Cut) -> list[int]:
     begins = (cut.custom or {}).get(windows_field(FEATURES_FIELD))
     if begins is None and cut.duration > WINDOW_SECONDS:
         raise DataError(
-            f"The cached features of {cut.id} ({cut.duration:.1f} s) were made before long audio was cut at pauses. Run "
-            "cache_features.py again."
+            f"The cached features of {cut.id} ({cut.duration:.1f} s) were made before long audio was cut at pauses. "
+            "Run cache_features.py again."
         )
     return list(begins or [0])
 

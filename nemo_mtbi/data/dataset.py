@@ -14,7 +14,7 @@ from nemo_mtbi.data.conversation import MTBIConversation, transcript
 from nemo_mtbi.data.example import Example
 from nemo_mtbi.data.feature_cache import FEATURES_FIELD, load_array, windows_of
 from nemo_mtbi.data.interleaving import timeline
-from nemo_mtbi.data.rendering import PromptRenderer
+from nemo_mtbi.data.rendering import PromptRenderer, Spoken
 from nemo_mtbi.data.target import TEACHER_IDS_FIELD, TEACHER_LOG_PROBS_FIELD, Target
 from nemo_mtbi.errors import DataError
 
@@ -112,6 +112,9 @@ class MTBIDataset(torch.utils.data.Dataset):
             )
         rendered = conversation.rendered or self.renderer.render(conversation.messages())
         duration = conversation.cut.duration
+        described = None
+        if target.described:
+            described = self.renderer.render(conversation.messages(Spoken(target.described))).ids
         return Example(
             conversation.id,
             conversation.visit,
@@ -122,6 +125,7 @@ class MTBIDataset(torch.utils.data.Dataset):
             target.response_ids,
             duration,
             transcript(conversation.cut),
+            described,
         )
 
     def _teacher(self, items: list[MTBIConversation]) -> dict[str, torch.Tensor]:

@@ -19,6 +19,7 @@ class Example:
         response_ids: the teacher's answer, end-of-turn included.
         duration_seconds: of the audio.
         transcript: of the audio.
+        teacher_ids: the text LLM's input where it is not ``prompt_ids``: a described transcript in the speech's place.
     """
 
     id: str
@@ -30,6 +31,12 @@ class Example:
     response_ids: list[int]
     duration_seconds: float
     transcript: str
+    teacher_ids: list[int] | None = None
+
+    @property
+    def teacher_prompt(self) -> list[int]:
+        """What the text LLM reads."""
+        return self.prompt_ids if self.teacher_ids is None else self.teacher_ids
 
 
 def plan_batch(examples: list[Example], policy: InterleavingPolicy | None, step: int) -> list[list[Piece]]:

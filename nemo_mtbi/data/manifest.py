@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ class ManifestLine:
         offset_seconds, duration_seconds: part of the file; None: to its end.
         speaker, language: None if not given.
         problem: why the line cannot be used, or None.
+        fields: all of the line, as it stands there.
     """
 
     number: int
@@ -37,6 +38,7 @@ class ManifestLine:
     speaker: str | None = None
     language: str | None = None
     problem: str | None = None
+    fields: dict[str, Any] = field(default_factory=dict)
 
 
 def read_manifest(
@@ -100,6 +102,7 @@ def _line(number: int, where: str, row: Any, root: Path) -> ManifestLine:
         duration,
         next(filter(None, (_word(row, f) for f in SPEAKER_FIELDS)), None),
         next(filter(None, (_word(row, f) for f in LANGUAGE_FIELDS)), None),
+        fields=row,
     )
 
 

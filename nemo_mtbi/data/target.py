@@ -23,6 +23,7 @@ class Target:
         history: earlier messages of the dialog, each {"role", "content"}.
         teacher_begin: first row of this answer in the cut's arrays of teacher top-k log-probabilities; -1 if none.
         teacher_temperature: temperature of those log-probabilities.
+        described: what the LLM read in the transcript's place (:mod:`nemo_mtbi.data.description`); empty: that itself.
     """
 
     key: str
@@ -36,6 +37,7 @@ class Target:
     history: list[dict[str, str]] = field(default_factory=list)
     teacher_begin: int = -1
     teacher_temperature: float = 1.0
+    described: str = ""
 
     @staticmethod
     def rendering_of(prompt_format: str, speech_position: str, llm: str) -> str:

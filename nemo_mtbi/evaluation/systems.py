@@ -127,7 +127,8 @@ class SpeechSystem:
 
 
 class TextSystem:
-    """The text LLM on the reference transcripts (None: the topline), or on an ASR's (the cascade), by cut id.
+    """The text LLM on the reference transcripts (None: the topline, which reads the descriptions that it gave its answers
+    to), or on an ASR's (the cascade), by cut id.
 
     Conversations that the ASR has no transcript of (unreadable audio) are left out.
     """
@@ -151,7 +152,9 @@ class TextSystem:
         return SystemBatch(conversations, [questions.dataset._example(c) for c in conversations], prompts)
 
     def _spoken(self, conversation: MTBIConversation) -> Spoken:
-        own = self.transcripts
+        own, target = self.transcripts, conversation.target
+        if own is None and target is not None and target.described:
+            return Spoken(target.described)
         text = transcript(conversation.cut) if own is None else own[conversation.source_id]
         return Spoken(text.strip() or NOTHING_HEARD)
 
@@ -241,13 +244,13 @@ class TextLLM:
 
     def hidden(self, model: MTBISALM, reading: SystemBatch) -> Tensor:
         """States (R, H) that predict the stored responses of a batch."""
-        keys = [(*e.prompt_ids, -1, *e.response_ids) for e in reading.examples]
+        keys = [(*e.teacher_prompt, -1, *e.response_ids) for e in reading.examples]
         missing = {key: e for e, key in zip(reading.examples, keys, strict=True) if key not in self.kept}
         fresh: dict[tuple[int, ...], Tensor] = {}
         if missing:
             examples = list(missing.values())
             responses = [e.response_ids for e in examples]
-            states = text_hidden(model, [e.prompt_ids for e in examples], responses, examples)
+            states = text_hidden(model, [e.teacher_prompt for e in examples], responses, examples)
             fresh = dict(zip(missing, states.split([len(r) for r in responses]), strict=True))
         hidden = torch.cat([fresh[k] if k in fresh else self.kept[k].to(model.device) for k in keys])
         for key, own in fresh.items():

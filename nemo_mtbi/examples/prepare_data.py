@@ -10,7 +10,8 @@ from nemo_mtbi.preparation.prepare import Preparation, PrepareConfig
 def main(cfg: DictConfig) -> None:
     preparation = Preparation(typed(PrepareConfig, cfg))
     written = preparation.run()
-    announce("Prepared cuts", {**written, "report": preparation.folder / "report.json"})
+    voices = {} if preparation.describer is None else {"voices": preparation.folder / "voices.html"}
+    announce("Prepared cuts", {**written, "report": preparation.folder / "report.json", **voices})
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
         return teacher_hidden_states(
             self.llm,
             self.embed_tokens,
-            [e.prompt_ids for e in examples],
+            [e.teacher_prompt for e in examples],
             [e.response_ids for e in examples],
             self.prefixes,
             [e.units[0].token_begin for e in examples],

@@ -25,9 +25,11 @@ from nemo_mtbi.data.rendering import TimedWord
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.io.text import read_text
+from nemo_mtbi.preparation.describe import DescribeConfig, Describer
 from nemo_mtbi.preparation.no_speech import read_no_speech
 from nemo_mtbi.preparation.sentences import read_sentences
 from nemo_mtbi.preparation.sources import READERS, Entry, SourceConfig
+from nemo_mtbi.preparation.voice_report import write_voice_report
 from nemo_mtbi.preparation.word_times import ALIGNER_RATE, Aligner, Unalignable, build_aligner
 
 log = logging.getLogger(__name__)
@@ -83,6 +85,7 @@ class PrepareConfig:
         min_seconds, max_seconds: durations that are kept.
         max_words_per_second: transcripts that are longer cannot belong to their audio.
         split: see :class:`SplitConfig`.
+        describe: see :class:`nemo_mtbi.preparation.describe.DescribeConfig`.
     """
 
     output_dir: str = MISSING
@@ -93,6 +96,7 @@ class PrepareConfig:
     max_seconds: float = 600.0
     max_words_per_second: float = 8.0
     split: SplitConfig = field(default_factory=SplitConfig)
+    describe: DescribeConfig = field(default_factory=DescribeConfig)
 
 
 class Skip(Exception):
@@ -118,6 +122,7 @@ class Preparation:
                 f"split: shares {config.split.shares} must sum to 1, and by must be speaker or utterance."
             )
         self.config = config
+        self.describer = Describer(config.describe) if config.describe.enabled else None
         self.folder = Path(config.output_dir)
         self._aligner: Aligner | None = None
         self.textgrids = (
@@ -159,7 +164,9 @@ class Preparation:
                 record: dict[str, Any] = {"id": entry.id, "settings": settings, "text": entry.text}
                 try:
                     noticed: list[str] = []
-                    cut, unaligned = self._prepare(entry, noticed)
+                    cut, unaligned, samples = self._prepare(entry, noticed)
+                    if self.describer is not None:
+                        self.describer.measure(cut, samples, ALIGNER_RATE)
                     record |= {"cut": cut.to_dict(), "unaligned": unaligned, "audio": noticed}
                 except Skip as skip:
                     record["skipped"] = str(skip)
@@ -169,15 +176,17 @@ class Preparation:
 
     def _settings_key(self) -> str:
         c = self.config
-        return json.dumps([c.aligner, c.unaligned, c.min_seconds, c.max_seconds, c.max_words_per_second])
+        metadata = [[s.name or s.path, s.metadata] for s in c.sources if s.metadata]
+        further = ["measured", metadata] if self.describer else [metadata] if metadata else []
+        return json.dumps([c.aligner, c.unaligned, c.min_seconds, c.max_seconds, c.max_words_per_second, *further])
 
     def _entries(self) -> Iterator[Entry]:
         for source in self.config.sources:
             made = MADE.get(source.kind)
             yield from READERS[source.kind](source) if made is None else made(source, self.folder)
 
-    def _prepare(self, entry: Entry, noticed: list[str]) -> tuple[Cut, str | None]:
-        """The cut with word times, and why it has none; ``noticed`` takes what was wrong with the audio."""
+    def _prepare(self, entry: Entry, noticed: list[str]) -> tuple[Cut, str | None, np.ndarray]:
+        """The cut with word times, why it has none, and its samples; ``noticed`` takes what is wrong with the audio."""
         if entry.problem is not None:
             raise Skip(entry.problem)
         if not entry.text.strip() and not entry.silent:
@@ -197,13 +206,13 @@ class Preparation:
         except Exception as error:
             raise Skip(f"unreadable audio: {_first_line(error)}") from None
         if entry.silent or all((s.alignment or {}).get("word") for s in cut.supervisions):
-            return cut, None
+            return cut, None, samples
         try:
             words = self._align(cut, entry, samples)
         except Unalignable as reason:
             if c.unaligned == "skip":
                 raise Skip(f"unalignable: {reason}") from None
-            return cut, str(reason)
+            return cut, str(reason), samples
         supervision = cut.supervisions[0]
         supervision.alignment = {
             "word": [
@@ -212,7 +221,7 @@ class Preparation:
                 if w.start_seconds is not None and w.end_seconds is not None
             ]
         }
-        return cut, None
+        return cut, None, samples
 
     def _on_disk(self, cut: Cut) -> Cut:
         """Audio that a Shar brought in memory becomes a FLAC file, since manifests refer to files."""
@@ -244,6 +253,8 @@ class Preparation:
         places: dict[str, list[str]] = {}
         unaligned: Counter[str] = Counter()
         noticed: Counter[str] = Counter()
+        if self.describer is not None:
+            self.describer.rewrite([r["cut"] for _, r in records if "skipped" not in r], report)
         for entry, record in records:
             if reason := record.get("skipped"):
                 skipped[reason] += 1
@@ -269,6 +280,8 @@ class Preparation:
             "without_word_times_reasons": dict(unaligned.most_common(50)),
         }
         jsonl.write_json(self.folder / "report.json", report)
+        if self.describer is not None:
+            write_voice_report(self.folder / "voices.html", report, [r["cut"] for _, r in records if "cut" in r])
         if not lines:
             raise DataError(
                 f"No utterance is left: all {sum(skipped.values())} were skipped, most often "

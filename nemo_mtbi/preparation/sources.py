@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ class SourceConfig:
         split_column: of a table whose rows name their split; null: ``split`` of prepare.yaml decides.
         language: of the transcripts.
         encoding: of tables, NeMo manifests and transcripts; null: by their byte order mark, else UTF-8.
+        metadata: further columns of a table, or fields of a NeMo manifest's lines, that are kept with the supervision
+            (``gender``, others as custom fields), for descriptions.
         options: arguments of a Lhotse recipe, or settings of sentences and no_speech.
     """
 
@@ -69,6 +72,7 @@ class SourceConfig:
     split_column: str | None = None
     language: str | None = None
     encoding: str | None = None
+    metadata: list[str] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -79,8 +83,10 @@ def utterance_cut(
     speaker: str | None,
     language: str | None,
     custom: dict[str, Any] | None = None,
+    metadata: dict[str, Any] | None = None,
 ) -> MonoCut:
-    """A cut over a whole audio file."""
+    """A cut over a whole audio file; ``metadata``: gender and custom fields of its supervision."""
+    own = {k: v for k, v in (metadata or {}).items() if v not in (None, "")}
     recording = Recording.from_file(audio, recording_id=entry_id)
     supervision = SupervisionSegment(
         id=entry_id,
@@ -90,6 +96,8 @@ def utterance_cut(
         text=text,
         speaker=speaker,
         language=language,
+        gender=own.pop("gender", None),
+        custom=own or None,
     )
     return (
         MonoCut(
@@ -161,7 +169,8 @@ def read_nemo(config: SourceConfig) -> Iterator[Entry]:
 
         def load(line: ManifestLine = line, entry_id: str = entry_id) -> Cut:
             assert line.audio is not None and line.text is not None
-            cut = utterance_cut(entry_id, line.audio, line.text, line.speaker, line.language or config.language)
+            language, metadata = line.language or config.language, {k: line.fields.get(k) for k in config.metadata}
+            cut = utterance_cut(entry_id, line.audio, line.text, line.speaker, language, metadata=metadata)
             part = part_of(cut, line.offset_seconds, line.duration_seconds)
             if part is not cut:
                 part.supervisions[0].start, part.supervisions[0].duration = 0.0, part.duration
@@ -175,7 +184,7 @@ def read_tsv(config: SourceConfig) -> Iterator[Entry]:
     """A table with a header; columns are named in the configuration. See :mod:`nemo_mtbi.io.tables`."""
     path = _require(config.path, config.kind)
     root = Path(config.audio_root or path.parent)
-    needed = {config.audio_column, config.text_column, *filter(None, [config.split_column])}
+    needed = {config.audio_column, config.text_column, *filter(None, [config.split_column]), *config.metadata}
     for row in read_table(path, needed, config.encoding):
         audio, text = row.cells.get(config.audio_column, ""), row.cells.get(config.text_column, "")
         speaker = row.cells.get(config.speaker_column) or None if config.speaker_column else None
@@ -187,7 +196,15 @@ def read_tsv(config: SourceConfig) -> Iterator[Entry]:
         entry_id = f"{config.name or path.parent.name}-{own}"
         yield Entry(
             entry_id,
-            lambda a=audio, t=text, s=speaker, i=entry_id: utterance_cut(i, root / a, t, s, config.language),  # type: ignore[misc]
+            partial(
+                utterance_cut,
+                entry_id,
+                root / audio,
+                text,
+                speaker,
+                config.language,
+                metadata={name: row.cells.get(name) for name in config.metadata},
+            ),
             speaker,
             text,
             row.cells.get(config.split_column) or None if config.split_column else None,

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from nemo_mtbi.data.description import TEMPLATE
 from nemo_mtbi.data.messages import NOTHING_HEARD_ANSWER
 
 ENGINES = ("hf", "openai")
@@ -40,6 +41,22 @@ class OpenAIConfig:
 
 
 @dataclass
+class DescriptionConfig:
+    """What the text LLM reads beside the words (:mod:`nemo_mtbi.data.description`).
+
+    Attributes:
+        share: of the prompts that are not about the voice, how many have a described transcript; those about it always
+            have one. None: voices are not described.
+        template: of an utterance.
+        least: attributes of an utterance at least.
+    """
+
+    share: float | None = None
+    template: str = TEMPLATE
+    least: int = 1
+
+
+@dataclass
 class TargetsConfig:
     """``conf/targets.yaml``.
 
@@ -67,6 +84,7 @@ class TargetsConfig:
         max_duplicates: equal answers to one wording that the filter ``near_duplicate`` lets through.
         shar_dir: where to write Lhotse Shar too, with audio (``shar_audio``: its format) and ``shar_size`` cuts a
             shard.
+        description: see :class:`DescriptionConfig`; prepare with ``describe.enabled=true`` first.
         seed: of the draws.
     """
 
@@ -91,11 +109,12 @@ class TargetsConfig:
     tasks_per_cut: dict[str, float] = field(default_factory=dict)
     top_k: int = 0
     temperature: float = 1.0
-    filters: list[str] = field(default_factory=lambda: ["empty", "refusal", "truncated", "repetition"])
+    filters: list[str] = field(default_factory=lambda: ["empty", "refusal", "truncated", "repetition", "unasked"])
     nothing_heard_answer: str = NOTHING_HEARD_ANSWER  # that of the model's configuration too
     max_total_tokens: int | None = None
     max_duplicates: int = 3
     shar_dir: str | None = None
     shar_audio: str = "flac"
     shar_size: int = 1000
+    description: DescriptionConfig = field(default_factory=DescriptionConfig)
     seed: int = 0

@@ -4,7 +4,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 
 from nemo_mtbi import registration as registration  # the prompt formats
 from nemo_mtbi.data.conversation import transcript
+from nemo_mtbi.data.description import DescribedText
 from nemo_mtbi.data.messages import NOTHING_HEARD, user_message
 from nemo_mtbi.data.rendering import PromptRenderer, Spoken
 from nemo_mtbi.data.target import NO_SPEECH, Target
@@ -26,7 +27,7 @@ from nemo_mtbi.targets.config import TargetsConfig
 from nemo_mtbi.targets.decoder import Request
 from nemo_mtbi.tasks.library import PrepareStep, Task, load_library, render_template, select_tasks
 
-PROBLEM = "_problem"
+PROBLEM, UNDESCRIBED = "_problem", "undescribed"
 Values = dict[tuple[str, str], dict[str, Any]]  # by (cut id, task)
 
 
@@ -44,6 +45,7 @@ class Job:
     values: dict[str, Any]
     problem: tuple[str, str] | None = None  # name and reason, if it cannot be asked
     answer: str | None = None  # where the text LLM is not asked
+    described: str = ""  # what it reads in the transcript's place, if that is another text
 
 
 class PromptDrawer:
@@ -57,6 +59,13 @@ class PromptDrawer:
         self.config = config
         self.tasks: list[Task] = select_tasks(load_library(config.task_folders), config.task_names)
         self.by_name = {t.name: t for t in self.tasks}
+        own = config.description
+        self.described = None if own.share is None else DescribedText(own.template, own.least)
+        if self.described is None and (about := [t.name for t in self.tasks if t.about_the_voice]):
+            raise ConfigError(
+                f"Task {about[0]} asks about the voice, of which the text LLM reads nothing: set description.share "
+                "(and prepare with describe.enabled=true), or leave the task out."
+            )
         self.llm = resolve_pretrained(config.llm)
         self.teacher = fingerprint(self.llm)
         self.rendering = Target.rendering_of(config.prompt_format, config.speech_position, self.teacher)
@@ -141,15 +150,30 @@ class PromptDrawer:
                 own = values[cut.id, task.name]
                 problem = ("prepare", own[PROBLEM]) if PROBLEM in own else None
                 filled = render_template(prompt.text, own)
+                described = self._described(cut, task, prompt.id)
+                if described is None:
+                    problem = (UNDESCRIBED, f"not all of {', '.join(task.needs) or 'any attribute'} is known")
                 request = Request("", [], 0)
                 if problem is None:
                     try:
-                        request = self.request(filled, text, min(task.max_new_tokens, limit))
+                        request = self.request(filled, described or text, min(task.max_new_tokens, limit))
                     except DataError as error:
                         problem = ("rendering", str(error))
                 languages = tuple(dict.fromkeys([prompt.language, *spoken]))
-                jobs.append(Job(request, cut.id, text, task.name, prompt.id, filled, languages, own, problem))
+                job = Job(request, cut.id, text, task.name, prompt.id, filled, languages, own, problem)
+                jobs.append(replace(job, described=described or ""))
         return jobs
+
+    def _described(self, cut: Cut, task: Task, prompt_id: str) -> str | None:
+        """What the text LLM reads: a described text, or "" for the transcript; None: what it needs is unknown."""
+        if self.described is None:
+            return ""
+        key = f"{self.config.seed}/{cut.id}/{task.name}/{prompt_id}"
+        if task.about_the_voice:
+            return self.described(cut, key, task.needs)
+        if random.Random(f"{key}/described").random() >= (self.config.description.share or 0.0):
+            return ""
+        return self.described(cut, key) or ""
 
     def _silent_jobs(self, cut: Cut, name: str) -> list[Job]:
         """One wording of each task that is drawn and has no placeholders, with the answer to audio without speech."""

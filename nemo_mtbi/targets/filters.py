@@ -18,6 +18,7 @@ REFUSAL = re.compile(
     r"|please provide (?:the|me|a|more)|no (?:text|transcript|audio) (?:was|is|has been) provided)\b",
     re.IGNORECASE,
 )
+DESCRIBED = re.compile(r"\d\d:\d\d|[\w ]*\w: [\w ]*\w")  # times, and attributes with their labels
 LOOP_NGRAM, LOOP_REPEATS = 4, 3
 MIN_LANGUAGE_WORDS, MIN_LANGUAGE_PROBABILITY = 6, 0.95
 
@@ -31,6 +32,7 @@ class Candidate:
         prompt_tokens: length of the rendered prompt, transcript included.
         languages: ISO 639-1 codes that an answer may be in: the prompt's and the speech's.
         max_total_tokens: budget of prompt and response.
+        described: what the LLM read in the transcript's place, or nothing.
     """
 
     task: Task
@@ -42,6 +44,7 @@ class Candidate:
     prompt_tokens: int = 0
     languages: tuple[str, ...] = ()
     max_total_tokens: int | None = None
+    described: str = ""
 
 
 Filter = Callable[[Candidate], str | None]
@@ -55,6 +58,15 @@ def refusal(c: Candidate) -> str | None:
     """Refusals and talk about being an assistant, unless the speaker said it."""
     match = REFUSAL.search(c.response)
     return f"says {match.group()!r}" if match and match.group().lower() not in c.transcript.lower() else None
+
+
+def unasked(c: Candidate) -> str | None:
+    """What a described transcript has beside the words, in an answer to a prompt that is not about the voice."""
+    if not c.described or c.task.about_the_voice:
+        return None
+    beside = DESCRIBED.findall(c.described)
+    said = next((part for part in beside if part in c.response and part not in c.transcript), None)
+    return None if said is None else f"says {said!r}"
 
 
 def truncated(c: Candidate) -> str | None:
@@ -112,6 +124,7 @@ def too_long(c: Candidate) -> str | None:
 FILTERS: dict[str, Filter] = {
     "empty": empty,
     "refusal": refusal,
+    "unasked": unasked,
     "truncated": truncated,
     "repetition": repetition,
     "form": form,

@@ -122,6 +122,8 @@ def check_values(config: TargetsConfig) -> None:
             problems.append(f"{field}={getattr(config, field)}: at least {least}")
     if config.temperature <= 0:
         problems.append(f"temperature={config.temperature}: must be positive")
+    if config.description.share is not None and not 0 <= config.description.share <= 1:
+        problems.append(f"description.share={config.description.share}: from 0 to 1")
     if config.dtype not in DTYPES:
         problems.append(f"dtype={config.dtype!r}: use {' or '.join(DTYPES)}")
     if config.max_new_tokens is not None and config.max_new_tokens < 1:

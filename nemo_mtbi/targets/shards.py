@@ -236,6 +236,7 @@ class ShardWriter:
             rendering=self.drawer.rendering,
             teacher_begin=begin,
             teacher_temperature=self.config.temperature,
+            described=job.described,
         )
 
     def _write_top_k(self, path: Path, cuts: list[Cut], lines: list[dict[str, Any]], answers: AnswerFile) -> None:
@@ -266,6 +267,7 @@ class ShardWriter:
             prompt_tokens=len(job.request.prompt_ids),
             languages=job.languages,
             max_total_tokens=self.config.max_total_tokens,
+            described=job.described,
         )
         for filter_name, check in self.filters:
             if (why := check(candidate)) is not None:

@@ -12,9 +12,9 @@ from jinja2.sandbox import SandboxedEnvironment
 from nemo_mtbi.errors import ConfigError
 
 DEFAULT_FOLDER = Path(__file__).parents[1] / "conf" / "tasks"
-GROUPS, SPLITS = ("train", "held_out", "control"), ("seen", "held_out")
+GROUPS, SPLITS = ("train", "held_out", "control", "voice"), ("seen", "held_out")
 FORMS = ("any", "one_word", "yes_no", "choice", "list", "max_words", "min_words", "question", "language")
-_ENVIRONMENT = SandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
+SANDBOX = SandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,10 @@ class PrepareStep:
 
 @dataclass(frozen=True)
 class Task:
-    """One task; see ``docs/tasks.md`` for the YAML."""
+    """One task; see ``docs/tasks.md`` for the YAML.
+
+    ``needs``: attributes of the voice that it asks about; ``described``: it asks about the voice as a whole.
+    """
 
     name: str
     group: str
@@ -50,6 +53,13 @@ class Task:
     variables: dict[str, list[str]] = field(default_factory=dict)
     choices: list[str] = field(default_factory=list)
     prepare: list[PrepareStep] = field(default_factory=list)
+    needs: list[str] = field(default_factory=list)
+    described: bool = False
+
+    @property
+    def about_the_voice(self) -> bool:
+        """The text LLM has to know more than the words."""
+        return self.described or bool(self.needs)
 
     def select(self, split: str, languages: list[str] | None = None) -> list[Prompt]:
         """Prompts of one split (``seen``, ``held_out`` or ``all``) in the given languages (default: English)."""
@@ -64,7 +74,7 @@ def render_template(template: str, values: dict[str, Any]) -> str:
         ConfigError: a syntax error, or a placeholder without a value.
     """
     try:
-        return _ENVIRONMENT.from_string(template).render(values).strip()
+        return SANDBOX.from_string(template).render(values).strip()
     except Exception as error:  # a template's expressions may raise anything
         raise ConfigError(
             f"Prompt template {template!r}: {error}. Known placeholders: {', '.join(values) or 'none'}."

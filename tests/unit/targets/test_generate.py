@@ -231,13 +231,14 @@ def test_a_full_disk_is_said_and_the_run_continues(tmp_path, tiny_llm):
         "from nemo_mtbi import registration\n"
         "from nemo_mtbi.targets.config import TargetsConfig\n"
         "from nemo_mtbi.targets.generate import TargetGenerator\n"
-        "config = TargetsConfig(**json.loads(sys.argv[1]) | {'openai': TargetsConfig().openai})\n"
+        "own = TargetsConfig()\n"
+        "config = TargetsConfig(**json.loads(sys.argv[1]) | {'openai': own.openai, 'description': own.description})\n"
         "generator = TargetGenerator(config)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
         "generator.run()\n"
     )
     own = config(tmp_path, tiny_llm, cuts)
-    settings = json.dumps({k: v for k, v in asdict(own).items() if k != "openai"})
+    settings = json.dumps({k: v for k, v in asdict(own).items() if k not in ("openai", "description")})
     result = subprocess.run([sys.executable, str(script), settings], capture_output=True, text=True)
     assert result.returncode == 1 and "Make room" in result.stderr and "File too large" in result.stderr
     TargetGenerator(own).run()

@@ -1,0 +1,238 @@
+"""Descriptions of voices: labels of attributes from what is known of the speaker and what is measured of the signal.
+
+The rules are a YAML file (``conf/voice/attributes.yaml``). A supervision gets ``custom["voice"]``, its measures, and
+``custom["description"]``, its labels; an attribute of which nothing is known is left out, and counted.
+"""
+
+import dataclasses
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from lhotse.cut import Cut
+
+from nemo_mtbi.data.description import DESCRIPTION_FIELD
+from nemo_mtbi.errors import ConfigError, DataError
+from nemo_mtbi.io.tables import read_table
+from nemo_mtbi.preparation.voice_measures import MEASURES, measure
+
+ATTRIBUTES = Path(__file__).parents[1] / "conf" / "voice" / "attributes.yaml"
+VOICE_FIELD = "voice"
+OTHER = "other"  # group of ``by`` without cut points of its own
+
+
+@dataclass
+class DescribeConfig:
+    """``describe`` of ``conf/prepare.yaml``.
+
+    Attributes:
+        enabled: whether voices are described.
+        attributes: YAML file of the rules; null: the package's.
+        speakers: table with a column ``speaker`` and others (gender, age, ...) that hold for all of a speaker's cuts;
+            null: what the sources say alone.
+    """
+
+    enabled: bool = False
+    attributes: str | None = None
+    speakers: str | None = None
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """One rule.
+
+    Attributes:
+        name: as the text LLM reads it.
+        field: of the supervision (``gender``, or one of ``custom``) or of the speaker's line; None: measured.
+        measure: one of ``MEASURES``; None: a field.
+        values: label -> spellings of the field; empty: as it is written. Case does not matter.
+        labels, cuts: of a number: one label more than ascending cut points; on a cut point it is the label above.
+        by: attributes; the first of them whose label has cut points of its own chooses (``other``: for all others).
+    """
+
+    name: str
+    field: str | None = None
+    measure: str | None = None
+    values: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    labels: list[str] = dataclasses.field(default_factory=list)
+    cuts: Any = None
+    by: list[str] = dataclasses.field(default_factory=list)
+
+    def points(self, known: dict[str, str]) -> list[float] | None:
+        """Cut points for a voice of which other labels are known; None: there are none for it."""
+        if not self.by:
+            return list(self.cuts or [])
+        own = [self.cuts[known[name]] for name in self.by if known.get(name) in self.cuts]
+        return own[0] if own else self.cuts.get(OTHER)
+
+    def label(self, value: Any, known: dict[str, str]) -> str | None:
+        """The label of a value; None where it says nothing.
+
+        ``known``: labels of the attributes in ``by``.
+
+        Raises:
+            DataError: a value that the rule does not know.
+        """
+        if value is None or str(value).strip() in ("", "?", "unknown", "none", "nan", "None"):
+            return None
+        if self.labels:
+            points = self.points(known)
+            try:
+                number = float(value)
+            except (TypeError, ValueError):
+                raise DataError(f"{self.name}: {value!r} is no number") from None
+            return None if points is None or not np.isfinite(number) else self.labels[sum(number >= p for p in points)]
+        if not self.values:
+            return str(value).strip().lower()
+        for label, spellings in self.values.items():
+            if str(value).strip().lower() in {label.lower(), *(str(s).lower() for s in spellings)}:
+                return label
+        raise DataError(f"{self.name}: {value!r} is none of {', '.join(self.values)}")
+
+    @property
+    def choices(self) -> list[str]:
+        """Labels that it can give, where the rule names them."""
+        return self.labels or list(self.values)
+
+
+def load_attributes(path: str | Path | None = None) -> dict[str, Attribute]:
+    """Rules by name, those that others depend on first.
+
+    Raises:
+        ConfigError: names the file, the attribute and what is wrong with it.
+    """
+    file = Path(path or ATTRIBUTES)
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+        rules = {name: Attribute(name, **options) for name, options in raw.items()}
+    except (OSError, yaml.YAMLError, TypeError, AttributeError) as error:
+        raise ConfigError(f"describe.attributes={file}: {type(error).__name__}: {error}") from error
+    for name, rule in rules.items():
+        if problem := _problem(rule, rules):
+            raise ConfigError(f"describe.attributes={file}, {name}: {problem}")
+    return dict(sorted(rules.items(), key=lambda item: bool(item[1].by)))
+
+
+def _problem(rule: Attribute, rules: dict[str, Attribute]) -> str | None:
+    if (rule.field is None) == (rule.measure is None):
+        return "give field or measure"
+    if rule.measure is not None and rule.measure not in MEASURES:
+        return f"there is no measure {rule.measure!r}; there are {', '.join(MEASURES)}"
+    if rule.measure is not None and not rule.labels:
+        return "a measure needs labels and cuts"
+    if rule.by and not (set(rule.by) <= set(rules) and isinstance(rule.cuts, dict)):
+        return f"by: {rule.by} needs those attributes, and cuts for their labels"
+    for points in (rule.cuts or {}).values() if rule.by else [rule.cuts or []]:
+        if rule.labels and (len(points) != len(rule.labels) - 1 or sorted(points) != list(points)):
+            return f"{len(rule.labels)} labels need {len(rule.labels) - 1} ascending cuts, not {points}"
+    return None
+
+
+class Describer:
+    """Describes the voices of cuts by a :class:`DescribeConfig`.
+
+    Raises:
+        ConfigError: the rules cannot work.
+        DataError: the table of speakers cannot be read, or says two things of one speaker.
+    """
+
+    def __init__(self, config: DescribeConfig) -> None:
+        self.rules = load_attributes(config.attributes)
+        self.speakers = read_speakers(config.speakers) if config.speakers else {}
+
+    def measure(self, cut: Cut, samples: np.ndarray, rate: int) -> None:
+        """Note the measures of each supervision of a cut, whose samples (S,) these are."""
+        for supervision in cut.supervisions:
+            begin, end = max(0.0, supervision.start), min(supervision.end, cut.duration)
+            words = [(w.start - begin, w.end - begin) for w in (supervision.alignment or {}).get("word", [])]
+            part = samples[round(begin * rate) : round(end * rate)]
+            found = measure(part, rate, words, supervision.text or "") if len(part) else {}
+            supervision.custom = {**(supervision.custom or {}), VOICE_FIELD: found}
+
+    def describe(self, supervision: dict[str, Any], missing: Counter[str], problems: Counter[str]) -> dict[str, str]:
+        """Labels of a supervision (as a manifest holds it) from its measures and fields.
+
+        Args:
+            supervision: read alone.
+            missing: counts attributes of which nothing is known.
+            problems: counts values that no rule understands.
+        """
+        custom = supervision.get("custom") or {}
+        known = {**custom, **{k: v for k, v in supervision.items() if v is not None}}
+        known |= self.speakers.get(str(supervision.get("speaker")), {})
+        found: dict[str, str] = {}
+        for name, rule in self.rules.items():
+            value = custom.get(VOICE_FIELD, {}).get(rule.measure) if rule.measure else known.get(rule.field or "")
+            try:
+                label = rule.label(value, found)
+            except DataError as error:
+                problems[str(error)] += 1
+                continue
+            if label is None:
+                missing[name] += 1
+            else:
+                found[name] = label
+        return found
+
+    def rewrite(self, cuts: Iterable[dict[str, Any]], report: dict[str, Any]) -> None:
+        """Give cuts (as a manifest holds them) their descriptions, and say in ``report`` what there is.
+
+        Of a speaker whose cuts contradict each other in a field, that field is left out.
+        """
+        cuts = list(cuts)
+        missing, problems, counts = Counter[str](), Counter[str](), defaultdict[str, Counter[str]](Counter)
+        contradicting = self._contradictions(cuts)
+        for cut in cuts:
+            for supervision in cut["supervisions"]:
+                labels = self.describe(supervision, missing, problems)
+                for name in contradicting.get(str(supervision.get("speaker")), ()):
+                    if labels.pop(name, None) is not None:
+                        problems[f"{name}: speaker {supervision['speaker']} has several"] += 1
+                supervision["custom"] = {**(supervision.get("custom") or {}), DESCRIPTION_FIELD: labels}
+                for name, label in labels.items():
+                    counts[name][label] += 1
+        report["described"] = {
+            "attributes": {name: dict(own.most_common()) for name, own in counts.items()},
+            "rules": {
+                r.name: {"from": r.field or r.measure, "labels": r.choices, "cuts": r.cuts} for r in self.rules.values()
+            },
+            "missing": dict(missing.most_common()),
+            "problems": dict(problems.most_common(50)),
+        }
+
+    def _contradictions(self, cuts: list[dict[str, Any]]) -> dict[str, set[str]]:
+        """Fields of which a speaker's cuts say different things, as attributes."""
+        said: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+        constant = [r for r in self.rules.values() if r.field in ("gender", "accent")]
+        for cut in cuts:
+            for supervision in cut["supervisions"]:
+                if supervision.get("speaker") is None:
+                    continue
+                labels = self.describe(supervision, Counter(), Counter())
+                for rule in constant:
+                    if rule.name in labels:
+                        said[str(supervision["speaker"])][rule.name].add(labels[rule.name])
+        return {
+            speaker: {name for name, labels in own.items() if len(labels) > 1}
+            for speaker, own in said.items()
+            if any(len(labels) > 1 for labels in own.values())
+        }
+
+
+def read_speakers(path: str) -> dict[str, dict[str, str]]:
+    """The other columns of a table by its column ``speaker``.
+
+    Raises:
+        DataError: no such column, or two lines about one speaker that differ.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for row in read_table(Path(path), {"speaker"}, None):
+        speaker = row.cells.get("speaker", "")
+        own = {k: v for k, v in row.cells.items() if k != "speaker" and v}
+        if speaker and found.setdefault(speaker, own) != own:
+            raise DataError(f"{path}, line {row.line}: speaker {speaker} has other values than in an earlier line.")
+    return found

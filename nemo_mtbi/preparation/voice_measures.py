@@ -1,0 +1,95 @@
+"""What can be measured of a voice in a recording: rate, pitch, level, pauses, noise. librosa computes; no labels here.
+
+Letters: S samples.
+"""
+
+import re
+from itertools import pairwise
+
+import librosa
+import numpy as np
+
+PITCH_HZ = (60.0, 500.0)
+PITCH_FRAME, PITCH_HOP, PITCH_RESOLUTION = 1024, 320, 0.2  # samples at 16 kHz; in semitones
+LEVEL_FRAME, LEVEL_HOP = 400, 160
+PAUSE_SECONDS = 0.25  # shorter gaps between words are not heard as pauses
+FILLERS = re.compile(r"\b(?:uh+|um+|er+m*|hm+|ah+)\b", re.IGNORECASE)
+FLOOR_DB = -100.0
+NOISE_SECONDS, NOISE_PERCENTILE = 0.2, 5  # between words; of all frames, where there is less than that
+
+Words = list[tuple[float, float]]  # begin and end in seconds
+
+MEASURES = {
+    "seconds": "duration of the utterance",
+    "words_per_second": "words by the time from the first to the last",
+    "pitch_hz": "median fundamental frequency of voiced frames (pYIN)",
+    "pitch_range_semitones": "distance of its 10th and 90th percentile",
+    "level_db": "root mean square of the frames in which words are, dB of full scale",
+    "noise_db": "the same between words; the 5th percentile of all frames where little is between them",
+    "snr_db": "level_db - noise_db",
+    "pauses": "gaps between words of 0.25 s or more",
+    "pause_share": "of the time from the first to the last word",
+    "fillers": "uh, um and the like in the transcript",
+}
+
+
+def measure(samples: np.ndarray, rate: int, words: Words, text: str) -> dict[str, float]:
+    """Measures of an utterance by the names of ``MEASURES``, without those that cannot be taken of it.
+
+    Args:
+        samples: (S,) float32 mono at 16 kHz.
+        rate: of the samples.
+        words: times of the words; empty: unknown.
+        text: transcript.
+    """
+    found: dict[str, float] = {"seconds": len(samples) / rate, "fillers": len(FILLERS.findall(text))}
+    if words:
+        words = sorted(words)
+        spoken = max(words[-1][1] - words[0][0], 1 / rate)
+        gaps = [b - a for (_, a), (b, _) in pairwise(words) if b - a >= PAUSE_SECONDS]
+        found |= {"words_per_second": len(words) / spoken, "pauses": len(gaps), "pause_share": sum(gaps) / spoken}
+    elif text.split():
+        found["words_per_second"] = len(text.split()) * rate / len(samples)
+    found |= _pitch(samples, rate)
+    found |= _levels(samples, rate, words)
+    return {name: round(float(value), 3) for name, value in found.items() if np.isfinite(value)}
+
+
+def _pitch(samples: np.ndarray, rate: int) -> dict[str, float]:
+    if len(samples) < 4 * PITCH_FRAME:
+        return {}
+    low, high = PITCH_HZ
+    pitch, voiced, _ = librosa.pyin(
+        samples,
+        fmin=low,
+        fmax=high,
+        sr=rate,
+        frame_length=PITCH_FRAME,
+        hop_length=PITCH_HOP,
+        resolution=PITCH_RESOLUTION,
+    )
+    pitch = pitch[voiced & np.isfinite(pitch)]
+    if len(pitch) < 5:
+        return {}
+    semitones = 12 * np.log2(np.percentile(pitch, [10, 90]))
+    return {"pitch_hz": np.median(pitch), "pitch_range_semitones": semitones[1] - semitones[0]}
+
+
+def _levels(samples: np.ndarray, rate: int, words: Words) -> dict[str, float]:
+    if len(samples) < LEVEL_FRAME or not samples.any():
+        return {}
+    power = librosa.feature.rms(y=samples, frame_length=LEVEL_FRAME, hop_length=LEVEL_HOP, center=False)[0] ** 2
+    times = (np.arange(len(power)) * LEVEL_HOP + LEVEL_FRAME / 2) / rate
+    inside = np.ones(len(power), bool)
+    if words:
+        begins, ends = np.array(words).T
+        inside = ((times[:, None] >= begins) & (times[:, None] < ends)).any(1)
+    outside = power[~inside]
+    level = _db(power[inside].mean() if inside.any() else power.mean())
+    enough = len(outside) * LEVEL_HOP >= NOISE_SECONDS * rate
+    noise = _db(np.median(outside) if enough else np.percentile(power, NOISE_PERCENTILE))
+    return {"level_db": level, "noise_db": noise, "snr_db": level - noise}
+
+
+def _db(power: float) -> float:
+    return max(FLOOR_DB, 10 * float(np.log10(max(power, 1e-12))))

@@ -127,8 +127,8 @@ class SpeechSystem:
 
 
 class TextSystem:
-    """The text LLM on the reference transcripts (None: the topline, which reads the descriptions that it gave its answers
-    to), or on an ASR's (the cascade), by cut id.
+    """The text LLM on the reference transcripts (None: the topline, which reads the descriptions that it answered
+    from), or on an ASR's (the cascade), by cut id.
 
     Conversations that the ASR has no transcript of (unreadable audio) are left out.
     """

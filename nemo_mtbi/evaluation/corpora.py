@@ -11,10 +11,12 @@
 | ``speech_ifeval`` | ``data/eval_data/*.jsonl`` | ``audios`` beside ``eval_data`` |
 | ``slots`` | a table of ``path`` and ``slots`` (JSON) | relative to the table |
 | ``longspeech_eval`` | the JSON of ICTNLP/LongSpeech-Eval (``path``, ``question``, ``answer``) | relative to it |
+| ``voice`` | a manifest of ``mtbi prepare describe.enabled=true`` (MonoCuts over whole files) | in the manifest |
 | ``jsonl`` | lines with the fields of :class:`Question` | relative to the file |
 """
 
 import csv
+import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -22,11 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lhotse import CutSet
 
 from nemo_mtbi.data.audio import mono
+from nemo_mtbi.data.conversation import transcript
+from nemo_mtbi.data.description import DESCRIPTION_FIELD, DescribedText
 from nemo_mtbi.errors import DataError
 from nemo_mtbi.evaluation.questions import METRICS, LabelledConfig, Question
 from nemo_mtbi.io.text import numbered_lines, read_text
+from nemo_mtbi.tasks.library import load_library, render_template
 
 CHOICE_PROMPT = "{question} Answer with one of these and nothing else: {choices}."
 SLOT_PROMPT = CHOICE_PROMPT.replace("{question}", "Which {slot} was ordered?")
@@ -235,6 +241,29 @@ def read_slots(config: LabelledConfig, folder: Path) -> Iterator[Question]:
             yield Question(path.parent / row["path"], name, prompt, value, "accuracy", options)
 
 
+def read_voice(config: LabelledConfig, folder: Path) -> Iterator[Question]:
+    """What a described manifest says of each voice: the held-out wordings of the tasks that ask for one attribute.
+
+    ``split`` names the attributes (comma-separated; default: all that a task asks for). The text topline reads the
+    description; without it, the transcripts are given as they are under ``prompts: {described: ""}``.
+    """
+    tasks = [t for t in load_library().values() if len(t.needs) == 1 and t.choices]
+    wanted = [name.strip() for name in config.split.split(",")] if config.split else [t.needs[0] for t in tasks]
+    described = None if config.prompts.get("described") == "" else DescribedText(least=99)
+    for cut in CutSet.from_file(config.path):
+        known = (cut.supervisions[0].custom or {}).get(DESCRIPTION_FIELD, {}) if cut.supervisions else {}
+        text = (described(cut, cut.id) if described else None) or transcript(cut)
+        for task in tasks:
+            label = known.get(task.needs[0])
+            if label not in task.choices or task.needs[0] not in wanted:
+                continue
+            wordings = task.select("held_out")
+            wording = wordings[int(hashlib.blake2b(cut.id.encode(), digest_size=4).hexdigest(), 16) % len(wordings)]
+            prompt = render_template(config.prompts.get(task.needs[0], wording.text), {"choices": task.choices})
+            audio = Path(cut.recording.sources[0].source)
+            yield Question(audio, task.needs[0], prompt, label, "accuracy", tuple(task.choices), text)
+
+
 def read_jsonl(config: LabelledConfig, folder: Path) -> Iterator[Question]:
     """JSON lines with the fields of :class:`Question`; ``audio`` is relative to the file."""
     path = Path(config.path)
@@ -269,6 +298,7 @@ READERS: dict[str, Callable[[LabelledConfig, Path], Iterator[Question]]] = {
     "voicebench": read_voicebench,
     "speech_ifeval": read_speech_ifeval,
     "slots": read_slots,
+    "voice": read_voice,
     "jsonl": read_jsonl,
 }
 

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,8 @@ from nemo_mtbi.training.resume import (
 log = logging.getLogger(__name__)
 
 CTC_TARGET = "CTCCompressConnector"
+TOKENS_ALONE = ("WhisperDecoderConnector", "CTCCompressConnector")
+DESCRIBED, PEEKED_LINES = re.compile(r'"described": ?"[^"]'), 200
 
 
 def train(cfg: DictConfig) -> RunDirectory:
@@ -199,8 +203,25 @@ def check_data(data_cfg: DictConfig, config: ModelConfig) -> None:
         if section in data_cfg:
             for entry in input_entries(data_cfg[section]):
                 check_manifest(entry.get("cuts_path") or entry.get("shar_path"))
+                require_acoustics(entry.get("cuts_path"), config)
     if data_cfg.cached_features and config.interleaving.level == "waveform" and config.interleaving.probability > 0:
         raise ConfigError("interleaving.level=waveform encodes pieces of the audio; set data.cached_features=false.")
+
+
+def require_acoustics(manifest: Any, config: ModelConfig) -> None:
+    """
+    Raises:
+        ConfigError: answers to descriptions of the voice, and a connector that gives the LLM tokens alone.
+    """
+    target = str((config.perception.get("modality_adapter") or {}).get("_target_", "")).rpartition(".")[2]
+    if target not in TOKENS_ALONE or not isinstance(manifest, str) or not manifest.endswith(".jsonl"):
+        return
+    with open(manifest, encoding="utf-8") as lines:
+        if any(DESCRIBED.search(line) for line in islice(lines, PEEKED_LINES)):
+            raise ConfigError(
+                f"{manifest} holds answers to descriptions of the voice. Through {target} the LLM reads words alone; use "
+                "TwoChannelConnector (speech_llm@model=offline_two_channel) or a dense connector."
+            )
 
 
 def ctc_tokens(cfg: DictConfig, config: ModelConfig, run: RunDirectory) -> list[int] | None:

@@ -1,0 +1,141 @@
+"""Described targets: the text LLM reads the voice, the student hears it."""
+
+import json
+
+import pytest
+import torch
+from lhotse import CutSet
+
+from nemo_mtbi.data.dataset import MTBIDataset
+from nemo_mtbi.data.description import DESCRIPTION_FIELD
+from nemo_mtbi.data.target import Target
+from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.evaluation.corpora import READERS
+from nemo_mtbi.evaluation.questions import LabelledConfig
+from nemo_mtbi.models.language_model import teacher_hidden_states
+from nemo_mtbi.targets.config import DescriptionConfig
+from nemo_mtbi.targets.draw import PromptDrawer
+from nemo_mtbi.targets.filters import Candidate, unasked
+from nemo_mtbi.targets.generate import TargetGenerator
+from nemo_mtbi.tasks.library import load_library
+from nemo_mtbi.training.stages import require_acoustics
+from tests.helpers import build
+from tests.unit.data_helpers import conversations
+from tests.unit.targets_helpers import config, write_cuts
+
+pytestmark = pytest.mark.unit
+TASKS = ["repeat", "voice_gender", "voice_description"]
+
+
+def described_cuts(path, count, label=lambda i: {"gender": "female", "age": "child", "speaking rate": "fast"}):
+    cuts = list(CutSet.from_file(write_cuts(path, count)))
+    for i, cut in enumerate(cuts):
+        cut.supervisions[0].custom = {DESCRIPTION_FIELD: label(i)}
+    CutSet(cuts).to_file(path)
+    return str(path)
+
+
+def described(tmp_path, llm, cuts, share=0.5, **changes):
+    return config(tmp_path, llm, cuts, description=DescriptionConfig(share), **{"task_names": TASKS, **changes})
+
+
+def test_the_text_llm_reads_descriptions_and_the_target_says_which(tmp_path, tiny_llm):
+    drawer = PromptDrawer(described(tmp_path, tiny_llm, cuts := described_cuts(tmp_path / "cuts.jsonl", 24)))
+    jobs = [
+        job
+        for cut in CutSet.from_file(cuts)
+        for job in drawer.jobs(cut, "train", drawer.prepare([cut], "train", lambda requests: {}))
+    ]
+    decode = drawer.tokenizer.tokenizer.decode
+    for job in jobs:
+        read = decode(job.request.prompt_ids)
+        assert (job.described or job.transcript) in read and job.transcript in read
+        assert job.task == "repeat" or job.described
+        assert job.task != "voice_gender" or "gender: female" in job.described
+    plain = [job for job in jobs if not job.described]
+    assert {job.task for job in plain} == {"repeat"} and 4 <= len(plain) <= 20  # half of 24
+    cuts = CutSet.from_file(TargetGenerator(described(tmp_path, tiny_llm, cuts)).run()["train"])
+    targets = [Target(**t) for cut in cuts for t in cut.custom["targets"]]
+    assert {t.task for t in targets} == set(TASKS)
+    assert {t.described for t in targets} == {job.described for job in jobs}
+
+
+def test_cuts_without_the_attribute_go_without_the_task(tmp_path, tiny_llm):
+    cuts = described_cuts(
+        tmp_path / "cuts.jsonl", 4, lambda i: {"gender": "male"} if i == 0 else {"age": "adult"} if i == 1 else {}
+    )
+    folder = tmp_path / "targets"
+    written = CutSet.from_file(TargetGenerator(described(tmp_path, tiny_llm, cuts)).run()["train"])
+    tasks = [{t["task"] for t in cut.custom["targets"]} for cut in written]
+    assert tasks == [set(TASKS), {"repeat", "voice_description"}, {"repeat"}, {"repeat"}]
+    side = [json.loads(line) for line in (folder / "rejected" / "train.jsonl").read_text().splitlines()]
+    assert [r["filter"] for r in side] == ["undescribed"] * 5 and "gender" in json.dumps(side[0])
+
+
+def test_tasks_about_the_voice_need_descriptions(tmp_path, tiny_llm):
+    cuts = described_cuts(tmp_path / "cuts.jsonl", 1)
+    with pytest.raises(ConfigError, match="voice_gender asks about the voice, of which the text LLM reads nothing"):
+        PromptDrawer(config(tmp_path, tiny_llm, cuts, task_names=TASKS))
+    with pytest.raises(ConfigError, match=r"description.share=1.5: from 0 to 1"):
+        TargetGenerator(described(tmp_path, tiny_llm, cuts, share=1.5))
+    with pytest.raises(ConfigError, match="names colour"):
+        PromptDrawer(config(tmp_path, tiny_llm, cuts, description=DescriptionConfig(0.5, "{{ text }} {{ colour }}")))
+    assert not {t.name for t in PromptDrawer(config(tmp_path, tiny_llm, cuts, task_names=None)).tasks} & set(TASKS[1:])
+
+
+@pytest.mark.parametrize(
+    ("task", "described", "response", "rejected"),
+    [
+        ("repeat", "[00:00-00:03] hello (gender: female)", "hello", False),
+        ("repeat", "[00:00-00:03] hello (gender: female)", "hello (gender: female)", True),
+        ("repeat", "[00:00-00:03] hello (gender: female)", "From 00:00 on: hello", True),
+        ("repeat", "", "hello (gender: female)", False),
+        ("voice_description", "[00:00-00:03] hello (gender: female)", "gender: female", False),
+    ],
+)
+def test_nobody_mentions_the_voice_unasked(task, described, response, rejected):
+    candidate = Candidate(load_library()[task], "hello", response, [1], True, described=described)
+    assert (unasked(candidate) is not None) == rejected
+
+
+def test_the_online_teacher_reads_the_description_and_the_student_does_not(tmp_path, tiny_llm, tiny_config):
+    cuts = described_cuts(tmp_path / "cuts.jsonl", 3)
+    path = TargetGenerator(described(tmp_path, tiny_llm, cuts, prompt_format="chat_template", share=1.0)).run()["train"]
+    model = build({**tiny_config, "pretrained_llm": tiny_llm}, prompt_format="chat_template").eval()
+    dataset = MTBIDataset(model.tokenizer, "chat_template")
+    examples = [dataset._example(c) for c in conversations(path)]
+    decode = model.tokenizer.tokenizer.decode
+    for example in examples:
+        assert "(" not in decode(example.prompt_ids) and " (" in decode(example.teacher_prompt)
+        assert example.units[-1].token_end <= len(example.prompt_ids)
+    batch = {"examples": examples}
+    expected = teacher_hidden_states(
+        model.llm, model.embed_tokens, [e.teacher_ids for e in examples], [e.response_ids for e in examples]
+    )
+    torch.testing.assert_close(model.teacher_hidden(batch), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_connectors_that_carry_words_alone_are_refused(tmp_path, tiny_llm, tiny_config):
+    path = str(TargetGenerator(described(tmp_path, tiny_llm, described_cuts(tmp_path / "c.jsonl", 2))).run()["train"])
+    names = ("WhisperDecoderConnector", "CTCCompressConnector", "TwoChannelConnector", "StackMLPConnector")
+    for name in names:
+        model = build(tiny_config).config
+        model.perception["modality_adapter"] = {"_target_": f"nemo_mtbi.modules.connectors.{name}"}
+        if name in names[:2]:
+            with pytest.raises(ConfigError, match=f"Through {name} the LLM reads words alone"):
+                require_acoustics(path, model)
+        else:
+            require_acoustics(path, model)
+        require_acoustics(str(tmp_path / "c.jsonl"), model)  # no targets
+
+
+def test_the_benchmark_asks_for_each_attribute_in_wordings_that_training_has_not(tmp_path):
+    cuts = described_cuts(tmp_path / "c.jsonl", 3, lambda i: {"gender": ["male", "female", "x"][i], "accent": "odd"})
+    questions = list(READERS["voice"](LabelledConfig("voice", cuts), tmp_path))
+    assert [(q.task, q.label) for q in questions] == [("gender", "male"), ("gender", "female")]
+    held_out = [p.text for p in load_library()["voice_gender"].select("held_out")]
+    assert all(q.choices == ("male", "female") and "gender: " in q.transcript for q in questions)
+    assert all(any(q.prompt[:20] == text[:20] for text in held_out) for q in questions)
+    plain = LabelledConfig("voice", cuts, prompts={"described": ""}, split="age, gender")
+    assert ["gender" in q.transcript for q in READERS["voice"](plain, tmp_path)] == [False, False]
+    assert not list(READERS["voice"](LabelledConfig("voice", cuts, split="age"), tmp_path))

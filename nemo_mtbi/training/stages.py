@@ -219,8 +219,8 @@ def require_acoustics(manifest: Any, config: ModelConfig) -> None:
     with open(manifest, encoding="utf-8") as lines:
         if any(DESCRIBED.search(line) for line in islice(lines, PEEKED_LINES)):
             raise ConfigError(
-                f"{manifest} holds answers to descriptions of the voice. Through {target} the LLM reads words alone; use "
-                "TwoChannelConnector (speech_llm@model=offline_two_channel) or a dense connector."
+                f"{manifest} holds answers to descriptions of the voice. Through {target} the LLM reads words alone; "
+                "use TwoChannelConnector (speech_llm@model=offline_two_channel) or a dense connector."
             )
 
 

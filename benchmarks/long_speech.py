@@ -1,6 +1,6 @@
 """Long speech: what is left of a model when its positions are fused, and what an hour of audio costs.
 
-    python benchmarks/long_speech.py RUN CUTS [--minutes M ...] [--quick] [--json FILE]
+    python benchmarks/long_speech.py RUN CUTS [--minutes M ...] [--quick] [--json FILE] [--png FILE]
 
 RUN: a training run (or RUN@STAGE) with a dense connector; CUTS: a manifest of utterances with speakers and targets.
 
@@ -196,6 +196,26 @@ def measured(*arguments: Any) -> dict[str, Any]:
     return dict(json.loads(output.splitlines()[-1]))
 
 
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Recovery by share of the positions, seconds to the first token, and memory."""
+    from nemo_mtbi.io.html import save_picture, subplots
+
+    figure, (left, middle, right) = subplots(1, 3, figsize=(12, 3.6))
+    for key, name in (("recovery_by_share", "fusion"), ("average_pooling_by_share", "average pooling")):
+        left.plot([f"1/{round(1 / float(s))}" for s in result[key]], list(result[key].values()), "o-", label=name)
+    left.set(title="agreement with the text LLM\nover that of all positions", xlabel="share of the positions")
+    left.legend()
+    ways = result["first_token_10min"]
+    names = {str(BUDGET): f"{BUDGET} positions", "all": "all positions", "cascade": "cascade"}
+    middle.bar([names[str(w)] for w in ways], [own["seconds"] for own in ways.values()], color="#76b900")
+    middle.set(title="ten minutes of audio:\nseconds to the first token")
+    memory = result["peak_gb_by_minutes"]
+    right.plot([str(m) for m in memory], list(memory.values()), "o-")
+    right.set(title=f"peak memory, {BUDGET} positions", xlabel="minutes of audio", ylabel="GB", ylim=(0, None))
+    figure.tight_layout()
+    save_picture(figure, path)
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--measure"]:
         measure(sys.argv[2], Path(sys.argv[3]), sys.argv[4])
@@ -206,6 +226,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, nargs="*", default=[0.5, 1, 2, 5, 10], help="of long recordings")
     parser.add_argument("--quick", action="store_true", help="the short utterances, and one and ten minutes")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--png", type=Path, help="curves")
     arguments = parser.parse_args()
     from lhotse import CutSet
 
@@ -237,6 +258,8 @@ def main() -> None:
         result["at_400_positions"] = {m: measured(exported, file, BUDGET) for m, file in audio.items()}
         result["peak_gb_by_minutes"] = {m: own["peak_gb"] for m, own in result["at_400_positions"].items()}
     finish(result, arguments.json)
+    if arguments.png:
+        plot(result, arguments.png)
 
 
 if __name__ == "__main__":

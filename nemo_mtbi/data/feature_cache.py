@@ -55,6 +55,12 @@ def audio_identity(cut: Cut) -> str | None:
     return ",".join(f"{stat.st_size}/{stat.st_mtime_ns}" for stat in (file.stat() for file in files))
 
 
+def is_features(field: str) -> bool:
+    """Whether a custom field of cuts holds cached features, at some speed."""
+    own = field == FEATURES_FIELD or field.startswith(f"{FEATURES_FIELD}_sp")
+    return own and not field.endswith("_windows")
+
+
 def windows_of(cut: Cut) -> list[int]:
     """Frames at which the windows of the cut's cached features begin.
 

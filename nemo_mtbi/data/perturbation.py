@@ -32,7 +32,8 @@ def speed_factors(factors: Iterable[Any] | None) -> tuple[float, ...]:
 
 def features_field(factor: float) -> str:
     """Field of a cut that holds its cached features at this speed."""
-    return FEATURES_FIELD if factor == 1 else f"{FEATURES_FIELD}_sp{factor:g}"
+    # Without a point: in Lhotse Shar it would end the field's name.
+    return FEATURES_FIELD if factor == 1 else f"{FEATURES_FIELD}_sp{factor:g}".replace(".", "p")
 
 
 def perturbed(cut: Cut, factor: float) -> Cut:
@@ -41,6 +42,9 @@ def perturbed(cut: Cut, factor: float) -> Cut:
         return cut
     custom = dict(cut.custom or {})
     field = features_field(factor)
+    before = f"{FEATURES_FIELD}_sp{factor:g}"  # until November 2026
+    if before in custom:
+        custom[field] = custom.pop(before)
     for name, own in ((FEATURES_FIELD, field), (windows_field(FEATURES_FIELD), windows_field(field))):
         custom.pop(name, None)
         if own in custom:

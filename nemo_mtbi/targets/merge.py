@@ -13,6 +13,7 @@ from filelock import FileLock
 from lhotse import CutSet
 from lhotse.cut import Cut
 
+from nemo_mtbi.data.feature_cache import is_features
 from nemo_mtbi.data.target import TARGETS_FIELD, TEACHER_IDS_FIELD, TEACHER_LOG_PROBS_FIELD
 from nemo_mtbi.errors import DataError
 from nemo_mtbi.io import jsonl
@@ -129,8 +130,8 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def write_shar(manifest: Path, folder: Path, rejected: Path, config: TargetsConfig) -> None:
-    """Lhotse Shar with audio, targets and the teacher's top-k, for training on a cluster. Cuts without targets stay
-    out.
+    """Lhotse Shar with audio, targets, the teacher's top-k and cached encoder features, for training on a cluster. Cuts
+    without targets stay out.
 
     A recording that cannot be read is left out and recorded in the file ``rejected`` under ``audio``. The folder
     takes its name when it is complete.
@@ -151,6 +152,8 @@ def write_shar(manifest: Path, folder: Path, rejected: Path, config: TargetsConf
     fields = {"recording": config.shar_audio}
     if config.top_k:
         fields |= {TEACHER_IDS_FIELD: "numpy", TEACHER_LOG_PROBS_FIELD: "numpy"}
+    first = next(iter(CutSet.from_file(manifest)))
+    fields |= {name: "numpy" for name in first.custom if is_features(name)}
     temporary = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -14,6 +14,7 @@ from nemo_mtbi.data.conversation import read_mtbi
 from nemo_mtbi.data.dataset import MTBIDataset
 from nemo_mtbi.errors import DataError
 from nemo_mtbi.io.array_storage import RawChunkyWriter
+from nemo_mtbi.preparation.cache_features import FrozenEncoder, cache_features
 from nemo_mtbi.targets.config import TargetsConfig
 from nemo_mtbi.targets.generate import TargetGenerator
 from tests.unit.data_helpers import conversations, target
@@ -68,6 +69,30 @@ def test_targets_as_shar_give_the_same_batches(manifest, tiny_llm, tmp_path):
     for key in ("audio_lens", "teacher_ids", "teacher_log_probs"):
         assert torch.equal(from_shar[key], from_manifest[key]), key
     assert torch.allclose(from_shar["audios"], from_manifest["audios"], atol=1e-4)
+
+
+def test_shar_holds_cached_features(manifest, tiny_config, tiny_llm, tmp_path):
+    """At every speed, and as the manifest has them."""
+    config = OmegaConf.create({k: v for k, v in tiny_config.items() if k != "imitation"})
+    encoder = FrozenEncoder(config)
+    cache_features(encoder, manifest, perturb_speed=[0.9])
+    settings = {"dtype": "float32", "prompt_format": "chatml", "filters": ["empty"], "max_new_tokens": 4}
+    folders = {"output_dir": str(tmp_path / "targets"), "shar_dir": str(tmp_path / "shar")}
+    own = TargetsConfig({"train": str(manifest)}, llm=tiny_llm, task_names=["repeat"], **settings, **folders)
+    written = TargetGenerator(own).run()["train"]
+    dataset = MTBIDataset(
+        AutoTokenizer(tiny_llm, use_fast=True), "chatml", cached_features=True, encoder_key=encoder.key
+    )
+
+    def batch(visit, **source):
+        entry = {"audio_locator_tag": "<|audio|>", "force_finite": True, "perturb_speed": [0.9], "first_visit": visit}
+        items = list(read_mtbi(OmegaConf.create({**entry, **source}))[0])
+        return dataset[CutSet(sorted(items, key=lambda c: c.id))]
+
+    for visit in (0, 1):
+        expected, found = batch(visit, cuts_path=str(written)), batch(visit, shar_path=str(tmp_path / "shar" / "train"))
+        assert torch.equal(found["encoder_feature_lens"], expected["encoder_feature_lens"])
+        assert torch.equal(found["encoder_features"], expected["encoder_features"])
 
 
 def test_teacher_of_another_temperature_or_length_is_refused(manifest, smollm2, tmp_path):

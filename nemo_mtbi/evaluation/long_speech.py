@@ -150,7 +150,7 @@ def word_times(recording: LongRecording, aligner: Aligner) -> list[tuple[str, fl
 
 
 def seam_errors(words: list[tuple[str, float]], hypothesis: str, cuts: list[float]) -> dict[str, int]:
-    """Words and word errors at seams and elsewhere.
+    """Words, word errors and, among them, words lost or doubled (deletions, insertions), at seams and elsewhere.
 
     An insertion belongs to the word before it.
 
@@ -161,18 +161,19 @@ def seam_errors(words: list[tuple[str, float]], hypothesis: str, cuts: list[floa
     """
     reference = " ".join(word for word, _ in words).split()
     times = [time for word, time in words for _ in word.split()]
-    errors = [0] * len(reference)
+    errors, lost = [0] * len(reference), [0] * len(reference)
     for chunk in jiwer.process_words(" ".join(reference), normalized(hypothesis)).alignments[0]:
         if chunk.type == "insert":
             place = max(0, chunk.ref_start_idx - 1)
             errors[place] += chunk.hyp_end_idx - chunk.hyp_start_idx
+            lost[place] += chunk.hyp_end_idx - chunk.hyp_start_idx
         elif chunk.type != "equal":
             for place in range(chunk.ref_start_idx, chunk.ref_end_idx):
                 errors[place] += 1
+                lost[place] += chunk.type == "delete"
     near = [any(abs(time - cut) <= SEAM_SECONDS for cut in cuts) for time in times]
-    return {
-        "words_at_seams": sum(near),
-        "errors_at_seams": sum(e for e, n in zip(errors, near, strict=True) if n),
-        "words_elsewhere": len(near) - sum(near),
-        "errors_elsewhere": sum(e for e, n in zip(errors, near, strict=True) if not n),
-    }
+    found = {}
+    for name, values in (("words", [1] * len(near)), ("errors", errors), ("lost_or_doubled", lost)):
+        found[f"{name}_at_seams"] = sum(v for v, n in zip(values, near, strict=True) if n)
+        found[f"{name}_elsewhere"] = sum(values) - found[f"{name}_at_seams"]
+    return found

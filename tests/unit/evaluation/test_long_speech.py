@@ -79,21 +79,23 @@ WORDS = [("one", 1.0), ("two", 9.2), ("three", 10.4), ("four", 11.5), ("five", 2
 
 
 @pytest.mark.parametrize(
-    ("heard", "at_seams", "elsewhere"),
+    ("heard", "at_seams", "elsewhere", "lost"),
     [
-        ("one two three four five", 0, 0),
-        ("One, two three four five.", 0, 0),
-        ("one three four five", 1, 0),  # lost at the seam
-        ("one two two three four five", 1, 0),  # doubled
-        ("won two three four", 0, 2),
-        ("one two three four five six", 0, 1),
-        ("", 2, 3),
+        ("one two three four five", 0, 0, 0),
+        ("One, two three four five.", 0, 0, 0),
+        ("one three four five", 1, 0, 1),
+        ("one two two three four five", 1, 0, 1),  # doubled
+        ("one too three four five", 1, 0, 0),
+        ("won two three four", 0, 2, 0),
+        ("one two three four five six", 0, 1, 0),
+        ("", 2, 3, 2),
     ],
 )
-def test_errors_are_counted_where_they_are(heard, at_seams, elsewhere):
+def test_errors_are_counted_where_they_are(heard, at_seams, elsewhere, lost):
     found = seam_errors(WORDS, heard, [10.0, 40.0])
     assert (found["words_at_seams"], found["words_elsewhere"]) == (2, 3)
     assert (found["errors_at_seams"], found["errors_elsewhere"]) == (at_seams, elsewhere)
+    assert found["lost_or_doubled_at_seams"] == lost
 
 
 def test_a_place_is_the_utterance_spoken_there(tmp_path):

@@ -58,7 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--do-sample", action="store_const", const=True, help="draw instead of the likeliest answer")
     for name in ("max-new-tokens", "max-positions", "batch-size"):
         parser.add_argument(f"--{name}", type=int)
-    parser.add_argument("--positions-per-second", type=float)
+    for name in ("positions-per-second", "time-marks"):
+        parser.add_argument(f"--{name}", type=float)
     for name in ("device", "output"):
         parser.add_argument(f"--{name}")
     return parser

@@ -33,6 +33,7 @@ def main(cfg: DictConfig) -> None:
     model = open_speech_llm(cfg.model, tensor_model_parallel_size=size).to(device)
     if cfg.max_positions is not None or cfg.positions_per_second is not None:
         model.limit_positions(cfg.max_positions, cfg.positions_per_second)
+    model.mark_times(cfg.time_marks)
     records: list[dict[str, Any]] = []
     failed = 0
     for begin in range(0, len(inputs), cfg.batch_size):
@@ -92,6 +93,9 @@ def check(cfg: DictConfig, paths: list[Any], questions: list[Any]) -> None:
     rate = cfg.positions_per_second
     if rate is not None and not (type(rate) in (int, float) and rate > 0):
         raise ConfigError(f"positions_per_second={rate}: give a number above 0.")
+    marks = cfg.time_marks
+    if marks is not None and not (type(marks) in (int, float) and marks >= 1):
+        raise ConfigError(f"time_marks={marks}: give seconds, at least 1.")
     if not questions:
         raise ConfigError("prompt is empty; give a question, or prompt='' for the speech alone.")
     if not Path(str(cfg.model)).exists():

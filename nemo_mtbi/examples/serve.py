@@ -34,6 +34,7 @@ def main(cfg: DictConfig) -> None:
     model = open_speech_llm(cfg.model).to(device)
     if cfg.max_positions is not None or cfg.positions_per_second is not None:
         model.limit_positions(cfg.max_positions, cfg.positions_per_second)
+    model.mark_times(cfg.time_marks)
     name = cfg.name or Path(cfg.model).stem
     batcher = Batcher(model, cfg.max_batch, cfg.max_waiting)
     limits = Limits(

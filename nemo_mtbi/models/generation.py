@@ -16,10 +16,10 @@ from nemo_mtbi.data.interleaving import SpeechSpan
 from nemo_mtbi.data.literal import literal_encoding
 from nemo_mtbi.data.messages import user_message
 from nemo_mtbi.data.rendering import AudioTag, Message, PromptRenderer
-from nemo_mtbi.errors import DataError
+from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.models.conversation import Audio, Conversation
 from nemo_mtbi.models.layout import build_inputs
-from nemo_mtbi.models.speech import AudioBlocks, Heard, batch_features, connect, fused, hear
+from nemo_mtbi.models.speech import AudioBlocks, Heard, batch_features, connect, fused, hear, with_time_marks
 from nemo_mtbi.modules.causal_lm import end_of_turn, lent_embedding, stop_ids, without_adapters
 from nemo_mtbi.modules.connectors.base import SpeechEmbeddings
 from nemo_mtbi.modules.perception import context_of, fusion_of
@@ -39,6 +39,7 @@ class SpeechLLM(nn.Module):
     config: Any
     frame_seconds: float
     audio_locator_tag: str
+    marks_seconds: float | None = None
 
     @property
     def sampling_rate(self) -> int:
@@ -57,6 +58,16 @@ class SpeechLLM(nn.Module):
         """
         options = {"max_positions": max_positions, "per_second": per_second}
         self.perception.fusion = fusion_of(self.config.perception, options, context_of(self.llm.config))
+
+    def mark_times(self, every_seconds: float | None) -> None:
+        """Put the time as text before every so many seconds of speech (``[00:30]``), so that answers can refer to it.
+
+        Raises:
+            ConfigError: not a number of at least 1.
+        """
+        if every_seconds is not None and not (type(every_seconds) in (int, float) and every_seconds >= 1):
+            raise ConfigError(f"time_marks={every_seconds}: give seconds, at least 1.")
+        self.marks_seconds = every_seconds
 
     def stop_ids(self) -> list[int]:
         """Tokens that end an answer: the tokenizer's and the LLM's own."""
@@ -132,6 +143,11 @@ class SpeechLLM(nn.Module):
         heard = self.listen(audios, audio_lens)
         last = [self._parts(dialog[-1]["content"]) for dialog in prompts]
         asked = [_audios_of_message(row, content) for row, content in zip(pieces, last, strict=True)]
+        if self.marks_seconds is not None:
+            tokenizer = self.tokenizer.tokenizer
+            pieces = with_time_marks(
+                pieces, heard.seconds, self.marks_seconds, lambda text: literal_encoding(tokenizer, text)[0]
+            )
         inputs, mask = self._left_padded_inputs(pieces, heard.speech, heard.seconds)
         return inputs, mask, self._nothing_heard(heard.speech, asked)
 
@@ -222,7 +238,7 @@ class SpeechLLM(nn.Module):
             rows = zip(audios.float().cpu(), audio_lens.tolist(), strict=True)
             audios = [[row[:length].numpy()] for row, length in rows]
         if audios:
-            return hear(self.perception, audios, device, on_heard)
+            return hear(self.perception, audios, device, on_heard, self.marks_seconds)
         empty = torch.zeros(0, 0, self.llm.config.hidden_size, device=device)
         return Heard(SpeechEmbeddings(empty, torch.zeros(0, dtype=torch.long, device=device), empty[..., 0]), [])
 

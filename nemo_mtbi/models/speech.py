@@ -7,6 +7,7 @@ Letters: B utterances, N windows of them (B where none is long), S samples, T en
 connector positions, H LLM width.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -134,6 +135,7 @@ def hear(
     audios: Sequence[AudioBlocks],
     device: torch.device,
     on_heard: Callable[[float], None] = lambda seconds: None,
+    marks_seconds: float | None = None,
 ) -> Heard:
     """What the LLM reads of audio of any length: :func:`connect` and :func:`fused`, in bounded memory.
 
@@ -144,6 +146,7 @@ def hear(
         audios: B audios, read as they are needed.
         device: where encoder and connector are.
         on_heard: called after each pass with the seconds of audio that are done.
+        marks_seconds: nothing is fused across multiples of it (:func:`with_time_marks`).
 
     Raises:
         DataError: an audio without samples.
@@ -172,7 +175,43 @@ def hear(
     parts.append(connected())
     on_heard(sum(seconds))
     speech = whole_utterances(concatenated(parts), Windows.of(begins))
-    return Heard(fused(perception, speech, seconds), seconds)
+    cuts = None
+    if marks_seconds is not None:
+        cuts = [
+            [place / encoder_frame_seconds(perception) - 0.5 for place in marks(s, marks_seconds)[1:]] for s in seconds
+        ]
+    return Heard(fused(perception, speech, seconds, cuts), seconds)
+
+
+def marks(seconds: float, every: float) -> list[float]:
+    """Where time marks stand in an audio: at its beginning and at every multiple of ``every`` seconds within it."""
+    return [index * every for index in range(max(1, math.ceil(seconds / every - 1e-6)))]
+
+
+def with_time_marks(
+    pieces: list[list[Piece]], seconds: list[float], every: float, encode_text: Callable[[str], list[int]]
+) -> list[list[Piece]]:
+    """Spans of whole audios as stretches of ``every`` seconds, each after the time at which it begins, as text.
+
+    Args:
+        pieces: of dialogs.
+        seconds: of the audios.
+        every: seconds of a stretch.
+        encode_text: tokens of literal text.
+    """
+    result: list[list[Piece]] = []
+    for row in pieces:
+        own: list[Piece] = []
+        for piece in row:
+            if not isinstance(piece, SpeechSpan):
+                own.append(piece)
+                continue
+            begins = marks(seconds[piece.audio], every)
+            for begin, end in zip(begins, [*begins[1:], math.inf], strict=True):
+                own.append(encode_text(f"\n[{int(begin) // 60:02d}:{int(begin) % 60:02d}] "))
+                own.append(SpeechSpan(piece.audio, begin, end))
+        result.append(own)
+    return result
 
 
 def encode(perception: Any, audios: Tensor, audio_lens: Tensor) -> tuple[Tensor, Tensor]:

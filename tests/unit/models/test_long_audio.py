@@ -13,10 +13,11 @@ from omegaconf import OmegaConf
 from nemo_mtbi.checkpoints.archive import save_directory
 from nemo_mtbi.data.audio_windows import Windows
 from nemo_mtbi.data.feature_cache import FEATURES_FIELD, load_array, windows_of
+from nemo_mtbi.data.interleaving import SpeechSpan
 from nemo_mtbi.data.perturbation import perturbed
-from nemo_mtbi.errors import DataError
+from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.models.exported import open_speech_llm
-from nemo_mtbi.models.speech import batch_features, connect, first_examples, hear
+from nemo_mtbi.models.speech import batch_features, connect, first_examples, hear, with_time_marks
 from nemo_mtbi.modules.connectors.base import NO_TOKEN, SpeechEmbeddings
 from nemo_mtbi.modules.connectors.windows import concatenated, whole_utterances
 from nemo_mtbi.preparation.cache_features import FrozenEncoder, cache_features
@@ -104,6 +105,27 @@ def test_the_cache_holds_the_same_windows(tiny_config, audios, tmp_path):
     assert len(starts) >= 3 and starts != windows.begins
     sizes = [len(part) for part in load_array(slow, FEATURES_FIELD, None).tensor_split(starts[1:])]
     assert max(sizes) <= 1500 and sum(sizes) == pytest.approx(50 * SECONDS[0] / 0.9, abs=3)
+
+
+@torch.no_grad()
+def test_time_marks_stand_before_their_stretches(tiny_config, audios):
+    model = long_model(tiny_config, "two_channel")
+    model.limit_positions(20)
+    heard = {every: (model.mark_times(every), model.listen([[a] for a in audios]))[1] for every in (None, 30.0)}
+    pieces, _ = model.prompt_pieces([[model.user_turn("When?", 3)]])
+    plain, _, _ = model.dialog_inputs([[model.user_turn("When?", 3)]], pieces, heard[30.0])
+    decode = model.tokenizer.tokenizer.decode
+    marked = with_time_marks(pieces, list(SECONDS), 30.0, lambda t: model.tokenizer.tokenizer.encode(t))
+    spans = [p for p in marked[0] if isinstance(p, SpeechSpan)]
+    before = [decode(marked[0][i - 1]) for i, p in enumerate(marked[0]) if isinstance(p, SpeechSpan)]
+    assert [(s.audio, s.start_seconds) for s in spans] == [(0, 0), (0, 30), (0, 60), (1, 0), (2, 0)]
+    assert [t.strip() for t in before] == ["[00:00]", "[00:30]", "[01:00]", "[00:00]", "[00:00]"]
+    text = sum(len(p) for p in marked[0] if isinstance(p, list))
+    assert plain.shape[1] == text + int(heard[30.0].speech.lengths.sum())  # no position is lost or doubled
+    assert int(heard[30.0].speech.lengths[0]) >= int(heard[None].speech.lengths[0])
+    model.mark_times(None)
+    with pytest.raises(ConfigError, match="time_marks=0.5"):
+        model.mark_times(0.5)
 
 
 def test_a_gradient_reaches_every_window(tiny_config, audios):

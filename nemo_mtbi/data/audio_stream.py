@@ -133,7 +133,7 @@ def open_audio(
 def _is_long(stream: AudioStream) -> bool:
     try:
         return stream.seconds > STREAMED_FROM_SECONDS
-    except (soundfile.SoundFileError, RuntimeError):  # of another format, or broken: Lhotse says what it is
+    except (soundfile.SoundFileError, RuntimeError, TypeError):  # of another format, or broken: Lhotse says what it is
         return False
 
 

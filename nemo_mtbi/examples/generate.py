@@ -51,7 +51,17 @@ def main(cfg: DictConfig) -> None:
         audios = [audio for _, audio in loaded]
         seconds = sum(seconds_of(audio, model.sampling_rate) for audio in audios)
         with console.progress(total=round(seconds), desc="listening", unit="s", disable=seconds < LONG_SECONDS) as bar:
-            heard = model.listen(audios, on_heard=partial(advance, bar))
+            try:
+                heard = model.listen(audios, on_heard=partial(advance, bar))
+            except DataError:
+                if len(inputs) == 1:
+                    raise
+                readable = [pair for pair in loaded if can_be_heard(model, *pair)]
+                failed += len(loaded) - len(readable)
+                if not readable:
+                    continue
+                loaded, audios = readable, [audio for _, audio in readable]
+                heard = model.listen(audios)
         gaps = {source: gaps_of(audio) for source, audio in loaded if gaps_of(audio)}
         for source, missing in gaps.items():
             console.tell(f"{source} cannot be read from {', from '.join(map(str, missing))}; the rest is answered.")
@@ -102,6 +112,16 @@ def check(cfg: DictConfig, paths: list[Any], questions: list[Any]) -> None:
         raise CheckpointError(f"There is no model {cfg.model}: a .nemo file, an exported directory or a training run.")
     if not any(Path(str(path)).exists() for path in paths):
         raise DataError(f"There is no audio file {', '.join(map(str, paths[:3]))}.")
+
+
+def can_be_heard(model: Any, source: Any, audio: Any) -> bool:
+    """Whether a recording can be read; if not, it is told."""
+    try:
+        model.listen([audio])
+    except DataError as error:
+        console.tell(f"{source} is left out: {error}")
+        return False
+    return True
 
 
 def advance(bar: Any, done: float) -> None:

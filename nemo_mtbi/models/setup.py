@@ -139,7 +139,7 @@ def check_trainable(model: Any, config: ModelConfig) -> None:
             f"model.freeze_params leaves {trained[0]} trainable; with trainer.tensor_model_parallel_size > 1 only LoRA "
             "(model.lora) can train in the LLM."
         )
-    if trained and config.imitation.teacher == "online":
+    if trained and config.imitation.teacher in ("online", "unfused"):
         raise ConfigError(
             "teacher=online reads the LLM that is being trained here (model.freeze_params leaves some of it "
             "trainable). "

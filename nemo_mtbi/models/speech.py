@@ -9,7 +9,7 @@ connector positions, H LLM width.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -158,7 +158,8 @@ def hear(
     def connected() -> SpeechEmbeddings:
         samples, lengths = collate_waveforms([window.samples for window in group])
         features = encode(perception, samples.to(device), lengths.to(device))
-        return connect_windows(perception, *features, [window.begin == 0 for window in group])
+        speech = connect_windows(perception, *features, [window.begin == 0 for window in group])
+        return replace(speech, ctc_log_probs=None, ctc_lengths=None)  # nothing reads them in use
 
     for row, blocks in enumerate(audios):
         for window in audio_windows(blocks, rate, longest, frame):

@@ -53,7 +53,7 @@ class WindowPolicy:
             raise DataError(
                 f"Whisper's encoder takes up to {WINDOW_SECONDS} s at once, not {frames * HOP_SAMPLES / SAMPLE_RATE:g}."
             )
-        return max(1, math.ceil(frames / self.multiple)) * self.multiple
+        return min(WINDOW_FRAMES, max(1, math.ceil(frames / self.multiple)) * self.multiple)
 
 
 def passes(jobs: dict[int, list[int]]) -> Iterator[tuple[int, list[int]]]:

@@ -56,6 +56,7 @@ class FrozenEncoder:
         config = model_config(cfg)
         self.cfg = DictConfig(plain(cfg))
         self.cfg.pretrained_weights = True
+        self.cfg.perception.pop("fusion", None)  # what is cached comes before it
         self.cfg.perception.modality_adapter = {
             "_target_": "nemo.collections.speechlm2.modules.perception.IdentityConnector"
         }

@@ -22,6 +22,7 @@ from nemo_mtbi.preparation.voice_measures import MEASURES, measure
 
 ATTRIBUTES = Path(__file__).parents[1] / "conf" / "voice" / "attributes.yaml"
 VOICE_FIELD = "voice"
+UNKNOWN = ("", "?", "-", "unknown", "none", "null", "nan", "na", "n/a")
 OTHER = "other"  # group of ``by`` without cut points of its own
 
 
@@ -77,7 +78,7 @@ class Attribute:
         Raises:
             DataError: a value that the rule does not know.
         """
-        if value is None or str(value).strip() in ("", "?", "unknown", "none", "nan", "None"):
+        if value is None or str(value).strip().casefold() in UNKNOWN:
             return None
         if self.labels:
             points = self.points(known)

@@ -64,8 +64,9 @@ def unasked(c: Candidate) -> str | None:
     """What a described transcript has beside the words, in an answer to a prompt that is not about the voice."""
     if not c.described or c.task.about_the_voice:
         return None
-    beside = DESCRIBED.findall(c.described)
-    said = next((part for part in beside if part in c.response and part not in c.transcript), None)
+    answer, words = c.response.casefold(), c.transcript.casefold()
+    beside = [part.strip().casefold() for part in DESCRIBED.findall(c.described)]
+    said = next((part for part in beside if part in answer and part not in words), None)
     return None if said is None else f"says {said!r}"
 
 

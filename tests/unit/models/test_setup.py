@@ -26,7 +26,7 @@ pytestmark = pytest.mark.unit
         ({"llm_dtpye": "float32"}, "llm_dtpye"),
         ({"llm_dtype": "int8"}, "llm_dtype"),
         ({"speech_position": "middle"}, "speech_position"),
-        ({"imitation": {"teacher": "none", "w_kl": 1.0}}, "teacher=online or cached"),
+        ({"imitation": {"teacher": "none", "w_kl": 1.0}}, "teacher=online, cached or unfused"),
         ({"imitation": {"divergence": "l2"}}, "divergence"),
         ({"imitation": {"w_ce": 0.0, "w_kl": 0.0}}, "all 0"),
         ({"interleaving": {"probability": 2}}, "interleaving"),

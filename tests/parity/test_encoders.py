@@ -86,6 +86,12 @@ def test_own_length_does_not_depend_on_the_batch(reference):
         torch.testing.assert_close(batch[row, :, :count], alone[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("seconds", [4.0, 7.0, 2.0])
+def test_padding_never_exceeds_30_s(seconds):
+    policy = WindowPolicy("own", seconds)
+    assert policy.padded_frames(2950) <= 3000 and policy.padded_frames(3000) == 3000
+
+
 def test_more_than_30_s_at_once_are_refused():
     with pytest.raises(DataError, match="takes up to 30 s at once, not 30.01"):
         WhisperPreprocessor()(*waves(30.001))

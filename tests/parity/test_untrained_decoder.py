@@ -57,6 +57,7 @@ def test_it_writes_nothing_where_nothing_is_said(perception, tmp_path):
     assert not any(heard(perception, [e.load() for e in read_no_speech(source, tmp_path)]))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_no_word_is_lost_or_doubled_at_a_seam(perception, tmp_path):
     """Utterances of a speaker joined to more than a minute: errors within a second of a cut, and elsewhere."""

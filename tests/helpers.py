@@ -19,6 +19,17 @@ def build(config, **changes):
     return MTBISALM(config)
 
 
+def served_config(llm, whisper):
+    """A tiny dense model as the endpoint's tests serve it."""
+    adapter = {"_target_": "nemo_mtbi.modules.connectors.StackMLPConnector", "factor": 5, "hidden_dim": 32}
+    return {
+        "pretrained_llm": llm,
+        "pretrained_asr": whisper,
+        "prompt_format": "chat_template",
+        "perception": {"input_length": "own", "round_seconds": 1.0, "modality_adapter": adapter},
+    }
+
+
 def make_batch(model, count, seed=0):
     """``count`` examples over noise, with prompts and answers of different lengths."""
     generator = torch.Generator().manual_seed(seed)

@@ -9,17 +9,17 @@ import time
 import numpy as np
 import pytest
 import soundfile
-import torch
 from starlette.testclient import TestClient
 
 from nemo_mtbi.checkpoints.archive import save_directory
 from nemo_mtbi.data.audio_stream import AudioStream
 from nemo_mtbi.errors import DataError
-from nemo_mtbi.models import MTBISALM
 from nemo_mtbi.serving.batching import Batcher
 from nemo_mtbi.serving.limits import Limits
 from nemo_mtbi.serving.openai_api import create_app
 from nemo_mtbi.serving.request import Listening, Piece, Request
+from tests.helpers import build, served_config
+from tests.launching import launch
 
 pytestmark = pytest.mark.functional
 RATE, SECONDS = 16_000, 600
@@ -27,16 +27,7 @@ RATE, SECONDS = 16_000, 600
 
 @pytest.fixture(scope="module")
 def model(tiny_llm, tiny_whisper):
-    torch.manual_seed(0)
-    adapter = {"_target_": "nemo_mtbi.modules.connectors.StackMLPConnector", "factor": 5, "hidden_dim": 32}
-    model = MTBISALM(
-        {
-            "pretrained_llm": tiny_llm,
-            "pretrained_asr": tiny_whisper,
-            "prompt_format": "chat_template",
-            "perception": {"input_length": "own", "round_seconds": 1.0, "modality_adapter": adapter},
-        }
-    ).eval()
+    model = build(served_config(tiny_llm, tiny_whisper)).eval()
     model.limit_positions(50)
     return model
 
@@ -161,15 +152,12 @@ def test_nobody_is_listened_to_for_a_client_that_has_left(model, batcher):
     assert told in ("stop", "length") and len(blocks) == read
 
 
-def test_generate_answers_around_a_broken_minute(model, broken, recording, tmp_path, capfd):
-    from nemo_mtbi.cli import main
-
+def test_generate_answers_around_a_broken_minute(model, broken, tmp_path):
     folder = save_directory(model, tmp_path / "model")
     (tmp_path / "broken.flac").write_bytes(broken)
     arguments = ["--json", "--max-new-tokens", "4", "--max-positions", "40", "--positions-per-second", "0.5"]
-    main(["generate", str(folder), str(tmp_path / "broken.flac"), "What is it about?", *arguments])
-    output, told = capfd.readouterr()
-    record = json.loads(output.strip().splitlines()[-1])
+    told = launch("generate", folder, tmp_path / "broken.flac", "What is it about?", *arguments)
+    (record,) = [json.loads(line) for line in told.splitlines() if line.startswith("{")]
     assert isinstance(record["answer"], str) and 360 < record["gaps"][0]["begin_seconds"] < 440
     assert "cannot be read from" in told and "the rest is answered" in told
 

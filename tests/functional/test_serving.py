@@ -20,6 +20,7 @@ import soundfile
 
 from nemo_mtbi.checkpoints.archive import save_directory
 from nemo_mtbi.models import MTBISALM
+from tests.helpers import build, served_config
 
 pytestmark = pytest.mark.functional
 PORT, WAITING = 29561, 24
@@ -45,18 +46,7 @@ def audio_url(url):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_llm, tiny_whisper):
-    import torch
-
-    torch.manual_seed(0)
-    adapter = {"_target_": "nemo_mtbi.modules.connectors.StackMLPConnector", "factor": 5, "hidden_dim": 32}
-    model = MTBISALM(
-        {
-            "pretrained_llm": tiny_llm,
-            "pretrained_asr": tiny_whisper,
-            "prompt_format": "chat_template",
-            "perception": {"input_length": "own", "round_seconds": 1.0, "modality_adapter": adapter},
-        }
-    )
+    model = build(served_config(tiny_llm, tiny_whisper))
     return save_directory(model, tmp_path_factory.mktemp("served") / "tiny")
 
 

@@ -58,15 +58,16 @@ class AudioStream:
         self.gaps = []
         file = self.open()
         try:
-            rate, channels, frames = file.samplerate, file.channels, file.frames
+            rate, channels = file.samplerate, file.channels
             change = None if rate == self.sampling_rate else soxr.ResampleStream(rate, self.sampling_rate, 1)
-            place, end = round(self.offset_seconds * rate), frames
+            place, end, read = round(self.offset_seconds * rate), file.frames, 0
             if self.duration_seconds is not None:
                 end = min(end, place + round(self.duration_seconds * rate))
             size = round(BLOCK_SECONDS * rate)
             while place < end:
                 wanted = min(size, end - place)
                 block, reason = _read(file, place, wanted)
+                found = len(block)
                 if reason is not None:  # a decoder that lost its place seldom finds it again: a new one
                     file.close()
                     file = self.open()
@@ -75,12 +76,12 @@ class AudioStream:
                         continue
                     self._note((place + len(block)) / rate, (place + wanted) / rate, reason)
                     block = np.concatenate([block, np.zeros((wanted - len(block), channels), np.float32)])
-                place += wanted
+                place, read = place + wanted, read + found
                 samples = mono(block.T)
                 yield samples if change is None else change.resample_chunk(samples)
             if change is not None:
                 yield change.resample_chunk(np.zeros(0, np.float32), last=True)
-            if sum(gap.end_seconds - gap.begin_seconds for gap in self.gaps) >= self.seconds:
+            if self.gaps and not read:
                 raise DataError(f"Nothing of the audio can be read ({self.gaps[0].reason}).")
         finally:
             file.close()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+WINDOW_SECONDS = 30  # of an encoder, unless it is configured otherwise: what Whisper saw in training
 PAUSE_SECONDS = 0.2  # what has to be quiet around a cut
 EARLIEST_SHARE = 2 / 3  # of a window, before which it is not cut
 LEAST_SHARE = 1 / 4  # of a window, that the last one has

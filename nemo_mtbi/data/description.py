@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import meta
 from lhotse.cut import Cut
 
+from nemo_mtbi.data.time_marks import clock
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.tasks.library import SANDBOX
 
@@ -71,8 +72,8 @@ class DescribedText:
 
     def _line(self, supervision: Any, described: dict[str, str]) -> str:
         values = {
-            "start": _minutes(supervision.start),
-            "end": _minutes(supervision.end),
+            "start": clock(round(max(0.0, supervision.start))),
+            "end": clock(round(max(0.0, supervision.end))),
             "text": supervision.text.strip(),
             "speaker": supervision.speaker or "",
             "attributes": ", ".join(f"{name}: {label}" for name, label in described.items()),
@@ -82,8 +83,3 @@ class DescribedText:
             return str(self.template.render(values)).strip()
         except Exception as error:  # a template's expressions may raise anything
             raise ConfigError(f"description.template={self.text!r}: {error}.") from error
-
-
-def _minutes(seconds: float) -> str:
-    whole = round(max(0.0, seconds))
-    return f"{whole // 60:02d}:{whole % 60:02d}"

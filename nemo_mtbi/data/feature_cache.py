@@ -8,18 +8,19 @@ import numpy as np
 import torch
 from lhotse.cut import Cut
 
+from nemo_mtbi.data.audio_windows import WINDOW_SECONDS
 from nemo_mtbi.errors import DataError
 from nemo_mtbi.io import array_storage as array_storage  # registers the storage with Lhotse
 
-WINDOW_SECONDS = 30  # of the encoder, unless its key says otherwise
 FEATURES_FIELD = "encoder_features"
 KEY_FIELD = "encoder_features_key"
 AUDIO_FIELD = "encoder_features_audio"
+WINDOWS = "_windows"
 
 
 def windows_field(field: str) -> str:
     """Field with the frames at which the windows of the features in ``field`` begin; absent of cuts up to 30 s."""
-    return f"{field}_windows"
+    return f"{field}{WINDOWS}"
 
 
 def features_key(cut: Cut, encoder_key: str) -> str:
@@ -58,7 +59,7 @@ def audio_identity(cut: Cut) -> str | None:
 def is_features(field: str) -> bool:
     """Whether a custom field of cuts holds cached features, at some speed."""
     own = field == FEATURES_FIELD or field.startswith(f"{FEATURES_FIELD}_sp")
-    return own and not field.endswith("_windows")
+    return own and not field.endswith(WINDOWS)
 
 
 def windows_of(cut: Cut) -> list[int]:

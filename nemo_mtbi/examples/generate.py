@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_mtbi import console
+from nemo_mtbi.data.time_marks import require_time_marks
 from nemo_mtbi.errors import CheckpointError, ConfigError, DataError
 from nemo_mtbi.examples._generate_arguments import to_overrides
 from nemo_mtbi.examples._launcher import launcher
@@ -31,9 +32,7 @@ def main(cfg: DictConfig) -> None:
     size = cfg.tensor_model_parallel_size
     device = chosen_device(str(cfg.device), size, "generate")
     model = open_speech_llm(cfg.model, tensor_model_parallel_size=size).to(device)
-    if cfg.max_positions is not None or cfg.positions_per_second is not None:
-        model.limit_positions(cfg.max_positions, cfg.positions_per_second)
-    model.mark_times(cfg.time_marks)
+    model.listen_as(cfg.max_positions, cfg.positions_per_second, cfg.time_marks)
     records: list[dict[str, Any]] = []
     failed = 0
     for begin in range(0, len(inputs), cfg.batch_size):
@@ -103,9 +102,7 @@ def check(cfg: DictConfig, paths: list[Any], questions: list[Any]) -> None:
     rate = cfg.positions_per_second
     if rate is not None and not (type(rate) in (int, float) and rate > 0):
         raise ConfigError(f"positions_per_second={rate}: give a number above 0.")
-    marks = cfg.time_marks
-    if marks is not None and not (type(marks) in (int, float) and marks >= 1):
-        raise ConfigError(f"time_marks={marks}: give seconds, at least 1.")
+    require_time_marks(cfg.time_marks)
     if not questions:
         raise ConfigError("prompt is empty; give a question, or prompt='' for the speech alone.")
     if not Path(str(cfg.model)).exists():

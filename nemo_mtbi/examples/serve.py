@@ -32,9 +32,7 @@ def main(cfg: DictConfig) -> None:
     tune(cfg.threads)
     device = chosen_device(str(cfg.device), 1, "serve")
     model = open_speech_llm(cfg.model).to(device)
-    if cfg.max_positions is not None or cfg.positions_per_second is not None:
-        model.limit_positions(cfg.max_positions, cfg.positions_per_second)
-    model.mark_times(cfg.time_marks)
+    model.listen_as(cfg.max_positions, cfg.positions_per_second, cfg.time_marks)
     name = cfg.name or Path(cfg.model).stem
     batcher = Batcher(model, cfg.max_batch, cfg.max_waiting)
     limits = Limits(

@@ -16,10 +16,11 @@ from nemo_mtbi.data.interleaving import SpeechSpan
 from nemo_mtbi.data.literal import literal_encoding
 from nemo_mtbi.data.messages import user_message
 from nemo_mtbi.data.rendering import AudioTag, Message, PromptRenderer
-from nemo_mtbi.errors import ConfigError, DataError
+from nemo_mtbi.data.time_marks import require_time_marks, with_time_marks
+from nemo_mtbi.errors import DataError
 from nemo_mtbi.models.conversation import Audio, Conversation
 from nemo_mtbi.models.layout import build_inputs
-from nemo_mtbi.models.speech import AudioBlocks, Heard, batch_features, connect, fused, hear, with_time_marks
+from nemo_mtbi.models.speech import AudioBlocks, Heard, batch_features, connect, fused, hear
 from nemo_mtbi.modules.causal_lm import end_of_turn, lent_embedding, stop_ids, without_adapters
 from nemo_mtbi.modules.connectors.base import SpeechEmbeddings
 from nemo_mtbi.modules.perception import context_of, fusion_of
@@ -65,9 +66,14 @@ class SpeechLLM(nn.Module):
         Raises:
             ConfigError: not a number of at least 1.
         """
-        if every_seconds is not None and not (type(every_seconds) in (int, float) and every_seconds >= 1):
-            raise ConfigError(f"time_marks={every_seconds}: give seconds, at least 1.")
+        require_time_marks(every_seconds)
         self.marks_seconds = every_seconds
+
+    def listen_as(self, max_positions: int | None, per_second: float | None, time_marks: float | None) -> None:
+        """:meth:`limit_positions`, if there is a limit (else as the model has it), and :meth:`mark_times`."""
+        if max_positions is not None or per_second is not None:
+            self.limit_positions(max_positions, per_second)
+        self.mark_times(time_marks)
 
     def stop_ids(self) -> list[int]:
         """Tokens that end an answer: the tokenizer's and the LLM's own."""

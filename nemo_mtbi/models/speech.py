@@ -7,7 +7,6 @@ Letters: B utterances, N windows of them (B where none is long), S samples, T en
 connector positions, H LLM width.
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +19,7 @@ from nemo_mtbi.data.audio import collate_waveforms
 from nemo_mtbi.data.audio_windows import Window, Windows, audio_windows
 from nemo_mtbi.data.example import Example, Piece
 from nemo_mtbi.data.interleaving import SpeechSpan
+from nemo_mtbi.data.time_marks import marks
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.modules.causal_lm import is_frozen
 from nemo_mtbi.modules.connectors.base import SpeechEmbeddings, uniform_centers
@@ -81,8 +81,13 @@ def span_cuts(pieces: list[list[Piece]], seconds: list[float], frame_seconds: fl
     places: list[set[float]] = [set() for _ in seconds]
     for span in (piece for row in pieces for piece in row if isinstance(piece, SpeechSpan)):
         inner = {p for p in (span.start_seconds, span.end_seconds) if 0 < p < seconds[span.audio]}
-        places[span.audio] |= {place / frame_seconds - 0.5 for place in inner}
-    return [sorted(own) for own in places]
+        places[span.audio] |= inner
+    return [frame_times(sorted(own), frame_seconds) for own in places]
+
+
+def frame_times(seconds: Iterable[float], frame_seconds: float) -> list[float]:
+    """Seconds in the units of ``SpeechEmbeddings.centers``, where a frame's number is its middle."""
+    return [second / frame_seconds - 0.5 for second in seconds]
 
 
 def batch_features(perception: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Windows | None]:
@@ -146,7 +151,7 @@ def hear(
         audios: B audios, read as they are needed.
         device: where encoder and connector are.
         on_heard: called after each pass with the seconds of audio that are done.
-        marks_seconds: nothing is fused across multiples of it (:func:`with_time_marks`).
+        marks_seconds: nothing is fused across multiples of it (:mod:`nemo_mtbi.data.time_marks`).
 
     Raises:
         DataError: an audio without samples.
@@ -178,41 +183,9 @@ def hear(
     speech = whole_utterances(concatenated(parts), Windows.of(begins))
     cuts = None
     if marks_seconds is not None:
-        cuts = [
-            [place / encoder_frame_seconds(perception) - 0.5 for place in marks(s, marks_seconds)[1:]] for s in seconds
-        ]
+        frame_seconds = encoder_frame_seconds(perception)
+        cuts = [frame_times(marks(s, marks_seconds)[1:], frame_seconds) for s in seconds]
     return Heard(fused(perception, speech, seconds, cuts), seconds)
-
-
-def marks(seconds: float, every: float) -> list[float]:
-    """Where time marks stand in an audio: at its beginning and at every multiple of ``every`` seconds within it."""
-    return [index * every for index in range(max(1, math.ceil(seconds / every - 1e-6)))]
-
-
-def with_time_marks(
-    pieces: list[list[Piece]], seconds: list[float], every: float, encode_text: Callable[[str], list[int]]
-) -> list[list[Piece]]:
-    """Spans of whole audios as stretches of ``every`` seconds, each after the time at which it begins, as text.
-
-    Args:
-        pieces: of dialogs.
-        seconds: of the audios.
-        every: seconds of a stretch.
-        encode_text: tokens of literal text.
-    """
-    result: list[list[Piece]] = []
-    for row in pieces:
-        own: list[Piece] = []
-        for piece in row:
-            if not isinstance(piece, SpeechSpan):
-                own.append(piece)
-                continue
-            begins = marks(seconds[piece.audio], every)
-            for begin, end in zip(begins, [*begins[1:], math.inf], strict=True):
-                own.append(encode_text(f"\n[{int(begin) // 60:02d}:{int(begin) % 60:02d}] "))
-                own.append(SpeechSpan(piece.audio, begin, end))
-        result.append(own)
-    return result
 
 
 def encode(perception: Any, audios: Tensor, audio_lens: Tensor) -> tuple[Tensor, Tensor]:

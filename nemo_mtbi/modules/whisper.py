@@ -14,10 +14,11 @@ from transformers import WhisperConfig
 from transformers.audio_utils import mel_filter_bank
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as HFWhisperEncoder
 
+from nemo_mtbi.data.audio_windows import WINDOW_SECONDS
 from nemo_mtbi.errors import ConfigError, DataError
 
 SAMPLE_RATE, N_FFT, HOP_SAMPLES = 16_000, 400, 160
-WINDOW_SECONDS, WINDOW_FRAMES = 30, 3_000  # the only input length that Whisper saw in training
+WINDOW_FRAMES = WINDOW_SECONDS * SAMPLE_RATE // HOP_SAMPLES
 SUBSAMPLING = 2
 PASS_FRAMES = 32 * WINDOW_FRAMES  # mel frames that are encoded together
 

@@ -23,14 +23,15 @@ from torch import Tensor
 from nemo_mtbi import console
 from nemo_mtbi.config import model_config, plain
 from nemo_mtbi.data.audio import collate_waveforms, mono_samples
+from nemo_mtbi.data.audio_windows import WINDOW_SECONDS
 from nemo_mtbi.data.conversation import check_manifest
 from nemo_mtbi.data.feature_cache import (
     AUDIO_FIELD,
-    FEATURES_FIELD,
     KEY_FIELD,
-    WINDOW_SECONDS,
+    WINDOWS,
     audio_identity,
     features_key,
+    is_features,
     windows_field,
 )
 from nemo_mtbi.data.perturbation import features_field, perturbed, speed_factors
@@ -138,7 +139,6 @@ def cache_features(
                 report.encoded += 1
             bar.update(len(batch))
     lines = []
-    own_fields = (f"{FEATURES_FIELD}_sp", windows_field(FEATURES_FIELD))
     for cut in cuts:
         own = [arrays[version.key] for version in versions[cut.id] if version.key in arrays]
         if len(own) < len(speeds):
@@ -147,7 +147,7 @@ def cache_features(
         report.hours += sum(version.cut.duration for version in versions[cut.id]) / 3600
         line = cut.to_dict()
         line["custom"] = {
-            **{k: v for k, v in line.get("custom", {}).items() if not k.startswith(own_fields)},
+            **{k: v for k, v in line.get("custom", {}).items() if not is_features(k.removesuffix(WINDOWS))},
             **{features_field(speed): record["array"] for speed, record in zip(speeds, own, strict=True)},
             **{
                 windows_field(features_field(speed)): record["windows"]

@@ -184,18 +184,16 @@ class Describer:
 
         Of a speaker whose cuts contradict each other in a field, that field is left out.
         """
-        cuts = list(cuts)
         missing, problems, counts = Counter[str](), Counter[str](), defaultdict[str, Counter[str]](Counter)
-        contradicting = self._contradictions(cuts)
-        for cut in cuts:
-            for supervision in cut["supervisions"]:
-                labels = self.describe(supervision, missing, problems)
-                for name in contradicting.get(str(supervision.get("speaker")), ()):
-                    if labels.pop(name, None) is not None:
-                        problems[f"{name}: speaker {supervision['speaker']} has several"] += 1
-                supervision["custom"] = {**(supervision.get("custom") or {}), DESCRIPTION_FIELD: labels}
-                for name, label in labels.items():
-                    counts[name][label] += 1
+        described = [(s, self.describe(s, missing, problems)) for cut in cuts for s in cut["supervisions"]]
+        contradicting = self._contradictions(described)
+        for supervision, labels in described:
+            for name in contradicting.get(str(supervision.get("speaker")), ()):
+                if labels.pop(name, None) is not None:
+                    problems[f"{name}: speaker {supervision['speaker']} has several"] += 1
+            supervision["custom"] = {**(supervision.get("custom") or {}), DESCRIPTION_FIELD: labels}
+            for name, label in labels.items():
+                counts[name][label] += 1
         report["described"] = {
             "attributes": {name: dict(own.most_common()) for name, own in counts.items()},
             "rules": {
@@ -205,23 +203,15 @@ class Describer:
             "problems": dict(problems.most_common(50)),
         }
 
-    def _contradictions(self, cuts: list[dict[str, Any]]) -> dict[str, set[str]]:
-        """Fields of which a speaker's cuts say different things, as attributes."""
+    def _contradictions(self, described: list[tuple[dict[str, Any], dict[str, str]]]) -> dict[str, set[str]]:
+        """Attributes of which a speaker's utterances (and their labels) say different things."""
         said: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
-        constant = [r for r in self.rules.values() if r.field in ("gender", "accent")]
-        for cut in cuts:
-            for supervision in cut["supervisions"]:
-                if supervision.get("speaker") is None:
-                    continue
-                labels = self.describe(supervision, Counter(), Counter())
-                for rule in constant:
-                    if rule.name in labels:
-                        said[str(supervision["speaker"])][rule.name].add(labels[rule.name])
-        return {
-            speaker: {name for name, labels in own.items() if len(labels) > 1}
-            for speaker, own in said.items()
-            if any(len(labels) > 1 for labels in own.values())
-        }
+        constant = [r.name for r in self.rules.values() if r.field in ("gender", "accent")]
+        for supervision, labels in described:
+            if supervision.get("speaker") is not None:
+                for name in constant:
+                    said[str(supervision["speaker"])][name] |= {labels[name]} if name in labels else set()
+        return {speaker: {n for n, labels in own.items() if len(labels) > 1} for speaker, own in said.items()}
 
 
 def read_speakers(path: str) -> dict[str, dict[str, str]]:

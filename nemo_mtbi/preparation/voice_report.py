@@ -6,6 +6,7 @@ from typing import Any
 
 from nemo_mtbi.data.description import DESCRIPTION_FIELD
 from nemo_mtbi.io.html import picture, subplots, write_page
+from nemo_mtbi.preparation.describe import VOICE_FIELD
 
 EXAMPLES = 3  # recordings of each label
 _TEMPLATE = Path(__file__).with_name("voice_report.html.j2")
@@ -24,7 +25,7 @@ def write_voice_report(path: Path, report: dict[str, Any], cuts: list[dict[str, 
     shown: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
     for cut, supervision in supervisions:
         custom = supervision.get("custom") or {}
-        for name, value in custom.get("voice", {}).items():
+        for name, value in custom.get(VOICE_FIELD, {}).items():
             values[name].append(value)
         for name, label in custom.get(DESCRIPTION_FIELD, {}).items():
             if len(shown[name, label]) < EXAMPLES:

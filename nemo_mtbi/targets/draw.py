@@ -4,7 +4,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -160,8 +160,8 @@ class PromptDrawer:
                     except DataError as error:
                         problem = ("rendering", str(error))
                 languages = tuple(dict.fromkeys([prompt.language, *spoken]))
-                job = Job(request, cut.id, text, task.name, prompt.id, filled, languages, own, problem)
-                jobs.append(replace(job, described=described or ""))
+                what = task.name, prompt.id, filled, languages, own, problem
+                jobs.append(Job(request, cut.id, text, *what, described=described or ""))
         return jobs
 
     def _described(self, cut: Cut, task: Task, prompt_id: str) -> str | None:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nemo_mtbi.data.audio_windows import Windows
 from nemo_mtbi.data.example import Example
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.modules.connectors.base import NO_TOKEN, Hypotheses, SpeechEmbeddings, frame_mask, uniform_centers
@@ -85,7 +84,7 @@ class TwoChannelConnector(WhisperDecoderConnector):
         if feat_in % width:
             raise ConfigError(f"The encoder gives {feat_in} features, no multiple of the decoder's width {width}.")
         super().__init__(width, output_dim, decoder, **text)
-        self.width, self.order = width, order
+        self.order = order
         self.acoustic = AcousticChannel(feat_in // width, width, output_dim, acoustic_strides)
         self.positions_per_second = 50 / self.acoustic.subsample.factor
         self.register_buffer("acoustic_open", torch.zeros((), dtype=torch.bool))
@@ -107,7 +106,7 @@ class TwoChannelConnector(WhisperDecoderConnector):
             state[f"{prefix}acoustic_open"] = torch.zeros_like(self.acoustic_open)
 
     def connect(self, features: Tensor, lengths: Tensor, starts: list[bool] | None = None) -> SpeechEmbeddings:
-        text = super().connect(features[..., -self.width :], lengths, starts)
+        text = super().connect(features, lengths, starts)
         return self._with_acoustic(features, lengths, [text])[0]
 
     def _with_acoustic(
@@ -122,25 +121,9 @@ class TwoChannelConnector(WhisperDecoderConnector):
     def hypotheses(
         self, features: Tensor, lengths: Tensor, count: int, temperature: float, starts: list[bool] | None = None
     ) -> Hypotheses:
-        result = super().hypotheses(features[..., -self.width :], lengths, count, temperature, starts)
+        result = super().hypotheses(features, lengths, count, temperature, starts)
         result.speech = self._with_acoustic(features, lengths, result.speech)
         return result
-
-    def risk_loss(self, features: Tensor, lengths: Tensor, hypotheses: Hypotheses, risks: Tensor) -> Tensor:
-        return super().risk_loss(features[..., -self.width :], lengths, hypotheses, risks)
-
-    def transcription_loss(
-        self,
-        speech: SpeechEmbeddings | None,
-        features: Tensor,
-        lengths: Tensor,
-        transcripts: list[str],
-        windows: Windows | None = None,
-    ) -> tuple[Tensor, int]:
-        return super().transcription_loss(speech, features[..., -self.width :], lengths, transcripts, windows)
-
-    def transcribe(self, features: Tensor, lengths: Tensor) -> list[str]:
-        return super().transcribe(features[..., -self.width :], lengths)
 
     def fusable(self, speech: SpeechEmbeddings) -> Tensor | None:
         """The acoustic positions; the others are the LLM's own tokens."""

@@ -107,7 +107,7 @@ class WhisperDecoderConnector(TokenConnector):
         config = WhisperConfig(**decoder, dropout=dropout)
         if feat_in != config.d_model:
             raise ConfigError(f"The encoder's width is {feat_in}, that of this Whisper decoder {config.d_model}.")
-        self.language, self.alternatives = language, alternatives
+        self.width, self.language, self.alternatives = config.d_model, language, alternatives
         self.time_masks, self.time_mask_frames = time_masks, time_mask_frames
         self.residual_scale, self.max_tokens_per_second = residual_scale, max_tokens_per_second
         self.prompt_ids, self.eos_id = list(prompt_ids), eos_id
@@ -263,9 +263,10 @@ class WhisperDecoderConnector(TokenConnector):
         return self.decoder.embed_tokens.weight[: self.eos_id + 1]
 
     def _encode(self, features: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-        """What the decoder reads, (B, S + T, D) and (B,) frames: silence, and the frames through the encoder's upper
-        layers where they are the connector's. (Attention knows a frame's place from the frame alone.)
+        """What the decoder reads, (B, S + T, D) and (B,) frames: silence, and the last D features through the encoder's
+        upper layers where they are the connector's. (Attention knows a frame's place from the frame alone.)
         """
+        features = features[..., -self.width :]
         if len(self.silence):
             silence = self.silence.to(features.dtype).expand(len(features), -1, -1)
             features, sizes = torch.cat([silence, features], 1), sizes + len(self.silence)

@@ -29,12 +29,15 @@ def whole_utterances(speech: SpeechEmbeddings, windows: Windows | None) -> Speec
         silent = speech.nothing_heard & ~nothing[owners]  # type: ignore[operator]
         kept = kept & ~(silent[:, None] & (speech.labels != NO_TOKEN))
     frames = torch.tensor(windows.begins, device=device)[:, None]
-    embeddings, lengths = _joined(speech.embeddings, kept, owners, count)
-    result = SpeechEmbeddings(embeddings, lengths, _joined(speech.centers + frames, kept, owners, count)[0])
+    lengths = _lengths(kept, owners, count)
+    sizes = lengths.tolist()
+    result = SpeechEmbeddings(
+        _joined(speech.embeddings, kept, sizes), lengths, _joined(speech.centers + frames, kept, sizes)
+    )
     if speech.labels is not None:
-        result.labels, _ = _joined(speech.labels, kept, owners, count)
+        result.labels = _joined(speech.labels, kept, sizes)
     if speech.content is not None:
-        result.content, _ = _joined(speech.content, kept, owners, count)
+        result.content = _joined(speech.content, kept, sizes)
     if speech.ctc_log_probs is not None and speech.ctc_lengths is not None:
         result.ctc_log_probs, result.ctc_lengths = joined_rows(speech.ctc_log_probs, speech.ctc_lengths, windows)
     result.nothing_heard = nothing
@@ -61,13 +64,17 @@ def joined_rows(values: Tensor, lengths: Tensor, windows: Windows | None) -> tup
     """(N, P, ...) and (N,) of windows -> (B, P', ...) and (B,) of utterances."""
     if windows is None:
         return values, lengths
-    owners = torch.tensor(windows.owners, device=lengths.device)
-    return _joined(values, frame_mask(lengths, values.shape[1]), owners, len(windows.firsts))
+    kept = frame_mask(lengths, values.shape[1])
+    whole = _lengths(kept, torch.tensor(windows.owners, device=lengths.device), len(windows.firsts))
+    return _joined(values, kept, whole.tolist()), whole
 
 
-def _joined(values: Tensor, kept: Tensor, owners: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The kept ones of (N, P, ...) one after the other for each of ``count`` owners, zero-padded; their numbers."""
+def _lengths(kept: Tensor, owners: Tensor, count: int) -> Tensor:
+    """(count,) kept positions of each owner, where (N, P) are kept and (N,) own the windows."""
     numbers = kept.sum(1)
-    lengths = numbers.new_zeros(count).index_add(0, owners, numbers)
-    rows = values[kept].split(lengths.tolist())
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths
+    return numbers.new_zeros(count).index_add(0, owners, numbers)
+
+
+def _joined(values: Tensor, kept: Tensor, lengths: list[int]) -> Tensor:
+    """The kept ones of (N, P, ...) one after the other for each owner, zero-padded."""
+    return nn.utils.rnn.pad_sequence(values[kept].split(lengths), batch_first=True)

@@ -15,9 +15,10 @@ from nemo_mtbi.data.audio_windows import Windows
 from nemo_mtbi.data.feature_cache import FEATURES_FIELD, load_array, windows_of
 from nemo_mtbi.data.interleaving import SpeechSpan
 from nemo_mtbi.data.perturbation import perturbed
+from nemo_mtbi.data.time_marks import with_time_marks
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.models.exported import open_speech_llm
-from nemo_mtbi.models.speech import batch_features, connect, first_examples, hear, with_time_marks
+from nemo_mtbi.models.speech import batch_features, connect, first_examples, hear
 from nemo_mtbi.modules.connectors.base import NO_TOKEN, SpeechEmbeddings
 from nemo_mtbi.modules.connectors.windows import concatenated, whole_utterances
 from nemo_mtbi.preparation.cache_features import FrozenEncoder, cache_features

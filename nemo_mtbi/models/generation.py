@@ -20,7 +20,8 @@ from nemo_mtbi.data.time_marks import require_time_marks, with_time_marks
 from nemo_mtbi.errors import DataError
 from nemo_mtbi.models.conversation import Audio, Conversation
 from nemo_mtbi.models.layout import build_inputs
-from nemo_mtbi.models.speech import AudioBlocks, Heard, batch_features, connect, fused, hear
+from nemo_mtbi.models.hearing import AudioBlocks, Heard, hear
+from nemo_mtbi.models.speech import batch_features, connect, fused
 from nemo_mtbi.modules.causal_lm import end_of_turn, lent_embedding, stop_ids, without_adapters
 from nemo_mtbi.modules.connectors.base import SpeechEmbeddings
 from nemo_mtbi.modules.perception import context_of, fusion_of
@@ -231,7 +232,7 @@ class SpeechLLM(nn.Module):
 
         Args:
             audios, audio_lens: as :meth:`generate` takes them.
-            on_heard: told how many seconds are done, see :func:`nemo_mtbi.models.speech.hear`.
+            on_heard: told how many seconds are done, see :func:`nemo_mtbi.models.hearing.hear`.
 
         Raises:
             DataError: an audio cannot be read.

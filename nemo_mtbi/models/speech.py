@@ -7,29 +7,22 @@ Letters: B utterances, N windows of them (B where none is long), S samples, T en
 connector positions, H LLM width.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_mtbi.data.audio import collate_waveforms
-from nemo_mtbi.data.audio_windows import Window, Windows, audio_windows
+from nemo_mtbi.data.audio_windows import Windows, audio_windows
 from nemo_mtbi.data.example import Example, Piece
 from nemo_mtbi.data.interleaving import SpeechSpan
-from nemo_mtbi.data.time_marks import marks
-from nemo_mtbi.errors import ConfigError, DataError
+from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.modules.causal_lm import is_frozen
 from nemo_mtbi.modules.connectors.base import SpeechEmbeddings, uniform_centers
 from nemo_mtbi.modules.connectors.token import TokenConnector
-from nemo_mtbi.modules.connectors.windows import concatenated, whole_utterances
+from nemo_mtbi.modules.connectors.windows import whole_utterances
 from nemo_mtbi.modules.perception import connector_of, encoder_frame_seconds, window_samples
-
-PASS_SECONDS = 240.0  # of audio that is encoded and connected together, in use
-
-AudioBlocks = Iterable[np.ndarray]  # an audio, float32 (S_i,) each
 
 
 @dataclass
@@ -126,68 +119,6 @@ def cut_windows(perception: Any, audios: Tensor, audio_lens: Tensor) -> tuple[Te
     return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True), sizes, Windows.of(begins)
 
 
-@dataclass(frozen=True)
-class Heard:
-    """What the LLM reads of B audios, and their seconds."""
-
-    speech: SpeechEmbeddings
-    seconds: list[float]
-
-
-@torch.no_grad()
-def hear(
-    perception: Any,
-    audios: Sequence[AudioBlocks],
-    device: torch.device,
-    on_heard: Callable[[float], None] = lambda seconds: None,
-    marks_seconds: float | None = None,
-) -> Heard:
-    """What the LLM reads of audio of any length: :func:`connect` and :func:`fused`, in bounded memory.
-
-    No more than ``PASS_SECONDS`` of audio and its features are held at once.
-
-    Args:
-        perception: encoder and connector.
-        audios: B audios, read as they are needed.
-        device: where encoder and connector are.
-        on_heard: called after each pass with the seconds of audio that are done.
-        marks_seconds: nothing is fused across multiples of it (:mod:`nemo_mtbi.data.time_marks`).
-
-    Raises:
-        DataError: an audio without samples.
-    """
-    rate, longest, frame = window_samples(perception)
-    seconds, begins = [0.0] * len(audios), [list[int]() for _ in audios]
-    parts, group, held = [], list[Window](), 0
-
-    def connected() -> SpeechEmbeddings:
-        samples, lengths = collate_waveforms([window.samples for window in group])
-        features = encode(perception, samples.to(device), lengths.to(device))
-        speech = connect_windows(perception, *features, [window.begin == 0 for window in group])
-        return replace(speech, ctc_log_probs=None, ctc_lengths=None)  # nothing reads them in use
-
-    for row, blocks in enumerate(audios):
-        for window in audio_windows(blocks, rate, longest, frame):
-            if group and held + len(window.samples) > PASS_SECONDS * rate:
-                parts.append(connected())
-                on_heard(sum(seconds))
-                group, held = [], 0
-            group.append(window)
-            held += len(window.samples)
-            begins[row].append(window.begin // frame)
-            seconds[row] = (window.begin + len(window.samples)) / rate
-        if not seconds[row]:
-            raise DataError("There are no samples in the audio.")
-    parts.append(connected())
-    on_heard(sum(seconds))
-    speech = whole_utterances(concatenated(parts), Windows.of(begins))
-    cuts = None
-    if marks_seconds is not None:
-        frame_seconds = encoder_frame_seconds(perception)
-        cuts = [frame_times(marks(s, marks_seconds)[1:], frame_seconds) for s in seconds]
-    return Heard(fused(perception, speech, seconds, cuts), seconds)
-
-
 def encode(perception: Any, audios: Tensor, audio_lens: Tensor) -> tuple[Tensor, Tensor]:
     """Preprocessor and encoder, without a graph if the encoder is frozen.
 
@@ -253,12 +184,17 @@ def connect_windows(
 
 
 def fused(
-    perception: Any, speech: SpeechEmbeddings, seconds: list[float], cuts: list[list[float]] | None = None
+    perception: Any,
+    speech: SpeechEmbeddings,
+    seconds: list[float],
+    cuts: list[list[float]] | None = None,
+    budgets: list[int | None] | None = None,
 ) -> SpeechEmbeddings:
     """What a connector gave for audios of ``seconds``, within the budget of ``perception.fusion``.
 
     Args:
         cuts: of :func:`span_cuts`; nothing is merged across them.
+        budgets: of each audio, instead of its own.
     """
     fusion, connector = getattr(perception, "fusion", None), connector_of(perception)
     if fusion is None or connector is None:
@@ -268,7 +204,7 @@ def fused(
         width = max(map(len, cuts))
         times = torch.tensor([own + [torch.inf] * (width - len(own)) for own in cuts], dtype=torch.float64)
         times = times.to(speech.centers.device)
-    return fusion(speech, seconds, connector.fusable(speech), times, connector.agreed)
+    return fusion(speech, seconds, connector.fusable(speech), times, connector.agreed, budgets)
 
 
 @torch.no_grad()

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from nemo_mtbi.errors import ConfigError
-from nemo_mtbi.modules.connectors.base import SpeechEmbeddings, frame_mask
+from nemo_mtbi.modules.connectors.base import NO_TOKEN, SpeechEmbeddings, frame_mask
 
 SMALLEST = 1e-6  # of a position's content: none is lost altogether
-TOGETHER = 8192  # positions that are worked on at once: an hour of audio needs no second copy
+TOGETHER = 8192  # positions that are worked on at once
+HELD, HELD_BUDGETS = 8192, 8  # positions of one audio, or so many times its budget, that are held until its end is heard
 
 
 class Fusion(nn.Module):
@@ -72,6 +73,10 @@ class Fusion(nn.Module):
         own = [None if rate is None else max(1, math.ceil(s * rate)) for s in seconds]
         return [min((b for b in (fixed, o) if b is not None), default=None) for o in own]
 
+    def held(self, seconds: list[float]) -> list[int | None]:
+        """Positions of each audio that are held until its end is heard; None: all."""
+        return [None if b is None else max(HELD, HELD_BUDGETS * b) for b in self.budgets(seconds)]
+
     def forward(
         self,
         speech: SpeechEmbeddings,
@@ -79,18 +84,20 @@ class Fusion(nn.Module):
         fusable: Tensor | None = None,
         cuts: Tensor | None = None,
         agreed: Callable[[Tensor], Tensor] = lambda choice: choice,
+        budgets: list[int | None] | None = None,
     ) -> SpeechEmbeddings:
         """Fuse.
 
         Args:
-            speech: what a connector gave; its ``labels`` do not outlive a fusion.
+            speech: what a connector gave; a merged position has no label.
             seconds: duration of each of the B audios.
             fusable: (B, P) positions that may be merged with a neighbour that may; None: all.
             cuts: (B, K) ascending times, in the units of ``centers``, padded with inf; nothing is merged across them
                 (where interleaving goes from speech to text and back).
             agreed: makes a choice the same on all ranks that hold the LLM together.
+            budgets: of each audio, instead of its own.
         """
-        budgets = self.budgets(seconds)
+        budgets = self.budgets(seconds) if budgets is None else budgets
         if all(budget is None for budget in budgets):
             return speech
         mask = frame_mask(speech.lengths, speech.embeddings.shape[1])
@@ -107,8 +114,22 @@ class Fusion(nn.Module):
         for merges in rounds:
             lengths = [length - own for length, own in zip(lengths, merges, strict=True)]
             left = left.merged(merges, max(lengths), agreed)
-        own = {"embeddings": left.embeddings, "lengths": left.lengths, "centers": left.centers, "content": left.content}
-        return replace(speech, **own, labels=None)
+        return replace(
+            speech,
+            embeddings=left.embeddings.to(speech.embeddings.dtype),
+            lengths=left.lengths,
+            centers=left.centers,
+            content=left.content,
+            labels=left.labels,
+        )
+
+
+def contents(speech: SpeechEmbeddings, mask: Tensor) -> Tensor:
+    """(B, P) how much each position says: 1 - P(blank) where it is known, else its energy; 0 for padding."""
+    content = speech.content
+    if content is None:
+        content = speech.embeddings.detach().float().square().mean(-1)
+    return content.clamp_min(SMALLEST) * mask
 
 
 def plan(lengths: list[int], links: list[int], budgets: list[int | None]) -> list[list[int]]:
@@ -128,12 +149,13 @@ class Positions:
     """What is left between two rounds.
 
     Attributes:
-        embeddings: (B, P, H).
+        embeddings: (B, P, H), float32 at least.
         content: (B, P) how much each position says; 0 for padding.
         centers: (B, P) times.
         spans: (B, P) original positions in each one.
         lengths: (B,).
         links: (B, P - 1) whether a position may be merged with the next one.
+        labels: (B, P) as those of :class:`SpeechEmbeddings`.
     """
 
     embeddings: Tensor
@@ -142,14 +164,14 @@ class Positions:
     spans: Tensor
     lengths: Tensor
     links: Tensor
+    labels: Tensor | None = None
 
     @classmethod
     def of(cls, speech: SpeechEmbeddings, mask: Tensor, links: Tensor) -> "Positions":
-        content = speech.content
-        if content is None:
-            content = speech.embeddings.detach().float().square().mean(-1)
-        content = content.clamp_min(SMALLEST) * mask
-        return cls(speech.embeddings, content, speech.centers, mask.to(content.dtype), speech.lengths, links)
+        content, embeddings = contents(speech, mask), speech.embeddings
+        wide = torch.promote_types(embeddings.dtype, torch.float32)  # sums of many positions
+        spans = mask.to(content.dtype)
+        return cls(embeddings.to(wide), content, speech.centers, spans, speech.lengths, links, speech.labels)
 
     def _similarities(self) -> Tensor:
         """(B, P - 1) cosine of each position and the next one."""
@@ -190,4 +212,8 @@ class Positions:
         centers = pooled(self.centers * self.spans) / spans.clamp_min(1)
         kept = (self.links & ~chosen).long()  # each of them joins what its two ends have become
         links = kept.new_zeros(len(kept), size).scatter_add(1, target[:, :-1], kept)[:, : size - 1] > 0
-        return Positions(embeddings, content, centers, spans, self.lengths - wanted, links)
+        labels = None
+        if self.labels is not None:
+            alone = pooled((self.spans > 0).long()) == 1
+            labels = pooled(self.labels * (self.spans > 0)).masked_fill(~alone, NO_TOKEN)
+        return Positions(embeddings, content, centers, spans, self.lengths - wanted, links, labels)

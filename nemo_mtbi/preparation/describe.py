@@ -51,7 +51,8 @@ class Attribute:
         field: of the supervision (``gender``, or one of ``custom``) or of the speaker's line; None: measured.
         measure: one of ``MEASURES``; None: a field.
         values: label -> spellings of the field; empty: as it is written. Case does not matter.
-        labels, cuts: of a number: one label more than ascending cut points; on a cut point it is the label above.
+        labels, cuts: of a number: one label more than ascending cut points; on a cut point it is the label above. A
+            field that says a label has it.
         by: attributes; the first of them whose label has cut points of its own chooses (``other``: for all others).
     """
 
@@ -82,6 +83,8 @@ class Attribute:
             return None
         if self.labels:
             points = self.points(known)
+            if (written := str(value).strip().lower()) in self.labels:  # "adult" in a column of ages
+                return written
             try:
                 number = float(value)
             except (TypeError, ValueError):

@@ -10,7 +10,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from nemo_mtbi.io import jsonl
 from nemo_mtbi.io.text import read_text
 from nemo_mtbi.preparation.describe import DescribeConfig, Describer
 from nemo_mtbi.preparation.no_speech import read_no_speech
+from nemo_mtbi.preparation.noisy import NoiseConfig, with_noise
 from nemo_mtbi.preparation.sentences import read_sentences
 from nemo_mtbi.preparation.sources import READERS, Entry, SourceConfig
 from nemo_mtbi.preparation.voice_report import write_voice_report
@@ -85,6 +86,7 @@ class PrepareConfig:
         min_seconds, max_seconds: durations that are kept.
         max_words_per_second: transcripts that are longer cannot belong to their audio.
         split: see :class:`SplitConfig`.
+        noise: see :class:`nemo_mtbi.preparation.noisy.NoiseConfig`.
         describe: see :class:`nemo_mtbi.preparation.describe.DescribeConfig`.
     """
 
@@ -96,6 +98,7 @@ class PrepareConfig:
     max_seconds: float = 600.0
     max_words_per_second: float = 8.0
     split: SplitConfig = field(default_factory=SplitConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
     describe: DescribeConfig = field(default_factory=DescribeConfig)
 
 
@@ -121,6 +124,7 @@ class Preparation:
             raise ConfigError(
                 f"split: shares {config.split.shares} must sum to 1, and by must be speaker or utterance."
             )
+        config.noise.check()
         self.config = config
         self.describer = Describer(config.describe) if config.describe.enabled else None
         self.folder = Path(config.output_dir)
@@ -165,6 +169,8 @@ class Preparation:
                 try:
                     noticed: list[str] = []
                     cut, unaligned, samples = self._prepare(entry, noticed)
+                    if not entry.silent:
+                        cut, samples = with_noise(cut, samples, ALIGNER_RATE, self.config.noise, self.folder / "noisy")
                     if self.describer is not None:
                         self.describer.measure(cut, samples, ALIGNER_RATE)
                     record |= {"cut": cut.to_dict(), "unaligned": unaligned, "audio": noticed}
@@ -178,6 +184,7 @@ class Preparation:
         c = self.config
         metadata = [[s.name or s.path, s.metadata] for s in c.sources if s.metadata]
         further = ["measured", metadata] if self.describer else [metadata] if metadata else []
+        further += [asdict(c.noise)] if c.noise.share else []
         return json.dumps([c.aligner, c.unaligned, c.min_seconds, c.max_seconds, c.max_words_per_second, *further])
 
     def _entries(self) -> Iterator[Entry]:

@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from nemo_mtbi.data.audio_stream import gaps_of, seconds_of
 from nemo_mtbi.errors import DataError, MTBIError
 from nemo_mtbi.models.generation import SpeechLLM
-from nemo_mtbi.models.speech import PASS_SECONDS, Heard
+from nemo_mtbi.models.hearing import PASS_SECONDS, Heard
 from nemo_mtbi.modules.causal_lm import without_adapters
 from nemo_mtbi.serving.request import Request
 

@@ -18,9 +18,11 @@ from nemo_mtbi.data.perturbation import perturbed
 from nemo_mtbi.data.time_marks import with_time_marks
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.models.exported import open_speech_llm
-from nemo_mtbi.models.speech import batch_features, connect, first_examples, hear
+from nemo_mtbi.models.hearing import HeldPositions, hear
+from nemo_mtbi.models.speech import batch_features, connect, first_examples
 from nemo_mtbi.modules.connectors.base import NO_TOKEN, SpeechEmbeddings
 from nemo_mtbi.modules.connectors.windows import concatenated, whole_utterances
+from nemo_mtbi.modules.fusion import Fusion
 from nemo_mtbi.preparation.cache_features import FrozenEncoder, cache_features
 from tests.helpers import build
 
@@ -71,12 +73,44 @@ def test_training_and_use_read_the_same_positions(tiny_config, audios, tmp_path,
     used = hear(model.perception, [[a] for a in audios], torch.device("cpu"), progress.append)
     assert used.seconds == pytest.approx(SECONDS, abs=1e-3) and progress == [pytest.approx(sum(SECONDS), abs=1e-3)]
     same(used.speech, trained)
-    monkeypatch.setattr("nemo_mtbi.models.speech.PASS_SECONDS", 35.0)  # in parts
+    monkeypatch.setattr("nemo_mtbi.models.hearing.PASS_SECONDS", 35.0)  # in parts
     blocks = [np.array_split(a, 7) for a in audios]
     same(hear(model.perception, blocks, torch.device("cpu"), progress.append).speech, trained)
     assert len(progress) > 3 and progress[1:] == sorted(progress[1:])
     light = open_speech_llm(save_directory(model, tmp_path / "hf"))
     same(light.listen(batch["audios"], batch["audio_lens"]).speech, trained)
+
+
+@pytest.mark.parametrize("name", ["dense", "two_channel"])
+def test_long_audio_holds_no_more_than_its_share_of_positions(tiny_config, audios, monkeypatch, name):
+    model, held = long_model(tiny_config, name), []
+    model.perception.fusion = Fusion(max_positions=30)
+    blocks, cpu = [[a] for a in audios], torch.device("cpu")
+    monkeypatch.setattr("nemo_mtbi.models.hearing.PASS_SECONDS", 35.0)
+    whole = HeldPositions.whole
+
+    def counted(self):
+        held.append([sum(int(speech.lengths.sum()) for speech, _ in self.parts), list(self.counts)])
+        return whole(self)
+
+    monkeypatch.setattr(HeldPositions, "whole", counted)
+    expected = hear(model.perception, blocks, cpu, marks_seconds=10.0)
+    monkeypatch.setattr("nemo_mtbi.modules.fusion.HELD", max(held[0][1]))  # just enough: nothing changes
+    same(hear(model.perception, blocks, cpu, marks_seconds=10.0).speech, expected.speech)
+    monkeypatch.setattr("nemo_mtbi.modules.fusion.HELD", 240)
+    found = hear(model.perception, blocks, cpu, marks_seconds=10.0)
+    monkeypatch.setattr("nemo_mtbi.modules.fusion.HELD", 10**6)
+    unbound = hear(model.perception, blocks, cpu, marks_seconds=10.0)
+    same(unbound.speech, expected.speech)
+    text = 2 * max(0, int(unbound.speech.lengths[0]) - 30)  # of two channels, written tokens are not merged
+    assert held[0][0] == sum(held[0][1]) and held[2][0] < held[0][0]
+    assert held[2][0] <= sum(min(240 + text, count) for count in held[0][1]) + len(audios)
+    assert found.speech.lengths.tolist() == expected.speech.lengths.tolist()
+    for speech in (found.speech, expected.speech):
+        rows = zip(speech.centers, speech.lengths, strict=True)
+        assert all(bool((row[:size].diff() > 0).all()) for row, size in rows) or name == "two_channel"
+    mass = [float(heard.speech.content[0].sum()) for heard in (found, expected)]
+    assert mass[0] == pytest.approx(mass[1], rel=1e-4)
 
 
 def test_the_cache_holds_the_same_windows(tiny_config, audios, tmp_path):

@@ -1,0 +1,70 @@
+"""Noise under a share of the recordings, so that a model can learn what noise is, and to hear through it."""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from lhotse import Recording
+from lhotse.cut import Cut, MonoCut
+
+from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.preparation.no_speech import noise
+
+NOISE_FIELD = "noise_snr_db"  # in a cut's custom fields
+
+
+@dataclass
+class NoiseConfig:
+    """``noise`` of ``conf/prepare.yaml``.
+
+    Attributes:
+        share: of the utterances (by their ids) that are mixed with white, pink or brown noise; the others stay as they
+            are.
+        snr_db: lowest and highest ratio of speech to noise over the whole utterance.
+        seed: of the draws.
+    """
+
+    share: float = 0.0
+    snr_db: list[float] = field(default_factory=lambda: [0.0, 12.0])
+    seed: int = 0
+
+    def check(self) -> None:
+        """
+        Raises:
+            ConfigError: names the setting.
+        """
+        if not 0 <= self.share <= 1:
+            raise ConfigError(f"noise.share={self.share}: give a share from 0 to 1.")
+        if len(self.snr_db) != 2 or not self.snr_db[0] <= self.snr_db[1]:
+            raise ConfigError(f"noise.snr_db={self.snr_db}: give [lowest, highest] in dB.")
+
+
+def with_noise(cut: Cut, samples: np.ndarray, rate: int, config: NoiseConfig, folder: Path) -> tuple[Cut, np.ndarray]:
+    """The cut over a noisy copy of its audio in ``folder`` (FLAC, mono) and that copy's samples, or both as they are.
+
+    Args:
+        cut: with word times, which hold for the copy.
+        samples: (S,) of the cut, mono.
+        rate: of the samples.
+    """
+    rng = np.random.default_rng(list(hashlib.blake2b(f"{config.seed}/{cut.id}".encode()).digest()))
+    if rng.random() >= config.share or not samples.any() or not isinstance(cut, MonoCut):
+        return cut, samples
+    snr = float(rng.uniform(*config.snr_db))
+    added = noise(len(samples), rng).astype(np.float32)
+    power, of_noise = np.mean(np.square(samples, dtype=np.float64)), np.mean(np.square(added, dtype=np.float64))
+    mixed = samples + added * np.float32(np.sqrt(power / of_noise / 10 ** (snr / 10)))
+    mixed /= max(1.0, float(np.abs(mixed).max()))
+    path = folder / f"{hashlib.blake2b(cut.id.encode(), digest_size=12).hexdigest()}.flac"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    soundfile.write(temporary, mixed, rate, format="FLAC")
+    temporary.replace(path)
+    recording = Recording.from_file(path, recording_id=cut.id)
+    noisy = MonoCut(
+        cut.id, 0.0, recording.duration, 0, recording=recording, supervisions=cut.supervisions, custom=cut.custom
+    )
+    noisy.custom = {**(cut.custom or {}), NOISE_FIELD: round(snr, 2)}
+    return noisy, mixed

@@ -17,6 +17,8 @@ from nemo_mtbi.errors import DataError
 
 BLOCK_SECONDS, SMALL_BLOCK_SECONDS = 30.0, 1.0  # the second where the first cannot be decoded
 STREAMED_FROM_SECONDS = 120.0  # shorter recordings are read at once
+PART_TOLERANCE_SECONDS = 0.1  # by which a part may end after its file
+PROBES = 30
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class AudioStream:
     """A recording as blocks (S_i,) of float32 mono; each iteration reads it from its beginning.
 
     Channels are averaged block by block (:func:`nemo_mtbi.data.audio.mono`), the rate is changed across blocks. What
-    cannot be decoded is silence of the same length, and noted in ``gaps``; DataError if nothing can.
+    cannot be decoded is silence of the same length, and noted in ``gaps``; DataError if nothing can, or if the part
+    begins beyond the audio's end.
 
     Attributes:
         source: a file, or its bytes.
@@ -52,7 +55,15 @@ class AudioStream:
     gaps: list[Gap] = field(default_factory=list)
 
     def open(self) -> soundfile.SoundFile:
-        return soundfile.SoundFile(io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source)
+        """
+        Raises:
+            DataError: it is no audio that soundfile reads, or has gone.
+        """
+        try:
+            return soundfile.SoundFile(io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source)
+        except (soundfile.SoundFileError, RuntimeError, TypeError, OSError) as error:
+            reason = str(getattr(error, "error_string", error)).strip(" .")
+            raise DataError(f"The audio cannot be opened ({reason}).") from error
 
     def __iter__(self) -> Iterator[np.ndarray]:
         self.gaps = []
@@ -61,14 +72,21 @@ class AudioStream:
             rate, channels = file.samplerate, file.channels
             change = None if rate == self.sampling_rate else soxr.ResampleStream(rate, self.sampling_rate, 1)
             place, end, read = round(self.offset_seconds * rate), file.frames, 0
+            if place >= end:
+                raise DataError(f"The part from {self.offset_seconds:g} s on is beyond the audio's {end / rate:.1f} s.")
             if self.duration_seconds is not None:
-                end = min(end, place + round(self.duration_seconds * rate))
+                wished = place + round(self.duration_seconds * rate)
+                if wished - end > PART_TOLERANCE_SECONDS * rate:
+                    self._note(end / rate, wished / rate, "the audio ends before")
+                end = min(end, wished)
             size = round(BLOCK_SECONDS * rate)
             while place < end:
                 wanted = min(size, end - place)
                 block, reason = _read(file, place, wanted)
                 found = len(block)
                 if reason is not None:  # a decoder that lost its place seldom finds it again: a new one
+                    if not read and not found and not _anywhere(file, place, end):
+                        raise DataError(f"Nothing of the audio can be read ({reason}).")
                     file.close()
                     file = self.open()
                     if wanted > SMALL_BLOCK_SECONDS * rate:
@@ -81,8 +99,6 @@ class AudioStream:
                 yield samples if change is None else change.resample_chunk(samples)
             if change is not None:
                 yield change.resample_chunk(np.zeros(0, np.float32), last=True)
-            if self.gaps and not read:
-                raise DataError(f"Nothing of the audio can be read ({self.gaps[0].reason}).")
         finally:
             file.close()
 
@@ -100,6 +116,13 @@ class AudioStream:
             self.gaps[-1] = Gap(last.begin_seconds, end, last.reason)
         else:
             self.gaps.append(Gap(begin, end, reason))
+
+
+def _anywhere(file: soundfile.SoundFile, begin: int, end: int) -> bool:
+    """Whether a second can be read at one of a few places, so that a file without audio is not read to its end."""
+    size = min(end - begin, file.samplerate)
+    places = np.linspace(begin, end - size, PROBES).astype(int).tolist()
+    return any(len(_read(file, place, size)[0]) for place in places)
 
 
 def _read(file: soundfile.SoundFile, place: int, wanted: int) -> tuple[np.ndarray, str | None]:
@@ -134,7 +157,7 @@ def open_audio(
 def _is_long(stream: AudioStream) -> bool:
     try:
         return stream.seconds > STREAMED_FROM_SECONDS
-    except (soundfile.SoundFileError, RuntimeError, TypeError):  # of another format, or broken: Lhotse says what it is
+    except DataError:  # of another format, or broken: Lhotse says what it is
         return False
 
 
@@ -146,3 +169,10 @@ def gaps_of(audio: Iterable[np.ndarray]) -> list[Gap]:
 def seconds_of(audio: Iterable[np.ndarray], sampling_rate: int) -> float:
     """Duration of what :func:`open_audio` gave."""
     return audio.seconds if isinstance(audio, AudioStream) else sum(map(len, audio)) / sampling_rate
+
+
+def bytes_of(audio: Iterable[np.ndarray]) -> int:
+    """Memory that an audio takes while it waits."""
+    if isinstance(audio, AudioStream):
+        return len(audio.source) if isinstance(audio.source, bytes) else 0
+    return sum(block.nbytes for block in audio)

@@ -6,6 +6,7 @@ the description is learned.
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import meta
@@ -16,16 +17,33 @@ from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.tasks.library import SANDBOX
 
 DESCRIPTION_FIELD = "description"  # in a supervision's custom fields
-TEMPLATE = "[{{ start }}-{{ end }}] {{ text }} ({{ attributes }})"
-VARIABLES = ("start", "end", "text", "speaker", "attributes", "described")
+TEMPLATE = (  # of those that were tried, what small LLMs read best (docs/results.md, Voices)
+    "Transcript{% if several %} [{{ start }}-{{ end }}]{% endif %}: {{ text }}"
+    "{% for name, label in described.items() %}\nThe {{ name }} is {{ label }}.{% endfor %}"
+)
+VARIABLES = ("start", "end", "text", "speaker", "several", "attributes", "described")
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the text LLM reads in the transcript's place.
+
+    Attributes:
+        text: all of it.
+        labels: attributes and their labels, as they are said.
+    """
+
+    text: str
+    labels: tuple[tuple[str, str], ...]
 
 
 class DescribedText:
-    """Renders a cut's utterances, one a line, each with its description.
+    """Renders a cut's utterances one after the other, each with its description.
 
     Args:
         template: Jinja2, sandboxed, for one utterance. ``start`` and ``end`` are minutes and seconds, ``attributes`` is
-            ``name: label, ...`` of those that are drawn, ``described`` the same as a mapping.
+            ``name: label, ...`` of those that are drawn, ``described`` the same as a mapping, ``several`` whether there
+            are other utterances.
         least: attributes of an utterance that are drawn at least, as far as there are any; the number is drawn too.
 
     Raises:
@@ -49,16 +67,17 @@ class DescribedText:
             raise ConfigError(f"description.least={least}: give a whole number of attributes.")
         self.text, self.least = template, least
 
-    def __call__(self, cut: Cut, key: str, needed: Sequence[str] = ()) -> str | None:
-        """The text; None if some utterance lacks an attribute that is needed, or none has any.
+    def __call__(self, cut: Cut, key: str, needed: Sequence[str] = ()) -> Description | None:
+        """The description; None if some utterance lacks an attribute that is needed, or none has any.
 
         Args:
             cut: with descriptions.
             key: decides the draw.
             needed: attributes that every utterance must have, and that are always said.
         """
-        rng, lines, any_described = random.Random(f"{key}/description"), [], False
-        for supervision in sorted((s for s in cut.supervisions if s.text), key=lambda s: s.start):
+        rng, lines, said = random.Random(f"{key}/description"), [], list[tuple[str, str]]()
+        spoken = sorted((s for s in cut.supervisions if s.text), key=lambda s: s.start)
+        for supervision in spoken:
             known = (supervision.custom or {}).get(DESCRIPTION_FIELD, {})
             if any(name not in known for name in needed):
                 return None
@@ -66,16 +85,18 @@ class DescribedText:
             count = rng.randint(min(len(others), max(0, self.least - len(needed))), len(others)) if others else 0
             drawn = [*needed, *rng.sample(others, count)]
             rng.shuffle(drawn)
-            any_described |= bool(drawn)
-            lines.append(self._line(supervision, {name: str(known[name]) for name in drawn}))
-        return "\n".join(lines) if any_described else None
+            labels = {name: str(known[name]) for name in drawn}
+            said += labels.items()
+            lines.append(self._line(supervision, labels, len(spoken) > 1))
+        return Description("\n".join(lines), tuple(dict.fromkeys(said))) if said else None
 
-    def _line(self, supervision: Any, described: dict[str, str]) -> str:
+    def _line(self, supervision: Any, described: dict[str, str], several: bool) -> str:
         values = {
             "start": clock(round(max(0.0, supervision.start))),
             "end": clock(round(max(0.0, supervision.end))),
             "text": supervision.text.strip(),
             "speaker": supervision.speaker or "",
+            "several": several,
             "attributes": ", ".join(f"{name}: {label}" for name, label in described.items()),
             "described": described,
         }

@@ -252,7 +252,8 @@ def read_voice(config: LabelledConfig, folder: Path) -> Iterator[Question]:
     described = None if config.prompts.get("described") == "" else DescribedText(least=99)
     for cut in CutSet.from_file(config.path):
         known = (cut.supervisions[0].custom or {}).get(DESCRIPTION_FIELD, {}) if cut.supervisions else {}
-        text = (described(cut, cut.id) if described else None) or transcript(cut)
+        read = described(cut, cut.id) if described else None
+        text = transcript(cut) if read is None else read.text
         for task in tasks:
             label = known.get(task.needs[0])
             if label not in task.choices or task.needs[0] not in wanted:

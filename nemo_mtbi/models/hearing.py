@@ -5,7 +5,7 @@ Letters: B audios, S samples, N windows, P connector positions.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,12 @@ class Heard:
 
     speech: SpeechEmbeddings
     seconds: list[float]
+
+    def rows(self, indices: list[int]) -> "Heard":
+        """Those audios, in that order."""
+        own = {f.name: getattr(self.speech, f.name) for f in fields(SpeechEmbeddings)}
+        chosen = {name: None if values is None else values[indices] for name, values in own.items()}
+        return Heard(SpeechEmbeddings(**chosen), [self.seconds[index] for index in indices])
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ Letters: B requests, L positions, V vocabulary, H LLM width.
 import logging
 import queue
 import threading
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from nemo_mtbi.data.audio_stream import gaps_of, seconds_of
+from nemo_mtbi.data.audio_stream import bytes_of, gaps_of, seconds_of
 from nemo_mtbi.errors import DataError, MTBIError
 from nemo_mtbi.models.generation import SpeechLLM
 from nemo_mtbi.models.hearing import PASS_SECONDS, Heard
@@ -78,16 +79,23 @@ class Finished(StoppingCriteria):
 class Batcher:
     """Answers requests on one thread.
 
+    Long audio is heard once for all answers to its question, and short questions are answered meanwhile.
+
     Args:
         model: the speech LLM.
         max_batch: requests answered together.
         max_waiting: requests that may wait; more are refused.
+        max_waiting_bytes: of their audio in sum, likewise; one request is always taken.
     """
 
-    def __init__(self, model: SpeechLLM, max_batch: int = 8, max_waiting: int = 64) -> None:
-        self.model, self.max_batch = model.eval(), max_batch
+    def __init__(
+        self, model: SpeechLLM, max_batch: int = 8, max_waiting: int = 64, max_waiting_bytes: int = 2**30
+    ) -> None:
+        self.model, self.max_batch, self.max_waiting_bytes = model.eval(), max_batch, max_waiting_bytes
         self.waiting: queue.Queue[Request] = queue.Queue(max_waiting)
-        self.held: list[Request] = []  # taken from the queue, but for the other LLM than the running batch
+        self.held: list[Request] = []  # taken from the queue, in order, but not answered yet
+        self.kept: dict[int, Request] = {}  # unfinished requests by id, whose audio counts
+        self.lock = threading.Lock()
         self.thread = threading.Thread(target=self._work, name="batcher", daemon=True)
         self.thread.start()
 
@@ -97,20 +105,39 @@ class Batcher:
         Raises:
             QueueFull: try again later.
         """
+        rate = self.model.sampling_rate
+        for request in requests:
+            request.long = sum(seconds_of(audio, rate) for audio in request.audios) > PASS_SECONDS
+        with self.lock:
+            audios = {id(audio): audio for r in [*self.kept.values(), *requests] for audio in r.audios}
+            size = sum(bytes_of(audio) for audio in audios.values())
+            if self.kept and size > self.max_waiting_bytes:
+                raise QueueFull(f"The audio of waiting requests takes {self.max_waiting_bytes} bytes; try again later.")
+            self.kept |= {id(request): request for request in requests}
         try:
             for request in requests:
                 self.waiting.put_nowait(request)
         except queue.Full as error:
             for request in requests:
                 request.cancel()
+            self._forget(requests)
             raise QueueFull(f"{self.waiting.maxsize} requests are waiting already; try again later.") from error
 
     def _work(self) -> None:
         while True:
-            batch = self._next()
-            self._answer_or_fail([r for r in batch if not r.finished])
-            for request in batch:  # those that were cancelled
-                request.end(request.finished or "length")
+            self.held += [self.waiting.get()] if not self.held else []
+            self._serve(self._next())
+
+    def _serve(self, batch: list[Request]) -> None:
+        self._answer_or_fail([r for r in batch if not r.finished])
+        for request in batch:  # those that were cancelled
+            request.end(request.finished or "length")
+        self._forget(batch)
+
+    def _forget(self, requests: Iterable[Request]) -> None:
+        with self.lock:
+            for request in requests:
+                self.kept.pop(id(request), None)
 
     def _answer_or_fail(self, batch: list[Request]) -> None:
         """What fails together is tried alone, so that one request does not take the others with it."""
@@ -127,20 +154,18 @@ class Batcher:
                 else:
                     request.end(error)
 
-    def _next(self) -> list[Request]:
-        """The oldest request, and those that wait and can go with it."""
-        first = self.held.pop(0) if self.held else self.waiting.get()
-        llm = first.sampling.text_llm
-        batch, others = [first], list[Request]()
-        for request in self.held:
-            (batch if len(batch) < self.max_batch and request.sampling.text_llm == llm else others).append(request)
-        self.held = others
-        while len(batch) < self.max_batch and len(self.held) < self.max_batch:
+    def _next(self, short: bool = False) -> list[Request]:
+        """The oldest request (``short``: of short audio), and those that can go with it; empty if there is none."""
+        while len(self.held) < 2 * self.max_batch:
             try:
-                waiting = self.waiting.get_nowait()
+                self.held.append(self.waiting.get_nowait())
             except queue.Empty:
                 break
-            (batch if waiting.sampling.text_llm == llm else self.held).append(waiting)
+        first = next((r for r in self.held if not (short and r.long)), None)
+        if first is None:
+            return []
+        batch = [r for r in self.held if _together(first, r)][: self.max_batch]
+        self.held = [r for r in self.held if r not in batch]
         return batch
 
     @torch.no_grad()
@@ -176,7 +201,8 @@ class Batcher:
         audios = [audio for request in batch for audio in request.audios]
         if not audios:
             return None
-        total = sum(seconds_of(audio, self.model.sampling_rate) for audio in audios)
+        once = list({id(audio): audio for audio in audios}.values())  # the same for all answers to a question
+        total = sum(seconds_of(audio, self.model.sampling_rate) for audio in once)
 
         def on_heard(seconds: float) -> None:
             if all(request.finished for request in batch):
@@ -184,11 +210,14 @@ class Batcher:
             if total > PASS_SECONDS:
                 for request in batch:
                     request.listened(min(1.0, seconds / total))
+                while short := self._next(short=True):
+                    self._serve(short)
 
-        heard = self.model.listen(audios, on_heard=on_heard)
+        heard = self.model.listen(once, on_heard=on_heard)
         for request in batch:
             request.gaps = [(index, gap) for index, audio in enumerate(request.audios) for gap in gaps_of(audio)]
-        return heard
+        places = {id(audio): row for row, audio in enumerate(once)}
+        return heard if len(once) == len(audios) else heard.rows([places[id(audio)] for audio in audios])
 
     def _fitting(self, batch: list[Request], inputs: Tensor, mask: Tensor) -> tuple[list[Request], Tensor, Tensor]:
         """inputs (B, L, H), mask (B, L) without the requests that are longer than the LLM's context."""
@@ -209,3 +238,9 @@ class Batcher:
             begin = int(inputs.shape[1] - mask.sum(1).max()) if kept else 0
             inputs, mask = inputs[:, begin:], mask[:, begin:]
         return [batch[row] for row in kept], inputs, mask
+
+
+def _together(first: Request, other: Request) -> bool:
+    """Whether both can be one batch: the same LLM, and long audio only with itself."""
+    alike = first.sampling.text_llm == other.sampling.text_llm and first.long == other.long
+    return alike and (not first.long or other.audios is first.audios)

@@ -46,6 +46,7 @@ class Request:
         prompt_positions: embeddings of the prompt, speech included.
         finished: why the answer has ended.
         gaps: which audio, and the parts of it that could not be read.
+        long: whether the audio is heard in several passes.
     """
 
     dialog: list[dict[str, Any]]
@@ -60,6 +61,7 @@ class Request:
     prompt_positions: int = 0
     finished: str | None = None
     gaps: list[tuple[int, Gap]] = field(default_factory=list)
+    long: bool = False
 
     def __post_init__(self) -> None:
         self.draw = Draw(self.sampling, self.ordinal)

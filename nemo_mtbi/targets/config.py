@@ -8,6 +8,7 @@ from nemo_mtbi.data.description import TEMPLATE
 from nemo_mtbi.data.messages import NOTHING_HEARD_ANSWER
 
 ENGINES = ("hf", "openai")
+DEFAULT_FILTERS = ("empty", "refusal", "truncated", "repetition", "unasked", "misread")
 
 
 @dataclass
@@ -109,7 +110,7 @@ class TargetsConfig:
     tasks_per_cut: dict[str, float] = field(default_factory=dict)
     top_k: int = 0
     temperature: float = 1.0
-    filters: list[str] = field(default_factory=lambda: ["empty", "refusal", "truncated", "repetition", "unasked"])
+    filters: list[str] = field(default_factory=lambda: list(DEFAULT_FILTERS))
     nothing_heard_answer: str = NOTHING_HEARD_ANSWER  # that of the model's configuration too
     max_total_tokens: int | None = None
     max_duplicates: int = 3

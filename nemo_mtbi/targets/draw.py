@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 from nemo_mtbi import registration as registration  # the prompt formats
 from nemo_mtbi.data.conversation import transcript
-from nemo_mtbi.data.description import DescribedText
+from nemo_mtbi.data.description import DescribedText, Description
 from nemo_mtbi.data.messages import NOTHING_HEARD, user_message
 from nemo_mtbi.data.rendering import PromptRenderer, Spoken
 from nemo_mtbi.data.target import NO_SPEECH, Target
@@ -45,7 +45,7 @@ class Job:
     values: dict[str, Any]
     problem: tuple[str, str] | None = None  # name and reason, if it cannot be asked
     answer: str | None = None  # where the text LLM is not asked
-    described: str = ""  # what it reads in the transcript's place, if that is another text
+    described: Description | None = None  # what it reads in the transcript's place, if that is another text
 
 
 class PromptDrawer:
@@ -151,29 +151,30 @@ class PromptDrawer:
                 problem = ("prepare", own[PROBLEM]) if PROBLEM in own else None
                 filled = render_template(prompt.text, own)
                 described = self._described(cut, task, prompt.id)
-                if described is None:
+                if described is None and task.about_the_voice:
                     problem = (UNDESCRIBED, f"not all of {', '.join(task.needs) or 'any attribute'} is known")
                 request = Request("", [], 0)
                 if problem is None:
                     try:
-                        request = self.request(filled, described or text, min(task.max_new_tokens, limit))
+                        read = text if described is None else described.text
+                        request = self.request(filled, read, min(task.max_new_tokens, limit))
                     except DataError as error:
                         problem = ("rendering", str(error))
                 languages = tuple(dict.fromkeys([prompt.language, *spoken]))
                 what = task.name, prompt.id, filled, languages, own, problem
-                jobs.append(Job(request, cut.id, text, *what, described=described or ""))
+                jobs.append(Job(request, cut.id, text, *what, described=described))
         return jobs
 
-    def _described(self, cut: Cut, task: Task, prompt_id: str) -> str | None:
-        """What the text LLM reads: a described text, or "" for the transcript; None: what it needs is unknown."""
+    def _described(self, cut: Cut, task: Task, prompt_id: str) -> Description | None:
+        """What the text LLM reads; None: the transcript alone, or, of a task about the voice, it cannot be asked."""
         if self.described is None:
-            return ""
+            return None
         key = f"{self.config.seed}/{cut.id}/{task.name}/{prompt_id}"
         if task.about_the_voice:
             return self.described(cut, key, task.needs)
         if random.Random(f"{key}/described").random() >= (self.config.description.share or 0.0):
-            return ""
-        return self.described(cut, key) or ""
+            return None
+        return self.described(cut, key)
 
     def _silent_jobs(self, cut: Cut, name: str) -> list[Job]:
         """One wording of each task that is drawn and has no placeholders, with the answer to audio without speech."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+from nemo_mtbi.data.description import Description
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.tasks.forms import form_error
 from nemo_mtbi.tasks.library import Task
@@ -18,7 +19,7 @@ REFUSAL = re.compile(
     r"|please provide (?:the|me|a|more)|no (?:text|transcript|audio) (?:was|is|has been) provided)\b",
     re.IGNORECASE,
 )
-DESCRIBED = re.compile(r"\d\d:\d\d|[\w ]*\w: [\w ]*\w")  # times, and attributes with their labels
+TIME = re.compile(r"\d\d:\d\d")
 LOOP_NGRAM, LOOP_REPEATS = 4, 3
 MIN_LANGUAGE_WORDS, MIN_LANGUAGE_PROBABILITY = 6, 0.95
 
@@ -32,7 +33,7 @@ class Candidate:
         prompt_tokens: length of the rendered prompt, transcript included.
         languages: ISO 639-1 codes that an answer may be in: the prompt's and the speech's.
         max_total_tokens: budget of prompt and response.
-        described: what the LLM read in the transcript's place, or nothing.
+        described: what the LLM read in the transcript's place; None: the transcript.
     """
 
     task: Task
@@ -44,7 +45,7 @@ class Candidate:
     prompt_tokens: int = 0
     languages: tuple[str, ...] = ()
     max_total_tokens: int | None = None
-    described: str = ""
+    described: Description | None = None
 
 
 Filter = Callable[[Candidate], str | None]
@@ -61,13 +62,33 @@ def refusal(c: Candidate) -> str | None:
 
 
 def unasked(c: Candidate) -> str | None:
-    """What a described transcript has beside the words, in an answer to a prompt that is not about the voice."""
-    if not c.described or c.task.about_the_voice:
+    """What a described transcript has beside the words, in an answer to a prompt that is not about the voice: times,
+    or an attribute with its label."""
+    if c.described is None or c.task.about_the_voice:
         return None
-    answer, words = c.response.casefold(), c.transcript.casefold()
-    beside = [part.strip().casefold() for part in DESCRIBED.findall(c.described)]
-    said = next((part for part in beside if part in answer and part not in words), None)
-    return None if said is None else f"says {said!r}"
+    answer, words = set(_words(c.response)), set(_words(c.transcript))
+    for name, label in c.described.labels:
+        both = {*_words(name), *_words(label)}
+        if both <= answer and not both <= words:
+            return f"says {name}: {label}"
+    times = [t for t in TIME.findall(c.described.text) if t in c.response and t not in c.transcript]
+    return f"says {times[0]!r}" if times else None
+
+
+def misread(c: Candidate) -> str | None:
+    """An answer to a question about one attribute of the voice that is not what the text LLM has read of it."""
+    if c.described is None or len(c.task.needs) != 1 or not c.task.choices:
+        return None
+    labels = [label for name, label in c.described.labels if name in c.task.needs]
+    answer = _words(c.response)
+    named = [choice for choice in c.task.choices if _words(choice) and set(_words(choice)) <= set(answer)]
+    if named and set(named) <= set(labels):
+        return None
+    return f"says {', '.join(named) or 'none of the choices'}, not {' or '.join(labels)}"
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())
 
 
 def truncated(c: Candidate) -> str | None:
@@ -126,6 +147,7 @@ FILTERS: dict[str, Filter] = {
     "empty": empty,
     "refusal": refusal,
     "unasked": unasked,
+    "misread": misread,
     "truncated": truncated,
     "repetition": repetition,
     "form": form,

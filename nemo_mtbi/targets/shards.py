@@ -236,7 +236,7 @@ class ShardWriter:
             rendering=self.drawer.rendering,
             teacher_begin=begin,
             teacher_temperature=self.config.temperature,
-            described=job.described,
+            described=job.described.text if job.described else "",
         )
 
     def _write_top_k(self, path: Path, cuts: list[Cut], lines: list[dict[str, Any]], answers: AnswerFile) -> None:

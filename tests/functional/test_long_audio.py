@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import queue
+import threading
 import time
 
 import numpy as np
@@ -14,7 +15,8 @@ from starlette.testclient import TestClient
 from nemo_mtbi.checkpoints.archive import save_directory
 from nemo_mtbi.data.audio_stream import AudioStream
 from nemo_mtbi.errors import DataError
-from nemo_mtbi.serving.batching import Batcher
+from nemo_mtbi.models import generation
+from nemo_mtbi.serving.batching import Batcher, QueueFull
 from nemo_mtbi.serving.limits import Limits
 from nemo_mtbi.serving.openai_api import create_app
 from nemo_mtbi.serving.request import Listening, Piece, Request
@@ -58,6 +60,12 @@ def broken(recording):
     middle = round(6.5 / 10 * len(data))
     data[middle : middle + 300_000] = bytes(300_000)
     return bytes(data)
+
+
+def idle(batcher):
+    """Wait until the model is at rest: the worker gives the embedding back after the last answer's end."""
+    while batcher.kept:
+        time.sleep(0.01)
 
 
 def ask(client, data, **options):
@@ -150,6 +158,7 @@ def test_nobody_is_listened_to_for_a_client_that_has_left(model, batcher):
     while isinstance(told := after.get(timeout=60), Piece):
         pass
     assert told in ("stop", "length") and len(blocks) == read
+    idle(batcher)
 
 
 def test_generate_answers_around_a_broken_minute(model, broken, tmp_path):
@@ -171,3 +180,63 @@ def test_the_page_tells_how_much_is_heard(model, batcher, broken, tmp_path):
     remarks = [remark for _, remark in page.speech(str(tmp_path / "a.flac"), "What is it about?", 8)]
     assert any(r.endswith("% of 600.0 s heard") for r in remarks[:-1])
     assert remarks[-1].startswith("600.0 s; cannot be read from 3") or remarks[-1].startswith("600.0 s; cannot be read")
+
+
+def asked(model, audio, told, ended, on_piece=lambda piece: None):
+    """A request about an audio, which appends the kinds of its pieces to ``told`` and puts its end into ``ended``."""
+
+    def piece(new):
+        told.append(type(new).__name__)
+        on_piece(new)
+
+    return Request([model.user_turn("What?")], [audio], 2, piece, ended.put)
+
+
+def second():
+    return [np.full(RATE, 0.01, np.float32)]
+
+
+def test_short_questions_are_answered_while_long_audio_is_heard(model, batcher, recording):
+    told, sent, ended, short_ended = [], [], queue.Queue(), queue.Queue()
+
+    def while_listening(piece):
+        if isinstance(piece, Listening) and piece.share < 1 and not sent:
+            sent.append(asked(model, second(), [], short_ended))
+            batcher.submit(*sent)
+        elif isinstance(piece, Piece):
+            sent.append(short_ended.empty())
+
+    batcher.submit(asked(model, AudioStream(recording, RATE), told, ended, while_listening))
+    assert ended.get(timeout=120) == short_ended.get(timeout=1) == "length"
+    assert told[0] == "Listening" and told[-1] == "Piece" and sent[1:] and not any(sent[1:])
+
+
+def test_several_answers_hear_the_audio_once(model, client, recording, monkeypatch):
+    hear, heard = generation.hear, []
+
+    def counted(perception, audios, *others):
+        heard.append(len(audios))
+        return hear(perception, audios, *others)
+
+    monkeypatch.setattr(generation, "hear", counted)
+    answer = ask(client, recording, n=3).json()
+    assert heard == [1] and len({c["message"]["content"] for c in answer["choices"]}) == 1
+    assert len(answer["choices"]) == 3
+
+
+def test_the_bytes_of_waiting_requests_are_bounded(model, batcher, monkeypatch):
+    monkeypatch.setattr(batcher, "max_waiting_bytes", 100_000)
+    ended = queue.Queue()
+    requests = [asked(model, second(), [], ended) for _ in range(3)]
+    serve = batcher._serve
+    release = threading.Event()
+    monkeypatch.setattr(batcher, "_serve", lambda batch: (release.wait(60), serve(batch)))
+    batcher.submit(requests[0])
+    with pytest.raises(QueueFull, match="audio of waiting requests takes 100000 bytes"):
+        batcher.submit(*requests[1:])
+    release.set()
+    assert ended.get(timeout=60) == "length"
+    idle(batcher)
+    batcher.submit(requests[1])
+    assert ended.get(timeout=60) == "length"
+    idle(batcher)

@@ -86,3 +86,32 @@ def test_what_cannot_be_read_is_a_named_gap(tmp_path, kind):
     kept = np.ones(len(found), bool)
     kept[begin:end] = False
     assert np.abs(found - expected)[kept].max() < 1e-3
+
+
+def test_a_part_beyond_the_end_is_named_or_refused(tmp_path):
+    soundfile.write(tmp_path / "a.flac", tone(16_000), 16_000)
+    part = AudioStream(tmp_path / "a.flac", 16_000, offset_seconds=SECONDS - 20, duration_seconds=30)
+    assert len(read(part)) == 20 * 16_000
+    assert [str(gap) for gap in part.gaps] == ["150.0 s to 160.0 s (the audio ends before)"]
+    for offset in (SECONDS, SECONDS + 5):
+        with pytest.raises(DataError, match=rf"from {offset} s on is beyond the audio's 150.0 s"):
+            read(AudioStream(tmp_path / "a.flac", 16_000, offset_seconds=offset))
+
+
+def test_files_without_audio_are_refused_at_once(tmp_path, monkeypatch):
+    """Gone, no audio, or a header that announces hours of nothing."""
+    with pytest.raises(DataError, match="cannot be opened"):
+        read(AudioStream(tmp_path / "gone.flac", 16_000))
+    with pytest.raises(DataError, match="cannot be opened"):
+        read(AudioStream(b"no audio", 16_000))
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.zeros(16_000), 16_000, format="FLAC")
+    header = bytearray(buffer.getvalue()[:200])
+    samples = 3600 * 16_000  # of the stream, in the last 36 bits before the checksum of its first block
+    header[21] = header[21] & 0xF0 | samples >> 32
+    header[22:26] = (samples & 0xFFFFFFFF).to_bytes(4, "big")
+    reads = []
+    monkeypatch.setattr(AudioStream, "_note", lambda *gap: reads.append(gap))
+    with pytest.raises(DataError, match="Nothing of the audio can be read"):
+        read(AudioStream(bytes(header[:86]) + bytes(2000), 16_000))
+    assert not reads

@@ -7,7 +7,7 @@ import torch
 from lhotse import CutSet
 
 from nemo_mtbi.data.dataset import MTBIDataset
-from nemo_mtbi.data.description import DESCRIPTION_FIELD
+from nemo_mtbi.data.description import DESCRIPTION_FIELD, Description
 from nemo_mtbi.data.target import Target
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.evaluation.corpora import READERS
@@ -15,7 +15,7 @@ from nemo_mtbi.evaluation.questions import LabelledConfig
 from nemo_mtbi.models.language_model import teacher_hidden_states
 from nemo_mtbi.targets.config import DescriptionConfig
 from nemo_mtbi.targets.draw import PromptDrawer
-from nemo_mtbi.targets.filters import Candidate, unasked
+from nemo_mtbi.targets.filters import Candidate, misread, unasked
 from nemo_mtbi.targets.generate import TargetGenerator
 from nemo_mtbi.tasks.library import load_library
 from nemo_mtbi.training.stages import require_acoustics
@@ -49,15 +49,15 @@ def test_the_text_llm_reads_descriptions_and_the_target_says_which(tmp_path, tin
     decode = drawer.tokenizer.tokenizer.decode
     for job in jobs:
         read = decode(job.request.prompt_ids)
-        assert (job.described or job.transcript) in read and job.transcript in read
+        assert (job.described.text if job.described else job.transcript) in read and job.transcript in read
         assert job.task == "repeat" or job.described
-        assert job.task != "voice_gender" or "gender: female" in job.described
+        assert job.task != "voice_gender" or "The gender is female." in job.described.text
     plain = [job for job in jobs if not job.described]
     assert {job.task for job in plain} == {"repeat"} and 4 <= len(plain) <= 20  # half of 24
     cuts = CutSet.from_file(TargetGenerator(described(tmp_path, tiny_llm, cuts)).run()["train"])
     targets = [Target(**t) for cut in cuts for t in cut.custom["targets"]]
     assert {t.task for t in targets} == set(TASKS)
-    assert {t.described for t in targets} == {job.described for job in jobs}
+    assert {t.described for t in targets} == {job.described.text if job.described else "" for job in jobs}
 
 
 def test_cuts_without_the_attribute_go_without_the_task(tmp_path, tiny_llm):
@@ -83,19 +83,42 @@ def test_tasks_about_the_voice_need_descriptions(tmp_path, tiny_llm):
     assert not {t.name for t in PromptDrawer(config(tmp_path, tiny_llm, cuts, task_names=None)).tasks} & set(TASKS[1:])
 
 
+FEMALE = Description("[00:00-00:03] hello (gender: female)", (("gender", "female"),))
+
+
+def candidate(task, response, described=FEMALE):
+    return Candidate(load_library()[task], "hello", response, [1], True, described=described)
+
+
 @pytest.mark.parametrize(
-    ("task", "described", "response", "rejected"),
+    ("task", "response", "rejected"),
     [
-        ("repeat", "[00:00-00:03] hello (gender: female)", "hello", False),
-        ("repeat", "[00:00-00:03] hello (gender: female)", "hello (gender: female)", True),
-        ("repeat", "[00:00-00:03] hello (gender: female)", "From 00:00 on: hello", True),
-        ("repeat", "", "hello (gender: female)", False),
-        ("voice_description", "[00:00-00:03] hello (gender: female)", "gender: female", False),
+        ("repeat", "hello", False),
+        ("repeat", "hello (gender: female)", True),
+        ("repeat", "A speaker of female gender says hello.", True),
+        ("repeat", "From 00:00 on: hello", True),
+        ("voice_description", "gender: female", False),
     ],
 )
-def test_nobody_mentions_the_voice_unasked(task, described, response, rejected):
-    candidate = Candidate(load_library()[task], "hello", response, [1], True, described=described)
-    assert (unasked(candidate) is not None) == rejected
+def test_nobody_mentions_the_voice_unasked(task, response, rejected):
+    assert (unasked(candidate(task, response)) is not None) == rejected
+    assert unasked(candidate(task, response, None)) is None
+
+
+@pytest.mark.parametrize(
+    ("task", "response", "reason"),
+    [
+        ("voice_gender", "Female.", None),
+        ("voice_gender", "Male", "says male, not female"),
+        ("voice_gender", "Male or female", "says male, female, not female"),
+        ("voice_gender", "A woman", "says none of the choices, not female"),
+        ("voice_description", "A man speaks.", None),
+        ("repeat", "male", None),
+    ],
+)
+def test_answers_about_an_attribute_are_what_was_read(task, response, reason):
+    assert misread(candidate(task, response)) == reason
+    assert misread(candidate(task, response, None)) is None
 
 
 def test_the_online_teacher_reads_the_description_and_the_student_does_not(tmp_path, tiny_llm, tiny_config):
@@ -106,7 +129,7 @@ def test_the_online_teacher_reads_the_description_and_the_student_does_not(tmp_p
     examples = [dataset._example(c) for c in conversations(path)]
     decode = model.tokenizer.tokenizer.decode
     for example in examples:
-        assert "(" not in decode(example.prompt_ids) and " (" in decode(example.teacher_prompt)
+        assert "\nThe " not in decode(example.prompt_ids) and "\nThe " in decode(example.teacher_prompt)
         assert example.units[-1].token_end <= len(example.prompt_ids)
     batch = {"examples": examples}
     expected = teacher_hidden_states(
@@ -134,7 +157,7 @@ def test_the_benchmark_asks_for_each_attribute_in_wordings_that_training_has_not
     questions = list(READERS["voice"](LabelledConfig("voice", cuts), tmp_path))
     assert [(q.task, q.label) for q in questions] == [("gender", "male"), ("gender", "female")]
     held_out = [p.text for p in load_library()["voice_gender"].select("held_out")]
-    assert all(q.choices == ("male", "female") and "gender: " in q.transcript for q in questions)
+    assert all(q.choices == ("male", "female") and "The gender is " in q.transcript for q in questions)
     assert all(any(q.prompt[:20] == text[:20] for text in held_out) for q in questions)
     plain = LabelledConfig("voice", cuts, prompts={"described": ""}, split="age, gender")
     assert ["gender" in q.transcript for q in READERS["voice"](plain, tmp_path)] == [False, False]

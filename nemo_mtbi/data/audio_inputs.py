@@ -1,14 +1,12 @@
 """What a user names as audio (files, folders, NeMo manifests, lists of them) as recordings, or parts of them."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from nemo_mtbi.data.audio import audio_files
-from nemo_mtbi.data.audio_stream import open_audio
+from nemo_mtbi.data.audio_stream import AudioBlocks, open_audio
 from nemo_mtbi.data.manifest import read_manifest
 from nemo_mtbi.errors import DataError
 
@@ -36,7 +34,7 @@ class AudioInput:
         end = "end" if self.duration_seconds is None else f"{self.offset_seconds + self.duration_seconds:g} s"
         return f"{self.path} ({self.offset_seconds:g} s to {end})"
 
-    def open(self, sampling_rate: int) -> Iterable[np.ndarray]:
+    def open(self, sampling_rate: int) -> AudioBlocks:
         """The recording in blocks, see :func:`nemo_mtbi.data.audio_stream.open_audio`.
 
         Raises:

@@ -4,7 +4,7 @@ Letters: S samples.
 """
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -139,9 +139,12 @@ def _read(file: soundfile.SoundFile, place: int, wanted: int) -> tuple[np.ndarra
     return block, None if len(block) == wanted else "it ends before what its header announces"
 
 
+AudioBlocks = AudioStream | Sequence[np.ndarray]  # an audio, float32 (S_i,) each
+
+
 def open_audio(
     path: str | Path, sampling_rate: int, offset_seconds: float = 0.0, duration_seconds: float | None = None
-) -> Iterable[np.ndarray]:
+) -> AudioBlocks:
     """A recording in blocks: streamed if it is long and of a format that can be, else read at once, as
     :func:`nemo_mtbi.data.audio.load_waveform` does.
 
@@ -161,17 +164,17 @@ def _is_long(stream: AudioStream) -> bool:
         return False
 
 
-def gaps_of(audio: Iterable[np.ndarray]) -> list[Gap]:
+def gaps_of(audio: AudioBlocks) -> list[Gap]:
     """The parts of an audio that could not be read, once it was."""
     return audio.gaps if isinstance(audio, AudioStream) else []
 
 
-def seconds_of(audio: Iterable[np.ndarray], sampling_rate: int) -> float:
+def seconds_of(audio: AudioBlocks, sampling_rate: int) -> float:
     """Duration of what :func:`open_audio` gave."""
     return audio.seconds if isinstance(audio, AudioStream) else sum(map(len, audio)) / sampling_rate
 
 
-def bytes_of(audio: Iterable[np.ndarray]) -> int:
+def bytes_of(audio: AudioBlocks) -> int:
     """Memory that an audio takes while it waits."""
     if isinstance(audio, AudioStream):
         return len(audio.source) if isinstance(audio.source, bytes) else 0

@@ -11,12 +11,12 @@
 | ``speech_ifeval`` | ``data/eval_data/*.jsonl`` | ``audios`` beside ``eval_data`` |
 | ``slots`` | a table of ``path`` and ``slots`` (JSON) | relative to the table |
 | ``longspeech_eval`` | the JSON of ICTNLP/LongSpeech-Eval (``path``, ``question``, ``answer``) | relative to it |
-| ``voice`` | a manifest of ``mtbi prepare describe.enabled=true`` (MonoCuts over whole files) | in the manifest |
 | ``jsonl`` | lines with the fields of :class:`Question` | relative to the file |
+
+Those about voices: :mod:`nemo_mtbi.evaluation.voice_corpora`.
 """
 
 import csv
-import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -24,17 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lhotse import CutSet
 
 from nemo_mtbi.data.audio import mono
-from nemo_mtbi.data.conversation import transcript
-from nemo_mtbi.data.description import DESCRIPTION_FIELD, DescribedText
 from nemo_mtbi.errors import DataError
+from nemo_mtbi.evaluation.corpus_tables import CHOICE_PROMPT, fill, folder_of, json_lines, tsv, words
 from nemo_mtbi.evaluation.questions import METRICS, LabelledConfig, Question
+from nemo_mtbi.evaluation.voice_corpora import VOICE_READERS
 from nemo_mtbi.io.text import numbered_lines, read_text
-from nemo_mtbi.tasks.library import load_library, render_template
 
-CHOICE_PROMPT = "{question} Answer with one of these and nothing else: {choices}."
 SLOT_PROMPT = CHOICE_PROMPT.replace("{question}", "Which {slot} was ordered?")
 PROMPTS = {
     "repeat": "Repeat what the speaker says, word for word.",
@@ -60,15 +57,15 @@ def read_librispeech(config: LabelledConfig, folder: Path) -> Iterator[Question]
 def read_slurp(config: LabelledConfig, folder: Path) -> Iterator[Question]:
     """Scenario and intent of every recording of each sentence; the choices are those of the whole table."""
     path = Path(config.path)
-    audio = _folder(config, path.resolve().parent.parent.parent / "audio" / "slurp_real")
-    rows = list(_json_lines(path))
-    tasks = {t: tuple(sorted({_words(r[t]) for r in rows})) for t in ("scenario", "intent")}
+    audio = folder_of(config, path.resolve().parent.parent.parent / "audio" / "slurp_real")
+    rows = list(json_lines(path))
+    tasks = {t: tuple(sorted({words(r[t]) for r in rows})) for t in ("scenario", "intent")}
     for row in rows:
         for recording in row["recordings"]:
             for task, choices in tasks.items():
                 prompt = _prompt(config, task, choices=", ".join(choices))
                 yield Question(
-                    audio / recording["file"], task, prompt, _words(row[task]), "accuracy", choices, row["sentence"]
+                    audio / recording["file"], task, prompt, words(row[task]), "accuracy", choices, row["sentence"]
                 )
 
 
@@ -85,7 +82,7 @@ def read_minds14(config: LabelledConfig, folder: Path) -> Iterator[Question]:
         rows = [(_audio_of(r, folder, i), r["transcription"], names[r["intent_class"]]) for i, r in enumerate(table)]
         locale = path.parent.name
     else:
-        audio = _folder(config, path.resolve().parent.parent / "audio")
+        audio = folder_of(config, path.resolve().parent.parent / "audio")
         lines = [line for line in csv.reader(io.StringIO(read_text(path), newline=""), skipinitialspace=True) if line][
             1:
         ]
@@ -95,10 +92,10 @@ def read_minds14(config: LabelledConfig, folder: Path) -> Iterator[Question]:
             )
         rows = [(audio / file, text, intent.lower()) for file, text, _, intent in lines]
         locale = path.stem
-    choices = tuple(sorted({_words(intent) for *_, intent in rows}))
+    choices = tuple(sorted({words(intent) for *_, intent in rows}))
     prompt = _prompt(config, "intent", choices=", ".join(choices))
     for file, text, intent in rows:
-        yield Question(file, "intent", prompt, _words(intent), "accuracy", choices, text, locale.split("-")[0])
+        yield Question(file, "intent", prompt, words(intent), "accuracy", choices, text, locale.split("-")[0])
 
 
 def read_covost2(config: LabelledConfig, folder: Path) -> Iterator[Question]:
@@ -114,10 +111,10 @@ def read_covost2(config: LabelledConfig, folder: Path) -> Iterator[Question]:
     sentences = {}
     transcripts = path.parent / "validated.tsv"
     if transcripts.is_file():
-        sentences = {r["path"]: r["sentence"] for r in _tsv(transcripts, {"path", "sentence"}, **PLAIN)}
-    audio, split = _folder(config, path.parent / "clips"), config.split or "test"
+        sentences = {r["path"]: r["sentence"] for r in tsv(transcripts, {"path", "sentence"}, **PLAIN)}
+    audio, split = folder_of(config, path.parent / "clips"), config.split or "test"
     prompt = _prompt(config, "translation", language=language)
-    for row in _tsv(path, {"path", "translation", "split"}, **PLAIN):
+    for row in tsv(path, {"path", "translation", "split"}, **PLAIN):
         if row["split"] == split:
             yield Question(
                 audio / row["path"],
@@ -138,7 +135,7 @@ def read_spoken_squad(config: LabelledConfig, folder: Path) -> Iterator[Question
     there is no transcript.
     """
     path = Path(config.path)
-    audio = _folder(config, path.parent / "dev_wav")
+    audio = folder_of(config, path.parent / "dev_wav")
     articles = json.loads(read_text(path))["data"]
     for i, article in enumerate(articles):
         for j, paragraph in enumerate(article["paragraphs"]):
@@ -165,7 +162,7 @@ def read_longspeech_eval(config: LabelledConfig, folder: Path) -> Iterator[Quest
     """Questions about minutes of speech (FastLongSpeech): a list of objects with ``path``, ``question`` and ``answer``,
     which is a text or a list of right ones."""
     path = Path(config.path)
-    audio = _folder(config, path.parent)
+    audio = folder_of(config, path.parent)
     try:
         rows = json.loads(read_text(path))
     except ValueError as error:
@@ -211,8 +208,8 @@ def read_speech_ifeval(config: LabelledConfig, folder: Path) -> Iterator[Questio
     """Prompts with verifiable instructions about their answer's form; recognition is scored by WER, other labels must
     stand in the answer."""
     path = Path(config.path)
-    audio = _folder(config, path.parent.parent / "audios")
-    for row in _json_lines(path):
+    audio = folder_of(config, path.parent.parent / "audios")
+    for row in json_lines(path):
         label = str(row.get("label") or "")
         metric = "instructions" if not label else "wer" if row.get("metric") == "wer" else "contains"
         task = row.get("dataset") or path.stem
@@ -228,7 +225,7 @@ def read_slots(config: LabelledConfig, folder: Path) -> Iterator[Question]:
     The choices of a question are all values that its slot has in the table, so they do not depend on ``utterances``.
     """
     path = Path(config.path)
-    rows = _tsv(path, {"path", "slots"})
+    rows = tsv(path, {"path", "slots"})
     slots = [json.loads(r["slots"]) for r in rows]
     choices: dict[str, set[str]] = {}
     for filled in slots:
@@ -237,32 +234,8 @@ def read_slots(config: LabelledConfig, folder: Path) -> Iterator[Question]:
     for row, filled in zip(rows, slots, strict=True):
         for name, value in filled.items():
             options = tuple(sorted(choices[name]))
-            prompt = _fill(config.prompts.get(name, SLOT_PROMPT), slot=_words(name), choices=", ".join(options))
+            prompt = fill(config.prompts.get(name, SLOT_PROMPT), slot=words(name), choices=", ".join(options))
             yield Question(path.parent / row["path"], name, prompt, value, "accuracy", options)
-
-
-def read_voice(config: LabelledConfig, folder: Path) -> Iterator[Question]:
-    """What a described manifest says of each voice: the held-out wordings of the tasks that ask for one attribute.
-
-    ``split`` names the attributes (comma-separated; default: all that a task asks for). The text topline reads the
-    description; without it, the transcripts are given as they are under ``prompts: {described: ""}``.
-    """
-    tasks = [t for t in load_library().values() if len(t.needs) == 1 and t.choices]
-    wanted = [name.strip() for name in config.split.split(",")] if config.split else [t.needs[0] for t in tasks]
-    described = None if config.prompts.get("described") == "" else DescribedText(least=99)
-    for cut in CutSet.from_file(config.path):
-        known = (cut.supervisions[0].custom or {}).get(DESCRIPTION_FIELD, {}) if cut.supervisions else {}
-        read = described(cut, cut.id) if described else None
-        text = transcript(cut) if read is None else read.text
-        for task in tasks:
-            label = known.get(task.needs[0])
-            if label not in task.choices or task.needs[0] not in wanted:
-                continue
-            wordings = task.select("held_out")
-            wording = wordings[int(hashlib.blake2b(cut.id.encode(), digest_size=4).hexdigest(), 16) % len(wordings)]
-            prompt = render_template(config.prompts.get(task.needs[0], wording.text), {"choices": task.choices})
-            audio = Path(cut.recording.sources[0].source)
-            yield Question(audio, task.needs[0], prompt, label, "accuracy", tuple(task.choices), text)
 
 
 def read_jsonl(config: LabelledConfig, folder: Path) -> Iterator[Question]:
@@ -299,45 +272,13 @@ READERS: dict[str, Callable[[LabelledConfig, Path], Iterator[Question]]] = {
     "voicebench": read_voicebench,
     "speech_ifeval": read_speech_ifeval,
     "slots": read_slots,
-    "voice": read_voice,
     "jsonl": read_jsonl,
+    **VOICE_READERS,
 }
 
 
 def _prompt(config: LabelledConfig, task: str, **values: str) -> str:
-    return _fill(config.prompts.get(task, PROMPTS[task]), **values)
-
-
-def _fill(template: str, **values: str) -> str:
-    for name, value in values.items():  # not str.format: a question may hold braces
-        template = template.replace("{" + name + "}", value)
-    return template
-
-
-def _folder(config: LabelledConfig, published: Path) -> Path:
-    """The folder of the recordings."""
-    folder = Path(config.audio) if config.audio else published
-    if not folder.is_dir():
-        raise DataError(f"There is no folder {folder} with the recordings of {config.path}; set audio.")
-    return folder
-
-
-def _tsv(path: Path, columns: set[str], **dialect: Any) -> list[dict[str, str]]:
-    rows = list(csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter="\t", **dialect))
-    if not rows or not columns <= set(rows[0]):
-        raise DataError(f"{path} needs the columns {', '.join(sorted(columns))}.")
-    return rows
-
-
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in numbered_lines(path):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number} is no JSON ({error}).") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number} is a JSON {type(row).__name__}, not an object.")
-        yield row
+    return fill(config.prompts.get(task, PROMPTS[task]), **values)
 
 
 def _parquet(path: Path) -> Any:
@@ -382,8 +323,3 @@ def _instructions(row: dict[str, Any]) -> tuple[dict[str, Any], ...]:
         {"id": i, "kwargs": {k: v for k, v in (own or {}).items() if v is not None}}
         for i, own in zip(ids, values, strict=True)
     )
-
-
-def _words(name: str) -> str:
-    """``coffeeDrink`` and ``alarm_set`` -> ``coffee drink``, ``alarm set``."""
-    return "".join(f" {c.lower()}" if c.isupper() else c for c in name).replace("_", " ").strip()

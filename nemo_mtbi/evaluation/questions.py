@@ -52,6 +52,8 @@ class LabelledConfig:
         split: of a table that holds several.
         prompts: wording of the question of each task, with the reader's ``{...}`` in the default ones.
         utterances: upper limit, the first ones of the table (0: all).
+        per_label: of ``voice``, questions for each label of an attribute at most, drawn by the cuts' ids (0: all), so
+            that rare labels count as much.
         max_new_tokens: of an answer; by default enough for the label, 512 where instructions are checked.
     """
 
@@ -61,4 +63,5 @@ class LabelledConfig:
     split: str | None = None
     prompts: dict[str, str] = field(default_factory=dict)
     utterances: int = 0
+    per_label: int = 0
     max_new_tokens: int | None = None

@@ -1,7 +1,7 @@
 """Conversations: several turns, each with any number of audios, whole answers or pieces of text as they come."""
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from nemo_mtbi.data.audio_stream import open_audio
+from nemo_mtbi.data.audio_stream import AudioBlocks, open_audio
 
 Audio = str | Path | np.ndarray | Tensor
 
@@ -49,7 +49,7 @@ class Conversation:
     def __init__(self, model: ConversationModel, system: str | None = None) -> None:
         self.model = model
         self.messages: list[dict[str, Any]] = [{"role": "system", "content": [system]}] if system else []
-        self.audios: list[Iterable[np.ndarray]] = []
+        self.audios: list[AudioBlocks] = []
 
     def ask(self, prompt: str, audio: Audio | Sequence[Audio] = (), **generation: Any) -> str:
         """The answer to the next question.
@@ -110,7 +110,7 @@ class Conversation:
             options["audios"] = audios
         return messages, audios, options
 
-    def _open(self, audio: Audio) -> Iterable[np.ndarray]:
+    def _open(self, audio: Audio) -> AudioBlocks:
         if isinstance(audio, str | Path):
             return open_audio(audio, self.model.sampling_rate)
         return [torch.as_tensor(audio, dtype=torch.float32).cpu().numpy()]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from nemo_mtbi.data.audio_stream import open_audio
+from nemo_mtbi.data.audio_stream import AudioBlocks, open_audio
 from nemo_mtbi.data.example import Piece, plan_batch
 from nemo_mtbi.data.interleaving import SpeechSpan
 from nemo_mtbi.data.literal import literal_encoding
@@ -19,8 +19,8 @@ from nemo_mtbi.data.rendering import AudioTag, Message, PromptRenderer
 from nemo_mtbi.data.time_marks import require_time_marks, with_time_marks
 from nemo_mtbi.errors import DataError
 from nemo_mtbi.models.conversation import Audio, Conversation
+from nemo_mtbi.models.hearing import Heard, hear
 from nemo_mtbi.models.layout import build_inputs
-from nemo_mtbi.models.hearing import AudioBlocks, Heard, hear
 from nemo_mtbi.models.speech import batch_features, connect, fused
 from nemo_mtbi.modules.causal_lm import end_of_turn, lent_embedding, stop_ids, without_adapters
 from nemo_mtbi.modules.connectors.base import SpeechEmbeddings

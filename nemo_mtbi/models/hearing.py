@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from nemo_mtbi.data.audio import collate_waveforms
-from nemo_mtbi.data.audio_stream import AudioStream, seconds_of
+from nemo_mtbi.data.audio_stream import AudioBlocks, seconds_of
 from nemo_mtbi.data.audio_windows import Window, Windows, audio_windows
 from nemo_mtbi.data.time_marks import marks
 from nemo_mtbi.errors import DataError
@@ -24,8 +23,6 @@ from nemo_mtbi.modules.perception import encoder_frame_seconds, window_samples
 
 PASS_SECONDS = 240.0  # of audio that is encoded and connected together
 
-AudioBlocks = AudioStream | Sequence[np.ndarray]  # an audio, float32 (S_i,) each
-
 
 @dataclass(frozen=True)
 class Heard:
@@ -36,8 +33,8 @@ class Heard:
 
     def rows(self, indices: list[int]) -> "Heard":
         """Those audios, in that order."""
-        own = {f.name: getattr(self.speech, f.name) for f in fields(SpeechEmbeddings)}
-        chosen = {name: None if values is None else values[indices] for name, values in own.items()}
+        own: dict[str, Any] = {f.name: getattr(self.speech, f.name) for f in fields(SpeechEmbeddings)}
+        chosen: dict[str, Any] = {name: None if values is None else values[indices] for name, values in own.items()}
         return Heard(SpeechEmbeddings(**chosen), [self.seconds[index] for index in indices])
 
 

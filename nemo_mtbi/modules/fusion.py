@@ -20,7 +20,10 @@ from nemo_mtbi.modules.connectors.base import NO_TOKEN, SpeechEmbeddings, frame_
 
 SMALLEST = 1e-6  # of a position's content: none is lost altogether
 TOGETHER = 8192  # positions that are worked on at once
-HELD, HELD_BUDGETS = 8192, 8  # positions of one audio, or so many times its budget, that are held until its end is heard
+HELD, HELD_BUDGETS = (
+    8192,
+    8,
+)  # positions of one audio, or so many times its budget, that are held until its end is heard
 
 
 class Fusion(nn.Module):

@@ -52,7 +52,7 @@ def with_noise(cut: Cut, samples: np.ndarray, rate: int, config: NoiseConfig, fo
     rng = np.random.default_rng(list(hashlib.blake2b(f"{config.seed}/{cut.id}".encode()).digest()))
     if rng.random() >= config.share or not samples.any() or not isinstance(cut, MonoCut):
         return cut, samples
-    snr = float(rng.uniform(*config.snr_db))
+    snr = float(rng.uniform(config.snr_db[0], config.snr_db[1]))
     added = noise(len(samples), rng).astype(np.float32)
     power, of_noise = np.mean(np.square(samples, dtype=np.float64)), np.mean(np.square(added, dtype=np.float64))
     mixed = samples + added * np.float32(np.sqrt(power / of_noise / 10 ** (snr / 10)))

@@ -183,7 +183,7 @@ class Preparation:
     def _settings_key(self) -> str:
         c = self.config
         metadata = [[s.name or s.path, s.metadata] for s in c.sources if s.metadata]
-        further = ["measured", metadata] if self.describer else [metadata] if metadata else []
+        further: list[Any] = ["measured", metadata] if self.describer else [metadata] if metadata else []
         further += [asdict(c.noise)] if c.noise.share else []
         return json.dumps([c.aligner, c.unaligned, c.min_seconds, c.max_seconds, c.max_words_per_second, *further])
 

@@ -1,13 +1,11 @@
 """Audio from the network: decoded with limits, whatever its header says."""
 
 import io
-from collections.abc import Iterable
 
-import numpy as np
 import soundfile
 
 from nemo_mtbi.data.audio import MIN_AUDIO_SECONDS, mono, resample
-from nemo_mtbi.data.audio_stream import STREAMED_FROM_SECONDS, AudioStream
+from nemo_mtbi.data.audio_stream import STREAMED_FROM_SECONDS, AudioBlocks, AudioStream
 from nemo_mtbi.errors import DataError
 
 MIN_RATE, MAX_RATE = 4_000, 192_000
@@ -18,7 +16,7 @@ class TooLong(DataError):
     """Audio of more seconds than a request may have."""
 
 
-def decode_audio(data: bytes, sampling_rate: int, max_seconds: float) -> Iterable[np.ndarray]:
+def decode_audio(data: bytes, sampling_rate: int, max_seconds: float) -> AudioBlocks:
     """WAV, FLAC, OGG/Opus or MP3 as blocks (S_i,) of float32 mono at ``sampling_rate``.
 
     Long audio stays encoded and is decoded as it is heard; :func:`nemo_mtbi.data.audio_stream.seconds_of` tells its

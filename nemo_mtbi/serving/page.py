@@ -4,7 +4,7 @@ Beside it the text LLM on the transcript, and the cascade.
 """
 
 import queue
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import gradio as gr
 import numpy as np
 from fastapi import FastAPI
 
-from nemo_mtbi.data.audio_stream import gaps_of, open_audio, seconds_of
+from nemo_mtbi.data.audio_stream import AudioBlocks, gaps_of, open_audio, seconds_of
 from nemo_mtbi.data.messages import NOTHING_HEARD
 from nemo_mtbi.errors import ConfigError, MTBIError
 from nemo_mtbi.evaluation.asr import RATE, WhisperASR
@@ -69,7 +69,7 @@ class Page:
     def _written(self, transcript: str, prompt: str) -> dict[str, Any]:
         return self.model.text_turn(_question(prompt), transcript)
 
-    def _open(self, audio: str | None, rate: int | None = None) -> Iterable[np.ndarray]:
+    def _open(self, audio: str | None, rate: int | None = None) -> AudioBlocks:
         if not audio:
             raise gr.Error("Record or upload speech first.")
         try:

@@ -1,13 +1,11 @@
 """One question to the batcher, and its answer as it grows."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
-
-from nemo_mtbi.data.audio_stream import Gap
+from nemo_mtbi.data.audio_stream import AudioBlocks, Gap
 from nemo_mtbi.serving.sampling import Draw, Sampling, TokenScore
 
 log = logging.getLogger(__name__)
@@ -50,7 +48,7 @@ class Request:
     """
 
     dialog: list[dict[str, Any]]
-    audios: list[Iterable[np.ndarray]]
+    audios: list[AudioBlocks]
     max_tokens: int
     on_piece: Callable[[Any], None]
     on_end: Callable[[str | Exception], None]

@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
+import soundfile
 import torch
-from lhotse import CutSet
+from lhotse import CutSet, Recording
 
 from nemo_mtbi.data.dataset import MTBIDataset
 from nemo_mtbi.data.description import DESCRIPTION_FIELD, Description
@@ -27,9 +29,15 @@ pytestmark = pytest.mark.unit
 TASKS = ["repeat", "voice_gender", "voice_description"]
 
 
-def described_cuts(path, count, label=lambda i: {"gender": "female", "age": "child", "speaking rate": "fast"}):
+def described_cuts(
+    path, count, label=lambda i: {"gender": "female", "age": "child", "speaking rate": "fast"}, audio=False
+):
     cuts = list(CutSet.from_file(write_cuts(path, count)))
     for i, cut in enumerate(cuts):
+        if audio:
+            file = path.parent / f"{cut.id}.wav"
+            soundfile.write(file, np.random.default_rng(i).uniform(-0.5, 0.5, 16_000), 16_000)
+            cut.recording = Recording.from_file(file)
         cut.supervisions[0].custom = {DESCRIPTION_FIELD: label(i)}
     CutSet(cuts).to_file(path)
     return str(path)
@@ -153,7 +161,9 @@ def test_connectors_that_carry_words_alone_are_refused(tmp_path, tiny_llm, tiny_
 
 
 def test_the_benchmark_asks_for_each_attribute_in_wordings_that_training_has_not(tmp_path):
-    cuts = described_cuts(tmp_path / "c.jsonl", 3, lambda i: {"gender": ["male", "female", "x"][i], "accent": "odd"})
+    cuts = described_cuts(
+        tmp_path / "c.jsonl", 3, lambda i: {"gender": ["male", "female", "x"][i], "accent": "odd"}, audio=True
+    )
     questions = list(READERS["voice"](LabelledConfig("voice", cuts), tmp_path))
     assert [(q.task, q.label) for q in questions] == [("gender", "male"), ("gender", "female")]
     held_out = [p.text for p in load_library()["voice_gender"].select("held_out")]
@@ -162,3 +172,20 @@ def test_the_benchmark_asks_for_each_attribute_in_wordings_that_training_has_not
     plain = LabelledConfig("voice", cuts, prompts={"described": ""}, split="age, gender")
     assert ["gender" in q.transcript for q in READERS["voice"](plain, tmp_path)] == [False, False]
     assert not list(READERS["voice"](LabelledConfig("voice", cuts, split="age"), tmp_path))
+
+
+def test_labels_are_balanced_and_parts_of_recordings_cut_out(tmp_path):
+    genders = ["male"] * 5 + ["female"] * 2
+    path = described_cuts(tmp_path / "c.jsonl", 7, lambda i: {"gender": genders[i]}, audio=True)
+    config = LabelledConfig("voice", path, per_label=2)
+    found = [q.label for q in READERS["voice"](config, tmp_path)]
+    assert sorted(found) == ["female", "female", "male", "male"]
+    assert [q.label for q in READERS["voice"](config, tmp_path)] == found
+    cuts = [cut.truncate(offset=0.1, duration=0.4) for cut in CutSet.from_file(path)]
+    CutSet.from_cuts(cuts).to_file(tmp_path / "parts.jsonl")
+    questions = list(READERS["voice"](LabelledConfig("voice", str(tmp_path / "parts.jsonl")), tmp_path / "audio"))
+    assert len({q.audio for q in questions}) == 7
+    for question, cut in zip(questions, cuts, strict=True):
+        samples, rate = soundfile.read(question.audio)
+        assert len(samples) == pytest.approx(0.4 * rate, abs=1) and question.audio.parent == tmp_path / "audio"
+        assert np.allclose(samples, cut.load_audio()[0], atol=1e-4)

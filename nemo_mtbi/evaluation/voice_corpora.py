@@ -1,0 +1,279 @@
+"""Readers of corpora whose labels are about the voice, in the forms in which they are published.
+
+| kind | path | asks |
+| --- | --- | --- |
+| ``voice`` | a manifest of ``mtbi prepare describe.enabled=true`` | each attribute |
+| ``cremad`` | a copy of CREMA-D: ``AudioWAV``, ``VideoDemographics.csv`` | emotion, gender |
+| ``ravdess`` | RAVDESS, speech: ``Actor_01`` to ``Actor_24`` | emotion, gender |
+| ``iemocap`` | IEMOCAP: ``Session1`` to ``Session5`` | emotion (of four classes, excitement is happiness), gender |
+| ``voxceleb`` | ``vox1_meta.csv`` or ``vox2_meta.csv`` beside ``wav`` (``dev/aac``, ``test/aac``) | gender |
+| ``air_bench`` | ``Foundation_meta.json`` of AIR-Bench beside its folders | its questions of four choices |
+| ``mmau`` | ``mmau-test-mini.json`` | its questions |
+
+``split``: of ``voice``, ``cremad``, ``ravdess`` and ``iemocap`` the attributes to ask for, of ``voxceleb`` the set
+(``dev``, ``test``), of ``air_bench`` task names, of ``mmau`` its ``task`` (default: ``speech``); several with commas.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lhotse import CutSet
+from lhotse.cut import Cut
+
+from nemo_mtbi.data.conversation import transcript
+from nemo_mtbi.data.description import DESCRIPTION_FIELD, DescribedText
+from nemo_mtbi.errors import DataError
+from nemo_mtbi.evaluation.corpus_tables import CHOICE_PROMPT, fill, folder_of
+from nemo_mtbi.evaluation.questions import LabelledConfig, Question
+from nemo_mtbi.io.text import read_text
+from nemo_mtbi.tasks.library import load_library, render_template
+
+PROMPTS = {
+    "emotion": CHOICE_PROMPT.replace("{question}", "How does the speaker feel?"),
+    "gender": CHOICE_PROMPT.replace("{question}", "What is the speaker's gender?"),
+    "question": CHOICE_PROMPT,
+}
+GENDERS = ("male", "female")
+CREMAD_EMOTIONS = {
+    "ANG": "angry",
+    "DIS": "disgusted",
+    "FEA": "afraid",
+    "HAP": "happy",
+    "NEU": "neutral",
+    "SAD": "sad",
+}
+CREMAD_SENTENCES = {
+    "IEO": "It's eleven o'clock.",
+    "TIE": "That is exactly what happened.",
+    "IOM": "I'm on my way to the meeting.",
+    "IWW": "I wonder what this is about.",
+    "TAI": "The airplane is almost full.",
+    "MTI": "Maybe tomorrow it will be cold.",
+    "IWL": "I would like a new alarm clock.",
+    "ITH": "I think I have a doctor's appointment.",
+    "DFA": "Don't forget a jacket.",
+    "ITS": "I think I've seen this before.",
+    "TSI": "The surface is slick.",
+    "WSI": "We'll stop in a couple of minutes.",
+}
+RAVDESS_EMOTIONS = ("neutral", "calm", "happy", "sad", "angry", "afraid", "disgusted", "surprised")
+RAVDESS_SENTENCES = ("Kids are talking by the door.", "Dogs are sitting by the door.")
+IEMOCAP_EMOTIONS = {"ang": "angry", "hap": "happy", "exc": "happy", "sad": "sad", "neu": "neutral"}
+IEMOCAP_LINE = re.compile(r"^\[[\d.]+ - [\d.]+\]\s+(\S+)\s+(\w{3})\s", re.MULTILINE)
+IEMOCAP_WORDS = re.compile(r"^(\S+) \[[\d.]+-[\d.]+\]: (.*)$", re.MULTILINE)
+
+
+def read_voice(config: LabelledConfig, folder: Path) -> Iterator[Question]:
+    """What a described manifest says of each voice: the held-out wordings of the tasks that ask for one attribute.
+
+    ``split`` names the attributes (comma-separated; default: all that a task asks for). The text topline reads the
+    description; without it, the transcripts are given as they are under ``prompts: {described: ""}``.
+    ``per_label`` balances the labels.
+    """
+    tasks = [t for t in load_library().values() if len(t.needs) == 1 and t.choices]
+    wanted = [name.strip() for name in config.split.split(",")] if config.split else [t.needs[0] for t in tasks]
+    described = None if config.prompts.get("described") == "" else DescribedText(least=99)
+    cuts = sorted(CutSet.from_file(config.path), key=lambda cut: _number(cut.id)) if config.per_label else None
+    counts = Counter[tuple[str, str]]()
+    for cut in CutSet.from_file(config.path) if cuts is None else cuts:
+        known = (cut.supervisions[0].custom or {}).get(DESCRIPTION_FIELD, {}) if cut.supervisions else {}
+        labels = [(t, str(known.get(t.needs[0]))) for t in tasks if t.needs[0] in wanted]
+        for task, label in labels:
+            counts[task.needs[0], label] += label in task.choices
+        due = [
+            (task, label)
+            for task, label in labels
+            if label in task.choices and (not config.per_label or counts[task.needs[0], label] <= config.per_label)
+        ]
+        if not due:
+            continue
+        read = described(cut, cut.id) if described else None
+        text, audio = transcript(cut) if read is None else read.text, _file_of(cut, folder)
+        for task, label in due:
+            wordings = task.select("held_out")
+            wording = wordings[_number(cut.id) % len(wordings)]
+            prompt = render_template(config.prompts.get(task.needs[0], wording.text), {"choices": task.choices})
+            yield Question(audio, task.needs[0], prompt, label, "accuracy", tuple(task.choices), text)
+
+
+def _number(cut_id: str) -> int:
+    return int(hashlib.blake2b(cut_id.encode(), digest_size=4).hexdigest(), 16)
+
+
+def _file_of(cut: Cut, folder: Path) -> Path:
+    """The recording of a cut; a file of its own where the cut is a part of it."""
+    recording = cut.recording
+    whole = cut.start == 0 and abs(cut.duration - recording.duration) < 0.01 and len(recording.sources) == 1
+    if whole and recording.sources[0].type == "file" and not recording.transforms:
+        return Path(recording.sources[0].source)
+    path = folder / f"{hashlib.blake2b(cut.id.encode(), digest_size=12).hexdigest()}.flac"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"part-{path.name}")
+        cut.save_audio(str(temporary))
+        temporary.replace(path)
+    return path
+
+
+def _asked(config: LabelledConfig, known: tuple[str, ...]) -> list[str]:
+    """The names in ``split``, all of ``known`` by default."""
+    asked = [name.strip() for name in config.split.split(",")] if config.split else list(known)
+    if unknown := sorted(set(asked) - set(known)):
+        raise DataError(f"split={config.split!r}: {unknown[0]!r} is none of {', '.join(known)}.")
+    return asked
+
+
+def _about(
+    config: LabelledConfig, audio: Path, labels: dict[str, tuple[str, tuple[str, ...]]], text: str | None = None
+) -> Iterator[Question]:
+    """Questions about one recording: of each attribute its label and choices."""
+    for name in _asked(config, tuple(labels)):
+        label, choices = labels[name]
+        prompt = fill(config.prompts.get(name, PROMPTS[name]), choices=", ".join(choices))
+        yield Question(audio, name, prompt, label, "accuracy", choices, text)
+
+
+def _some(files: list[Path], where: str) -> list[Path]:
+    if not files:
+        raise DataError(f"There is no {where}.")
+    return files
+
+
+def read_cremad(config: LabelledConfig, folder: Path) -> Iterator[Question]:
+    """``1001_DFA_ANG_XX.wav``: actor, sentence, emotion, intensity; the actors' sex is in a table."""
+    root = Path(config.path)
+    audio = folder_of(config, root / "AudioWAV")
+    table = csv.DictReader(io.StringIO(read_text(root / "VideoDemographics.csv"), newline=""))
+    sexes = {row["ActorID"].strip(): row["Sex"].strip().lower() for row in table}
+    emotions = tuple(CREMAD_EMOTIONS.values())
+    for file in _some(sorted(audio.glob("*.wav")), f"recording in {audio}"):
+        actor, sentence, emotion, *_ = [*file.stem.split("_"), "", "", ""]
+        if emotion not in CREMAD_EMOTIONS or actor not in sexes:
+            raise DataError(f"{file}: CREMA-D's names are ACTOR_SENTENCE_EMOTION_LEVEL.wav, with actors of the table.")
+        labels = {"emotion": (CREMAD_EMOTIONS[emotion], emotions), "gender": (sexes[actor], GENDERS)}
+        yield from _about(config, file, labels, CREMAD_SENTENCES.get(sentence))
+
+
+def read_ravdess(config: LabelledConfig, folder: Path) -> Iterator[Question]:
+    """``03-01-06-01-02-01-12.wav``: modality, channel (01 speech), emotion, intensity, sentence, repetition, actor (odd
+    ones are men); songs and videos are left out."""
+    files = _some(sorted(Path(config.path).rglob("*-*-*-*-*-*-*.wav")), f"recording of RAVDESS in {config.path}")
+    for file in files:
+        try:
+            _, channel, emotion, _, sentence, _, actor = (int(part) for part in file.stem.split("-"))
+            labels = {
+                "emotion": (RAVDESS_EMOTIONS[emotion - 1], RAVDESS_EMOTIONS),
+                "gender": (GENDERS[(actor + 1) % 2], GENDERS),
+            }
+            text = RAVDESS_SENTENCES[sentence - 1]
+        except (ValueError, IndexError):
+            raise DataError(f"{file}: RAVDESS's names are seven numbers, such as 03-01-06-01-02-01-12.wav.") from None
+        if channel == 1:
+            yield from _about(config, file, labels, text)
+
+
+def read_iemocap(config: LabelledConfig, folder: Path) -> Iterator[Question]:
+    """The evaluations of each dialog, and its transcripts; turns of other emotions are left out."""
+    root = Path(config.path)
+    tables = sorted(root.glob("Session*/dialog/EmoEvaluation/Ses*.txt"))
+    emotions = tuple(dict.fromkeys(IEMOCAP_EMOTIONS.values()))
+    for table in _some(tables, f"Session*/dialog/EmoEvaluation/Ses*.txt in {root}"):
+        session, dialog = table.parents[2], table.stem
+        words = session / "dialog" / "transcriptions" / table.name
+        texts = dict(IEMOCAP_WORDS.findall(read_text(words))) if words.is_file() else {}
+        for turn, emotion in IEMOCAP_LINE.findall(read_text(table)):
+            if emotion not in IEMOCAP_EMOTIONS:
+                continue
+            gender = GENDERS[turn.rsplit("_", 1)[-1].startswith("F")]
+            labels = {"emotion": (IEMOCAP_EMOTIONS[emotion], emotions), "gender": (gender, GENDERS)}
+            audio = session / "sentences" / "wav" / dialog / f"{turn}.wav"
+            yield from _about(config, audio, labels, (texts.get(turn) or "").strip() or None)
+
+
+def read_voxceleb(config: LabelledConfig, folder: Path) -> Iterator[Question]:
+    """A table of speakers with tabs (VoxCeleb1) or commas (2); each speaker's recordings are in folders of videos."""
+    path = Path(config.path)
+    lines = [re.split(r"\s*[\t,]\s*", line.strip()) for line in read_text(path).splitlines() if line.strip()]
+    head = [name.casefold() for name in lines[0]] if lines else []
+    if not {"gender", "set"} <= set(head):
+        raise DataError(f"{path}: VoxCeleb's table begins with the names of its columns, Gender and Set among them.")
+    sets = {line[head.index("set")] for line in lines[1:]}
+    asked = _asked(config, tuple(sorted(sets)))
+    places = [path.parent / name for name in ("wav", "dev/aac", "test/aac")]
+    roots = [Path(config.audio)] if config.audio else [place for place in places if place.is_dir()]
+    if not roots:
+        raise DataError(f"There is none of {', '.join(map(str, places))} with the recordings of {path}; set audio.")
+    for line in lines[1:]:
+        speaker, own = line[0], dict(zip(head, line, strict=False))
+        if own["set"] not in asked:
+            continue
+        gender = {"m": "male", "f": "female"}[own["gender"].casefold()]
+        files = [f for root in roots for f in sorted((root / speaker).rglob("*")) if f.suffix in (".wav", ".m4a")]
+        for file in files:
+            yield from _about(LabelledConfig("", "", prompts=config.prompts), file, {"gender": (gender, GENDERS)})
+
+
+def read_air_bench(config: LabelledConfig, folder: Path) -> Iterator[Question]:
+    """Foundation questions: the recordings of a task and a corpus are in a folder ``TASK_CORPUS``."""
+    path = Path(config.path)
+    root = folder_of(config, path.parent)
+    rows = _entries(path, ("path", "question", "answer_gt", "task_name", "dataset_name"))
+    asked = _asked(config, tuple(sorted({row["task_name"] for row in rows})))
+    for row in rows:
+        if row["task_name"] in asked:
+            choices = [str(row.get(f"choice_{letter}") or "").strip() for letter in "abcd"]
+            name = row["path"] if row["task_name"] != "Audio_Grounding" else f"{row['path'][:-3]}flac"
+            audio = root / f"{row['task_name']}_{row['dataset_name']}" / name
+            yield _chosen(config, path, audio, row["task_name"], row["question"], choices, row["answer_gt"])
+
+
+def read_mmau(config: LabelledConfig, folder: Path) -> Iterator[Question]:
+    """Questions about speech, sound and music; recordings are named relative to the table."""
+    path = Path(config.path)
+    root = folder_of(config, path.parent)
+    rows = _entries(path, ("audio_id", "question", "choices", "answer", "task"))
+    asked = _asked(config, tuple(sorted({row["task"] for row in rows}))) if config.split else ["speech"]
+    for row in rows:
+        if row["task"] in asked:
+            task = row.get("sub-category") or row["task"]
+            yield _chosen(config, path, root / row["audio_id"], task, row["question"], row["choices"], row["answer"])
+
+
+def _chosen(
+    config: LabelledConfig, path: Path, audio: Path, task: str, question: str, choices: list[str], answer: str
+) -> Question:
+    choices = list(dict.fromkeys(c for c in choices if c))
+    if answer not in choices:
+        raise DataError(f"{path}: the answer {answer!r} to {question!r} is none of its choices.")
+    template = config.prompts.get(task, PROMPTS["question"])
+    prompt = fill(template, question=question.strip(), choices=", ".join(choices))
+    return Question(audio, task, prompt, answer, "accuracy", tuple(choices))
+
+
+def _entries(path: Path, needed: tuple[str, ...]) -> list[dict[str, Any]]:
+    try:
+        rows = json.loads(read_text(path))
+    except ValueError as error:
+        raise DataError(f"{path} is no JSON ({error}).") from error
+    for number, row in enumerate(rows if isinstance(rows, list) else [rows]):
+        if not isinstance(row, dict) or any(not row.get(key) for key in needed):
+            raise DataError(f"{path}, entry {number}: it needs {', '.join(needed)}.")
+    return list(rows)
+
+
+VOICE_READERS: dict[str, Callable[[LabelledConfig, Path], Iterator[Question]]] = {
+    "voice": read_voice,
+    "cremad": read_cremad,
+    "ravdess": read_ravdess,
+    "iemocap": read_iemocap,
+    "voxceleb": read_voxceleb,
+    "air_bench": read_air_bench,
+    "mmau": read_mmau,
+}

@@ -194,6 +194,7 @@ class Describer:
             for name in contradicting.get(str(supervision.get("speaker")), ()):
                 if labels.pop(name, None) is not None:
                     problems[f"{name}: speaker {supervision['speaker']} has several"] += 1
+                    self._relabel(supervision, labels, name)
             supervision["custom"] = {**(supervision.get("custom") or {}), DESCRIPTION_FIELD: labels}
             for name, label in labels.items():
                 counts[name][label] += 1
@@ -205,6 +206,14 @@ class Describer:
             "missing": dict(missing.most_common()),
             "problems": dict(problems.most_common(50)),
         }
+
+    def _relabel(self, supervision: dict[str, Any], labels: dict[str, str], gone: str) -> None:
+        """Labels of measures whose cut points hung on an attribute that has gone."""
+        measures = (supervision.get("custom") or {}).get(VOICE_FIELD, {})
+        for name, rule in self.rules.items():
+            if gone in rule.by and rule.measure and labels.pop(name, None) is not None:
+                label = rule.label(measures.get(rule.measure), labels)
+                labels |= {name: label} if label is not None else {}
 
     def _contradictions(self, described: list[tuple[dict[str, Any], dict[str, str]]]) -> dict[str, set[str]]:
         """Attributes of which a speaker's utterances (and their labels) say different things."""

@@ -21,7 +21,7 @@ Words = list[tuple[float, float]]  # begin and end in seconds
 
 MEASURES = {
     "seconds": "duration of the utterance",
-    "words_per_second": "words by the time from the first to the last",
+    "words_per_second": "words by the time from the first to the last, of two words or more",
     "pitch_hz": "median fundamental frequency of voiced frames (pYIN)",
     "pitch_range_semitones": "distance of its 10th and 90th percentile",
     "level_db": "root mean square of the frames in which words are, dB of full scale",
@@ -47,8 +47,10 @@ def measure(samples: np.ndarray, rate: int, words: Words, text: str) -> dict[str
         words = sorted(words)
         spoken = max(words[-1][1] - words[0][0], 1 / rate)
         gaps = [b - a for (_, a), (b, _) in pairwise(words) if b - a >= PAUSE_SECONDS]
-        found |= {"words_per_second": len(words) / spoken, "pauses": len(gaps), "pause_share": sum(gaps) / spoken}
-    elif text.split():
+        found |= {"pauses": len(gaps), "pause_share": sum(gaps) / spoken}
+        if len(words) > 1:  # one word is as fast as it is short
+            found["words_per_second"] = len(words) / spoken
+    elif len(text.split()) > 1:
         found["words_per_second"] = len(text.split()) * rate / len(samples)
     found |= _pitch(samples, rate)
     found |= _levels(samples, rate, words)

@@ -48,7 +48,9 @@ def test_rate_pauses_and_fillers_come_from_the_words():
     assert found["words_per_second"] == 2.0 and found["pauses"] == 1 and found["fillers"] == 2
     assert found["pause_share"] == pytest.approx(0.25) and found["seconds"] == 2.5
     assert measure(voice(120.0, 2.0), RATE, [], "one two three")["words_per_second"] == 1.5
-    assert "pauses" not in measure(voice(120.0), RATE, [], "one")
+    assert "pauses" not in measure(voice(120.0), RATE, [], "one two")
+    for times in ([(0.2, 0.4)], []):
+        assert "words_per_second" not in measure(voice(120.0), RATE, times, "one")
 
 
 @pytest.mark.parametrize("ratio_db", [0.0, 10.0, 25.0])
@@ -88,6 +90,7 @@ def test_the_packages_rules():
     assert pitch.label(200, {"gender": "female", "age": "child"}) == "low" and pitch.label(200, {}) == "medium"
     with pytest.raises(DataError, match="gender: 'x9' is none of male, female"):
         gender.label("x9", {})
+    assert age.label(" Adult ", {}) == "adult" and age.label("senior", {}) == "senior"  # as some columns have it
     with pytest.raises(DataError, match="age: 'old' is no number"):
         age.label("old", {})
 
@@ -127,16 +130,16 @@ def test_contradicting_and_odd_metadata_is_counted(tmp_path):
     describer = Describer(DescribeConfig(enabled=True))
 
     def cut(name, gender, age, speaker="a"):
-        supervision = SupervisionSegment(
-            name, name, 0, 1, text="x", speaker=speaker, gender=gender, custom={"age": age}
-        )
+        own = {"age": age, "voice": {"pitch_hz": 150.0} if speaker == "a" else {}}
+        supervision = SupervisionSegment(name, name, 0, 1, text="x", speaker=speaker, gender=gender, custom=own)
         return {"id": name, "supervisions": [supervision.to_dict()]}
 
     cuts = [cut("1", "m", 20), cut("2", "f", 20), cut("3", "f", "twenty", "b"), cut("4", None, None, None)]
     report = {}
     describer.rewrite(cuts, report)
     labels = [c["supervisions"][0]["custom"][DESCRIPTION_FIELD] for c in cuts]
-    assert labels == [{"age": "adult"}, {"age": "adult"}, {"gender": "female"}, {}]
+    adult = {"age": "adult", "pitch": "medium"}  # of a voice of which no gender is known, not high for a man
+    assert labels == [adult, adult, {"gender": "female"}, {}]
     problems = report["described"]["problems"]
     assert problems == {"gender: speaker a has several": 2, "age: 'twenty' is no number": 1}
     assert report["described"]["missing"]["gender"] == 1 and report["described"]["attributes"]["age"] == {"adult": 2}

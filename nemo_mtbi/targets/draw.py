@@ -92,11 +92,13 @@ class PromptDrawer:
         return end_of_turn(self.tokenizer.tokenizer, generation)
 
     def tasks_of(self, cut: Cut, name: str) -> list[Task]:
-        """Tasks drawn for one cut."""
+        """Tasks drawn for one cut, of those that it has enough utterances for."""
         wanted = self.config.tasks_per_cut.get(name, len(self.tasks))
         rng = random.Random(f"{self.config.seed}/{cut.id}")
         count = int(wanted) + (rng.random() < wanted % 1 if wanted % 1 else 0)
-        return rng.sample(self.tasks, min(count, len(self.tasks)))
+        utterances = sum(bool(s.text) for s in cut.supervisions)
+        tasks = [task for task in self.tasks if task.utterances <= max(1, utterances)]
+        return rng.sample(tasks, min(count, len(tasks)))
 
     def prepare(self, cuts: list[Cut], name: str, answer: Callable[[list[Request]], dict[str, str]]) -> Values:
         """Values of the prompts' placeholders: drawn ones, and answers to the preparing turns.

@@ -40,7 +40,8 @@ class PrepareStep:
 class Task:
     """One task; see ``docs/tasks.md`` for the YAML.
 
-    ``needs``: attributes of the voice that it asks about; ``described``: it asks about the voice as a whole.
+    ``needs``: attributes of the voice that it asks about; ``described``: it asks about the voice as a whole;
+    ``utterances``: that the recording has at least.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Task:
     prepare: list[PrepareStep] = field(default_factory=list)
     needs: list[str] = field(default_factory=list)
     described: bool = False
+    utterances: int = 1
 
     @property
     def about_the_voice(self) -> bool:

@@ -7,6 +7,7 @@ import pytest
 import soundfile
 import torch
 from lhotse import CutSet, Recording
+from lhotse.utils import fastcopy
 
 from nemo_mtbi.data.dataset import MTBIDataset
 from nemo_mtbi.data.description import DESCRIPTION_FIELD, Description
@@ -78,6 +79,23 @@ def test_cuts_without_the_attribute_go_without_the_task(tmp_path, tiny_llm):
     assert tasks == [set(TASKS), {"repeat", "voice_description"}, {"repeat"}, {"repeat"}]
     side = [json.loads(line) for line in (folder / "rejected" / "train.jsonl").read_text().splitlines()]
     assert [r["filter"] for r in side] == ["undescribed"] * 5 and "gender" in json.dumps(side[0])
+
+
+def test_moments_are_compared_where_there_are_several(tmp_path, tiny_llm):
+    cuts = list(CutSet.from_file(described_cuts(tmp_path / "cuts.jsonl", 2)))
+    first, second = cuts[0].supervisions[0], fastcopy(cuts[0].supervisions[0], id="second", start=0.5, text="Good bye")
+    second.custom = {DESCRIPTION_FIELD: {"gender": "male"}}
+    first.duration = second.duration = 0.5
+    cuts[0].supervisions = [second, first]
+    CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl")
+    settings = described(tmp_path, tiny_llm, str(tmp_path / "cuts.jsonl"), task_names=["repeat", "voice_comparison"])
+    drawer = PromptDrawer(settings)
+    assert [[t.name for t in drawer.tasks_of(cut, "train")].count("voice_comparison") for cut in cuts] == [1, 0]
+    jobs = drawer.jobs(cuts[0], "train", drawer.prepare(cuts[:1], "train", lambda requests: {}))
+    (read,) = [job.described.text for job in jobs if job.task == "voice_comparison"]
+    lines = [line for line in read.splitlines() if line.startswith("Transcript")]
+    assert lines == [f"Transcript [00:00-00:00]: {first.text}", "Transcript [00:00-00:01]: Good bye"]
+    assert "The gender is male." in read.split("Good bye")[1]
 
 
 def test_tasks_about_the_voice_need_descriptions(tmp_path, tiny_llm):

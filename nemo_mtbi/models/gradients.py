@@ -9,6 +9,7 @@ from lightning import LightningModule
 from torch import Tensor
 
 from nemo_mtbi.config import ModelConfig
+from nemo_mtbi.io.transfer import to_device
 from nemo_mtbi.losses.vocabulary import VocabularyShard
 from nemo_mtbi.parallel.parts import gradient_norm, reduce_gradients
 from nemo_mtbi.parallel.ranks import rank_and_size, summed
@@ -63,7 +64,7 @@ class GradientMixin(LightningModule):
 
     def count_tokens(self, count: int) -> None:
         """Tokens that a micro-batch adds to the divisor of its optimizer step."""
-        counted = torch.tensor(float(count), device=self.device)
+        counted = to_device(float(count), self.device)
         self._window_count = counted if self._window_count is None else self._window_count + counted
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

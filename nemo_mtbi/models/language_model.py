@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.io.transfer import to_device
 from nemo_mtbi.modules.causal_lm import causal_lm, without_adapters
 
 
@@ -106,7 +107,7 @@ class PrefixStore:
         # A few kernels, whatever the number of layers and rows: the batch's different beginnings, then one selection.
         place = {row: index for index, row in enumerate(have)}
         different = torch.stack([_pad_columns(kept, columns) for kept in have.values()], 1)
-        chosen = torch.tensor([[place[row], len(row)] for row in rows], device=different.device)
+        chosen = to_device([[place[row], len(row)] for row in rows], different.device)
         batch = different.index_select(1, chosen[:, 0])
         return Prefix(list(zip(batch[::2], batch[1::2], strict=True)), chosen[:, 1])
 
@@ -119,7 +120,7 @@ def _pad_columns(tensor: Tensor, columns: int) -> Tensor:
 def pad_right(sequences: list[list[int]], device: torch.device) -> Tensor:
     """Token lists -> ids (B, L) padded with 0 on the right."""
     width = max(map(len, sequences))
-    return torch.tensor([sequence + [0] * (width - len(sequence)) for sequence in sequences]).to(device)
+    return to_device([sequence + [0] * (width - len(sequence)) for sequence in sequences], device)
 
 
 @torch.no_grad()

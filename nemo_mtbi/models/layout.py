@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from nemo_mtbi.data.example import Piece
 from nemo_mtbi.data.interleaving import SpeechSpan
-from nemo_mtbi.modules.connectors.base import SpeechEmbeddings, frame_mask
+from nemo_mtbi.io.transfer import all_to_device
+from nemo_mtbi.modules.connectors.base import SpeechEmbeddings
 
 
 def build_inputs(
@@ -35,15 +36,14 @@ def build_inputs(
     lengths, centers = [int(row[0]) for row in places], [row[1:] for row in places]
     layout = lay_out_batch(pieces, responses, lengths, centers, speech_seconds, frame_seconds, device)
     text = embed_tokens(layout.text_ids)
-    valid = frame_mask(speech.lengths, speech.embeddings.shape[1])
-    rows = torch.cat([text, speech.embeddings[valid].to(text.dtype)])
+    rows = torch.cat([text, speech.embeddings.flatten(0, 1).to(text.dtype)])
     # index_select: the backward of rows[index] is serial on CPUs.
     return rows.index_select(0, layout.index.flatten()).unflatten(0, layout.index.shape), layout
 
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How to build the LLM's input from ``cat([embed(text_ids), speech])``.
+    """How to build the LLM's input from ``cat([embed(text_ids), speech])``, padding of the speech included.
 
     Attributes:
         text_ids: (N,) tokens to embed.
@@ -78,15 +78,16 @@ def lay_out_batch(
     Args:
         pieces: of each example's prompt.
         responses: response tokens of each example; the last one is predicted but never an input.
-        speech_lengths: connector positions of each audio; the M speech rows are these, concatenated.
-        speech_centers: time of each position in encoder frames.
+        speech_lengths: connector positions of each audio.
+        speech_centers: time of each position in encoder frames, of each audio as many with the padding; the M speech
+            rows are these, concatenated.
         speech_seconds: duration of each audio; a span that reaches it takes every position that is left.
         frame_seconds: duration of an encoder frame.
         device: where the tensors go.
     """
     offsets = [0]
-    for length in speech_lengths:
-        offsets.append(offsets[-1] + length)
+    for centers in speech_centers:
+        offsets.append(offsets[-1] + len(centers))
     text_ids: list[int] = []
     rows: list[list[int]] = []  # text: token position; speech: -1 - speech row
     empty = 0
@@ -114,18 +115,8 @@ def lay_out_batch(
     ]
     response_ids = [t for r in responses for t in r]
     plans = [torch.tensor(p, dtype=torch.long) for p in (text_ids, [len(r) for r in rows], response_rows, response_ids)]
-    text, lengths, rows_of_responses, ids_of_responses, index = on_device([*plans, index], torch.device(device))
+    text, lengths, rows_of_responses, ids_of_responses, index = all_to_device([*plans, index], torch.device(device))
     return BatchLayout(text, index, lengths, rows_of_responses, ids_of_responses, [len(r) for r in responses], empty)
-
-
-def on_device(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Tensors of one type that lie on the CPU, in one transfer that the CPU does not wait for."""
-    if device.type == "cpu":
-        return tensors
-    flat = torch.cat([t.flatten() for t in tensors])
-    flat = (flat.pin_memory() if device.type == "cuda" else flat).to(device, non_blocking=True)
-    parts = flat.split([t.numel() for t in tensors])
-    return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
 
 
 def _positions(span: SpeechSpan, centers: list[float], audio_seconds: float, frame_seconds: float) -> list[int]:

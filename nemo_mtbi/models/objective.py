@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nemo_mtbi.config import ImitationConfig
 from nemo_mtbi.data.example import Example
 from nemo_mtbi.errors import DataError
+from nemo_mtbi.io.transfer import to_device
 from nemo_mtbi.losses.alignment import word_alignment_loss
 from nemo_mtbi.losses.head import Head
 from nemo_mtbi.losses.imitation import ImitationLoss, imitation_loss
@@ -305,5 +306,5 @@ def sums_by_task(examples: list[Example], layout: BatchLayout, loss: ImitationLo
     places = [tasks.index(e.task) for e, n in zip(examples, layout.response_counts, strict=True) for _ in range(n)]
     values = loss.per_token.detach()
     rows = torch.stack([values, loss.agreed.to(values.dtype), torch.ones_like(values)], 1)
-    sums = rows.new_zeros(len(tasks), 3).index_add(0, torch.tensor(places, device=rows.device), rows)
+    sums = rows.new_zeros(len(tasks), 3).index_add(0, to_device(places, rows.device), rows)
     return dict(zip(tasks, sums, strict=True))

@@ -133,6 +133,8 @@ def encode(perception: Any, audios: Tensor, audio_lens: Tensor) -> tuple[Tensor,
     if frozen:
         perception.encoder.eval()
     with torch.no_grad() if frozen else torch.enable_grad():
+        if getattr(perception.preprocessor, "takes_lengths_on_cpu", False):
+            audio_lens = audio_lens.cpu()  # once for both
         mel, mel_lens = perception.preprocessor(input_signal=audios, length=audio_lens)
         if perception.spec_augmentation is not None and perception.training:
             mel = perception.spec_augmentation(input_spec=mel, length=mel_lens)

@@ -16,6 +16,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder as HFWhi
 
 from nemo_mtbi.data.audio_windows import WINDOW_SECONDS
 from nemo_mtbi.errors import ConfigError, DataError
+from nemo_mtbi.io.transfer import to_device
 
 SAMPLE_RATE, N_FFT, HOP_SAMPLES = 16_000, 400, 160
 WINDOW_FRAMES = WINDOW_SECONDS * SAMPLE_RATE // HOP_SAMPLES
@@ -68,6 +69,7 @@ def passes(jobs: dict[int, list[int]]) -> Iterator[tuple[int, list[int]]]:
 class WhisperPreprocessor(nn.Module):
     """Log-mel features of Whisper (openai/whisper ``audio.py``), batched, independent of the batch's padding."""
 
+    takes_lengths_on_cpu = True  # and the encoder too: both need them there
     filters: Tensor
     window: Tensor
 
@@ -99,7 +101,7 @@ class WhisperPreprocessor(nn.Module):
     @torch.no_grad()
     def forward(self, input_signal: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         """input_signal (B, S), length (B,) samples -> log-mel (B, M, F) in fp32, also under autocast, and valid frames
-        (B,).
+        (B,), where ``length`` is.
         """
         with torch.autocast(input_signal.device.type, enabled=False):
             return self._log_mel(input_signal, length)
@@ -107,7 +109,7 @@ class WhisperPreprocessor(nn.Module):
     def _log_mel(self, input_signal: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         frames = ((length + HOP_SAMPLES - 1) // HOP_SAMPLES).clamp_min(1)
         padded = max(self.policy.padded_frames(n) for n in frames.tolist())
-        signal = input_signal.float()
+        signal, length = input_signal.float(), to_device(length, input_signal.device)
         signal = signal.masked_fill(torch.arange(signal.shape[1], device=signal.device) >= length[:, None], 0.0)
         # Zeros after the end stand in for Whisper's reflection there, so that a row never depends on its neighbours.
         tail = padded * HOP_SAMPLES + N_FFT // 2 - signal.shape[1]
@@ -173,7 +175,7 @@ class WhisperEncoder(nn.Module):
                 mel = torch.cat([mel, silence[group, None, None].expand(-1, mel.shape[1], missing)], 2)
             for row, states in zip(group, self._encode(mel), strict=True):
                 rows[row] = states[: math.ceil(frames[row] / SUBSAMPLING)]
-        lengths = torch.tensor([len(r) for r in rows], device=audio_signal.device)
+        lengths = to_device([len(r) for r in rows], audio_signal.device)
         return nn.utils.rnn.pad_sequence(rows, batch_first=True).transpose(1, 2), lengths
 
     def _encode(self, mel: Tensor) -> Tensor:

@@ -170,10 +170,8 @@ class CTCCompressConnector(TokenConnector):
         best = self.agreed(log_probs.argmax(-1))
         emitted = (best != 0) & valid
         # Silence or noise without a token still gives the LLM one position: the frame nearest to emitting one.
-        empty = ~emitted.any(1)
-        if empty.any():
-            loudest = self.agreed(log_probs[..., 0].masked_fill(~valid, torch.inf).argmin(1))
-            emitted[empty, loudest[empty]] = True
+        loudest = self.agreed(log_probs[..., 0].masked_fill(~valid, torch.inf).argmin(1))
+        emitted |= torch.zeros_like(emitted).scatter(1, loudest[:, None], ~emitted.any(1, keepdim=True))
         previous = nn.functional.pad(best, (1, 0), value=-1)[:, :-1]
         previous_emitted = nn.functional.pad(emitted, (1, 0))[:, :-1]
         starts = emitted & ((best != previous) | ~previous_emitted)
@@ -181,7 +179,8 @@ class CTCCompressConnector(TokenConnector):
         positions = int(counts.max())
         run = (starts.cumsum(1) - 1).clamp_min(0)
         slot = torch.arange(batch, device=run.device)[:, None] * positions + run
-        slot, rows = slot[emitted], emitted.nonzero(as_tuple=True)
+        rows = emitted.nonzero(as_tuple=True)
+        slot = slot[rows]
 
         probs = log_probs[rows].exp()
         weight = (1 - probs[:, 0]).clamp_min(1e-6)

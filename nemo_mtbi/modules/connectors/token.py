@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from nemo_mtbi.data.example import Example
-from nemo_mtbi.modules.connectors.base import Connector, SpeechEmbeddings
+from nemo_mtbi.io.transfer import to_device
+from nemo_mtbi.modules.connectors.base import Connector, SpeechEmbeddings, frame_mask
 
 
 class TokenConnector(Connector):
@@ -39,13 +40,15 @@ class TokenConnector(Connector):
     def word_centers(self, speech: SpeechEmbeddings, examples: list[Example], frame_seconds: float) -> Tensor:
         """Centers that put every position inside the unit that it belongs to by order."""
         assert speech.labels is not None
-        centers = speech.centers.clone()
-        for row, (example, count) in enumerate(zip(examples, speech.lengths.tolist(), strict=True)):
+        placed = []
+        labels = torch.cat([speech.lengths[:, None], speech.labels], 1).tolist()  # one transfer
+        for example, (count, *emitted) in zip(examples, labels, strict=True):
             spoken = [self.labels_of(example.prompt_ids[u.token_begin : u.token_end]) for u in example.units]
             middles = [(u.start_seconds + u.end_seconds) / 2 / frame_seconds - 0.5 for u in example.units]
-            units = units_by_order(speech.labels[row, :count].tolist(), spoken)
-            centers[row, :count] = torch.tensor([middles[u] for u in units]).to(centers)
-        return centers
+            units = units_by_order(emitted[:count], spoken)
+            placed.append([middles[u] for u in units] + [0.0] * (len(emitted) - count))
+        centers = to_device(placed, speech.centers.device, torch.float64).to(speech.centers.dtype)
+        return torch.where(frame_mask(speech.lengths, centers.shape[1]), centers, speech.centers)
 
 
 def units_by_order(emitted: list[int], spoken: list[list[int]]) -> list[int]:

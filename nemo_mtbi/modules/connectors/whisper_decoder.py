@@ -18,6 +18,7 @@ from nemo_mtbi.data.audio_windows import Windows
 from nemo_mtbi.data.literal import literal_encoding
 from nemo_mtbi.data.messages import NOTHING_HEARD
 from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.io.transfer import all_to_device, to_device
 from nemo_mtbi.losses.head import Head
 from nemo_mtbi.losses.imitation import imitation_loss
 from nemo_mtbi.losses.objective import CROSS_ENTROPY
@@ -26,6 +27,7 @@ from nemo_mtbi.modules.connectors.base import Hypotheses, SpeechEmbeddings, eval
 from nemo_mtbi.modules.connectors.token import TokenConnector
 
 FRAMES_PER_SECOND = 50
+STEPS_BETWEEN_LOOKS = 8  # of a GPU's decoding, at whether all rows have ended
 OLD_RESIDUAL_SCALE = 5.0
 
 
@@ -242,8 +244,8 @@ class WhisperDecoderConnector(TokenConnector):
         targets = [ids[i] for i in kept]
         hidden = self._forced(features, frames, [own[:-1] for own in targets])
         states = hidden[:, len(self.prompt_ids) - 1 :]
-        flat = torch.tensor([token for own in targets for token in own], dtype=torch.long, device=features.device)
-        counts = torch.tensor([len(own) for own in targets], device=features.device)
+        flat = to_device([token for own in targets for token in own], features.device, torch.long)
+        counts = to_device([len(own) for own in targets], features.device)
         rows = states[frame_mask(counts, states.shape[1])]
         loss = imitation_loss(rows, Head(self._output_weight()), flat, CROSS_ENTROPY).loss if len(flat) else 0.0
         if self.no_speech_id is None:
@@ -289,9 +291,9 @@ class WhisperDecoderConnector(TokenConnector):
         return decoder.layer_norm(hidden)
 
     def _frame_mask(self, sizes: Tensor, frames: int) -> Tensor | None:
-        """(B, 1, 1, T) additive, or None where nothing is padded."""
+        """(B, 1, 1, T) additive, or None where nothing is padded, as far as the CPU knows."""
         valid = frame_mask(sizes, frames)
-        if bool(valid.all()):
+        if valid.device.type == "cpu" and bool(valid.all()):  # elsewhere, the CPU would wait for the answer
             return None
         zeros = torch.zeros(valid.shape, dtype=self.norm.weight.dtype, device=valid.device)
         return zeros.masked_fill(~valid, torch.finfo(zeros.dtype).min)[:, None, None]
@@ -310,7 +312,7 @@ class WhisperDecoderConnector(TokenConnector):
         width = max(map(len, tokens))
         ids = torch.tensor([self.prompt_ids + own + [self.eos_id] * (width - len(own)) for own in tokens])
         mask = self._frame_mask(sizes, features.shape[1])
-        return self._step(ids.to(features.device), 0, features, mask, None)
+        return self._step(to_device(ids, features.device), 0, features, mask, None)
 
     @torch.no_grad()
     def _write(
@@ -324,7 +326,7 @@ class WhisperDecoderConnector(TokenConnector):
         seconds = (sizes - len(self.silence)).float() / FRAMES_PER_SECOND
         limits = (seconds * self.max_tokens_per_second).ceil().long().add(8).clamp_max(self.max_tokens - 1)
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        ids = torch.tensor(self.prompt_ids, device=features.device).expand(len(sizes), -1)
+        ids = to_device(self.prompt_ids, features.device).expand(len(sizes), -1)
         begin = 0
         written: list[Tensor] = []
         states: list[Tensor] = []
@@ -345,7 +347,9 @@ class WhisperDecoderConnector(TokenConnector):
                 chosen = (logits / temperature).softmax(-1).multinomial(1)[:, 0]
             best = self.agreed(chosen)
             done |= (best == self.eos_id) | (limits <= len(states) - 1)
-            if bool(done.all()):
+            # On a GPU, a few steps too many cost less than waiting for each; all tokens after a row's end are ends.
+            every = 1 if done.device.type == "cpu" else STEPS_BETWEEN_LOOKS
+            if (len(states) % every == 0 or len(states) >= self.max_tokens) and bool(done.all()):
                 break
             ids = best.masked_fill(done, self.eos_id)[:, None]
             written.append(ids)
@@ -376,29 +380,34 @@ class WhisperDecoderConnector(TokenConnector):
         assert self._language_model is not None
         tokenizer, embed_tokens = self._language_model
         device = states.device
-        rows: list[list[tuple[int, int, float]]] = []  # LLM token, Whisper token, center
+        rows: list[list[tuple[int, int, float]]] = []  # LLM token, place of the Whisper token, center
         for own, frames, start in zip(tokens, lengths.tolist(), starts or [True] * len(tokens), strict=True):
             written = self._language_model_tokens(tokenizer, own, start)
             rows.append([(token, index, (index + 0.5) / max(1, len(own)) * frames) for token, index in written])
-        nothing = torch.tensor([not row for row in rows])
-        for row in rows:
+        about = [[float(not row)] for row in rows]
+        for row, note in zip(rows, about, strict=True):
             if not row:
                 row += [(t, 0, 0.0) for t in tokenizer(NOTHING_HEARD, add_special_tokens=False)["input_ids"]]
+            note.append(len(row))
         width = max(map(len, rows))
-        counts = torch.tensor([len(row) for row in rows], device=device)
-        padded = torch.tensor([row + [(0, 0, 0.0)] * (width - len(row)) for row in rows], dtype=torch.float64)
-        ids, token_index = (padded[..., i].long().to(device) for i in range(2))
-        valid = frame_mask(counts, width)
-        chosen = states[valid.nonzero()[:, 0], token_index[valid]]
+        flat = [(b * width + p, b, *own) for b, row in enumerate(rows) for p, own in enumerate(row)]
+        numbers = [torch.tensor(own, dtype=torch.float64) for own in (flat, about)]
+        (*parts, centers), (nothing, counts) = (t.unbind(1) for t in all_to_device(numbers, device))
+        at, utterance, token, index = (part.long() for part in parts)
+
+        def padded(values: Tensor) -> Tensor:
+            whole = values.new_zeros(len(rows) * width, *values.shape[1:])
+            return whole.index_copy(0, at, values).unflatten(0, (len(rows), width))
+
+        chosen = states[utterance, index]
         extra = self.residual(self.norm(chosen)) * (self.residual_scale * self.embedding_rms)
         if self.alternatives and torch.is_grad_enabled():
-            soft = self._likely_embeddings(chosen, token_index[valid] == 0)
+            soft = self._likely_embeddings(chosen, index == 0)
             extra = extra + (soft - soft.detach())
-        text = embed_tokens(ids[valid]).to(extra.dtype)
-        embeddings = text.new_zeros(*ids.shape, text.shape[-1])
-        embeddings[valid] = text + extra
-        centers = padded[..., 2].float().to(device)
-        return SpeechEmbeddings(embeddings, counts, centers, labels=ids, nothing_heard=nothing.to(device))
+        embeddings = padded(embed_tokens(token).to(extra.dtype) + extra)
+        return SpeechEmbeddings(
+            embeddings, counts.long(), padded(centers.float()), labels=padded(token), nothing_heard=nothing.bool()
+        )
 
     def fusable(self, speech: SpeechEmbeddings) -> Tensor | None:
         """None of them: they are the LLM's own tokens."""

@@ -5,7 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_mtbi.data.interleaving import SpeechSpan
-from nemo_mtbi.models.layout import lay_out_batch, on_device
+from nemo_mtbi.io.transfer import all_to_device
+from nemo_mtbi.models.layout import lay_out_batch
 
 pytestmark = pytest.mark.unit
 
@@ -30,7 +31,7 @@ def test_a_layout_goes_to_its_device_in_one_transfer():
 
     tensors = [torch.arange(6).view(2, 3), torch.empty(0, dtype=torch.long), torch.tensor([5])]
     with Transfers() as transfers:
-        moved = on_device(tensors, torch.device("meta"))
+        moved = all_to_device(tensors, torch.device("meta"))
     assert transfers.count == 1
     assert [(t.device.type, t.shape) for t in moved] == [("meta", t.shape) for t in tensors]
-    assert on_device(tensors, torch.device("cpu")) is tensors
+    assert all_to_device(tensors, torch.device("cpu")) is tensors

@@ -25,6 +25,7 @@ COMMANDS = {
     "export": ("export", "export", "write a .nemo file and a Hugging Face directory"),
     "generate": ("generate", "generate", "ask a model about recordings"),
     "serve": ("serve", "serve", "a web page and an OpenAI-compatible endpoint"),
+    "plan": ("plan", "plan", "what a training run would need on GPUs"),
     "quickstart": ("quickstart", "quickstart", "the whole method on this machine, offline"),
 }
 

@@ -63,14 +63,13 @@ def refusal(c: Candidate) -> str | None:
 
 def unasked(c: Candidate) -> str | None:
     """What a described transcript has beside the words, in an answer to a prompt that is not about the voice: times,
-    or an attribute with its label."""
+    or the name of an attribute."""
     if c.described is None or c.task.about_the_voice:
         return None
     answer, words = set(_words(c.response)), set(_words(c.transcript))
-    for name, label in c.described.labels:
-        both = {*_words(name), *_words(label)}
-        if both <= answer and not both <= words:
-            return f"says {name}: {label}"
+    for name, _ in c.described.labels:
+        if set(_words(name)) <= answer and not set(_words(name)) <= words:
+            return f"speaks of {name}"
     times = [t for t in TIME.findall(c.described.text) if t in c.response and t not in c.transcript]
     return f"says {times[0]!r}" if times else None
 

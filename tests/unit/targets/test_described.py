@@ -122,6 +122,7 @@ def candidate(task, response, described=FEMALE):
         ("repeat", "hello", False),
         ("repeat", "hello (gender: female)", True),
         ("repeat", "A speaker of female gender says hello.", True),
+        ("repeat", "It is about their age and gender.", True),
         ("repeat", "From 00:00 on: hello", True),
         ("voice_description", "gender: female", False),
     ],

@@ -1,0 +1,78 @@
+"""Configuration of ``mtbi plan`` (nothing heavy is imported, so that the launcher answers at once)."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from nemo_mtbi.errors import ConfigError
+
+
+@dataclass
+class Positions:
+    """Positions of an example.
+
+    Attributes:
+        prompt: tokens around the speech.
+        per_second: of the connector.
+        response: tokens.
+    """
+
+    prompt: int = 60
+    per_second: float = 12.5
+    response: int = 60
+
+
+@dataclass
+class PlanConfig:
+    """``conf/plan.yaml``.
+
+    Attributes:
+        llm: a hub name, a folder, ``offline:NAME``, or ``model_type`` and fields of a Transformers configuration.
+        encoder_parameters: of the frozen speech encoder; 0 with cached features.
+        connector_parameters: that are trained.
+        gpus: in all.
+        tensor_model_parallel_size: n.
+        gpu_memory_gb, gpu_tflops: of one GPU; dense bf16.
+        utilization: of ``gpu_tflops`` that the LLM's matrix products reach.
+        activation_checkpointing: as ``model.activation_checkpointing``.
+        teacher: ``cached`` (its log-probabilities come with the targets) or ``online`` (one forward pass more).
+        hours_of_speech, utterance_seconds: of the corpus.
+        examples_per_utterance: that are trained on, of an epoch.
+        epochs: rounds.
+        positions: see :class:`Positions`.
+        trust_remote_code: of the LLM's configuration.
+    """
+
+    llm: Any = MISSING
+    encoder_parameters: float = 0.64e9
+    connector_parameters: float = 20e6
+    gpus: int = 8
+    tensor_model_parallel_size: int = 1
+    gpu_memory_gb: float = 80.0
+    gpu_tflops: float = 989.0
+    utilization: float = 0.35
+    activation_checkpointing: bool = False
+    teacher: str = "cached"
+    hours_of_speech: float = 10_000.0
+    utterance_seconds: float = 10.0
+    examples_per_utterance: float = 1.0
+    epochs: float = 1.0
+    positions: Positions = field(default_factory=Positions)
+    trust_remote_code: bool = False
+
+    def check(self) -> None:
+        """
+        Raises:
+            ConfigError: names the setting.
+        """
+        for name in ("gpus", "tensor_model_parallel_size", "gpu_memory_gb", "gpu_tflops", "utilization"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name}={getattr(self, name)}: it must be above 0.")
+        if self.gpus % self.tensor_model_parallel_size:
+            raise ConfigError(
+                f"gpus={self.gpus} cannot be divided into groups of "
+                f"tensor_model_parallel_size={self.tensor_model_parallel_size}."
+            )
+        if self.utterance_seconds <= 0 or self.teacher not in ("cached", "online"):
+            raise ConfigError("utterance_seconds must be above 0, and teacher cached or online.")

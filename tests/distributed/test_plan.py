@@ -1,0 +1,63 @@
+"""`mtbi plan`: bytes on real layers, arithmetic beside them."""
+
+import pytest
+import torch.distributed as dist
+from transformers import LlamaConfig
+
+from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.parallel.plan import llm_bytes, plan
+from nemo_mtbi.parallel.plan_config import PlanConfig
+from tests.launching import launch
+
+pytestmark = pytest.mark.unit
+SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8, "num_key_value_heads": 4}
+SHAPE |= {"vocab_size": 1000, "num_hidden_layers": 3}
+LLAMA = LlamaConfig(**SHAPE, tie_word_embeddings=False)
+
+
+def test_bytes_are_those_of_the_layers():
+    whole, alone = llm_bytes(LLAMA, 1)
+    attention, mlp, norms = 2 * 64 * 64 + 2 * 64 * 32, 3 * 64 * 128, 2 * 64
+    assert whole == alone == 2 * (3 * (attention + mlp + norms) + 64 + 2 * 1000 * 64)
+    spread, own = llm_bytes(LLAMA, 4)
+    assert spread == whole and not dist.is_initialized()
+    # Norms are whole; Megatron pads the vocabulary of each rank to a multiple of 128 at most.
+    rest = own - 2 * (3 * (attention // 4 + mlp // 4 + norms) + 64)
+    assert 2 * 2 * 250 * 64 <= rest <= 2 * 2 * 384 * 64
+    with pytest.raises(ConfigError, match="does not divide this LLM"):
+        llm_bytes(LLAMA, 3)
+
+
+def test_what_fits_and_how_long_it_takes():
+    config = PlanConfig(llm="", gpus=4, hours_of_speech=100, utterance_seconds=8, gpu_memory_gb=6.0)
+    found = plan(config, LLAMA)
+    assert found.example_positions == 60 + 100 + 60 and found.examples == 45_000 and found.fits
+    free = 6e9 - sum(found.bytes_by_part.values())
+    assert found.longest_batch == int(free / (34 * 64 * 3))
+    assert found.hours == pytest.approx(found.examples * 220 / found.positions_per_second / 3600)
+    config.teacher = "online"
+    assert plan(config, LLAMA).hours == pytest.approx(1.5 * found.hours)
+    config.gpu_memory_gb = 2.0
+    assert not plan(config, LLAMA).fits
+    config.gpu_memory_gb, config.activation_checkpointing = 6.0, True
+    assert plan(config, LLAMA).longest_batch > found.longest_batch
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gpus": 6, "tensor_model_parallel_size": 4}, "gpus=6 cannot be divided into groups"),
+        ({"utilization": 0.0}, "utilization=0.0"),
+        ({"teacher": "offline"}, "teacher cached or online"),
+    ],
+)
+def test_impossible_settings_are_named(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        PlanConfig(llm="", **changes).check()
+
+
+def test_the_command_answers_without_weights():
+    shape = ", ".join(f"{name}: {value}" for name, value in SHAPE.items())
+    told = launch("plan", f"llm={{model_type: llama, {shape}}}", "gpus=8", "tensor_model_parallel_size=4")
+    assert "8 GPUs, 4 for each copy" in told and "GPU-hours" in told and "no measurement" in told
+    assert "Give a hub name" in launch("plan", "llm={model_type: nothing}", ok=False)

@@ -34,7 +34,7 @@ def main(cfg: DictConfig) -> None:
     model = open_speech_llm(cfg.model).to(device)
     model.listen_as(cfg.max_positions, cfg.positions_per_second, cfg.time_marks)
     name = cfg.name or Path(cfg.model).stem
-    batcher = Batcher(model, cfg.max_batch, cfg.max_waiting)
+    batcher = Batcher(model, cfg.max_batch, cfg.max_waiting, cfg.max_waiting_bytes)
     limits = Limits(
         max_tokens=cfg.max_tokens, max_audio_seconds=cfg.max_audio_seconds, max_body_bytes=cfg.max_body_bytes
     )

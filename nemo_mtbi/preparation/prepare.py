@@ -28,6 +28,7 @@ from nemo_mtbi.io.text import read_text
 from nemo_mtbi.preparation.describe import DescribeConfig, Describer
 from nemo_mtbi.preparation.no_speech import read_no_speech
 from nemo_mtbi.preparation.noisy import NoiseConfig, with_noise
+from nemo_mtbi.preparation.processes import in_processes
 from nemo_mtbi.preparation.sentences import read_sentences
 from nemo_mtbi.preparation.sources import READERS, Entry, SourceConfig
 from nemo_mtbi.preparation.voice_report import write_voice_report
@@ -86,6 +87,7 @@ class PrepareConfig:
         min_seconds, max_seconds: durations that are kept.
         max_words_per_second: transcripts that are longer cannot belong to their audio.
         split: see :class:`SplitConfig`.
+        workers: processes of this machine; the result is the same.
         noise: see :class:`nemo_mtbi.preparation.noisy.NoiseConfig`.
         describe: see :class:`nemo_mtbi.preparation.describe.DescribeConfig`.
     """
@@ -98,6 +100,7 @@ class PrepareConfig:
     max_seconds: float = 600.0
     max_words_per_second: float = 8.0
     split: SplitConfig = field(default_factory=SplitConfig)
+    workers: int = 1
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     describe: DescribeConfig = field(default_factory=DescribeConfig)
 
@@ -125,6 +128,8 @@ class Preparation:
                 f"split: shares {config.split.shares} must sum to 1, and by must be speaker or utterance."
             )
         config.noise.check()
+        if config.workers < 1:
+            raise ConfigError(f"workers={config.workers}: give at least 1.")
         self.config = config
         self.describer = Describer(config.describe) if config.describe.enabled else None
         self.folder = Path(config.output_dir)
@@ -164,21 +169,25 @@ class Preparation:
                 e.id for e in entries if e.id in done and ("skipped" in done[e.id] or done[e.id].get("text") != e.text)
             }
             todo = [e for e in entries if e.id not in done or e.id in stale]
-            for entry in console.progress(todo, desc="prepare", unit="utt", disable=not todo):
-                record: dict[str, Any] = {"id": entry.id, "settings": settings, "text": entry.text}
-                try:
-                    noticed: list[str] = []
-                    cut, unaligned, samples = self._prepare(entry, noticed)
-                    if not entry.silent:
-                        cut, samples = with_noise(cut, samples, ALIGNER_RATE, self.config.noise, self.folder / "noisy")
-                    if self.describer is not None:
-                        self.describer.measure(cut, samples, ALIGNER_RATE)
-                    record |= {"cut": cut.to_dict(), "unaligned": unaligned, "audio": noticed}
-                except Skip as skip:
-                    record["skipped"] = str(skip)
+            records = in_processes(self.record, todo, self.config.workers)
+            for record in console.progress(records, total=len(todo), desc="prepare", unit="utt", disable=not todo):
                 out.write(record)
-                done[entry.id] = record
+                done[record["id"]] = record
         return self._write([(e, done[e.id]) for e in entries])
+
+    def record(self, entry: Entry) -> dict[str, Any]:
+        """The journal's line about an utterance: its cut, or why it is skipped."""
+        record: dict[str, Any] = {"id": entry.id, "settings": self._settings_key(), "text": entry.text}
+        try:
+            noticed: list[str] = []
+            cut, unaligned, samples = self._prepare(entry, noticed)
+            if not entry.silent:
+                cut, samples = with_noise(cut, samples, ALIGNER_RATE, self.config.noise, self.folder / "noisy")
+            if self.describer is not None:
+                self.describer.measure(cut, samples, ALIGNER_RATE)
+            return record | {"cut": cut.to_dict(), "unaligned": unaligned, "audio": noticed}
+        except Skip as skip:
+            return record | {"skipped": str(skip)}
 
     def _settings_key(self) -> str:
         c = self.config

@@ -171,8 +171,8 @@ def read_longspeech_eval(config: LabelledConfig, folder: Path) -> Iterator[Quest
         if not isinstance(row, dict) or not all(row.get(key) for key in ("path", "question", "answer")):
             raise DataError(f"{path}, entry {number}: LongSpeech-Eval has path, question and answer.")
         answers = [str(a) for a in (row["answer"] if isinstance(row["answer"], list) else [row["answer"]])]
-        prompt = _prompt(config, "answer", question=row["question"].strip())
-        yield Question(audio / row["path"], "answer", prompt, answers[0], "answer", others=tuple(answers[1:]))
+        prompt = _prompt(config, "answer", question=str(row["question"]).strip())
+        yield Question(audio / str(row["path"]), "answer", prompt, answers[0], "answer", others=tuple(answers[1:]))
 
 
 def read_voicebench(config: LabelledConfig, folder: Path) -> Iterator[Question]:

@@ -104,9 +104,12 @@ def questions_on(recordings: list[LongRecording], model: MTBISALM, asking: Task,
     cuts = []
     for recording in recordings:
         own = [
-            Target(f"{recording.path.stem}/{place}", place, wording.id, q, _text(model, ids), ids, rendering=rendering)
+            Target(
+                f"{recording.path.stem}/{place}", place, wording.id, q, _text(model, ids), whole, rendering=rendering
+            )
             for (other, place), q, ids in zip(places, questions, answers, strict=True)
             if other is recording and ids
+            for whole in [ids if len(ids) == max_new_tokens else [*ids, model.end_of_turn()]]
         ]
         cut: Any = Recording.from_file(recording.path, recording_id=recording.path.stem).to_cut()
         segment = SupervisionSegment(cut.id, cut.recording_id, 0.0, cut.duration, text=recording.transcript)

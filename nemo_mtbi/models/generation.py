@@ -245,7 +245,12 @@ class SpeechLLM(nn.Module):
             rows = zip(audios.float().cpu(), audio_lens.tolist(), strict=True)
             audios = [[row[:length].numpy()] for row, length in rows]
         if audios:
-            return hear(self.perception, audios, device, on_heard, self.marks_seconds)
+            training = self.training
+            self.eval()
+            try:
+                return hear(self.perception, audios, device, on_heard, self.marks_seconds)
+            finally:
+                self.train(training)
         empty = torch.zeros(0, 0, self.llm.config.hidden_size, device=device)
         return Heard(SpeechEmbeddings(empty, torch.zeros(0, dtype=torch.long, device=device), empty[..., 0]), [])
 

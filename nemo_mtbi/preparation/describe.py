@@ -8,6 +8,7 @@ import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,11 @@ def load_attributes(path: str | Path | None = None) -> dict[str, Attribute]:
     for name, rule in rules.items():
         if problem := _problem(rule, rules):
             raise ConfigError(f"describe.attributes={file}, {name}: {problem}")
-    return dict(sorted(rules.items(), key=lambda item: bool(item[1].by)))
+    try:
+        order = list(TopologicalSorter({name: rule.by for name, rule in rules.items()}).static_order())
+    except CycleError as error:
+        raise ConfigError(f"describe.attributes={file}: {', '.join(error.args[1])} depend on each other.") from error
+    return {name: rules[name] for name in sorted(rules, key=order.index)}
 
 
 def _problem(rule: Attribute, rules: dict[str, Attribute]) -> str | None:

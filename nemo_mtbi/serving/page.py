@@ -14,7 +14,7 @@ from fastapi import FastAPI
 
 from nemo_mtbi.data.audio_stream import AudioBlocks, gaps_of, open_audio, seconds_of
 from nemo_mtbi.data.messages import NOTHING_HEARD
-from nemo_mtbi.errors import ConfigError, MTBIError
+from nemo_mtbi.errors import ConfigError, DataError, MTBIError
 from nemo_mtbi.evaluation.asr import RATE, WhisperASR
 from nemo_mtbi.models.generation import SpeechLLM
 from nemo_mtbi.serving.batching import Batcher
@@ -61,7 +61,11 @@ class Page:
     def cascade(self, audio: str | None, prompt: str, max_tokens: float) -> Iterator[tuple[str, str]]:
         """-> the ASR's transcript, and the text LLM's answer to it so far."""
         assert self.asr is not None
-        heard = self.asr.transcripts([np.concatenate(list(self._open(audio, RATE)))])[0]
+        try:
+            samples = np.concatenate(list(self._open(audio, RATE)))
+        except DataError as error:  # of long audio, which is read as it is needed
+            raise gr.Error(str(error)) from error
+        heard = self.asr.transcripts([samples])[0]
         yield heard, ""
         for text, _ in self._answer([self._written(heard or NOTHING_HEARD, prompt)], [], max_tokens):
             yield heard, text

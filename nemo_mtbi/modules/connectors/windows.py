@@ -15,7 +15,7 @@ from nemo_mtbi.modules.connectors.base import NO_TOKEN, SpeechEmbeddings, frame_
 def whole_utterances(speech: SpeechEmbeddings, windows: Windows | None) -> SpeechEmbeddings:
     """What a connector gave for N windows as the positions of B utterances, in order.
 
-    Of an utterance of which some window says something, the others' text for "nothing heard" is left out.
+    The text for "nothing heard" stands once, and only in an utterance of which no window says anything.
     """
     if windows is None:
         return speech
@@ -26,7 +26,8 @@ def whole_utterances(speech: SpeechEmbeddings, windows: Windows | None) -> Speec
     if nothing is not None:
         heard = torch.zeros(count, dtype=torch.long, device=device).index_add(0, owners, (~nothing).long())
         nothing = heard == 0
-        silent = speech.nothing_heard & ~nothing[owners]  # type: ignore[operator]
+        later = torch.tensor([not start for start in windows.starts], device=device)
+        silent = speech.nothing_heard & (~nothing[owners] | later)  # type: ignore[operator]
         kept = kept & ~(silent[:, None] & (speech.labels != NO_TOKEN))
     frames = torch.tensor(windows.begins, device=device)[:, None]
     lengths = _lengths(kept, owners, count)

@@ -200,6 +200,12 @@ def speech(lengths, labels, nothing):
     )
 
 
+def test_what_is_silent_as_a_whole_says_so_once():
+    given = speech([1, 2, 1], [[5, 0], [5, NO_TOKEN], [5, 0]], [True, True, True])
+    joined = whole_utterances(given, Windows([0, 0, 0], [0, 10, 30]))
+    assert joined.nothing_heard.tolist() == [True] and joined.labels.tolist() == [[5, NO_TOKEN]]
+
+
 def test_silent_windows_say_nothing_unless_all_are_silent():
     given = speech([2, 1, 2, 2], [[5, 6], [7, 0], [8, NO_TOKEN], [9, NO_TOKEN]], [False, True, True, True])
     joined = whole_utterances(given, Windows([0, 0, 0, 1], [0, 10, 30, 0]))

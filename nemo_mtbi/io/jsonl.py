@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -70,6 +70,48 @@ class Appender:
 
     def __exit__(self, *_: Any) -> None:
         self.file.close()
+
+
+class Journal(Appender):
+    """Lines that are found again by their ``id``; in memory are places alone, so that there may be millions.
+
+    Args:
+        path: read now, and appended to.
+        kept: what is remembered of a line beside its place; None: the line does not count.
+    """
+
+    def __init__(self, path: Path, kept: Callable[[dict[str, Any]], Any]) -> None:
+        super().__init__(path)
+        self.kept, self.places = kept, dict[str, tuple[int, Any]]()
+        self.stream, self.end = open(path, "rb"), 0
+        for number, line in enumerate(self.stream, 1):
+            try:
+                self._note(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}, line {number} is no JSON ({error}). Remove that line.") from error
+            self.end += len(line)
+
+    def _note(self, record: dict[str, Any]) -> None:
+        kept = self.kept(record)
+        if kept is not None:
+            self.places[record["id"]] = self.end, kept
+
+    def write(self, record: dict[str, Any]) -> None:
+        super().write(record)
+        self._note(record)
+        self.end = os.fstat(self.file.fileno()).st_size
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        """The last line of that id that counts."""
+        self.stream.seek(self.places[name][0])
+        return json.loads(self.stream.readline())
+
+    def __exit__(self, *error: Any) -> None:
+        self.stream.close()
+        super().__exit__(*error)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -187,29 +187,32 @@ class Describer:
                 found[name] = label
         return found
 
-    def rewrite(self, cuts: Iterable[dict[str, Any]], report: dict[str, Any]) -> None:
-        """Give cuts (as a manifest holds them) their descriptions, and say in ``report`` what there is.
+    def rewrite(self, cut: dict[str, Any], contradicting: dict[str, set[str]], tally: "Tally") -> None:
+        """Give a cut (as a manifest holds it) its descriptions.
 
-        Of a speaker whose cuts contradict each other in a field, that field is left out.
+        Args:
+            contradicting: of :meth:`contradictions`; these attributes are left out.
+            tally: counts.
         """
-        missing, problems, counts = Counter[str](), Counter[str](), defaultdict[str, Counter[str]](Counter)
-        described = [(s, self.describe(s, missing, problems)) for cut in cuts for s in cut["supervisions"]]
-        contradicting = self._contradictions(described)
-        for supervision, labels in described:
-            for name in contradicting.get(str(supervision.get("speaker")), ()):
+        for supervision in cut["supervisions"]:
+            labels = self.describe(supervision, tally.missing, tally.problems)
+            for name in sorted(contradicting.get(str(supervision.get("speaker")), ())):
                 if labels.pop(name, None) is not None:
-                    problems[f"{name}: speaker {supervision['speaker']} has several"] += 1
+                    tally.problems[f"{name}: speaker {supervision['speaker']} has several"] += 1
                     self._relabel(supervision, labels, name)
             supervision["custom"] = {**(supervision.get("custom") or {}), DESCRIPTION_FIELD: labels}
             for name, label in labels.items():
-                counts[name][label] += 1
-        report["described"] = {
-            "attributes": {name: dict(own.most_common()) for name, own in counts.items()},
+                tally.counts[name][label] += 1
+
+    def report(self, tally: "Tally") -> dict[str, Any]:
+        """What there is, by which rules."""
+        return {
+            "attributes": {name: dict(own.most_common()) for name, own in tally.counts.items()},
             "rules": {
                 r.name: {"from": r.field or r.measure, "labels": r.choices, "cuts": r.cuts} for r in self.rules.values()
             },
-            "missing": dict(missing.most_common()),
-            "problems": dict(problems.most_common(50)),
+            "missing": dict(tally.missing.most_common()),
+            "problems": dict(tally.problems.most_common(50)),
         }
 
     def _relabel(self, supervision: dict[str, Any], labels: dict[str, str], gone: str) -> None:
@@ -220,15 +223,32 @@ class Describer:
                 label = rule.label(measures.get(rule.measure), labels)
                 labels |= {name: label} if label is not None else {}
 
-    def _contradictions(self, described: list[tuple[dict[str, Any], dict[str, str]]]) -> dict[str, set[str]]:
+    def contradictions(self, cuts: Iterable[dict[str, Any]]) -> dict[str, set[str]]:
         """Attributes of which a speaker's utterances (and their labels) say different things."""
         said: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
         constant = [r.name for r in self.rules.values() if r.field in ("gender", "accent")]
-        for supervision, labels in described:
+        for supervision in (s for cut in cuts for s in cut["supervisions"]):
             if supervision.get("speaker") is not None:
+                labels = self.describe(supervision, Counter(), Counter())
                 for name in constant:
                     said[str(supervision["speaker"])][name] |= {labels[name]} if name in labels else set()
-        return {speaker: {n for n, labels in own.items() if len(labels) > 1} for speaker, own in said.items()}
+        found = {speaker: {n for n, labels in own.items() if len(labels) > 1} for speaker, own in said.items()}
+        return {speaker: names for speaker, names in found.items() if names}
+
+
+@dataclass
+class Tally:
+    """What a description of many cuts counts.
+
+    Attributes:
+        missing: attributes of which nothing is known.
+        problems: values that no rule understands, and speakers who contradict themselves.
+        counts: labels of each attribute.
+    """
+
+    missing: Counter[str] = dataclasses.field(default_factory=Counter)
+    problems: Counter[str] = dataclasses.field(default_factory=Counter)
+    counts: dict[str, Counter[str]] = dataclasses.field(default_factory=lambda: defaultdict(Counter))
 
 
 def read_speakers(path: str) -> dict[str, dict[str, str]]:

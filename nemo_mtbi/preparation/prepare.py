@@ -8,11 +8,13 @@ reasons).
 import hashlib
 import json
 import logging
+import uuid
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from lhotse.cut import Cut
@@ -25,7 +27,7 @@ from nemo_mtbi.data.rendering import TimedWord
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.io.text import read_text
-from nemo_mtbi.preparation.describe import DescribeConfig, Describer
+from nemo_mtbi.preparation.describe import DescribeConfig, Describer, Tally
 from nemo_mtbi.preparation.no_speech import read_no_speech
 from nemo_mtbi.preparation.noisy import NoiseConfig, with_noise
 from nemo_mtbi.preparation.processes import in_processes
@@ -152,10 +154,15 @@ class Preparation:
         Raises:
             DataError: a source is missing or empty, or no utterance is left.
         """
-        progress = self.folder / "prepared.jsonl"
         settings = self._settings_key()
-        with jsonl.Appender(progress) as out:
-            done = {r["id"]: r for r in jsonl.read(progress) if r.get("settings") == settings}
+
+        def kept(record: dict[str, Any]) -> tuple[bool, Any] | None:
+            """Whether it is skipped, and a hash of the transcript, of a record of these settings."""
+            if record.get("settings") != settings:
+                return None
+            return "skipped" in record, hash(record.get("text"))
+
+        with jsonl.Journal(self.folder / "prepared.jsonl", kept) as journal:
             entries = list(self._entries())
             duplicates = [i for i, n in Counter(e.id for e in entries).items() if n > 1]
             if duplicates:
@@ -165,15 +172,11 @@ class Preparation:
                     "Give the sources names, or name every recording once."
                 )
             # A changed transcript is prepared again, and a skipped utterance is tried again.
-            stale = {
-                e.id for e in entries if e.id in done and ("skipped" in done[e.id] or done[e.id].get("text") != e.text)
-            }
-            todo = [e for e in entries if e.id not in done or e.id in stale]
+            todo = [e for e in entries if journal.places.get(e.id, (0, None))[1] != (False, hash(e.text))]
             records = in_processes(self.record, todo, self.config.workers)
             for record in console.progress(records, total=len(todo), desc="prepare", unit="utt", disable=not todo):
-                out.write(record)
-                done[record["id"]] = record
-        return self._write([(e, done[e.id]) for e in entries])
+                journal.write(record)
+            return self._write(entries, journal)
 
     def record(self, entry: Entry) -> dict[str, Any]:
         """The journal's line about an utterance: its cut, or why it is skipped."""
@@ -262,63 +265,99 @@ class Preparation:
             raise Unalignable("no aligner is configured")
         return self.aligner.align(samples, entry.text)
 
-    def _write(self, records: list[tuple[Entry, dict[str, Any]]]) -> dict[str, Path]:
-        lines: dict[str, list[str]] = {}
-        report: dict[str, Any] = {"splits": {}}
-        skipped: Counter[str] = Counter()
-        places: dict[str, list[str]] = {}
-        unaligned: Counter[str] = Counter()
-        noticed: Counter[str] = Counter()
+    def _write(self, entries: list[Entry], journal: jsonl.Journal) -> dict[str, Path]:
+        """Manifests and report, from one record at a time."""
+        count, tally = Counts(), Tally()
+        contradicting: dict[str, set[str]] = {}
         if self.describer is not None:
-            self.describer.rewrite([r["cut"] for _, r in records if "skipped" not in r], report)
-        for entry, record in records:
-            if reason := record.get("skipped"):
-                skipped[reason] += 1
-                places.setdefault(reason, []).append(entry.where or entry.id)
-                continue
-            cut, split = record["cut"], self.config.split.assign(entry)
-            noticed.update(record.get("audio", ()))
-            stats = report["splits"].setdefault(split, {"utterances": 0, "hours": 0.0, "words": 0, "speakers": []})
-            stats["utterances"] += 1
-            stats["hours"] += cut["duration"] / 3600
-            stats["words"] += sum(len(s.get("text", "").split()) for s in cut["supervisions"])
-            speakers = {str(s["speaker"]) for s in cut["supervisions"] if s.get("speaker")}
-            stats["speakers"] = sorted({*stats["speakers"], *speakers})
-            if record.get("unaligned"):
-                unaligned[record["unaligned"]] += 1
-            lines.setdefault(split, []).append(jsonl.dumps(record["cut"]) + "\n")
-        report |= {
-            "skipped": sum(skipped.values()),
-            "skipped_reasons": dict(skipped.most_common()),
-            "skipped_where": {reason: places[reason][:MAX_PLACES] for reason, _ in skipped.most_common()},
-            "audio_repaired": dict(noticed.most_common()),
-            "without_word_times": sum(unaligned.values()),
-            "without_word_times_reasons": dict(unaligned.most_common(50)),
-        }
+            kept = (e.id for e in entries if not journal.places[e.id][1][0])
+            contradicting = self.describer.contradictions(journal[name]["cut"] for name in kept)
+        written: dict[str, Path] = {}
+        with ExitStack() as files:
+            streams: dict[str, TextIO] = {}
+            for entry in entries:
+                record = journal[entry.id]
+                if not count.visit(entry, record):
+                    continue
+                cut, split = record["cut"], self.config.split.assign(entry)
+                if self.describer is not None:
+                    self.describer.rewrite(cut, contradicting, tally)
+                count.keep(split, cut)
+                if split not in streams:
+                    written[split] = self.folder / f"cuts.{split}.jsonl"
+                    streams[split] = files.enter_context(jsonl.replacing(written[split], uuid.uuid4().hex))
+                streams[split].write(jsonl.dumps(cut) + "\n")
+        report = count.report()
+        if self.describer is not None:
+            report["described"] = self.describer.report(tally)
         jsonl.write_json(self.folder / "report.json", report)
         if self.describer is not None:
-            write_voice_report(self.folder / "voices.html", report, [r["cut"] for _, r in records if "cut" in r])
-        if not lines:
-            raise DataError(
-                f"No utterance is left: all {sum(skipped.values())} were skipped, most often "
-                f"{_first_place(skipped, places)}. See {self.folder / 'report.json'}."
-                if skipped
-                else "The sources hold no utterance."
-            )
-        if skipped:
-            log.warning(
-                f"{sum(skipped.values())} of {len(records)} utterances are left out, most often "
-                f"{_first_place(skipped, places)}. All reasons: {self.folder / 'report.json'}."
-            )
-        written = {}
+            cuts = (cut for path in written.values() for cut in jsonl.read(path))
+            write_voice_report(self.folder / "voices.html", report, cuts)
+        count.tell(self.folder / "report.json", len(entries))
         for old in self.folder.glob("cuts.*.jsonl"):
             name = old.name.removeprefix("cuts.").removesuffix(".jsonl")
-            if not name.endswith(".features") and name not in lines:
+            if not name.endswith(".features") and name not in written:
                 old.unlink()
-        for split, rows in lines.items():
-            written[split] = self.folder / f"cuts.{split}.jsonl"
-            jsonl.write_text(written[split], "".join(rows))
         return written
+
+
+class Counts:
+    """What a run has kept, and what it has left out and why."""
+
+    def __init__(self) -> None:
+        self.splits: dict[str, dict[str, Any]] = {}
+        self.skipped, self.unaligned, self.noticed = Counter[str](), Counter[str](), Counter[str]()
+        self.places: dict[str, list[str]] = {}
+
+    def visit(self, entry: Entry, record: dict[str, Any]) -> bool:
+        """Whether an utterance is kept."""
+        if reason := record.get("skipped"):
+            self.skipped[reason] += 1
+            places = self.places.setdefault(reason, [])
+            if len(places) < MAX_PLACES:
+                places.append(entry.where or entry.id)
+            return False
+        self.noticed.update(record.get("audio", ()))
+        if record.get("unaligned"):
+            self.unaligned[record["unaligned"]] += 1
+        return True
+
+    def keep(self, split: str, cut: dict[str, Any]) -> None:
+        own = self.splits.setdefault(split, {"utterances": 0, "hours": 0.0, "words": 0, "speakers": set()})
+        own["utterances"] += 1
+        own["hours"] += cut["duration"] / 3600
+        own["words"] += sum(len(s.get("text", "").split()) for s in cut["supervisions"])
+        own["speakers"] |= {str(s["speaker"]) for s in cut["supervisions"] if s.get("speaker")}
+
+    def report(self) -> dict[str, Any]:
+        return {
+            "splits": {name: {**own, "speakers": sorted(own["speakers"])} for name, own in self.splits.items()},
+            "skipped": sum(self.skipped.values()),
+            "skipped_reasons": dict(self.skipped.most_common()),
+            "skipped_where": {reason: self.places[reason] for reason, _ in self.skipped.most_common()},
+            "audio_repaired": dict(self.noticed.most_common()),
+            "without_word_times": sum(self.unaligned.values()),
+            "without_word_times_reasons": dict(self.unaligned.most_common(50)),
+        }
+
+    def tell(self, report: Path, entries: int) -> None:
+        """
+        Raises:
+            DataError: nothing is left.
+        """
+        if not self.splits:
+            raise DataError(
+                f"No utterance is left: all {sum(self.skipped.values())} were skipped, most often "
+                f"{_first_place(self.skipped, self.places)}. See {report}."
+                if self.skipped
+                else "The sources hold no utterance."
+            )
+        if self.skipped:
+            log.warning(
+                f"{sum(self.skipped.values())} of {entries} utterances are left out, most often "
+                f"{_first_place(self.skipped, self.places)}. All reasons: {report}."
+            )
 
 
 def read_textgrid(folder: Path, cut: Cut) -> list[TimedWord]:

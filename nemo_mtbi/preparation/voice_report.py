@@ -1,6 +1,7 @@
 """One page about the voices of a corpus: histograms with the cut points, labels, recordings to listen to."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,19 @@ EXAMPLES = 3  # recordings of each label
 _TEMPLATE = Path(__file__).with_name("voice_report.html.j2")
 
 
-def write_voice_report(path: Path, report: dict[str, Any], cuts: list[dict[str, Any]]) -> None:
+def write_voice_report(path: Path, report: dict[str, Any], cuts: Iterable[dict[str, Any]]) -> None:
     """Write the page.
 
     Args:
         path: of the HTML file.
-        report: with ``described``, as :meth:`nemo_mtbi.preparation.describe.Describer.rewrite` gives it.
+        report: with ``described``, as :meth:`nemo_mtbi.preparation.describe.Describer.report` gives it.
         cuts: described, as a manifest holds them.
     """
-    supervisions = [(cut, s) for cut in cuts for s in cut["supervisions"]]
+    utterances = 0
     values: dict[str, list[float]] = defaultdict(list)
     shown: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
-    for cut, supervision in supervisions:
+    for cut, supervision in ((own, s) for own in cuts for s in own["supervisions"]):
+        utterances += 1
         custom = supervision.get("custom") or {}
         for name, value in custom.get(VOICE_FIELD, {}).items():
             values[name].append(value)
@@ -35,7 +37,7 @@ def write_voice_report(path: Path, report: dict[str, Any], cuts: list[dict[str, 
         path,
         _TEMPLATE,
         d=report["described"],
-        utterances=len(supervisions),
+        utterances=utterances,
         picture=_histograms(values, rules),
         examples=[{"name": n, "label": label, "rows": rows} for (n, label), rows in sorted(shown.items())],
     )

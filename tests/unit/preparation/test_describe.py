@@ -11,7 +11,7 @@ from lhotse import CutSet, SupervisionSegment
 
 from nemo_mtbi.data.description import DESCRIPTION_FIELD
 from nemo_mtbi.errors import ConfigError, DataError
-from nemo_mtbi.preparation.describe import DescribeConfig, Describer, load_attributes, read_speakers
+from nemo_mtbi.preparation.describe import DescribeConfig, Describer, Tally, load_attributes, read_speakers
 from nemo_mtbi.preparation.prepare import Preparation, PrepareConfig
 from nemo_mtbi.preparation.sources import SourceConfig
 from nemo_mtbi.preparation.voice_measures import MEASURES, measure
@@ -140,8 +140,10 @@ def test_contradicting_and_odd_metadata_is_counted(tmp_path):
         return {"id": name, "supervisions": [supervision.to_dict()]}
 
     cuts = [cut("1", "m", 20), cut("2", "f", 20), cut("3", "f", "twenty", "b"), cut("4", None, None, None)]
-    report = {}
-    describer.rewrite(cuts, report)
+    tally, contradicting = Tally(), describer.contradictions(cuts)
+    for own in cuts:
+        describer.rewrite(own, contradicting, tally)
+    report = {"described": describer.report(tally)}
     labels = [c["supervisions"][0]["custom"][DESCRIPTION_FIELD] for c in cuts]
     adult = {"age": "adult", "pitch": "medium"}  # of a voice of which no gender is known, not high for a man
     assert labels == [adult, adult, {"gender": "female"}, {}]

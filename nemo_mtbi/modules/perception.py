@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from nemo.collections.speechlm2.modules import AudioPerceptionModule
 
 DECODER_TARGETS = ("WhisperDecoderConnector", "TwoChannelConnector")  # hold a Whisper's own decoder
+DENSE_TARGETS = ("StackMLPConnector", "ConvBottleneckConnector")
 WHISPER_KEYS = ("input_length", "round_seconds")
 
 
@@ -59,6 +60,8 @@ def setup_perception(model: Any) -> None:
                 taps = len(perception.encoder.get("taps", [])) if whisper else 0
                 width = perception.encoder.config.d_model if whisper else _nemo_config(name).encoder.d_model
                 adapter.feat_in = int(width) * (1 + taps)
+                if taps and adapter._target_.endswith(DENSE_TARGETS):
+                    adapter.setdefault("encoder_layers", 1 + taps)
         perception.output_dim = model.llm.config.hidden_size
     if built:
         model.perception = _build(perception)

@@ -9,6 +9,18 @@ from nemo_mtbi.modules.connectors.base import Connector, SpeechEmbeddings, frame
 from nemo_mtbi.modules.connectors.subsampling import ConvSubsampler
 
 
+def normalized(features: Tensor, layers: int) -> Tensor:
+    """(B, T, D) of several encoder layers side by side, each with mean 0 and variance 1 at every frame.
+
+    A Whisper's last layer is three to four times as large as the lower ones, which know the voice. One layer stays as
+    it is.
+    """
+    if layers == 1:
+        return features
+    each = features.unflatten(-1, (layers, -1))
+    return nn.functional.layer_norm(each, each.shape[-1:]).flatten(-2)
+
+
 class StackMLPConnector(Connector):
     """Stack ``factor`` frames, then a two-layer MLP (as SLAM-ASR and Ultravox).
 
@@ -17,17 +29,21 @@ class StackMLPConnector(Connector):
         output_dim: H, LLM width.
         factor: frames stacked into one position.
         hidden_dim: width of the MLP.
+        encoder_layers: K of them side by side in D (``perception.encoder_taps``), each normalized.
     """
 
-    def __init__(self, feat_in: int, output_dim: int, factor: int = 5, hidden_dim: int = 2048) -> None:
+    def __init__(
+        self, feat_in: int, output_dim: int, factor: int = 5, hidden_dim: int = 2048, encoder_layers: int = 1
+    ) -> None:
         super().__init__()
+        self.encoder_layers = encoder_layers
         self.subsampling_factor = factor
         self.norm = nn.LayerNorm(feat_in * factor)
         self.mlp = nn.Sequential(nn.Linear(feat_in * factor, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, output_dim))
 
     def connect(self, features: Tensor, lengths: Tensor) -> SpeechEmbeddings:
         batch, frames, width = features.shape
-        features = features * frame_mask(lengths, frames)[..., None]
+        features = normalized(features, self.encoder_layers) * frame_mask(lengths, frames)[..., None]
         padding = -frames % self.subsampling_factor
         stacked = nn.functional.pad(features, (0, 0, 0, padding)).reshape(batch, -1, width * self.subsampling_factor)
         embeddings = self.mlp(self.norm(stacked))
@@ -47,10 +63,14 @@ class ConvBottleneckConnector(Connector):
         output_dim: H, LLM width.
         layers: strided convolutions; 2^layers fewer positions.
         bottleneck_dim: width of the bottleneck.
+        encoder_layers: K of them side by side in D (``perception.encoder_taps``), each normalized.
     """
 
-    def __init__(self, feat_in: int, output_dim: int, layers: int = 3, bottleneck_dim: int = 512) -> None:
+    def __init__(
+        self, feat_in: int, output_dim: int, layers: int = 3, bottleneck_dim: int = 512, encoder_layers: int = 1
+    ) -> None:
         super().__init__()
+        self.encoder_layers = encoder_layers
         self.subsample = ConvSubsampler(feat_in, feat_in, layers)
         self.subsampling_factor = self.subsample.factor
         self.project = nn.Linear(feat_in, output_dim)
@@ -63,7 +83,7 @@ class ConvBottleneckConnector(Connector):
         self.norm = nn.LayerNorm(output_dim)
 
     def connect(self, features: Tensor, lengths: Tensor) -> SpeechEmbeddings:
-        hidden, lengths = self.subsample(features, lengths)
+        hidden, lengths = self.subsample(normalized(features, self.encoder_layers), lengths)
         hidden = self.project(hidden)
         hidden = self.norm(hidden + self.bottleneck(hidden))
         return SpeechEmbeddings(

@@ -53,7 +53,7 @@ def test_a_step_waits_seldom_and_starts_few_kernels(on_gpu, tiny_config, name):
     assert any(isinstance(p.grad, OnGPU) and bool(p.grad.data_on_cpu.any()) for p in trained)
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", ["dense", "ctc", "two_channel"])
 @torch.no_grad()
 def test_validation_and_generation_run_on_the_device(on_gpu, name):
     model, gpu = on_gpu(name)

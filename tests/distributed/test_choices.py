@@ -43,6 +43,7 @@ def worker(rank, parts, results):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_every_rank_emits_the_first_ones_tokens(tiny_llm, tiny_whisper):
     with mp.Manager() as manager:
         results = manager.dict()

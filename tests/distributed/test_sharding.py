@@ -144,7 +144,8 @@ def worker(rank, size, port, results):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 4])  # 4: key/value heads on several ranks
+# 4: key/value heads on several ranks
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_sharded_equals_whole(size):
     with mp.Manager() as manager:
         results = manager.dict()
@@ -214,6 +215,7 @@ def smollm2_worker(rank, size, port, folder, results):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_smollm2_read_shard_by_shard_on_three_ranks_says_the_same(smollm2):
     """The real model, from its files: greedy and beam search, and each rank's share of the parameters."""
     llm = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)

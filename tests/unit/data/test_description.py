@@ -30,31 +30,34 @@ def cut(*labels):
 
 def test_attributes_and_their_order_are_drawn_for_each_key():
     describe = DescribedText()
-    texts = [describe(cut(LABELS), str(key)) for key in range(200)]
-    assert texts == [describe(cut(LABELS), str(key)) for key in range(200)]
-    drawn = [re.fullmatch(r"\[00:00-00:02\] words 0 \{\{ text \}\} \((.*)\)", t)[1].split(", ") for t in texts]
+    found = [describe(cut(LABELS), str(key)) for key in range(200)]
+    assert found == [describe(cut(LABELS), str(key)) for key in range(200)]
+    read = [re.fullmatch(r"Transcript: words 0 \{\{ text \}\}\n(.*)", f.text, re.DOTALL)[1] for f in found]
+    drawn = [text.splitlines() for text in read]
     assert {len(own) for own in drawn} == {1, 2, 3, 4} and len({tuple(own) for own in drawn}) > 40
-    assert {pair for own in drawn for pair in own} == {f"{k}: {v}" for k, v in LABELS.items()}
+    assert {line for own in drawn for line in own} == {f"The {k} is {v}." for k, v in LABELS.items()}
+    assert all([f"The {k} is {v}." for k, v in f.labels] == own for f, own in zip(found, drawn, strict=True))
     assert all(len(set(own)) == len(own) for own in drawn)
 
 
 def test_what_is_asked_for_is_always_said():
     describe = DescribedText()
     for key in range(50):
-        text = describe(cut(LABELS), str(key), ["pitch", "age"])
-        assert "pitch: low" in text and "age: child" in text
+        found = describe(cut(LABELS), str(key), ["pitch", "age"])
+        assert "The pitch is low." in found.text and ("age", "child") in found.labels
     assert describe(cut(LABELS), "k", ["emotion"]) is None
     assert describe(cut(LABELS, {"age": "adult"}), "k", ["gender"]) is None
     assert describe(cut({}), "k") is None
 
 
 def test_every_utterance_has_its_line():
-    text = DescribedText(
+    found = DescribedText(
         "{{ speaker }} {{ start }}: {{ text }}{% if described %} <{{ attributes }}>{% endif %}", least=9
     )(cut({"age": "adult"}, {}, {"gender": "male"}), "k")
-    lines = text.splitlines()
+    lines = found.text.splitlines()
     assert [line.split(":")[0] for line in lines] == ["sp0 00", "sp1 00", "sp2 00"]
     assert lines[0].endswith("<age: adult>") and lines[1].endswith("}}") and lines[2].endswith("<gender: male>")
+    assert found.labels == (("age", "adult"), ("gender", "male"))
 
 
 @pytest.mark.parametrize(

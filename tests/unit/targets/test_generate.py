@@ -81,6 +81,7 @@ def test_where_nothing_is_said_the_answer_is_fixed(tmp_path, tiny_llm):
     assert manifest["by_manifest"]["train"]["kept"] == 4 and len(manifest["targets_by_task_and_prompt"]) == 3
 
 
+@pytest.mark.slow
 def test_a_half_written_answer_file_is_continued_to_the_same_bytes(tmp_path, tiny_llm, monkeypatch):
     monkeypatch.setattr("nemo_mtbi.targets.shards.CHUNK", 5)
     cuts = write_cuts(tmp_path / "cuts.jsonl", 12)

@@ -79,16 +79,16 @@ class AudioStream:
                 if wished - end > PART_TOLERANCE_SECONDS * rate:
                     self._note(end / rate, wished / rate, "the audio ends before")
                 end = min(end, wished)
-            size = round(BLOCK_SECONDS * rate)
+            size, probed = round(BLOCK_SECONDS * rate), False
             while place < end:
                 wanted = min(size, end - place)
                 block, reason = _read(file, place, wanted)
                 found = len(block)
                 if reason is not None:  # a decoder that lost its place seldom finds it again: a new one
-                    if not read and not found and not _anywhere(file, place, end):
-                        raise DataError(f"Nothing of the audio can be read ({reason}).")
                     file.close()
-                    file = self.open()
+                    if not read and not found and not probed and not self._anywhere(place, end, rate):
+                        raise DataError(f"Nothing of the audio can be read ({reason}).")
+                    file, probed = self.open(), True
                     if wanted > SMALL_BLOCK_SECONDS * rate:
                         size = round(SMALL_BLOCK_SECONDS * rate)
                         continue
@@ -101,6 +101,15 @@ class AudioStream:
                 yield change.resample_chunk(np.zeros(0, np.float32), last=True)
         finally:
             file.close()
+
+    def _anywhere(self, begin: int, end: int, rate: int) -> bool:
+        """Whether a second can be read at one of a few places, so that a file without audio is not read to its end."""
+        size = min(end - begin, rate)
+        for place in np.linspace(begin, end - size, PROBES).astype(int).tolist():
+            with self.open() as file:  # a decoder that has failed once finds nothing any more
+                if len(_read(file, place, size)[0]):
+                    return True
+        return False
 
     @property
     def seconds(self) -> float:
@@ -116,13 +125,6 @@ class AudioStream:
             self.gaps[-1] = Gap(last.begin_seconds, end, last.reason)
         else:
             self.gaps.append(Gap(begin, end, reason))
-
-
-def _anywhere(file: soundfile.SoundFile, begin: int, end: int) -> bool:
-    """Whether a second can be read at one of a few places, so that a file without audio is not read to its end."""
-    size = min(end - begin, file.samplerate)
-    places = np.linspace(begin, end - size, PROBES).astype(int).tolist()
-    return any(len(_read(file, place, size)[0]) for place in places)
 
 
 def _read(file: soundfile.SoundFile, place: int, wanted: int) -> tuple[np.ndarray, str | None]:

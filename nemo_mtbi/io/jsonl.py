@@ -98,8 +98,8 @@ class Journal(Appender):
 
     def write(self, record: dict[str, Any]) -> None:
         super().write(record)
+        self.end = self.file.tell() - len((dumps(record) + "\n").encode())  # where it was appended
         self._note(record)
-        self.end = os.fstat(self.file.fileno()).st_size
 
     def __enter__(self) -> "Journal":
         return self
@@ -107,7 +107,10 @@ class Journal(Appender):
     def __getitem__(self, name: str) -> dict[str, Any]:
         """The last line of that id that counts."""
         self.stream.seek(self.places[name][0])
-        return json.loads(self.stream.readline())
+        record = json.loads(self.stream.readline())
+        if record["id"] != name:
+            raise DataError(f"{self.file.name} was changed while it was read; run the same command again.")
+        return record
 
     def __exit__(self, *error: Any) -> None:
         self.stream.close()

@@ -137,7 +137,7 @@ def encode(perception: Any, audios: Tensor, audio_lens: Tensor) -> tuple[Tensor,
             audio_lens = audio_lens.cpu()  # once for both
         mel, mel_lens = perception.preprocessor(input_signal=audios, length=audio_lens)
         if perception.spec_augmentation is not None and perception.training:
-            mel = perception.spec_augmentation(input_spec=mel, length=mel_lens)
+            mel = perception.spec_augmentation(input_spec=mel, length=mel_lens.to(mel.device))
         dtype = next(perception.encoder.parameters()).dtype
         features, lengths = perception.encoder(audio_signal=mel.to(dtype), length=mel_lens)
     return features.transpose(1, 2), lengths

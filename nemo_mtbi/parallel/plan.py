@@ -65,6 +65,7 @@ def plan(config: PlanConfig, llm_config: Any) -> Plan:
     Raises:
         ConfigError: the LLM cannot be cut that way.
     """
+    llm_config = llm_config.get_text_config()
     n, where = config.tensor_model_parallel_size, config.positions
     whole, own = llm_bytes(llm_config, n, config.trust_remote_code)
     parts = {

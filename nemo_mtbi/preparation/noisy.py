@@ -8,6 +8,7 @@ import numpy as np
 import soundfile
 from lhotse import Recording
 from lhotse.cut import Cut, MonoCut
+from lhotse.utils import fastcopy
 
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.preparation.no_speech import noise
@@ -50,7 +51,7 @@ def with_noise(cut: Cut, samples: np.ndarray, rate: int, config: NoiseConfig, fo
         rate: of the samples.
     """
     rng = np.random.default_rng(list(hashlib.blake2b(f"{config.seed}/{cut.id}".encode()).digest()))
-    if rng.random() >= config.share or not samples.any() or not isinstance(cut, MonoCut):
+    if rng.random() >= config.share or not samples.any():
         return cut, samples
     snr = float(rng.uniform(config.snr_db[0], config.snr_db[1]))
     added = noise(len(samples), rng).astype(np.float32)
@@ -63,8 +64,6 @@ def with_noise(cut: Cut, samples: np.ndarray, rate: int, config: NoiseConfig, fo
     soundfile.write(temporary, mixed, rate, format="FLAC")
     temporary.replace(path)
     recording = Recording.from_file(path, recording_id=cut.id)
-    noisy = MonoCut(
-        cut.id, 0.0, recording.duration, 0, recording=recording, supervisions=cut.supervisions, custom=cut.custom
-    )
-    noisy.custom = {**(cut.custom or {}), NOISE_FIELD: round(snr, 2)}
-    return noisy, mixed
+    own = [fastcopy(s, recording_id=cut.id, channel=0) for s in cut.supervisions]
+    noted = {**(cut.custom or {}), NOISE_FIELD: round(snr, 2)}
+    return MonoCut(cut.id, 0.0, recording.duration, 0, recording=recording, supervisions=own, custom=noted), mixed

@@ -156,7 +156,7 @@ class Batcher:
 
     def _next(self, short: bool = False) -> list[Request]:
         """The oldest request (``short``: of short audio), and those that can go with it; empty if there is none."""
-        while len(self.held) < 2 * self.max_batch:
+        while len(self.held) < 2 * self.max_batch or (short and all(r.long for r in self.held)):
             try:
                 self.held.append(self.waiting.get_nowait())
             except queue.Empty:
@@ -164,7 +164,8 @@ class Batcher:
         first = next((r for r in self.held if not (short and r.long)), None)
         if first is None:
             return []
-        batch = [r for r in self.held if _together(first, r)][: self.max_batch]
+        batch = [r for r in self.held if _together(first, r)]
+        batch = batch if first.long else batch[: self.max_batch]  # all answers to one question hear its audio once
         self.held = [r for r in self.held if r not in batch]
         return batch
 
@@ -207,10 +208,10 @@ class Batcher:
         def on_heard(seconds: float) -> None:
             if all(request.finished for request in batch):
                 raise Abandoned
-            if total > PASS_SECONDS:
+            if batch[0].long:
                 for request in batch:
                     request.listened(min(1.0, seconds / total))
-                while short := self._next(short=True):
+                if short := self._next(short=True):  # one batch a pass: the long one has its turn
                     self._serve(short)
 
         heard = self.model.listen(once, on_heard=on_heard)

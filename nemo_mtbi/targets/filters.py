@@ -78,12 +78,17 @@ def misread(c: Candidate) -> str | None:
     """An answer to a question about one attribute of the voice that is not what the text LLM has read of it."""
     if c.described is None or len(c.task.needs) != 1 or not c.task.choices:
         return None
-    labels = [label for name, label in c.described.labels if name in c.task.needs]
-    answer = _words(c.response)
-    named = [choice for choice in c.task.choices if _words(choice) and set(_words(choice)) <= set(answer)]
+    labels = [tuple(_words(label)) for name, label in c.described.labels if name in c.task.needs]
+    choices = [tuple(_words(choice)) for choice in c.task.choices]
+    if not set(labels) <= set(choices):  # a task with words of its own
+        return None
+    answer = set(_words(c.response))
+    within = [choice for choice in choices if choice and set(choice) <= answer]
+    named = [choice for choice in within if not any(set(choice) < set(other) for other in within)]
     if named and set(named) <= set(labels):
         return None
-    return f"says {', '.join(named) or 'none of the choices'}, not {' or '.join(labels)}"
+    said, read = ([" ".join(words) for words in own] for own in (named, labels))
+    return f"says {', '.join(said) or 'none of the choices'}, not {' or '.join(read)}"
 
 
 def _words(text: str) -> list[str]:

@@ -57,6 +57,12 @@ def test_short_recordings_are_read_at_once(tmp_path):
 def broken(kind, path):
     """A recording of 150 s of which something is missing; -> between which seconds."""
     buffer, samples = io.BytesIO(), tone(16_000)
+    if kind == "beginning":
+        soundfile.write(buffer, samples, 16_000, format="FLAC")
+        data = bytearray(buffer.getvalue())
+        data[len(data) // 100 : len(data) // 10] = bytes(len(data) // 10 - len(data) // 100)
+        path.write_bytes(data)
+        return 0, 30
     if kind == "numbers":
         samples[70 * 16_000] = np.nan
         soundfile.write(path, samples, 16_000, format="WAV", subtype="FLOAT")
@@ -72,7 +78,7 @@ def broken(kind, path):
     return 60, 90
 
 
-@pytest.mark.parametrize("kind", ["numbers", "header", "middle"])
+@pytest.mark.parametrize("kind", ["numbers", "header", "middle", "beginning"])
 def test_what_cannot_be_read_is_a_named_gap(tmp_path, kind):
     path = tmp_path / "a.audio"
     low, high = broken(kind, path)

@@ -30,6 +30,11 @@ def test_a_journal_finds_its_lines_again(tmp_path):
             journal["b"]
     with jsonl.Journal(path, lambda record: True) as journal:
         assert journal["a"]["n"] == 3 and set(journal.places) == {"a", "é", "b", "c"}
+    with jsonl.Journal(path, lambda record: True) as one, jsonl.Journal(path, lambda record: True) as two:
+        two.write({"id": "other", "n": 5})  # another process in between
+        one.write({"id": "mine", "n": 6})
+        two.write({"id": "third", "n": 7})
+        assert one["mine"]["n"] == 6 and two["other"]["n"] == 5 and two["third"]["n"] == 7
     path.write_text("no json\n")
     with pytest.raises(DataError, match="line 1 is no JSON"):
         jsonl.Journal(path, lambda record: True)

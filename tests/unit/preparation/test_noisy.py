@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import soundfile
-from lhotse import CutSet, MonoCut, Recording
+from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
 
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.preparation.noisy import NOISE_FIELD, NoiseConfig, with_noise
@@ -39,6 +39,17 @@ def test_a_share_is_mixed_at_the_ratio_that_is_noted(tmp_path):
         assert np.abs(noisy.load_audio()[0] - samples).max() < 1e-4 and noisy.duration == cut.duration
         found.append(snr)
     assert 6 <= len(found) <= 18 and len(set(found)) == len(found)
+
+
+def test_several_channels_become_one(tmp_path):
+    soundfile.write(tmp_path / "stereo.wav", np.stack([tone(), 0.5 * tone()], 1), RATE)
+    cut = Recording.from_file(tmp_path / "stereo.wav").to_cut()
+    cut.supervisions = [SupervisionSegment("s", cut.recording_id, 0.0, 1.0, channel=[0, 1], text="hello")]
+    mono = cut.load_audio().mean(0)
+    noisy, samples = with_noise(cut, mono, RATE, NoiseConfig(share=1.0), tmp_path / "noisy")
+    assert isinstance(noisy, MonoCut) and NOISE_FIELD in noisy.custom and noisy.num_channels == 1
+    assert noisy.supervisions[0].channel == 0 and noisy.supervisions[0].recording_id == noisy.recording_id
+    assert np.abs(noisy.load_audio()[0] - samples).max() < 1e-4
 
 
 def test_loud_recordings_are_not_clipped_and_silent_ones_stay(tmp_path):

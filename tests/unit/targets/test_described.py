@@ -1,5 +1,6 @@
 """Described targets: the text LLM reads the voice, the student hears it."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -146,6 +147,18 @@ def test_nobody_mentions_the_voice_unasked(task, response, rejected):
 def test_answers_about_an_attribute_are_what_was_read(task, response, reason):
     assert misread(candidate(task, response)) == reason
     assert misread(candidate(task, response, None)) is None
+
+
+def test_tasks_with_words_of_their_own_are_not_misread():
+    task = dataclasses.replace(load_library()["voice_gender"], choices=["Male", "Female"])
+    told = dataclasses.replace(candidate("voice_gender", "FEMALE"), task=task)
+    assert misread(told) is None and misread(dataclasses.replace(told, response="Male")) == "says male, not female"
+    own = dataclasses.replace(told, task=dataclasses.replace(task, choices=["man", "woman"]), response="woman")
+    assert misread(own) is None
+    pitch = dataclasses.replace(load_library()["voice_pitch"], choices=["high", "very high"])
+    high = Description("x", (("pitch", "very high"),))
+    asked = dataclasses.replace(told, task=pitch, described=high, response="It is very high.")
+    assert misread(asked) is None and misread(dataclasses.replace(asked, response="high")) is not None
 
 
 def test_the_online_teacher_reads_the_description_and_the_student_does_not(tmp_path, tiny_llm, tiny_config):

@@ -1,6 +1,7 @@
 """Corpus steps in several processes."""
 
 import os
+import time
 
 import numpy as np
 import pytest
@@ -15,7 +16,11 @@ pytestmark = pytest.mark.unit
 
 
 def test_results_come_in_order_from_other_processes():
-    found = list(in_processes(lambda i: (i, os.getpid()), range(100), 2))
+    def slowly(i):
+        time.sleep(0.01)
+        return i, os.getpid()
+
+    found = list(in_processes(slowly, range(100), 2))
     assert [i for i, _ in found] == list(range(100))
     assert len({pid for _, pid in found} - {os.getpid()}) == 2
     assert {pid for _, pid in in_processes(lambda i: (i, os.getpid()), range(100), 1)} == {os.getpid()}

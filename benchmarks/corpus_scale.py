@@ -41,7 +41,7 @@ def finished(entries: int) -> None:
     config = PrepareConfig(str(folder / "out"), [SourceConfig("tsv", path=str(table))], aligner="none")
     step = Preparation(config)
     step._entries = lambda: (Entry(f"u{i:08d}", load, f"s{i % 500}", TEXT) for i in range(entries))  # type: ignore[method-assign]
-    record: dict[str, Any] = {"settings": step._settings_key(), "text": TEXT, "unaligned": None, "audio": []}
+    record: dict[str, Any] = {"settings": step.settings, "text": TEXT, "unaligned": None, "audio": []}
     (folder / "out").mkdir()
     with open(folder / "out" / "prepared.jsonl", "w") as journal:
         for i in range(entries):

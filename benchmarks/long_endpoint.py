@@ -13,7 +13,6 @@ which at least a pass was heard, to the answer to a recording of 4 s.
 
 import argparse
 import base64
-import re
 import socket
 import subprocess
 import sys
@@ -23,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import soundfile
-from results_file import finish
+from results_file import finish, peak_gb
 
 RATE, BUDGET = 16_000, 400
 
@@ -51,25 +49,16 @@ def untrained(folder: Path) -> Path:
 def recording_of(seconds: float, path: Path) -> bytes:
     """The package's LibriSpeech utterances as one MP3."""
     import nemo_mtbi
+    from nemo_mtbi.data.audio import load_waveform
 
     folder = Path(nemo_mtbi.__file__).parent / "samples"
-    speech = [
-        soundfile.read(f, dtype="float32")
-        for f in sorted(folder.rglob("*"))
-        if f.suffix in (".opus", ".ogg", ".flac", ".mp3")
-    ]
+    speech = [load_waveform(f, RATE) for f in sorted(folder.rglob("*.mp3"))]
     left = round(seconds * RATE)
     with soundfile.SoundFile(path, "w", RATE, 1, format="MP3") as file:
         while left > 0:
-            for samples, rate in speech:
-                mono = samples if samples.ndim == 1 else samples.mean(1)
-                mono = (
-                    mono
-                    if rate == RATE
-                    else np.interp(np.arange(0, len(mono), rate / RATE), np.arange(len(mono)), mono)
-                )
-                file.write(mono[:left].astype(np.float32))
-                left -= len(mono[:left])
+            for samples in speech:
+                file.write(samples[:left])
+                left -= len(samples[:left])
     return path.read_bytes()
 
 
@@ -101,8 +90,7 @@ class Server:
         self.process.wait()
 
     def peak_gb(self) -> float:
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return round(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1e6, 3)  # type: ignore[index]
+        return round(peak_gb(self.process.pid), 3)
 
 
 def body(audio: bytes, **options: Any) -> dict[str, Any]:

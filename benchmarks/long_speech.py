@@ -18,7 +18,6 @@ RUN: a training run (or RUN@STAGE) with a dense connector; CUTS: a manifest of u
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,7 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
-from results_file import finish
+from results_file import finish, peak_gb
 from torch import Tensor, nn
 
 SHARES = (1.0, 0.5, 0.25, 0.125)
@@ -185,9 +184,7 @@ def measure(model_path: str, audio: Path, budget: str) -> None:
         inputs, mask, _ = model.dialog_inputs(dialog, model.prompt_pieces(dialog)[0], heard)
         model.generate_from_embeddings(inputs, mask, max_new_tokens=1, do_sample=False)  # beyond the context too
     seconds = time.perf_counter() - begin
-    status = Path("/proc/self/status").read_text()  # getrusage counts what this process was before exec
-    peak = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1e6  # type: ignore[index]
-    result = {"seconds": seconds, "peak_gb": peak}
+    result = {"seconds": seconds, "peak_gb": peak_gb()}
     if asr is None:
         result |= {"listening": listened, "positions": int(heard.speech.lengths.max())}
     print(json.dumps(result))

@@ -6,9 +6,7 @@ from omegaconf import DictConfig
 
 from nemo_mtbi import console
 from nemo_mtbi.examples._launcher import launcher, typed
-from nemo_mtbi.parallel.plan_config import PlanConfig
-
-GB = 1e9
+from nemo_mtbi.parallel.plan_config import GB, PlanConfig
 
 
 @launcher("plan", {"plan_schema": PlanConfig})

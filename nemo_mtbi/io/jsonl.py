@@ -41,10 +41,14 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
     if path.exists():
         with open(path, encoding="utf-8") as stream:
             for number, line in enumerate(stream, 1):
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{path}, line {number} is no JSON ({error}). Remove that line.") from error
+                yield _record(path, number, line)
+
+
+def _record(path: Path, number: int, line: str | bytes) -> dict[str, Any]:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {number} is no JSON ({error}). Remove that line.") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -60,10 +64,12 @@ class Appender:
         repair(path)
         self.file = open(path, "ab", buffering=0)
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: dict[str, Any]) -> int:
+        """-> where the line begins, whoever else appends."""
         line = (dumps(record) + "\n").encode()
         if self.file.write(line) != len(line):  # a full disk may take a part without an error
             raise OSError(errno.ENOSPC, "only a part of a line could be written", self.file.name)
+        return self.file.tell() - len(line)
 
     def __enter__(self) -> "Appender":
         return self
@@ -83,23 +89,20 @@ class Journal(Appender):
     def __init__(self, path: Path, kept: Callable[[dict[str, Any]], Any]) -> None:
         super().__init__(path)
         self.kept, self.places = kept, dict[str, tuple[int, Any]]()
-        self.stream, self.end = open(path, "rb"), 0
+        self.stream, place = open(path, "rb"), 0
         for number, line in enumerate(self.stream, 1):
-            try:
-                self._note(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number} is no JSON ({error}). Remove that line.") from error
-            self.end += len(line)
+            self._note(_record(path, number, line), place)
+            place += len(line)
 
-    def _note(self, record: dict[str, Any]) -> None:
+    def _note(self, record: dict[str, Any], place: int) -> None:
         kept = self.kept(record)
         if kept is not None:
-            self.places[record["id"]] = self.end, kept
+            self.places[record["id"]] = place, kept
 
-    def write(self, record: dict[str, Any]) -> None:
-        super().write(record)
-        self.end = self.file.tell() - len((dumps(record) + "\n").encode())  # where it was appended
-        self._note(record)
+    def write(self, record: dict[str, Any]) -> int:
+        place = super().write(record)
+        self._note(record, place)
+        return place
 
     def __enter__(self) -> "Journal":
         return self

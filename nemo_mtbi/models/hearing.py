@@ -84,12 +84,8 @@ def hear(
         if not seconds[row]:
             raise DataError("There are no samples in the audio.")
     connected()
-    speech = positions.whole()
-    cuts = None
-    if marks_seconds is not None:
-        frame_seconds = encoder_frame_seconds(perception)
-        cuts = [frame_times(marks(s, marks_seconds)[1:], frame_seconds) for s in seconds]
-    return Heard(fused(perception, speech, seconds, cuts), seconds)
+    cuts = [positions.cuts(s) for s in seconds]
+    return Heard(fused(perception, positions.whole(), seconds, cuts), seconds)
 
 
 class HeldPositions:
@@ -134,10 +130,15 @@ class HeldPositions:
             seconds.append(own)
             share = own / max(self.totals[row], first + own)
             budgets.append(math.ceil(limit * share) if row in self.over and limit is not None else None)
-            inner = marks(self.totals[row], self.marks_seconds)[1:] if self.marks_seconds is not None else []
-            places = [mark - first for mark in inner if first < mark < first + own]
-            cuts.append(frame_times(places, encoder_frame_seconds(self.perception)))
+            cuts.append(self.cuts(own, first))
         return fused(self.perception, speech, seconds, cuts, budgets)
+
+    def cuts(self, seconds: float, begin: float = 0.0) -> list[float]:
+        """Time marks within the ``seconds`` of an audio from ``begin`` on, in frames from there; they stay apart."""
+        if self.marks_seconds is None:
+            return []
+        inner = [mark - begin for mark in marks(begin + seconds, self.marks_seconds)[1:] if mark > begin]
+        return frame_times(inner, encoder_frame_seconds(self.perception))
 
     def whole(self) -> SpeechEmbeddings:
         """The positions of the B audios; nothing is held any longer."""

@@ -17,10 +17,9 @@ import torch.distributed as dist
 
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.parallel.loading import empty_llm
-from nemo_mtbi.parallel.plan_config import PlanConfig
+from nemo_mtbi.parallel.plan_config import GB, PlanConfig
 from nemo_mtbi.parallel.sharding import check_divisible, shard_llm
 
-GB = 1e9
 LOGIT_BYTES = 0.5 * GB  # chunks of logits and their gradients, see losses/chunk.py
 ADAM_BYTES = 16  # float32 weight, gradient and two moments
 SAVED_BYTES = 34  # of activations for each position, unit of width and layer (Korthikanti et al., arXiv 2205.05198)

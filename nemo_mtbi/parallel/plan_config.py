@@ -7,6 +7,8 @@ from omegaconf import MISSING
 
 from nemo_mtbi.errors import ConfigError
 
+GB = 1e9
+
 
 @dataclass
 class Positions:

@@ -76,6 +76,14 @@ def clicks(size: int, rng: np.random.Generator) -> np.ndarray:
 SOUNDS: tuple[Callable[[int, np.random.Generator], np.ndarray], ...] = (zeros, noise, hum, music, clicks)
 
 
+def write_flac(path: Path, samples: np.ndarray, rate: int) -> None:
+    """(S,) as a FLAC file, complete or absent; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    soundfile.write(temporary, samples, rate, format="FLAC")
+    temporary.replace(path)
+
+
 def read_no_speech(config: SourceConfig, output_dir: Path) -> Iterator[Entry]:
     """
     Raises:
@@ -96,11 +104,8 @@ def read_no_speech(config: SourceConfig, output_dir: Path) -> Iterator[Entry]:
             def load(name: str = name, seconds: float = seconds, sound: int = index % len(SOUNDS)) -> Cut:
                 path = output_dir / "audio" / f"{name}.flac"
                 if not path.exists():
-                    path.parent.mkdir(parents=True, exist_ok=True)
                     rng = np.random.default_rng(list(name.encode()))
-                    temporary = path.with_name(f".{path.name}")
-                    soundfile.write(temporary, SOUNDS[sound](round(seconds * RATE), rng), RATE, format="FLAC")
-                    temporary.replace(path)
+                    write_flac(path, SOUNDS[sound](round(seconds * RATE), rng), RATE)
                 return utterance_cut(name, path, "", None, config.language, {NO_SPEECH: True})
 
             yield Entry(name, load, None, "", split, silent=True)

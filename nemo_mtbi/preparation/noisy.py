@@ -5,13 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import soundfile
 from lhotse import Recording
 from lhotse.cut import Cut, MonoCut
 from lhotse.utils import fastcopy
 
 from nemo_mtbi.errors import ConfigError
-from nemo_mtbi.preparation.no_speech import noise
+from nemo_mtbi.preparation.no_speech import noise, write_flac
 
 NOISE_FIELD = "noise_snr_db"  # in a cut's custom fields
 
@@ -59,10 +58,7 @@ def with_noise(cut: Cut, samples: np.ndarray, rate: int, config: NoiseConfig, fo
     mixed = samples + added * np.float32(np.sqrt(power / of_noise / 10 ** (snr / 10)))
     mixed /= max(1.0, float(np.abs(mixed).max()))
     path = folder / f"{hashlib.blake2b(cut.id.encode(), digest_size=12).hexdigest()}.flac"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    soundfile.write(temporary, mixed, rate, format="FLAC")
-    temporary.replace(path)
+    write_flac(path, mixed, rate)
     recording = Recording.from_file(path, recording_id=cut.id)
     own = [fastcopy(s, recording_id=cut.id, channel=0) for s in cut.supervisions]
     noted = {**(cut.custom or {}), NOISE_FIELD: round(snr, 2)}

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -154,7 +155,7 @@ class Preparation:
         Raises:
             DataError: a source is missing or empty, or no utterance is left.
         """
-        settings = self._settings_key()
+        settings = self.settings
 
         def kept(record: dict[str, Any]) -> tuple[bool, Any] | None:
             """Whether it is skipped, and a hash of the transcript, of a record of these settings."""
@@ -180,7 +181,7 @@ class Preparation:
 
     def record(self, entry: Entry) -> dict[str, Any]:
         """The journal's line about an utterance: its cut, or why it is skipped."""
-        record: dict[str, Any] = {"id": entry.id, "settings": self._settings_key(), "text": entry.text}
+        record: dict[str, Any] = {"id": entry.id, "settings": self.settings, "text": entry.text}
         try:
             noticed: list[str] = []
             cut, unaligned, samples = self._prepare(entry, noticed)
@@ -192,7 +193,9 @@ class Preparation:
         except Skip as skip:
             return record | {"skipped": str(skip)}
 
-    def _settings_key(self) -> str:
+    @cached_property
+    def settings(self) -> str:
+        """What a finished utterance depends on beside its entry."""
         c = self.config
         metadata = [[s.name or s.path, s.metadata] for s in c.sources if s.metadata]
         further: list[Any] = ["measured", metadata] if self.describer else [metadata] if metadata else []

@@ -10,7 +10,7 @@ from typing import Any
 
 from nemo_mtbi.data.description import Description
 from nemo_mtbi.errors import ConfigError
-from nemo_mtbi.tasks.forms import form_error
+from nemo_mtbi.tasks.forms import form_error, named_choices
 from nemo_mtbi.tasks.library import Task
 
 REFUSAL = re.compile(
@@ -78,17 +78,13 @@ def misread(c: Candidate) -> str | None:
     """An answer to a question about one attribute of the voice that is not what the text LLM has read of it."""
     if c.described is None or len(c.task.needs) != 1 or not c.task.choices:
         return None
-    labels = [tuple(_words(label)) for name, label in c.described.labels if name in c.task.needs]
-    choices = [tuple(_words(choice)) for choice in c.task.choices]
-    if not set(labels) <= set(choices):  # a task with words of its own
+    labels = [label.casefold() for name, label in c.described.labels if name in c.task.needs]
+    if not set(labels) <= {choice.casefold() for choice in c.task.choices}:  # a task with words of its own
         return None
-    answer = set(_words(c.response))
-    within = [choice for choice in choices if choice and set(choice) <= answer]
-    named = [choice for choice in within if not any(set(choice) < set(other) for other in within)]
+    named = [choice.casefold() for choice in named_choices(c.response, c.task.choices)]
     if named and set(named) <= set(labels):
         return None
-    said, read = ([" ".join(words) for words in own] for own in (named, labels))
-    return f"says {', '.join(said) or 'none of the choices'}, not {' or '.join(read)}"
+    return f"says {', '.join(named) or 'none of the choices'}, not {' or '.join(labels)}"
 
 
 def _words(text: str) -> list[str]:

@@ -163,7 +163,13 @@ def form_error(text: str, task: Task, values: dict[str, Any] | None = None) -> s
 
 
 def choose(text: str, choices: list[str]) -> str | None:
-    """The one choice that an answer names (as a word, whatever the case); None if it names none or several.
+    """The one choice that an answer names; None if it names none or several."""
+    found = named_choices(text, choices)
+    return found[0] if len(found) == 1 else None
+
+
+def named_choices(text: str, choices: list[str]) -> list[str]:
+    """The choices that an answer names (as a word, whatever the case).
 
     A choice inside a longer one ("coffee" in "iced coffee") counts only where it stands alone.
     """
@@ -172,4 +178,4 @@ def choose(text: str, choices: list[str]) -> str | None:
         text, count = re.subn(rf"\b{re.escape(choice)}\b", " ", text, flags=re.IGNORECASE)
         if count:
             found.append(choice)
-    return found[0] if len(found) == 1 else None
+    return [choice for choice in choices if choice in found]

@@ -12,8 +12,10 @@ from nemo_mtbi.data.interleaving import InterleavingPolicy, Schedule
 from nemo_mtbi.data.messages import NOTHING_HEARD_ANSWER, SPEECH_POSITIONS
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.losses.imitation import ImitationObjective
+from nemo_mtbi.process import fast_bfloat16
 
 DTYPES = ("float32", "bfloat16")
+AUTO = "auto"  # bfloat16 where this machine computes faster in it, else float32
 TEACHERS = ("online", "cached", "unfused", "none")
 
 
@@ -105,7 +107,8 @@ class ModelConfig:
             .nemo).
         prompt_format: a NeMo prompt format, or ``chat_template`` for the tokenizer's own.
         speech_position: the speech stands ``after`` or ``before`` the task prompt.
-        llm_dtype, encoder_dtype: storage and compute type of the frozen parts; the connector stays float32.
+        llm_dtype, encoder_dtype: storage and compute type of the frozen parts (``float32``, ``bfloat16`` or ``auto``);
+            the connector stays float32.
         nothing_heard_answer: the answer where a connector that writes text hears no speech in the question's audio;
             null: the LLM's own, to a transcript "...".
         prefix_cache_tokens: tokens of prompt beginnings whose keys and values are kept (0: none); see PrefixStore.
@@ -174,8 +177,10 @@ def model_config(cfg: DictConfig | dict[str, Any]) -> ModelConfig:
         if getattr(config, name) in (None, MISSING):
             problems.append(f"model.{name} is required")
     for name in ("llm_dtype", "encoder_dtype"):
+        if getattr(config, name) == AUTO:
+            setattr(config, name, "bfloat16" if fast_bfloat16() else "float32")
         if getattr(config, name) not in DTYPES:
-            problems.append(f"model.{name}={getattr(config, name)!r}: use {' or '.join(DTYPES)}")
+            problems.append(f"model.{name}={getattr(config, name)!r}: use {', '.join(DTYPES)} or {AUTO}")
     if config.speech_position not in SPEECH_POSITIONS:
         problems.append(f"model.speech_position={config.speech_position!r}: use {' or '.join(SPEECH_POSITIONS)}")
     if config.imitation.teacher not in TEACHERS:

@@ -8,6 +8,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch.multiprocessing
+
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["nemo_mtbi.models.mtbi_salm", "nemo_mtbi.training.stages", "nemo_mtbi.evaluation.benchmark"]
@@ -15,11 +17,19 @@ CONTEXT.set_forkserver_preload(
 
 
 def launch(name, *overrides, ok=True, cwd=None, ranks=1):
-    """Run a launcher and give what it printed; ``ranks`` > 1 starts it under torchrun."""
+    """Run a launcher (or ``cli``) and give what it printed; ``ranks`` > 1 starts it under torchrun."""
     arguments = list(map(str, overrides))
     code, output = _torchrun(name, arguments, cwd, ranks) if ranks > 1 else _fork(name, arguments, cwd)
     assert (code == 0) == ok, output[-6000:]
     return output
+
+
+def on_ranks(count, worker, *arguments):
+    """What each of ``count`` processes of ``worker(rank, *arguments, results)`` puts in ``results[rank]``."""
+    with CONTEXT.Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.start_processes(worker, (*arguments, results), count, start_method="forkserver")
+        return [results[rank] for rank in range(count)]
 
 
 def _torchrun(name, arguments, cwd, ranks):
@@ -55,11 +65,22 @@ class Started:
     def send_signal(self, number):
         os.kill(self.pid, number)
 
+    def terminate(self):
+        self.process.terminate()
+
+    def wait(self, timeout):
+        self.process.join(timeout)
+        return self.process.exitcode
+
+    def so_far(self):
+        """What it has printed."""
+        return self.printed.read_text(errors="replace")
+
     def communicate(self, timeout=None):
         """All that it printed, when it has ended."""
         self.process.join(timeout)
         ended = not self.process.is_alive()
-        output = self.printed.read_text(errors="replace")
+        output = self.so_far()
         self.printed.unlink()
         if not ended:
             self.process.kill()
@@ -73,6 +94,6 @@ def _main(name, arguments, cwd, printed):
     for stream in (1, 2):
         os.dup2(file, stream)
     sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
-    module = importlib.import_module(f"nemo_mtbi.examples.{name}")
+    module = importlib.import_module("nemo_mtbi.cli" if name == "cli" else f"nemo_mtbi.examples.{name}")
     sys.argv = [str(module.__file__), *arguments]
-    module.main()
+    sys.exit(module.main())

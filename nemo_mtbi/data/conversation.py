@@ -17,6 +17,7 @@ from nemo.collections.common.data.lhotse.cutset import read_cutset_from_config
 from nemo.collections.common.data.lhotse.text_adapters import AudioTurn, NeMoMultimodalConversation, TextTurn
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_mtbi.data.cut_lines import Share
 from nemo_mtbi.data.messages import NOTHING_HEARD, user_message
 from nemo_mtbi.data.perturbation import SpeedPerturbation
 from nemo_mtbi.data.rendering import Message, RenderedPrompt, Spoken, TimedWord
@@ -140,10 +141,10 @@ class TargetSelection:
 
 
 class ConversationIterator:
-    """Infinite (or one-pass) stream of conversations over a CutSet; ``visit`` counts the passes."""
+    """Infinite (or one-pass) stream of conversations over a rank's cuts; ``visit`` counts the passes."""
 
-    def __init__(self, cuts: CutSet, selection: TargetSelection, config: DictConfig) -> None:
-        self.cuts = cuts
+    def __init__(self, share: Share, selection: TargetSelection, config: DictConfig) -> None:
+        self.share = share
         self.selection = selection
         self.speed = SpeedPerturbation(config.get("perturb_speed"), selection.seed)
         self.audio_locator_tag = config.audio_locator_tag
@@ -156,12 +157,14 @@ class ConversationIterator:
         self.finite = config.get("force_finite", False)
 
     def __iter__(self) -> Iterator[MTBIConversation]:
+        barren = 0  # visits in a row; other lines may be this rank's in the next one
         for visit in itertools.count(self.first_visit):
             usable = False
-            for cut in self.cuts:
+            for cut in self.share.visit(visit):
                 usable = usable or self.every_cut or self.selection.has_any(cut)
                 yield from self.conversations(cut, visit)
-            if not usable:
+            barren = 0 if usable else barren + 1
+            if barren == self.share.world_size:
                 raise DataError(
                     "No cut has a target for the requested tasks "
                     f"({'all' if self.selection.tasks is None else ', '.join(self.selection.tasks)}). "
@@ -210,6 +213,10 @@ KNOWN_KEYS = {
     "acoustic_rate",
     "every_cut",
     "first_visit",
+    "rank",
+    "world_size",
+    "order_seed",
+    "dealt",
 }
 
 
@@ -238,7 +245,9 @@ def read_mtbi(config: DictConfig) -> tuple[CutSet, bool]:
     selection = TargetSelection(
         tasks, config.get("task_temperature", 1.0), config.get("every_target", False), config.get("seed", 0)
     )
-    return CutSet(ConversationIterator(cuts, selection, config)), is_tarred
+    own = {key: config.get(key) for key in ("rank", "world_size", "dealt") if config.get(key) is not None}
+    share = Share(cuts, path, **own, seed=config.get("order_seed"))
+    return CutSet(ConversationIterator(share, selection, config)), is_tarred
 
 
 def check_manifest(path: Any) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from nemo_mtbi import console
 from nemo_mtbi.data.audio import collate_waveforms, mono_samples
 from nemo_mtbi.data.conversation import ConversationIterator, MTBIConversation, TargetSelection, transcript
+from nemo_mtbi.data.cut_lines import Share
 from nemo_mtbi.data.dataset import MTBIDataset
 from nemo_mtbi.data.example import Example
 from nemo_mtbi.data.messages import NOTHING_HEARD, user_message
@@ -58,7 +59,7 @@ class EvaluationSet:
             llm_key=model.references["llm"],
             sampling_rate=model.sampling_rate,
         )
-        stream = ConversationIterator(cuts, TargetSelection(every_target=True), OmegaConf.create(options))
+        stream = ConversationIterator(Share(cuts), TargetSelection(every_target=True), OmegaConf.create(options))
         self.conversations: list[MTBIConversation] = list(stream)
         self.conversations.sort(key=lambda c: len(c.target.response_ids) if c.target else 0)
 

@@ -41,10 +41,15 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
     if path.exists():
         with open(path, encoding="utf-8") as stream:
             for number, line in enumerate(stream, 1):
-                yield _record(path, number, line)
+                yield parsed(path, number, line)
 
 
-def _record(path: Path, number: int, line: str | bytes) -> dict[str, Any]:
+def parsed(path: Path, number: int, line: str | bytes) -> dict[str, Any]:
+    """A line of a file as a dictionary.
+
+    Raises:
+        DataError: it is no JSON.
+    """
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
@@ -91,7 +96,7 @@ class Journal(Appender):
         self.kept, self.places = kept, dict[str, tuple[int, Any]]()
         self.stream, place = open(path, "rb"), 0
         for number, line in enumerate(self.stream, 1):
-            self._note(_record(path, number, line), place)
+            self._note(parsed(path, number, line), place)
             place += len(line)
 
     def _note(self, record: dict[str, Any], place: int) -> None:

@@ -75,6 +75,7 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
     def __init__(self, cfg: dict[str, Any]) -> None:
         cfg = {key: value for key, value in cfg.items() if value is not None}  # NeMo asks whether a key is there
         config = model_config(cfg)
+        cfg |= {"llm_dtype": config.llm_dtype, "encoder_dtype": config.encoder_dtype}  # what "auto" is here
         LightningModule.__init__(self)
         # save_hyperparameters() walks the call stack and stumbles over from_pretrained's class methods.
         self.hparams.update({"cfg": cfg})

@@ -8,11 +8,15 @@ from typing import Any
 
 import torch
 from lhotse.serialization import open_best
+from nemo.collections.common.data.fallback import FallbackDataset
+from nemo.collections.common.data.lhotse import get_lhotse_dataloader_from_config
+from nemo.collections.common.data.lhotse.broadcasting import BroadcastingDataLoader, is_dp_source_rank
 from nemo.collections.speechlm2.data import DataModule
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_mtbi.checkpoints.run_directory import ALIGNMENT
 from nemo_mtbi.data.conversation import INPUT_TYPE
+from nemo_mtbi.data.cut_lines import has_lines
 from nemo_mtbi.data.dataset import MTBIDataset
 from nemo_mtbi.data.messages import require_same_rendering
 from nemo_mtbi.errors import ConfigError
@@ -53,16 +57,33 @@ class WindowedLoader:
 
 
 class ResumableData(DataModule):
-    """NeMo's data module, whose training data goes on after ``skip`` batches."""
+    """NeMo's data module, whose training data goes on after ``skip`` batches.
+
+    With ``shared``, a data-parallel rank draws its batches from its own share of the cuts. NeMo lets every rank draw
+    the batches of all, so that the cost of one grows with their number.
+    """
 
     skip = 0
     drawing_workers = 0
     accumulated = 1
+    shared = False
     connector: Connector | None = None
 
     def train_dataloader(self) -> Any:
-        loader = skip_batches(super().train_dataloader(), self.skip, self.drawing_workers)
+        loader = self._own_share() if self.shared else super().train_dataloader()
+        loader = skip_batches(loader, self.skip, self.drawing_workers)
         return WindowedLoader(loader, self.accumulated, self.connector) if self.accumulated > 1 else loader
+
+    def _own_share(self) -> BroadcastingDataLoader:
+        mesh, source = self._get_device_mesh(), None
+        if is_dp_source_rank(mesh):
+            for entry in input_entries(self.cfg.train_ds):
+                entry.rank, entry.world_size = self._get_dp_rank(), self._get_world_size()
+            data = FallbackDataset(self.dataset)
+            source = get_lhotse_dataloader_from_config(
+                self.cfg.train_ds, global_rank=0, world_size=1, dataset=data, tokenizer=self.tokenizer
+            )
+        return BroadcastingDataLoader(source=source, device_mesh=mesh)
 
 
 def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulated: int = 1) -> DataModule:
@@ -110,12 +131,25 @@ def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulate
     if tarred:
         for entry in input_entries(cfg.train_ds):
             entry.first_visit = step
+    elif "train_ds" in cfg and cfg.train_ds.get("shuffle") and not drawing_workers:
+        entries = list(input_entries(cfg.train_ds))
+        for entry in entries:
+            entry.order_seed, entry.dealt = order_seed(cfg.train_ds), cfg.train_ds.get("batch_size") or 1
+        # Lines come in random order; NeMo's buffer is for what is read through.
+        cfg.train_ds.shuffle = not all(has_lines(entry.get("cuts_path")) for entry in entries)
     require_same_rendering(dataset.renderer, model.audio_locator_tag, model.config.speech_position)
     data = ResumableData(cfg, tokenizer=model.tokenizer, dataset=dataset)
     data.skip = 0 if tarred else step * accumulated
     data.drawing_workers = drawing_workers
+    data.shared = not tarred and drawing_workers == 0
     data.accumulated, data.connector = accumulated, connector
     return data
+
+
+def order_seed(section: DictConfig) -> int:
+    """Of the order of a manifest's lines, on which all ranks must agree."""
+    seeds = [section.get(key) for key in ("shard_seed", "seed")]
+    return next((seed for seed in seeds if isinstance(seed, int) and seed >= 0), 0)
 
 
 def enough(section: DictConfig, most: int) -> int:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from nemo_mtbi import console
 from nemo_mtbi.checkpoints.run_directory import ALIGNMENT, IMITATION, UNTRAINED, RunDirectory
-from nemo_mtbi.config import ModelConfig, model_config, plain
+from nemo_mtbi.config import AUTO, ModelConfig, model_config, plain
 from nemo_mtbi.data.conversation import INPUT_TYPE, check_manifest, transcript
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.io import jsonl
@@ -34,6 +34,7 @@ from nemo_mtbi.modules.perception import require_fixed_features
 from nemo_mtbi.parallel.launch import PATIENCE
 from nemo_mtbi.parallel.parts import part_of
 from nemo_mtbi.parallel.strategy import TensorParallelStrategy, ddp_options
+from nemo_mtbi.process import fast_bfloat16
 from nemo_mtbi.pretrained.offline import resolve_pretrained
 from nemo_mtbi.training.accelerators import fused_optimizer
 from nemo_mtbi.training.best import BestWeights
@@ -63,6 +64,7 @@ def train(cfg: DictConfig) -> RunDirectory:
         raise ConfigError(f"These keys need a value: {', '.join(sorted(missing))}.")
     cfg = DictConfig(OmegaConf.to_container(cfg, resolve=True))
     config = model_config(cfg.model)
+    choose_types(cfg, config)
     check_data(cfg.data, config)
     run = RunDirectory(cfg.output_dir)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -92,6 +94,14 @@ def train(cfg: DictConfig) -> RunDirectory:
         run_stage(cfg, model, run, ALIGNMENT)
     run_stage(cfg, model, run, IMITATION)
     return run
+
+
+def choose_types(cfg: DictConfig, config: ModelConfig) -> None:
+    """Put this machine's types in the place of ``auto``, so that the run's files say which they were."""
+    cfg.model.llm_dtype, cfg.model.encoder_dtype = config.llm_dtype, config.encoder_dtype
+    for trainer in (cfg.trainer, cfg.alignment_stage.get("trainer") or {}):
+        if trainer.get("precision") == AUTO:
+            trainer.precision = "bf16-mixed" if fast_bfloat16() else "32-true"
 
 
 def run_stage(cfg: DictConfig, model: MTBISALM, run: RunDirectory, name: str) -> None:

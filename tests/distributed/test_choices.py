@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from nemo_mtbi import registration as registration
 from nemo_mtbi.modules.connectors import CTCCompressConnector
 from tests.helpers import build
+from tests.launching import on_ranks
 
 pytestmark = pytest.mark.distributed
 PORT = 29551
@@ -45,10 +45,7 @@ def worker(rank, parts, results):
 
 @pytest.mark.slow
 def test_every_rank_emits_the_first_ones_tokens(tiny_llm, tiny_whisper):
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(worker, ((tiny_llm, tiny_whisper), results), nprocs=2)
-        first, second = results[0], results[1]
+    first, second = on_ranks(2, worker, (tiny_llm, tiny_whisper))
     for name in ("ctc", "decoder"):
         assert first[name, False] != second[name, False], name  # without agreement they would hang
         assert first[name, True] == second[name, True] == first[name, False], name

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoConfig,
@@ -37,6 +36,7 @@ from nemo_mtbi.parallel.launch import initialize
 from nemo_mtbi.parallel.loading import empty_llm, load_shards, local_snapshot
 from nemo_mtbi.parallel.parts import gradient_norm, part_of, reduce_gradients
 from nemo_mtbi.parallel.sharding import check_divisible, shard_llm
+from tests.launching import on_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.parity]
 V = 131  # no multiple of 2 or 4: padded
@@ -147,10 +147,7 @@ def worker(rank, size, port, results):
 # 4: key/value heads on several ranks
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_sharded_equals_whole(size):
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(worker, (size, 29520 + size, results), nprocs=size)
-        got = dict(results)
+    got = on_ranks(size, worker, size, 29520 + size)
     for name in MODELS:
         whole = build(name)
         expected = measure(whole)
@@ -222,12 +219,9 @@ def test_smollm2_read_shard_by_shard_on_three_ranks_says_the_same(smollm2):
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     expected = (generate(llm, tokenizer, do_sample=False), generate(llm, tokenizer, do_sample=False, num_beams=3))
     count = sum(p.numel() for p in llm.parameters())
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(smollm2_worker, (3, 29533, smollm2, results), nprocs=3)
-        for greedy, beam, held in results.values():
-            assert (greedy, beam) == expected
-            assert held <= count * (1 / 3 + 0.05)
+    for greedy, beam, held in on_ranks(3, smollm2_worker, 3, 29533, smollm2):
+        assert (greedy, beam) == expected
+        assert held <= count * (1 / 3 + 0.05)
 
 
 def test_a_hub_name_is_its_snapshot(tiny_llm, tmp_path, monkeypatch):

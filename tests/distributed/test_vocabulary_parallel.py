@@ -6,10 +6,10 @@ No NeMo import in the workers.
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from nemo_mtbi.losses.imitation import CachedTeacher, Head, ImitationObjective, imitation_loss
 from nemo_mtbi.losses.vocabulary import VocabularyShard
+from tests.launching import on_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.parity]
 R, H, V, RANKS = 11, 8, 37, 3
@@ -58,10 +58,7 @@ def worker(rank, port, results):
 
 
 def test_three_shards_equal_one():
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(worker, (29517, results), nprocs=RANKS)
-        got = [results[r] for r in range(RANKS)]
+    got = on_ranks(RANKS, worker, 29517)
     for case in CASES:
         hidden, teacher, weight, ids = data()
         whole = weight[:V].clone().requires_grad_()

@@ -4,8 +4,6 @@ import base64
 import io
 import json
 import queue
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +19,7 @@ import soundfile
 from nemo_mtbi.checkpoints.archive import save_directory
 from nemo_mtbi.models import MTBISALM
 from tests.helpers import build, served_config
+from tests.launching import Started
 
 pytestmark = pytest.mark.functional
 PORT, WAITING = 29561, 24
@@ -58,10 +57,7 @@ def model(folder):
 @contextmanager
 def serving(folder, port, ready, *options):
     """``mtbi serve`` in a process of its own, from when ``ready`` (a path) answers. -> process, address."""
-    command = [sys.executable, "-m", "nemo_mtbi.examples.serve", f"model={folder}", f"port={port}", "threads=1"]
-    process = subprocess.Popen(
-        [*command, "max_audio_seconds=20", *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    process = Started("serve", [f"model={folder}", f"port={port}", "threads=1", "max_audio_seconds=20", *options])
     url = f"http://127.0.0.1:{port}"
     for _ in range(600):
         try:
@@ -69,8 +65,7 @@ def serving(folder, port, ready, *options):
                 break
         except httpx.HTTPError:
             time.sleep(0.2)
-        assert process.poll() is None, process.stdout.read()[-3000:]
-    threading.Thread(target=process.stdout.read, daemon=True).start()
+        assert process.poll() is None, process.so_far()[-3000:]
     yield process, url
     process.terminate()
     assert process.wait(30) is not None

@@ -5,6 +5,7 @@ from omegaconf import OmegaConf
 
 from nemo_mtbi import registration as registration
 from nemo_mtbi.data.conversation import ConversationIterator, TargetSelection
+from nemo_mtbi.data.cut_lines import Share
 from nemo_mtbi.data.target import Target
 
 
@@ -17,4 +18,4 @@ TARGETS = [target(task, i) for task in ("repeat", "about", "rewrite") for i in r
 
 def conversations(manifest, **selection):
     config = OmegaConf.create({"audio_locator_tag": "<|audio|>", "force_finite": True})
-    return list(ConversationIterator(CutSet.from_file(manifest), TargetSelection(**selection), config))
+    return list(ConversationIterator(Share(CutSet.from_file(manifest)), TargetSelection(**selection), config))

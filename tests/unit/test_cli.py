@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from nemo_mtbi.cli import COMMANDS, CONF, main
+from tests.launching import Started
 
 pytestmark = pytest.mark.unit
 
@@ -28,9 +29,5 @@ def test_help_fits_a_screen_and_imports_nothing_heavy():
 
 def test_exit_codes(capsys):
     assert main(["sing"]) == 2 and "Commands: prepare" in capsys.readouterr().err
-    run = subprocess.run(
-        [sys.executable, "-m", "nemo_mtbi.cli", "evaluate", "run=/nowhere", "cuts={a: /nowhere.jsonl}"],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 1 and "There is no manifest /nowhere.jsonl" in run.stderr
+    run = Started("cli", ["evaluate", "run=/nowhere", "cuts={a: /nowhere.jsonl}"])
+    assert "There is no manifest /nowhere.jsonl" in run.communicate()[0] and run.returncode == 1

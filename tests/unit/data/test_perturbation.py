@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from nemo_mtbi import registration as registration
 from nemo_mtbi.data.audio import mono_samples
 from nemo_mtbi.data.conversation import ConversationIterator, TargetSelection, spoken_part
+from nemo_mtbi.data.cut_lines import Share
 from nemo_mtbi.data.dataset import MTBIDataset
 from nemo_mtbi.data.perturbation import SpeedPerturbation, perturbed, speed_factors
 from nemo_mtbi.errors import ConfigError, DataError
@@ -26,7 +27,7 @@ FACTORS = [0.9, 1.1]
 def visits(manifest, count, factors=FACTORS):
     """``count`` passes over a manifest."""
     config = OmegaConf.create({"audio_locator_tag": "<|audio|>", "force_finite": True, "perturb_speed": factors})
-    stream = ConversationIterator(CutSet.from_file(manifest), TargetSelection(seed=3), config)
+    stream = ConversationIterator(Share(CutSet.from_file(manifest)), TargetSelection(seed=3), config)
     cuts = list(CutSet.from_file(manifest))
     return [[c for cut in cuts for c in stream.conversations(cut, visit)] for visit in range(count)]
 

@@ -2,10 +2,8 @@
 
 import json
 import random
-import subprocess
-import sys
+import resource
 import time
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -14,15 +12,16 @@ from transformers import AutoTokenizer
 
 from nemo_mtbi import registration as registration
 from nemo_mtbi.data.target import Target
-from nemo_mtbi.errors import DataError
+from nemo_mtbi.errors import DataError, MTBIError
 from nemo_mtbi.targets.filters import (
     Candidate,
     NearDuplicates,
     choose_filters,
 )
 from nemo_mtbi.targets.generate import TargetGenerator
-from nemo_mtbi.targets.workers import work, worker_context
+from nemo_mtbi.targets.workers import work
 from nemo_mtbi.tasks.library import load_library
+from tests.launching import CONTEXT, on_ranks
 from tests.unit.targets_helpers import config, write_cuts
 
 pytestmark = pytest.mark.unit
@@ -103,7 +102,7 @@ def test_a_half_written_answer_file_is_continued_to_the_same_bytes(tmp_path, tin
         assert len(keys) == len(set(keys)) == 24
 
 
-def test_workers_killed_at_any_time_lose_and_double_nothing(tmp_path, tiny_llm, kills=6):
+def test_workers_killed_at_any_time_lose_and_double_nothing(tmp_path, tiny_llm, kills=3):
     """Three workers; one of them is killed at a random moment and replaced, again and again."""
     cuts = write_cuts(tmp_path / "cuts.jsonl", 40)
     options = {"shard_cuts": 3, "task_names": ["repeat", "about", "summary", "title"]}
@@ -112,10 +111,10 @@ def test_workers_killed_at_any_time_lose_and_double_nothing(tmp_path, tiny_llm, 
     TargetGenerator(config(tmp_path, tiny_llm, cuts, **options)).run()
     torch.set_num_threads(threads)
     own = config(tmp_path / "killed", tiny_llm, cuts, workers=3, **options)
-    context, rng = worker_context(), random.Random(0)
+    rng = random.Random(0)
 
     def start(rank):
-        process = context.Process(target=work, args=(own, rank))
+        process = CONTEXT.Process(target=work, args=(own, rank))
         process.start()
         return process
 
@@ -223,25 +222,21 @@ def test_prompts_longer_than_the_context_are_rejected_and_counted(tmp_path, tiny
     assert json.loads((tmp_path / "targets" / "manifest.json").read_text())["rejected"] == {"context": 2}
 
 
+def with_little_room(rank, own, results):
+    generator = TargetGenerator(own)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+    try:
+        generator.run()
+    except MTBIError as error:
+        results[rank] = str(error)
+
+
 def test_a_full_disk_is_said_and_the_run_continues(tmp_path, tiny_llm):
     """A limit on file sizes stands for the full disk: writing fails in the middle of a file."""
     cuts = write_cuts(tmp_path / "cuts.jsonl", 12)
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import json, resource, sys\n"
-        "from nemo_mtbi import registration\n"
-        "from nemo_mtbi.targets.config import TargetsConfig\n"
-        "from nemo_mtbi.targets.generate import TargetGenerator\n"
-        "own = TargetsConfig()\n"
-        "config = TargetsConfig(**json.loads(sys.argv[1]) | {'openai': own.openai, 'description': own.description})\n"
-        "generator = TargetGenerator(config)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
-        "generator.run()\n"
-    )
     own = config(tmp_path, tiny_llm, cuts)
-    settings = json.dumps({k: v for k, v in asdict(own).items() if k not in ("openai", "description")})
-    result = subprocess.run([sys.executable, str(script), settings], capture_output=True, text=True)
-    assert result.returncode == 1 and "Make room" in result.stderr and "File too large" in result.stderr
+    (said,) = on_ranks(1, with_little_room, own)
+    assert "Make room" in said and "File too large" in said
     TargetGenerator(own).run()
     whole = config(tmp_path / "whole", tiny_llm, cuts)
     TargetGenerator(whole).run()

@@ -13,6 +13,7 @@ from lhotse import CutSet
 from omegaconf import OmegaConf
 
 from nemo_mtbi.checkpoints.run_directory import RunDirectory
+from nemo_mtbi.data import cut_lines
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.models.objective import KINDS, WINDOW_COUNTS
 from nemo_mtbi.modules.connectors.ctc_vocabulary import count_tokens
@@ -70,7 +71,7 @@ def test_other_responses_leave_the_transcription_term_its_weight(model):
     assert_same(long, short, 1e-3)
 
 
-def ids_of_batches(manifest, model, step, count, workers, iterable):
+def ids_of_batches(manifest, model, step, count, workers, iterable, rank=0, ranks=1):
     """Ids of training batches from ``step`` on, as Lightning takes them: an iterator is made and dropped first."""
     section = {
         "input_cfg": [{"type": "mtbi", "cuts_path": str(manifest), "seed": 7}],
@@ -85,6 +86,7 @@ def ids_of_batches(manifest, model, step, count, workers, iterable):
         "shuffle_buffer_size": 60,
     }
     data = data_module(OmegaConf.create({"cached_features": False, "train_ds": section}), model, step)
+    data._get_dp_rank, data._get_world_size = lambda: rank, lambda: ranks
     loader = data.train_dataloader()
     dropped = iter(loader)
     del dropped
@@ -96,6 +98,25 @@ def test_a_resumed_run_goes_on_with_the_next_batch(many, model, workers, iterabl
     whole = ids_of_batches(many, model, 0, 9, workers, iterable)
     assert len({i for batch in whole for i in batch}) > 10  # workers draw differently
     assert ids_of_batches(many, model, 3, 6, workers, iterable) == whole[3:]
+
+
+def test_ranks_draw_their_own_share(many, model, monkeypatch):
+    """Each as many cuts for its batches as one alone, not those of all; and each goes on where it stopped."""
+    read = []
+    parse = cut_lines.deserialize_item
+    monkeypatch.setattr(cut_lines, "deserialize_item", lambda line: read.append(line["id"]) or parse(line))
+    ids, read_by = [], []
+    alone = ids_of_batches(many, model, 0, 20, 0, False)
+    read.clear()
+    for rank in range(4):
+        whole = ids_of_batches(many, model, 0, 5, 0, False, rank, 4)
+        assert ids_of_batches(many, model, 2, 3, 0, False, rank, 4) == whole[2:]
+        ids.append(whole)
+        read_by.append(len(set(read)))
+        read.clear()
+    assert all(count <= 12 for count in read_by)
+    for step in range(5):  # without buckets the ranks' batches of a step are those of one rank in four micro-batches
+        assert [own[step] for own in ids] == alone[4 * step : 4 * step + 4]
 
 
 def test_workers_that_draw_must_be_there(many, model):

@@ -1,0 +1,195 @@
+"""The training data stream: CPU time of the sampler by ranks, and batches a second, beside NeMo's own.
+
+    python benchmarks/data_loading.py [--quick] [--json FILE]
+
+Cuts of 4 s with 18 targets each (12 kB a line), batches of 16, tokenizer of SmolLM2.
+
+- ``sampler_ms_per_example``: CPU time that rank 0 spends on an example of its own, by the number of data-parallel
+  ranks: with a share of the manifest for each rank (ours), and where every rank draws the batches of all (NeMo's way).
+- ``examples_per_s``: of the whole loader by worker processes, for recordings, cached features and Shar, and of NeMo's
+  SALM data set (the same recordings, prompts and answers as multimodal conversations).
+- ``slowest_vs_salm``: recordings over SALM, the least of all numbers of workers.
+- ``share_of_7b_step``: what a loader with two workers takes of a step of 16 such examples of 120 positions through a
+  frozen 7B LLM, forward and backward (4 FLOP a weight and position), at 40 % of 989 TFLOP/s.
+"""
+
+import argparse
+import copy
+import json
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+from lhotse import CutSet
+from lhotse.shar import SharWriter
+from omegaconf import OmegaConf
+from results_file import finish
+
+RATE, SECONDS, BATCH, TARGETS, RECORDINGS = 16_000, 4.0, 16, 18, 64
+TEXT = "the quick brown fox jumps over the lazy dog and runs away"
+STEP_SECONDS = 4 * 7e9 * BATCH * 120 / (0.4 * 989e12)
+
+
+def write_data(folder: Path, count: int, tokenizer: Any) -> dict[str, Path]:
+    """A manifest with targets, the same as Shar, and as NeMo's conversations."""
+    from nemo_mtbi.data.target import TARGETS_FIELD, Target
+    from nemo_mtbi.preparation.sources import utterance_cut
+
+    rng = np.random.default_rng(0)
+    for i in range(RECORDINGS):
+        soundfile.write(folder / f"{i}.flac", 0.1 * rng.standard_normal(round(SECONDS * RATE)), RATE)
+    answer = "A fox that is quick and brown jumps over a dog that is lazy, and then it runs away."
+    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    targets = [
+        Target(f"k{n}", f"task{n}", f"task{n}-0", f"Please do number {n} with what is said here.", answer, ids)
+        for n in range(TARGETS)
+    ]
+    custom = {TARGETS_FIELD: [t.to_dict() for t in targets]}
+    cuts, talks = [], []
+    for i in range(count):
+        path = folder / f"{i % RECORDINGS}.flac"
+        cuts.append(utterance_cut(f"utt{i:07d}", path, TEXT, "s", "en", custom))
+        turns = [
+            {"from": "User", "value": targets[i % TARGETS].prompt, "type": "text"},
+            {"from": "User", "value": str(path), "duration": SECONDS, "type": "audio"},
+            {"from": "Assistant", "value": answer, "type": "text"},
+        ]
+        talks.append(json.dumps({"id": f"utt{i:07d}", "conversations": turns}))
+    CutSet(cuts).to_file(folder / "cuts.jsonl")
+    (folder / "talks.jsonl").write_text("\n".join(talks) + "\n")
+    (folder / "shar").mkdir()
+    with SharWriter(str(folder / "shar"), {"recording": "flac"}, shard_size=200) as shar:
+        for cut in cuts[:1000]:
+            shar.write(cut)
+    return {"cuts": folder / "cuts.jsonl", "talks": folder / "talks.jsonl", "shar": folder / "shar"}
+
+
+def with_features(cfg: dict[str, Any], manifest: Path, folder: Path) -> Path:
+    """The manifest with the encoder's features of its recordings."""
+    from nemo_mtbi.preparation.cache_features import FrozenEncoder, cache_features
+
+    cuts = list(CutSet.from_file(manifest))
+    CutSet(cuts[:RECORDINGS]).to_file(folder / "few.jsonl")
+    cache_features(FrozenEncoder(OmegaConf.create(cfg)), folder / "few.jsonl")
+    encoded = list(CutSet.from_file(folder / "few.jsonl"))
+    cuts = [encoded[i % RECORDINGS].with_id(cut.id) for i, cut in enumerate(cuts)]
+    CutSet(cuts).to_file(folder / "cached.jsonl")
+    return folder / "cached.jsonl"
+
+
+def section(entry: dict[str, Any], workers: int) -> dict[str, Any]:
+    return {
+        "input_cfg": [entry],
+        "shuffle": True,
+        "seed": 0,
+        "shard_seed": 0,
+        "num_workers": workers,
+        "use_multimodal_sampling": True,
+        "measure_total_length": True,
+        "batch_size": BATCH,
+        "use_bucketing": True,
+        "num_buckets": 16,
+        "bucket_buffer_size": 500,
+        "num_cuts_for_bins_estimate": 500,
+        "concurrent_bucketing": False,
+    }
+
+
+def ours(model: Any, entry: dict[str, Any], workers: int = 0, cached: bool = False) -> Any:
+    from nemo_mtbi.training.data_module import data_module
+
+    cfg = {"cached_features": cached, "train_ds": section({"type": "mtbi", **entry}, workers)}
+    return data_module(OmegaConf.create(cfg), model)
+
+
+def salm(model: Any, talks: Path, workers: int) -> Any:
+    from nemo.collections.speechlm2.data import DataModule, SALMDataset
+
+    entry = {"type": "multimodal_conversation", "manifest_filepath": str(talks), "audio_locator_tag": "<|audio|>"}
+    cfg = {
+        "train_ds": section(entry, workers)
+        | {"prompt_format": "chatml", "audio_locator_tag": "<|audio|>", "token_equivalent_duration": 0.16}
+    }
+    data = DataModule(OmegaConf.create(cfg), tokenizer=model.tokenizer, dataset=SALMDataset(model.tokenizer))
+    return data.train_dataloader()
+
+
+def sampler_cost(model: Any, manifest: Path, ranks: int, shared: bool, batches: int) -> float:
+    """CPU milliseconds of rank 0 for each of its examples, after the buffers are full."""
+    data = ours(model, {"cuts_path": str(manifest)})
+    data.shared = shared
+    data._get_dp_rank, data._get_world_size = lambda: 0, lambda: ranks
+    drawn = iter(data.train_dataloader()._source.sampler)
+    next(drawn)
+    begin = time.process_time()
+    count = sum(len(batch) for batch in islice(drawn, batches))
+    return 1000 * (time.process_time() - begin) / count
+
+
+def rate(loader: Any, batches: int) -> float:
+    """Examples a second, after the buffers are full."""
+    read = iter(loader)
+    for _ in range(4):
+        next(read)
+    begin = time.perf_counter()
+    for _ in islice(read, batches):
+        pass
+    return batches * BATCH / (time.perf_counter() - begin)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer cuts and batches")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    from nemo_mtbi.models import MTBISALM
+    from nemo_mtbi.process import tune
+
+    tune(1)
+    count, batches, ranks = (1000, 10, (1, 4)) if arguments.quick else (12_000, 40, (1, 8, 64))
+    torch.manual_seed(0)
+    adapter = {"_target_": "nemo_mtbi.modules.connectors.StackMLPConnector", "factor": 8}
+    cfg = {
+        "pretrained_llm": "offline:smollm2-135m-instruct",
+        "pretrained_asr": "offline:whisper-tiny.en",
+        "prompt_format": "chatml",
+        "perception": {"input_length": "own", "modality_adapter": adapter},
+        "imitation": {"teacher": "online"},
+    }
+    model = MTBISALM(copy.deepcopy(cfg))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        data = write_data(folder, count, model.tokenizer.tokenizer)
+        cached = with_features(cfg, data["cuts"], folder)
+        cost: dict[str, dict[int, float]] = {"own_share": {}, "every_rank_draws_all": {}}
+        for size in ranks:
+            cost["own_share"][size] = sampler_cost(model, data["cuts"], size, True, batches)
+            few = max(2, batches // size)
+            cost["every_rank_draws_all"][size] = sampler_cost(model, data["cuts"], size, False, few)
+        rates: dict[str, dict[int, float]] = {name: {} for name in ("recordings", "cached_features", "shar", "salm")}
+        for workers in (0, 1, 2):
+            rates["salm"][workers] = rate(salm(model, data["talks"], workers), batches)
+            entry = {"cuts_path": str(data["cuts"])}
+            rates["recordings"][workers] = rate(ours(model, entry, workers).train_dataloader(), batches)
+            loader = ours(model, {"cuts_path": str(cached)}, workers, cached=True).train_dataloader()
+            rates["cached_features"][workers] = rate(loader, batches)
+            shar = ours(model, {"shar_path": str(data["shar"])}, workers).train_dataloader()
+            rates["shar"][workers] = rate(shar, batches)
+    versus = {workers: own / rates["salm"][workers] for workers, own in rates["recordings"].items()}
+    result = {
+        "cuts": count,
+        "sampler_ms_per_example": cost,
+        "examples_per_s": rates,
+        "slowest_vs_salm": min(versus.values()),
+        "share_of_7b_step": BATCH / rates["recordings"][2] / STEP_SECONDS,
+    }
+    finish(result, arguments.json)
+
+
+if __name__ == "__main__":
+    main()

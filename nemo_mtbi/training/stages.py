@@ -34,8 +34,8 @@ from nemo_mtbi.modules.perception import require_fixed_features
 from nemo_mtbi.parallel.launch import PATIENCE
 from nemo_mtbi.parallel.parts import part_of
 from nemo_mtbi.parallel.strategy import TensorParallelStrategy, ddp_options
-from nemo_mtbi.process import fast_bfloat16
 from nemo_mtbi.pretrained.offline import resolve_pretrained
+from nemo_mtbi.process import fast_bfloat16
 from nemo_mtbi.training.accelerators import fused_optimizer
 from nemo_mtbi.training.best import BestWeights
 from nemo_mtbi.training.data_module import data_module as data_module
@@ -99,8 +99,8 @@ def train(cfg: DictConfig) -> RunDirectory:
 def choose_types(cfg: DictConfig, config: ModelConfig) -> None:
     """Put this machine's types in the place of ``auto``, so that the run's files say which they were."""
     cfg.model.llm_dtype, cfg.model.encoder_dtype = config.llm_dtype, config.encoder_dtype
-    for trainer in (cfg.trainer, cfg.alignment_stage.get("trainer") or {}):
-        if trainer.get("precision") == AUTO:
+    for trainer in (cfg.trainer, cfg.alignment_stage.get("trainer")):
+        if trainer is not None and trainer.get("precision") == AUTO:
             trainer.precision = "bf16-mixed" if fast_bfloat16() else "32-true"
 
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+from itertools import chain
 
 import pytest
 from lhotse import CutSet, MonoCut
@@ -32,7 +33,7 @@ IDS = [f"utt{i}" for i in range(23)]
 def test_ranks_share_the_lines(tmp_path, size, end):
     path = written(tmp_path / "cuts.jsonl", [*IDS, "señor ü", "\u2028line"], end)
     shares = visits(path, size, 7)
-    assert sorted(sum(shares, [])) == sorted([*IDS, "señor ü", "\u2028line"])
+    assert sorted(chain(*shares)) == sorted([*IDS, "señor ü", "\u2028line"])
     if end != "\n\n":  # empty lines count as lines
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
     assert visits(path, size, 7) == shares  # now by the kept places
@@ -45,7 +46,7 @@ def test_lines_of_a_batch_go_together(tmp_path):
     shares = [[c.id for c in Share(cuts, str(path), rank, 2, dealt=4).visit(0)] for rank in range(2)]
     assert shares[0] == [*IDS[:4], *IDS[8:12], *IDS[16:20]] and shares[1] == [*IDS[4:8], *IDS[12:16], *IDS[20:]]
     few = [[c.id for c in Share(cuts, str(path), rank, 8, dealt=4).visit(0)] for rank in range(8)]
-    assert sorted(sum(few, [])) == sorted(IDS) and min(map(len, few)) == 2  # no rank is left without
+    assert sorted(chain(*few)) == sorted(IDS) and min(map(len, few)) == 2  # no rank is left without
 
 
 def test_without_a_seed_lines_keep_their_order(tmp_path):

@@ -2,12 +2,13 @@
 
 import ctypes
 import gc
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 # glibc's mallopt parameters (malloc.h)
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8
 LARGEST_THRESHOLD = 32 * 2**20  # glibc accepts no more; larger blocks stay mapped, which also limits fragmentation
 
 
@@ -23,14 +24,31 @@ def tune(threads: int | None = None) -> None:
         torch.set_num_threads(threads)
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # TensorFloat-32 where the connector and its loss compute in fp32
-    if sys.platform == "linux" and not torch.cuda.is_available():
-        try:
-            mallopt = ctypes.CDLL("libc.so.6").mallopt
-        except (OSError, AttributeError):  # musl and others
-            return
-        mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(M_TOP_PAD, 2**27)
+    if not torch.cuda.is_available():
+        heap_options({M_MMAP_THRESHOLD: LARGEST_THRESHOLD, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 2**27})
+
+
+def heap_options(values: dict[int, int]) -> None:
+    """glibc's ``mallopt``; nothing elsewhere."""
+    if sys.platform != "linux":
+        return
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # musl and others
+        return
+    for option, value in values.items():
+        mallopt(option, value)
+
+
+def expect_any_length() -> None:
+    """Settings for audio of any length, in processes that answer; to be called before anything is computed.
+
+    oneDNN keeps the CPU kernels of 64 shapes, not of 1,024: new lengths bring new shapes again and again, whose kernels
+    take about a megabyte each and are seldom used again (one forward pass has fewer than 64). All threads share one
+    heap: the thread that hears, and those that read requests, would each keep what the largest audio took.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    heap_options({M_ARENA_MAX: 1})
 
 
 def fast_bfloat16() -> bool:

@@ -20,11 +20,13 @@ def main(cfg: DictConfig) -> None:
     missing = [n for n in needed if find_spec(n) is None]
     if missing:
         raise ConfigError(f"{', '.join(missing)} is not installed: pip install 'nemo_mtbi[serve]', or set page=false.")
+    from nemo_mtbi.process import expect_any_length, tune
+
+    expect_any_length()  # before the libraries below have threads
     import uvicorn
 
     from nemo_mtbi.models.exported import open_speech_llm
     from nemo_mtbi.parallel.launch import chosen_device
-    from nemo_mtbi.process import tune
     from nemo_mtbi.serving.batching import Batcher
     from nemo_mtbi.serving.limits import Limits
     from nemo_mtbi.serving.openai_api import create_app

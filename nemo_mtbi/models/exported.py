@@ -25,6 +25,7 @@ from nemo_mtbi.data.chat_template import ChatTemplateFormat
 from nemo_mtbi.errors import CheckpointError
 from nemo_mtbi.models.generation import SpeechLLM
 from nemo_mtbi.modules.perception import connector_of, encoder_frame_seconds, fusion_of, window_seconds
+from nemo_mtbi.process import expect_any_length
 
 OWN_PARTS = "nemo_mtbi.modules."
 
@@ -40,6 +41,7 @@ def open_speech_llm(path: str | Path, tensor_model_parallel_size: int = 1) -> Sp
     Raises:
         CheckpointError: missing, damaged, hostile, or another kind of model.
     """
+    expect_any_length()
     path = Path(path)
     if tensor_model_parallel_size > 1 or (path / "model.json").is_file():
         from nemo_mtbi.models import MTBISALM  # start-up: NeMo

@@ -13,14 +13,14 @@ from nemo_mtbi.examples._launcher import announce, launcher
 def main(cfg: DictConfig) -> None:
     from nemo_mtbi import registration  # noqa: F401  registers the plugin with NeMo
     from nemo_mtbi.process import tune
-    from nemo_mtbi.training.stages import train
+    from nemo_mtbi.training.stages import Stopped, train
 
     tune(cfg.threads)
     try:
         run = train(cfg)
     except KeyboardInterrupt as stop:
         console.tell(f"\nStopped. {stop}")
-        sys.exit(1)
+        sys.exit(0 if isinstance(stop, Stopped) and not stop.by_hand else 1)  # 0: a job that follows goes on
     announce(
         "Training finished",
         {

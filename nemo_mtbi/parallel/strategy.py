@@ -1,13 +1,18 @@
 """Lightning's DDP over the data-parallel ranks of a Megatron-Core layout (tensor x data parallel)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from megatron.core import parallel_state
+from omegaconf import DictConfig
 from torch.distributed.device_mesh import DeviceMesh
 
+from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.parallel.launch import PATIENCE, backend, initialize
+
+SIZE = "tensor_model_parallel_size"
 
 
 def ddp_options(**own: Any) -> dict[str, Any]:
@@ -18,6 +23,35 @@ def ddp_options(**own: Any) -> dict[str, Any]:
     broadcast.
     """
     return {"timeout": PATIENCE, "broadcast_buffers": False, "process_group_backend": backend(), **own}
+
+
+def requested_size(trainer: DictConfig) -> int:
+    """Ranks that hold one LLM, as ``trainer.strategy`` says, or the short ``trainer.tensor_model_parallel_size``.
+
+    ``strategy: {_target_: nemo_mtbi.parallel.strategy.TensorParallelStrategy, tensor_model_parallel_size: 8}`` is what
+    the short form stands for; Lightning's DDP keeps the LLM whole.
+
+    Raises:
+        ConfigError: both, and they differ; a strategy that would shard what is trained, or the LLM in its own way.
+    """
+    short, strategy = trainer.get("tensor_model_parallel_size") or 1, trainer.get("strategy", "auto")
+    name = str(strategy.get("_target_", "")) if isinstance(strategy, Mapping) else str(strategy)
+    if name.rpartition(".")[2] == TensorParallelStrategy.__name__:
+        assert isinstance(strategy, Mapping)
+        size = strategy.get(SIZE)
+        if not isinstance(size, int) or size < 1:
+            raise ConfigError(f"trainer.strategy.{SIZE}={size!r}: the number of ranks that hold one LLM.")
+        if short not in (1, size):
+            raise ConfigError(f"trainer.{SIZE}={short} and trainer.strategy.{SIZE}={size} differ; give one of them.")
+        return size
+    if any(word in name.lower() for word in ("modelparallel", "automodelparallel", "fsdp", "deepspeed")):
+        raise ConfigError(
+            f"trainer.strategy={name} would shard the LLM in its own way, which cannot be exported again. Use "
+            f"{{_target_: {__name__}.{TensorParallelStrategy.__name__}, {SIZE}: 8}}, or ddp; the connector is small."
+        )
+    if short > 1 and name != "auto":
+        raise ConfigError(f"trainer.{SIZE}={short} chooses the strategy; leave trainer.strategy={name} out.")
+    return short
 
 
 class TensorParallelStrategy(DDPStrategy):

@@ -33,7 +33,7 @@ from nemo_mtbi.modules.connectors.ctc_vocabulary import choose_tokens, count_tok
 from nemo_mtbi.modules.perception import require_fixed_features
 from nemo_mtbi.parallel.launch import PATIENCE
 from nemo_mtbi.parallel.parts import part_of
-from nemo_mtbi.parallel.strategy import TensorParallelStrategy, ddp_options
+from nemo_mtbi.parallel.strategy import SIZE, TensorParallelStrategy, ddp_options, requested_size
 from nemo_mtbi.pretrained.offline import resolve_pretrained
 from nemo_mtbi.process import fast_bfloat16
 from nemo_mtbi.training.accelerators import fused_optimizer
@@ -41,6 +41,7 @@ from nemo_mtbi.training.best import BestWeights
 from nemo_mtbi.training.data_module import data_module as data_module
 from nemo_mtbi.training.data_module import input_entries
 from nemo_mtbi.training.monitor import SampleAnswers, Throughput
+from nemo_mtbi.training.options import check_options, named
 from nemo_mtbi.training.progress import StageProgress
 from nemo_mtbi.training.resume import (
     AtomicCheckpointIO,
@@ -57,6 +58,14 @@ TOKENS_ALONE = ("WhisperDecoderConnector", "CTCCompressConnector")
 DESCRIBED, PEEKED_LINES = re.compile(r'"described": ?"[^"]'), 200
 
 
+class Stopped(KeyboardInterrupt):
+    """A stage that was left before its last step: by hand, or because its time was over."""
+
+    def __init__(self, stage: str, step: int, by_hand: bool) -> None:
+        super().__init__(f"Stage {stage} stopped at step {step}; the same command continues it.")
+        self.by_hand = by_hand
+
+
 def train(cfg: DictConfig) -> RunDirectory:
     """Train as ``conf/train.yaml`` says; stages that are already finished under ``output_dir`` are not repeated."""
     missing = OmegaConf.missing_keys(cfg)
@@ -66,6 +75,8 @@ def train(cfg: DictConfig) -> RunDirectory:
     config = model_config(cfg.model)
     choose_types(cfg, config)
     check_data(cfg.data, config)
+    for name in [ALIGNMENT] * bool(cfg.alignment_stage.enabled) + [IMITATION]:
+        check_options(stage_config(cfg, name))
     run = RunDirectory(cfg.output_dir)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     tokens = ctc_tokens(cfg, config, run)
@@ -73,7 +84,7 @@ def train(cfg: DictConfig) -> RunDirectory:
     model_cfg.setdefault("freeze_params", config.freeze_params)
     if tokens is not None:
         model_cfg["perception"]["modality_adapter"]["vocab_size"] = len(tokens)
-    model_cfg["tensor_model_parallel_size"] = cfg.trainer.get("tensor_model_parallel_size", 1)
+    model_cfg["tensor_model_parallel_size"] = requested_size(cfg.trainer)
     model = MTBISALM(json.loads(json.dumps(model_cfg)))
     if tokens is not None:
         model.set_ctc_vocabulary(tokens)
@@ -120,8 +131,9 @@ def run_stage(cfg: DictConfig, model: MTBISALM, run: RunDirectory, name: str) ->
     watched = stage.exp_manager.checkpoint_callback_params or {}
     best = BestWeights(run, name, watched.get("monitor", "val_loss"), watched.get("mode", "min"))
     monitors = [Throughput(), SampleAnswers(run.stage(name), **cfg.sample_answers), best]
-    trainer = build_trainer(stage.trainer, name, monitors)
-    exp_manager(trainer, stage.exp_manager)
+    with named():
+        trainer = build_trainer(stage.trainer, name, monitors)
+        exp_manager(trainer, stage.exp_manager)
     step = step_of(trainer.ckpt_path) if trainer.ckpt_path else 0
     model.seed = cfg.seed
     model.moments = load_moments(run) if name == IMITATION and cfg.continue_optimizer else {}
@@ -132,7 +144,7 @@ def run_stage(cfg: DictConfig, model: MTBISALM, run: RunDirectory, name: str) ->
         trainer.validate(model, data, verbose=False)  # step 0: what training starts from
     trainer.fit(model, data)
     if trainer.interrupted or trainer.global_step < trainer.max_steps:
-        raise KeyboardInterrupt(f"Stage {name} stopped at step {trainer.global_step}; the same command continues it.")
+        raise Stopped(name, trainer.global_step, by_hand=trainer.interrupted)
     seen = model.seen.manifest(model.data_parallel_group())
     run.finish_stage(model, name)
     if trainer.is_global_zero:
@@ -158,8 +170,13 @@ def build_trainer(cfg: DictConfig, name: str, callbacks: Sequence[pl.Callback] =
 
     ``callbacks`` come first.
     """
+    size, strategy = requested_size(cfg), cfg.get("strategy", "auto")
+    own: dict[str, Any] = {}
+    if OmegaConf.is_dict(strategy) and SIZE in strategy:
+        own = {k: v for k, v in OmegaConf.to_container(strategy).items() if k not in (SIZE, "_target_")}
+        cfg = OmegaConf.merge(cfg, {"strategy": None})
     options: Any = resolve_trainer_cfg(cfg)
-    size = options.pop("tensor_model_parallel_size", 1)
+    options.pop(SIZE, None)
     minutes = options.pop("collective_timeout_minutes", None)
     timeout = PATIENCE if minutes is None else timedelta(minutes=float(minutes))
     if timeout <= timedelta(0):
@@ -167,14 +184,13 @@ def build_trainer(cfg: DictConfig, name: str, callbacks: Sequence[pl.Callback] =
     # The alignment stage leaves the part of the connector that only the LLM reads without a gradient.
     unused = name == ALIGNMENT
     several = options.get("num_nodes", 1) > 1 or str(options.get("devices", 1)) not in ("1", "auto")
-    ddp: dict[str, Any] = {"find_unused_parameters": unused, "timeout": timeout}
-    if options.get("strategy", "auto") == "auto":
+    ddp: dict[str, Any] = {"find_unused_parameters": unused, "timeout": timeout, **own}
+    if options.get("strategy") in (None, "auto"):
+        options["strategy"] = "auto"
         if size > 1:
             options["strategy"] = TensorParallelStrategy(size, **ddp)
         elif several or torch.cuda.device_count() > 1:
             options["strategy"] = DDPStrategy(**ddp_options(**ddp))
-    elif size > 1:
-        raise ConfigError("trainer.tensor_model_parallel_size > 1 chooses the strategy; leave trainer.strategy out.")
     bars = [StageProgress(name)] if options.get("enable_progress_bar", True) else []
     options["plugins"] = [*options.get("plugins", []), AtomicCheckpointIO()]
     options["callbacks"] = [*options.get("callbacks", []), *callbacks, *bars, Preemption(), WholeSteps()]

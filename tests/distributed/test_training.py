@@ -22,6 +22,9 @@ from tests.launching import Started
 pytestmark = pytest.mark.distributed
 WORDS = "one two three four five six seven eight nine ten".split()
 STEPS = 20
+STRATEGY = (
+    "trainer.strategy={_target_: nemo_mtbi.parallel.strategy.TensorParallelStrategy, tensor_model_parallel_size: 2}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +126,7 @@ def assert_same(got, expected, tolerance):
 @pytest.mark.parametrize(
     "name, options",
     [
-        ("tp2", ["trainer.devices=2", "trainer.tensor_model_parallel_size=2", "trainer.accumulate_grad_batches=2"]),
+        ("tp2", ["trainer.devices=2", STRATEGY, "trainer.accumulate_grad_batches=2"]),
         pytest.param(  # test_normalization.py has data-parallel ranks
             "tp2dp2",
             ["trainer.devices=4", "trainer.tensor_model_parallel_size=2", "trainer.val_check_interval=10"],
@@ -218,6 +221,17 @@ def test_sigterm_loses_no_step(root, overrides, whole, place, step):
     kept = [f.name for f in (output / "imitation" / "checkpoints").glob("*last.ckpt")]
     assert [f"step={step}" in name for name in kept] == [True] * bool(step)
     assert_same(train(output, overrides, *more), whole, 0.0)
+
+
+@pytest.mark.slow
+def test_a_run_whose_time_is_over_is_continued(root, overrides, whole):
+    """``max_time_per_run``: the job ends with 0, so that the next one of a chain begins."""
+    output, more = root / "timed", [*overrides, "trainer.accumulate_grad_batches=2"]
+    process = start(output, more, "+exp_manager.max_time_per_run=00:00:00:01")
+    out = process.communicate(timeout=600)[0]
+    assert process.returncode == 0 and "the same command continues it" in out
+    assert not (output / "imitation" / "trained.safetensors").exists()
+    assert_same(train(output, more), whole, 0.0)
 
 
 @pytest.mark.slow

@@ -1,0 +1,62 @@
+"""Options of NeMo's recipes that cannot work here are refused by name; those of missing packages are one message."""
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from nemo_mtbi.config import ModelConfig
+from nemo_mtbi.errors import ConfigError, DataError
+from nemo_mtbi.examples._launcher import CONF, open_dictionaries
+from nemo_mtbi.training.options import check_options, named
+
+pytestmark = pytest.mark.unit
+
+
+def options(key, value):
+    cfg = OmegaConf.create({"trainer": {}, "exp_manager": {}})
+    OmegaConf.update(cfg, key, value, force_add=True)
+    return cfg
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("trainer.limit_train_batches", 100),
+        ("trainer.limit_train_batches", 1),  # one batch
+        ("trainer.limit_train_batches", 0.5),
+        ("trainer.max_epochs", 3),
+        ("trainer.min_epochs", 1),
+        ("exp_manager.checkpoint_callback_params.async_save", True),
+        ("exp_manager.create_preemption_callback", True),
+    ],
+)
+def test_refusals(key, value):
+    with pytest.raises(ConfigError, match=f"{key}={value}: "):
+        check_options(options(key, value))
+
+
+def test_all_are_named_at_once():
+    cfg = OmegaConf.merge(options("trainer.max_epochs", 2), options("exp_manager.create_preemption_callback", True))
+    with pytest.raises(ConfigError, match="(?s)max_epochs=2.*create_preemption_callback=True"):
+        check_options(cfg)
+
+
+@pytest.mark.parametrize("value", [None, 1.0])
+def test_all_of_the_data_is_no_limit(value):
+    check_options(options("trainer.limit_train_batches", value))
+
+
+def test_our_own_yaml_passes():
+    node = open_dictionaries(OmegaConf.structured(ModelConfig))
+    ConfigStore.instance().store(group="speech_llm", name="schema", node=node)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        check_options(compose("train"))
+
+
+@pytest.mark.parametrize("error", [ValueError("no\n  such"), ImportError("no such"), TypeError("no such")])
+def test_errors_of_others_are_one_message(error):
+    with pytest.raises(ConfigError, match="trainer / exp_manager: no such"), named():
+        raise error
+    with pytest.raises(DataError, match="^ours"), named():
+        raise DataError("ours")

@@ -153,6 +153,11 @@ def run(command: list[str]) -> int:
     return subprocess.run(command, env=os.environ | {STEP: "1"}, **streams).returncode  # type: ignore[call-overload]
 
 
+def descriptors() -> tuple[int, int]:
+    """Of standard and error output as this process was started with."""
+    return (_terminal.out.fileno(), _terminal.err.fileno()) if _terminal else (1, 2)
+
+
 def _open_log(log: Path | None) -> tuple[int, Path, bool]:
     """Descriptor, path, and whether it is temporary. Steps append to the log of the launcher that runs them."""
     above = os.environ.get(LOG_FILE)

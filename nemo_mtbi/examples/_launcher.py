@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_mtbi import console
 from nemo_mtbi.errors import ConfigError, MTBIError
 from nemo_mtbi.examples._overrides import as_typed, overrides
+from nemo_mtbi.examples._steps import run_launcher
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 T = TypeVar("T")
@@ -114,10 +115,9 @@ def run_step(name: str, module: str, values: Mapping[str, Any]) -> float:
         MTBIError: it failed.
     """
     begin = time.time()
-    command = ["-m", f"nemo_mtbi.examples.{module}", *overrides(values)]
-    console.say(f"=== {name}\n$ python {shlex.join(command)}")
-    code = console.run([sys.executable, *command])
-    if code != 0:
+    arguments = overrides(values)
+    console.say(f"=== {name}\n$ python -m nemo_mtbi.examples.{module} {shlex.join(arguments)}")
+    if run_launcher(module, arguments) != 0:
         raise MTBIError(f"The step {name!r} failed; its message is above. The same command continues from here.")
     return time.time() - begin
 

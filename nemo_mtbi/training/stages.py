@@ -172,9 +172,9 @@ def build_trainer(cfg: DictConfig, name: str, callbacks: Sequence[pl.Callback] =
     """
     size, strategy = requested_size(cfg), cfg.get("strategy", "auto")
     own: dict[str, Any] = {}
-    if OmegaConf.is_dict(strategy) and SIZE in strategy:
-        own = {k: v for k, v in OmegaConf.to_container(strategy).items() if k not in (SIZE, "_target_")}
-        cfg = OmegaConf.merge(cfg, {"strategy": None})
+    if isinstance(strategy, DictConfig) and SIZE in strategy:
+        own = {str(k): v for k, v in strategy.items() if k not in (SIZE, "_target_")}
+        cfg = DictConfig({**cfg, "strategy": None})
     options: Any = resolve_trainer_cfg(cfg)
     options.pop(SIZE, None)
     minutes = options.pop("collective_timeout_minutes", None)

@@ -1,0 +1,63 @@
+"""Launchers that another launcher runs, each in a process of its own.
+
+Where it is safe the processes are forked from one that has imported NeMo, which takes 5 to 15 s, and computed nothing.
+"""
+
+import importlib
+import multiprocessing
+import os
+import sys
+from multiprocessing import reduction
+from pathlib import Path
+from typing import Any
+
+from nemo_mtbi import console
+
+PRELOADED = ["nemo_mtbi.models.mtbi_salm", "nemo_mtbi.training.stages", "nemo_mtbi.targets.generate"]
+GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd")  # a library that has looked for GPUs cannot be forked
+
+
+def run_launcher(module: str, arguments: list[str]) -> int:
+    """Run a launcher, with the terminal that this process was started with; its exit code.
+
+    Args:
+        module: under ``nemo_mtbi.examples``.
+        arguments: of its command line.
+    """
+    if sys.platform != "linux" or any(Path(driver).exists() for driver in GPU_DRIVERS):
+        return console.run([sys.executable, "-m", f"nemo_mtbi.examples.{module}", *arguments])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    streams = [Descriptor(number) for number in console.descriptors()]
+    environment = dict(os.environ) | {console.STEP: "1"}
+    process = context.Process(target=_main, args=(module, arguments, environment, os.getcwd(), *streams))
+    process.start()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+class Descriptor:
+    """A file descriptor that is handed to a process which is not a child of this one."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __reduce__(self) -> Any:
+        return _received, (reduction.DupFd(self.number),)
+
+
+def _received(given: Any) -> int:
+    return given.detach()
+
+
+def _main(module: str, arguments: list[str], environment: dict[str, str], folder: str, out: int, err: int) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    for descriptor, stream in ((out, 1), (err, 2)):
+        os.dup2(descriptor, stream)
+    sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
+    launcher = importlib.import_module(f"nemo_mtbi.examples.{module}")
+    sys.argv = [str(launcher.__file__), *arguments]
+    sys.exit(launcher.main())

@@ -43,11 +43,11 @@ def heap_options(values: dict[int, int]) -> None:
 def expect_any_length() -> None:
     """Settings for audio of any length, in processes that answer; to be called before anything is computed.
 
-    oneDNN keeps the CPU kernels of 64 shapes, not of 1,024: new lengths bring new shapes again and again, whose kernels
-    take about a megabyte each and are seldom used again (one forward pass has fewer than 64). All threads share one
+    oneDNN keeps the CPU kernels of 32 shapes, not of 1,024: new lengths bring new shapes again and again, whose kernels
+    take about a megabyte each and are seldom used again (one forward pass has fewer than 32). All threads share one
     heap: the thread that hears, and those that read requests, would each keep what the largest audio took.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     heap_options({M_ARENA_MAX: 1})
 
 

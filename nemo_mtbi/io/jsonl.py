@@ -89,11 +89,12 @@ class Journal(Appender):
     Args:
         path: read now, and appended to.
         kept: what is remembered of a line beside its place; None: the line does not count.
+        name: field that tells lines apart.
     """
 
-    def __init__(self, path: Path, kept: Callable[[dict[str, Any]], Any]) -> None:
+    def __init__(self, path: Path, kept: Callable[[dict[str, Any]], Any], name: str = "id") -> None:
         super().__init__(path)
-        self.kept, self.places = kept, dict[str, tuple[int, Any]]()
+        self.kept, self.name, self.places = kept, name, dict[str, tuple[int, Any]]()
         self.stream, place = open(path, "rb"), 0
         for number, line in enumerate(self.stream, 1):
             self._note(parsed(path, number, line), place)
@@ -102,7 +103,7 @@ class Journal(Appender):
     def _note(self, record: dict[str, Any], place: int) -> None:
         kept = self.kept(record)
         if kept is not None:
-            self.places[record["id"]] = place, kept
+            self.places[record[self.name]] = place, kept
 
     def write(self, record: dict[str, Any]) -> int:
         place = super().write(record)
@@ -112,11 +113,14 @@ class Journal(Appender):
     def __enter__(self) -> "Journal":
         return self
 
+    def __contains__(self, name: str) -> bool:
+        return name in self.places
+
     def __getitem__(self, name: str) -> dict[str, Any]:
         """The last line of that id that counts."""
         self.stream.seek(self.places[name][0])
         record = json.loads(self.stream.readline())
-        if record["id"] != name:
+        if record[self.name] != name:
             raise DataError(f"{self.file.name} was changed while it was read; run the same command again.")
         return record
 

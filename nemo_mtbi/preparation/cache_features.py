@@ -6,8 +6,10 @@ changed is encoded again.
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -43,6 +45,7 @@ from nemo_mtbi.pretrained.fingerprint import fingerprint
 from nemo_mtbi.pretrained.offline import resolve_pretrained
 
 FILE_BYTES = 8 * 2**30  # about the size of a file of features
+CUTS_TOGETHER = 4096  # cuts that are in memory, from which batches of like lengths are made
 log = logging.getLogger(__name__)
 
 
@@ -96,6 +99,11 @@ class CacheReport:
     bytes: int = 0
     hours: float = 0.0
 
+    def count(self, versions: list[Version], records: list[dict[str, Any]]) -> None:
+        """A cut whose features are there."""
+        self.bytes += sum(2 * int(np.prod(record["array"]["shape"])) for record in records)
+        self.hours += sum(version.cut.duration for version in versions) / 3600
+
 
 def cache_features(
     encoder: FrozenEncoder, manifest: Path, batch_seconds: float = 120.0, perturb_speed: Iterable[float] = ()
@@ -115,51 +123,68 @@ def cache_features(
     speeds = (1.0, *speed_factors(perturb_speed))
     check_manifest(str(manifest))
     report = CacheReport()
-    cuts = list(CutSet.from_file(manifest))
-    heard = {cut.id: [perturbed(cut, factor) for factor in speeds] for cut in cuts}
-    versions = {i: [Version(cut, features_key(cut, encoder.key)) for cut in own] for i, own in heard.items()}
-    progress = manifest.with_suffix(".features.jsonl")
-    jsonl.repair(progress)
-    arrays = {r["key"]: r for r in jsonl.read(progress)}
-    missing = [version for own in versions.values() for version in own if version.key not in arrays]
-    report.cached = len(cuts) * len(speeds) - len(missing)
-    with (
-        jsonl.Appender(progress) as out,
-        RawChunkyWriter(manifest.with_suffix(".features.bin"), max_bytes=FILE_BYTES) as writer,
-        console.progress(total=len(missing), desc="encoder features", unit="utt", disable=not missing) as bar,
-    ):
-        for batch in _batches(missing, batch_seconds):
-            for version, features, begins in _encode(encoder, batch, report):
-                array = writer.store_array(version.cut.id, features)
-                writer.flush()
-                arrays[version.key] = record = {"key": version.key, "array": array.to_dict()}
-                if len(begins) > 1 or version.cut.duration > WINDOW_SECONDS:
-                    record["windows"] = begins
-                out.write(record)
-                report.encoded += 1
-            bar.update(len(batch))
-    lines = []
-    for cut in cuts:
-        own = [arrays[version.key] for version in versions[cut.id] if version.key in arrays]
-        if len(own) < len(speeds):
-            continue
-        report.bytes += sum(2 * int(np.prod(record["array"]["shape"])) for record in own)
-        report.hours += sum(version.cut.duration for version in versions[cut.id]) / 3600
-        line = cut.to_dict()
-        line["custom"] = {
-            **{k: v for k, v in line.get("custom", {}).items() if not is_features(k.removesuffix(WINDOWS))},
-            **{features_field(speed): record["array"] for speed, record in zip(speeds, own, strict=True)},
-            **{
-                windows_field(features_field(speed)): record["windows"]
-                for speed, record in zip(speeds, own, strict=True)
-                if "windows" in record
-            },
-            KEY_FIELD: versions[cut.id][0].key,
-            AUDIO_FIELD: audio_identity(cut),
-        }
-        lines.append(jsonl.dumps(line) + "\n")
-    jsonl.write_text(manifest, "".join(lines))
+    with jsonl.Journal(manifest.with_suffix(".features.jsonl"), lambda record: True, "key") as journal:
+        _fill(encoder, manifest, speeds, batch_seconds, journal, report)
+        with jsonl.replacing(manifest, uuid.uuid4().hex) as out:
+            for cut in CutSet.from_file(manifest):
+                versions = _versions(cut, speeds, encoder.key)
+                if all(version.key in journal for version in versions):
+                    records = [journal[version.key] for version in versions]
+                    report.count(versions, records)
+                    out.write(jsonl.dumps(_with_features(cut, speeds, versions, records)) + "\n")
     return report
+
+
+def _fill(
+    encoder: FrozenEncoder,
+    manifest: Path,
+    speeds: Sequence[float],
+    batch_seconds: float,
+    journal: jsonl.Journal,
+    report: CacheReport,
+) -> None:
+    """Encode what the journal does not have, some thousand cuts at a time."""
+    cuts = iter(CutSet.from_file(manifest))
+    with open(manifest, "rb") as lines:
+        total = sum(1 for _ in lines) * len(speeds)
+    with (
+        RawChunkyWriter(manifest.with_suffix(".features.bin"), max_bytes=FILE_BYTES) as writer,
+        console.progress(total=total, desc="encoder features", unit="utt") as bar,
+    ):
+        while some := list(islice(cuts, CUTS_TOGETHER)):
+            versions = [version for cut in some for version in _versions(cut, speeds, encoder.key)]
+            missing = [version for version in versions if version.key not in journal]
+            report.cached += len(versions) - len(missing)
+            bar.update(len(versions) - len(missing))
+            for batch in _batches(missing, batch_seconds):
+                for version, features, begins in _encode(encoder, batch, report):
+                    array = writer.store_array(version.cut.id, features)
+                    writer.flush()
+                    record = {"key": version.key, "array": array.to_dict()}
+                    if len(begins) > 1 or version.cut.duration > WINDOW_SECONDS:
+                        record["windows"] = begins
+                    journal.write(record)
+                    report.encoded += 1
+                bar.update(len(batch))
+
+
+def _versions(cut: Cut, speeds: Sequence[float], encoder_key: str) -> list[Version]:
+    own = [perturbed(cut, factor) for factor in speeds]
+    return [Version(version, features_key(version, encoder_key)) for version in own]
+
+
+def _with_features(
+    cut: Cut, speeds: Sequence[float], versions: list[Version], records: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The cut's line with the features of its versions, and without those that it had."""
+    line = cut.to_dict()
+    custom = {k: v for k, v in line.get("custom", {}).items() if not is_features(k.removesuffix(WINDOWS))}
+    for speed, record in zip(speeds, records, strict=True):
+        custom[features_field(speed)] = record["array"]
+        if "windows" in record:
+            custom[windows_field(features_field(speed))] = record["windows"]
+    line["custom"] = custom | {KEY_FIELD: versions[0].key, AUDIO_FIELD: audio_identity(cut)}
+    return line
 
 
 def _batches(versions: list[Version], seconds: float) -> Iterator[list[Version]]:

@@ -26,7 +26,9 @@ from nemo_mtbi.modules.connectors.base import Connector
 from nemo_mtbi.modules.perception import connector_of
 from nemo_mtbi.training.resume import skip_batches
 
-BUFFERS = ("bucket_buffer_size", "num_cuts_for_bins_estimate")  # in examples, of NeMo's bucketing sampler
+# In examples, of NeMo's samplers. Lhotse adds the second one to the first.
+BUFFERS = ("bucket_buffer_size", "shuffle_buffer_size", "num_cuts_for_bins_estimate")
+SHUFFLE_BUFFER = 10_000  # NeMo's default
 
 
 class WindowedLoader:
@@ -106,6 +108,7 @@ def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulate
             cfg[section].token_equivalent_duration = None if emits_tokens else model.token_equivalent_duration
             cfg[section].sample_rate = model.sampling_rate
             cfg[section].setdefault("pin_memory", torch.cuda.is_available())
+            cfg[section].setdefault("shuffle_buffer_size", SHUFFLE_BUFFER)
             for key in BUFFERS:
                 if cfg[section].get(key):
                     cfg[section][key] = enough(cfg[section], cfg[section][key])
@@ -136,7 +139,8 @@ def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulate
         for entry in entries:
             entry.order_seed, entry.dealt = order_seed(cfg.train_ds), cfg.train_ds.get("batch_size") or 1
         # Lines come in random order; NeMo's buffer is for what is read through.
-        cfg.train_ds.shuffle = not all(has_lines(entry.get("cuts_path")) for entry in entries)
+        if all(has_lines(entry.get("cuts_path")) for entry in entries):
+            cfg.train_ds.shuffle, cfg.train_ds.shuffle_buffer_size = False, None
     require_same_rendering(dataset.renderer, model.audio_locator_tag, model.config.speech_position)
     data = ResumableData(cfg, tokenizer=model.tokenizer, dataset=dataset)
     data.skip = 0 if tarred else step * accumulated

@@ -3,7 +3,8 @@
     python benchmarks/corpus_scale.py [--quick] [--json FILE]
 
 ``peak_gb_by_entries``: resident memory of a process that finds N utterances in the journal of ``mtbi prepare`` and
-writes manifest and report again (``baseline_gb``: the same process before it). ``two_workers_vs_one``: utterances a
+writes manifest and report again (``baseline_gb``: the same process before it). ``cache_peak_gb_by_entries``: the same
+of ``mtbi cache`` that finds the features of N utterances. ``two_workers_vs_one``: utterances a
 second of ``mtbi prepare describe.enabled=true`` on made recordings of 4 s, two processes over one; ``workers_agree``:
 whether both wrote the same bytes.
 """
@@ -16,10 +17,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import soundfile
+from lhotse.utils import fastcopy
 from results_file import finish
 
 from nemo_mtbi.preparation.prepare import Preparation, PrepareConfig
@@ -53,6 +56,38 @@ def finished(entries: int) -> None:
     baseline, begin = peak_gb(), time.time()
     step.run()
     print(json.dumps({"peak_gb": peak_gb(), "baseline_gb": baseline, "seconds": round(time.time() - begin, 1)}))
+
+
+def cached(entries: int) -> None:
+    """Print what it takes to write the manifest of so many utterances whose features are there."""
+    from nemo_mtbi.data.feature_cache import features_key
+    from nemo_mtbi.io import jsonl
+    from nemo_mtbi.preparation.cache_features import cache_features
+
+    folder = Path(tempfile.mkdtemp())
+    soundfile.write(folder / "a.wav", np.zeros(4 * RATE), RATE)
+    cut = utterance_cut("u", folder / "a.wav", TEXT, "s", "en")
+    line = cut.to_dict()
+    array = {"array": {"storage_type": "raw_chunky", "storage_path": str(folder), "storage_key": "0,4096"}}
+    array |= {"shape": [200, 384], "temporal_dim": 0, "frame_shift": 0.02, "start": 0}
+    with open(folder / "cuts.jsonl", "w") as cuts, open(folder / "cuts.features.jsonl", "w") as journal:
+        for i in range(entries):
+            line["id"] = f"u{i:08d}"
+            line["start"] = i * 1e-9  # so that each has a key of its own
+            cuts.write(json.dumps(line) + "\n")
+            key = features_key(fastcopy(cut, start=line["start"]), "encoder")
+            journal.write(jsonl.dumps({"key": key, "array": array}) + "\n")
+    baseline, begin = peak_gb(), time.time()
+    encoder: Any = SimpleNamespace(key="encoder")
+    report = cache_features(encoder, folder / "cuts.jsonl")
+    assert report.cached == entries and report.encoded == report.skipped == 0
+    print(json.dumps({"peak_gb": peak_gb(), "baseline_gb": baseline, "seconds": round(time.time() - begin, 1)}))
+
+
+def measured(step: str, entries: int) -> dict[str, Any]:
+    command = [sys.executable, __file__, f"--{step}", str(entries)]
+    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return dict(json.loads(out.strip().splitlines()[-1]))
 
 
 def load() -> Any:
@@ -89,17 +124,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="up to 100,000 entries, 60 recordings")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--finished", type=int, help=argparse.SUPPRESS)
+    for step in ("finished", "cached"):
+        parser.add_argument(f"--{step}", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.finished is not None:
         finished(given.finished)
         return
-    by_entries = {}
-    for entries in (10_000, 100_000) if given.quick else (10_000, 100_000, 1_000_000):
-        command = [sys.executable, __file__, "--finished", str(entries)]
-        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        by_entries[str(entries)] = json.loads(out.strip().splitlines()[-1])
-    result: dict[str, Any] = {"peak_gb_by_entries": by_entries, **workers(60 if given.quick else 200)}
+    if given.cached is not None:
+        cached(given.cached)
+        return
+    sizes = (10_000, 100_000) if given.quick else (10_000, 100_000, 1_000_000)
+    result: dict[str, Any] = {
+        "peak_gb_by_entries": {str(n): measured("finished", n) for n in sizes},
+        "cache_peak_gb_by_entries": {str(n): measured("cached", n) for n in sizes},
+        **workers(60 if given.quick else 200),
+    }
     finish(result, given.json)
 
 

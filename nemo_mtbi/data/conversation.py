@@ -4,6 +4,7 @@ The ``input_cfg`` type ``mtbi`` (registered in :mod:`nemo_mtbi.registration`) re
 ``custom["targets"]`` (see :mod:`nemo_mtbi.data.target`) and yields one :class:`MTBIConversation` per visit to a cut.
 """
 
+import copy
 import itertools
 import math
 import random
@@ -74,6 +75,15 @@ class MTBIConversation(NeMoMultimodalConversation):
         spoken = spoken or spoken_part(self.cut)
         history = [{"role": m["role"], "content": [m["content"]]} for m in self.target.history]
         return [*history, user_message(self.target.prompt, spoken, self.speech_position)]
+
+
+def without_targets(cut: Cut) -> Cut:
+    """The cut without all that it may be asked, which would travel to the loader's workers with it."""
+    if TARGETS_FIELD not in (cut.custom or {}):
+        return cut
+    cut = copy.copy(cut)
+    cut.custom = {key: value for key, value in (cut.custom or {}).items() if key != TARGETS_FIELD}
+    return cut
 
 
 def transcript(cut: Cut) -> str:
@@ -176,7 +186,7 @@ class ConversationIterator:
     def conversations(self, cut: Cut, visit: int) -> Iterator[MTBIConversation]:
         targets = [Target(**t) for t in (cut.custom or {}).get(TARGETS_FIELD, [])]
         chosen = [NO_TARGET] if self.every_cut else self.selection.select(cut.id, targets, visit)
-        cut = self.speed(cut, visit)
+        cut = without_targets(self.speed(cut, visit))
         for index, target in enumerate(chosen):
             # Cut ids must be unique within a batch; the same cut may come with several targets.
             own = cut if index == 0 else cut.with_id(f"{cut.id}#{index}")

@@ -71,15 +71,27 @@ class RecordingTokenizer:
                 f"{type(self.hf).__name__} has no fast tokenizer, which the word times need. "
                 "Convert it with tokenizers, or choose an LLM that ships tokenizer.json."
             )
+        self.split_special_tokens = bool(getattr(self.hf, "split_special_tokens", False))
         self.records: list[tuple[str, list[int], list[tuple[int, int]]]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.wrapped, name)
 
     def text_to_ids(self, text: str, *_: Any) -> list[int]:
+        ids, offsets = self._encoded(text)
+        self.records.append((text, ids, offsets))
+        return list(ids)
+
+    def _encoded(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and character offsets; by the tokenizer's core where nothing that surrounds it has a part in them, which
+        takes a third of the time.
+        """
+        core = self.hf.backend_tokenizer
+        if core.truncation is None and core.padding is None and core.encode_special_tokens == self.split_special_tokens:
+            encoded = core.encode(text, add_special_tokens=False)
+            return encoded.ids, encoded.offsets
         encoding = self.hf(text, add_special_tokens=False, return_offsets_mapping=True)
-        self.records.append((text, list(encoding["input_ids"]), list(encoding["offset_mapping"])))
-        return list(encoding["input_ids"])
+        return list(encoding["input_ids"]), list(encoding["offset_mapping"])
 
 
 class PromptRenderer:

@@ -167,14 +167,15 @@ class ConversationIterator:
         self.finite = config.get("force_finite", False)
 
     def __iter__(self) -> Iterator[MTBIConversation]:
-        barren = 0  # visits in a row; other lines may be this rank's in the next one
+        looked = False
         for visit in itertools.count(self.first_visit):
             usable = False
             for cut in self.share.visit(visit):
                 usable = usable or self.every_cut or self.selection.has_any(cut)
                 yield from self.conversations(cut, visit)
-            barren = 0 if usable else barren + 1
-            if barren == self.share.world_size:
+            if not usable and not looked:  # perhaps other ranks have what is asked for, and this one later
+                looked = any(self.selection.has_any(cut) for cut in self.share.cuts)
+            if not usable and not looked:
                 raise DataError(
                     "No cut has a target for the requested tasks "
                     f"({'all' if self.selection.tasks is None else ', '.join(self.selection.tasks)}). "

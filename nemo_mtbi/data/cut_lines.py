@@ -4,11 +4,13 @@ Letters: N lines.
 """
 
 import os
+import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from lhotse import CutSet
@@ -49,32 +51,36 @@ class Share:
         self.cuts, self.rank, self.world_size, self.seed, self.dealt = cuts, rank, world_size, seed, dealt
         alone = world_size == 1 and seed is None
         self.path = Path(path) if has_lines(path) and not alone else None
+        self.starts: np.ndarray | None = None
 
     def visit(self, number: int) -> Iterator[Cut]:
-        """The cuts of one pass."""
+        """The cuts of one pass. Without an order of its own a pass gives every rank the next one's share."""
         if self.path is None:
-            return islice(iter(self.cuts), self.rank, None, self.world_size)
+            return islice(iter(self.cuts), (self.rank + number) % self.world_size, None, self.world_size)
         return self._lines(self.path, number)
 
     def _lines(self, path: Path, visit: int) -> Iterator[Cut]:
-        starts = line_starts(path)
-        order = np.arange(len(starts) - 1)
-        if self.seed is not None:
-            order = np.random.default_rng([self.seed, visit]).permutation(order)
         resolved = partial(resolve_relative_paths, manifest_path=str(path))
         with open(path, "rb") as file:
-            for line in self._own(order).tolist():
+            if self.starts is None or not _fits(self.starts, file):
+                self.starts = line_starts(path, file)
+            starts = self.starts[2:]
+            order = np.arange(len(starts) - 1)
+            if self.seed is not None:
+                order = np.random.default_rng([self.seed, visit]).permutation(order)
+            for line in self._own(order, visit).tolist():
                 file.seek(starts[line])
                 text = file.read(int(starts[line + 1] - starts[line]))
                 if text.strip():
                     yield resolved(deserialize_item(jsonl.parsed(path, line + 1, text)))
 
-    def _own(self, order: np.ndarray) -> np.ndarray:
+    def _own(self, order: np.ndarray, visit: int) -> np.ndarray:
         """Of fewer lines than ranks every rank reads all, each from another one on."""
+        rank = self.rank if self.seed is not None else (self.rank + visit) % self.world_size
         if len(order) < self.world_size:
-            return np.roll(order, -self.rank)
+            return np.roll(order, -rank)
         dealt = self.dealt if len(order) >= self.dealt * self.world_size else 1
-        return order[np.arange(len(order)) // dealt % self.world_size == self.rank]
+        return order[np.arange(len(order)) // dealt % self.world_size == rank]
 
 
 def has_lines(path: Any) -> bool:
@@ -82,36 +88,48 @@ def has_lines(path: Any) -> bool:
     return isinstance(path, str) and path.endswith(".jsonl") and Path(path).is_file()
 
 
-def line_starts(path: Path) -> np.ndarray:
-    """Byte offsets (N + 1,) of the lines of a file, its size at the end; kept beside it where that can be written.
+def line_starts(path: Path, file: BinaryIO) -> np.ndarray:
+    """Size and time of change of an open file, then the byte offsets of its N lines and its end (N + 3,).
+
+    They are kept beside the file, where that can be written.
 
     Raises:
         DataError: no line at all.
     """
     kept = path.with_name(f".{path.name}.lines.npy")
-    size, changed = path.stat().st_size, path.stat().st_mtime_ns
     try:
-        if kept.stat().st_mtime_ns >= changed and (starts := np.load(kept, mmap_mode="r"))[-1] == size:
+        starts = np.load(kept)
+        if _fits(starts, file):
             return starts
-    except (OSError, ValueError, EOFError, IndexError):  # absent, or not whole
+    except (OSError, ValueError, EOFError):  # absent, or not whole
         pass
-    starts = _found(path, size)
-    temporary = kept.with_name(f"{kept.name}.{os.uname().nodename}.{os.getpid()}")
+    starts = np.concatenate([_identity(file), _found(path, file)])
+    temporary = kept.with_name(f"{kept.name}.{uuid.uuid4().hex}")
     try:
-        with open(temporary, "wb") as file:
-            np.save(file, starts)
+        with open(temporary, "wb") as out:
+            np.save(out, starts)
         temporary.replace(kept)
-    except OSError:  # a folder that can only be read
-        temporary.unlink(missing_ok=True)
+    except OSError:  # a folder, or a file system, that can only be read
+        with suppress(OSError):
+            temporary.unlink()
     return starts
 
 
-def _found(path: Path, size: int) -> np.ndarray:
-    ends, begin = [np.zeros(1, np.int64)], 0
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            ends.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + (begin + 1))
-            begin += len(block)
+def _identity(file: BinaryIO) -> np.ndarray:
+    status = os.fstat(file.fileno())
+    return np.array([status.st_size, status.st_mtime_ns])
+
+
+def _fits(starts: np.ndarray, file: BinaryIO) -> bool:
+    return len(starts) > 3 and np.array_equal(starts[:2], _identity(file)) and starts[-1] == starts[0]
+
+
+def _found(path: Path, file: BinaryIO) -> np.ndarray:
+    ends, size = [np.zeros(1, np.int64)], 0
+    file.seek(0)
+    while block := file.read(BLOCK_BYTES):
+        ends.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + (size + 1))
+        size += len(block)
     starts = np.concatenate(ends)
     if starts[-1] != size:
         starts = np.append(starts, size)

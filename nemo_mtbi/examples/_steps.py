@@ -3,6 +3,7 @@
 Where it is safe the processes are forked from one that has imported NeMo, which takes 5 to 15 s, and computed nothing.
 """
 
+import atexit
 import importlib
 import multiprocessing
 import os
@@ -14,7 +15,12 @@ from typing import Any
 from nemo_mtbi import console
 
 PRELOADED = ["nemo_mtbi.models.mtbi_salm", "nemo_mtbi.training.stages", "nemo_mtbi.targets.generate"]
-GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd")  # a library that has looked for GPUs cannot be forked
+GPU_DRIVERS = (
+    "/dev/nvidiactl",
+    "/dev/kfd",
+    "/dev/dxg",
+    "/dev/nvmap",
+)  # a library that has looked for GPUs cannot be forked
 
 
 def run_launcher(module: str, arguments: list[str]) -> int:
@@ -59,5 +65,9 @@ def _main(module: str, arguments: list[str], environment: dict[str, str], folder
         os.dup2(descriptor, stream)
     sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
     launcher = importlib.import_module(f"nemo_mtbi.examples.{module}")
+    sys.modules["__main__"] = launcher  # what Lightning starts other ranks with
     sys.argv = [str(launcher.__file__), *arguments]
-    sys.exit(launcher.main())
+    try:
+        sys.exit(launcher.main())
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing ends its processes without

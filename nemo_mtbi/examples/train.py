@@ -20,7 +20,8 @@ def main(cfg: DictConfig) -> None:
         run = train(cfg)
     except KeyboardInterrupt as stop:
         console.tell(f"\nStopped. {stop}")
-        sys.exit(0 if isinstance(stop, Stopped) and not stop.by_hand else 1)  # 0: a job that follows goes on
+        planned = isinstance(stop, Stopped) and not stop.by_hand
+        sys.exit(0 if planned and not console.within_step() else 1)  # 0: the job that follows goes on
     announce(
         "Training finished",
         {

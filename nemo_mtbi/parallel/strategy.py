@@ -13,6 +13,7 @@ from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.parallel.launch import PATIENCE, backend, initialize
 
 SIZE = "tensor_model_parallel_size"
+OURS = ("auto", "ddp", "DDPStrategy", "TensorParallelStrategy")  # get our defaults and their own arguments
 
 
 def ddp_options(**own: Any) -> dict[str, Any]:
@@ -25,6 +26,12 @@ def ddp_options(**own: Any) -> dict[str, Any]:
     return {"timeout": PATIENCE, "broadcast_buffers": False, "process_group_backend": backend(), **own}
 
 
+def name_of(strategy: Any) -> str:
+    """Of a strategy in YAML: Lightning's short name, or that of its class."""
+    target = strategy.get("_target_", "") if isinstance(strategy, Mapping) else strategy or "auto"
+    return str(target).rpartition(".")[2]
+
+
 def requested_size(trainer: DictConfig) -> int:
     """Ranks that hold one LLM, as ``trainer.strategy`` says, or the short ``trainer.tensor_model_parallel_size``.
 
@@ -35,10 +42,9 @@ def requested_size(trainer: DictConfig) -> int:
         ConfigError: both, and they differ; a strategy that would shard what is trained, or the LLM in its own way.
     """
     short, strategy = trainer.get("tensor_model_parallel_size") or 1, trainer.get("strategy", "auto")
-    name = str(strategy.get("_target_", "")) if isinstance(strategy, Mapping) else str(strategy)
-    if name.rpartition(".")[2] == TensorParallelStrategy.__name__:
-        assert isinstance(strategy, Mapping)
-        size = strategy.get(SIZE)
+    name = name_of(strategy)
+    if name == TensorParallelStrategy.__name__:
+        size = strategy.get(SIZE) if isinstance(strategy, Mapping) else None
         if not isinstance(size, int) or size < 1:
             raise ConfigError(f"trainer.strategy.{SIZE}={size!r}: the number of ranks that hold one LLM.")
         if short not in (1, size):

@@ -29,6 +29,7 @@ from nemo_mtbi.training.resume import skip_batches
 # In examples, of NeMo's samplers. Lhotse adds the second one to the first.
 BUFFERS = ("bucket_buffer_size", "shuffle_buffer_size", "num_cuts_for_bins_estimate")
 SHUFFLE_BUFFER = 10_000  # NeMo's default
+SEEDS_APART = 1_000_003
 
 
 class WindowedLoader:
@@ -136,8 +137,9 @@ def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulate
             entry.first_visit = step
     elif "train_ds" in cfg and cfg.train_ds.get("shuffle") and not drawing_workers:
         entries = list(input_entries(cfg.train_ds))
-        for entry in entries:
-            entry.order_seed, entry.dealt = order_seed(cfg.train_ds), cfg.train_ds.get("batch_size") or 1
+        for number, entry in enumerate(entries):  # two entries may read the same cuts
+            entry.order_seed = order_seed(cfg.train_ds) + SEEDS_APART * number
+            entry.dealt = cfg.train_ds.get("batch_size") or 1
         # Lines come in random order; NeMo's buffer is for what is read through.
         if all(has_lines(entry.get("cuts_path")) for entry in entries):
             cfg.train_ds.shuffle, cfg.train_ds.shuffle_buffer_size = False, None

@@ -19,6 +19,8 @@ REFUSED: list[tuple[str, Callable[[Any], bool], str]] = [
         f"every epoch would begin with the same batches; {ENDLESS}",
     ),
     ("trainer.max_epochs", lambda v: v in (None, -1), ENDLESS),
+    ("data.train_ds.force_finite", lambda v: not v, f"ranks would end at different batches; {ENDLESS}"),
+    ("data.train_ds.metadata_only", lambda v: not v, "there would be nothing to hear"),
     ("trainer.min_epochs", lambda v: v in (None, 0), ENDLESS),
     (
         "exp_manager.checkpoint_callback_params.async_save",
@@ -36,7 +38,7 @@ REFUSED: list[tuple[str, Callable[[Any], bool], str]] = [
 def check_options(cfg: DictConfig) -> None:
     """
     Args:
-        cfg: with ``trainer`` and ``exp_manager``, of one stage.
+        cfg: with ``trainer``, ``data`` and ``exp_manager``, of one stage.
 
     Raises:
         ConfigError: names every option that cannot be followed.

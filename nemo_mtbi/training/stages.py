@@ -33,7 +33,7 @@ from nemo_mtbi.modules.connectors.ctc_vocabulary import choose_tokens, count_tok
 from nemo_mtbi.modules.perception import require_fixed_features
 from nemo_mtbi.parallel.launch import PATIENCE
 from nemo_mtbi.parallel.parts import part_of
-from nemo_mtbi.parallel.strategy import SIZE, TensorParallelStrategy, ddp_options, requested_size
+from nemo_mtbi.parallel.strategy import OURS, SIZE, TensorParallelStrategy, ddp_options, name_of, requested_size
 from nemo_mtbi.pretrained.offline import resolve_pretrained
 from nemo_mtbi.process import fast_bfloat16
 from nemo_mtbi.training.accelerators import fused_optimizer
@@ -172,11 +172,14 @@ def build_trainer(cfg: DictConfig, name: str, callbacks: Sequence[pl.Callback] =
     """
     size, strategy = requested_size(cfg), cfg.get("strategy", "auto")
     own: dict[str, Any] = {}
-    if isinstance(strategy, DictConfig) and SIZE in strategy:
+    ours = name_of(strategy) in OURS
+    if ours and isinstance(strategy, DictConfig):
         own = {str(k): v for k, v in strategy.items() if k not in (SIZE, "_target_")}
         cfg = DictConfig({**cfg, "strategy": None})
     options: Any = resolve_trainer_cfg(cfg)
     options.pop(SIZE, None)
+    if ours:
+        options["strategy"] = "auto"
     minutes = options.pop("collective_timeout_minutes", None)
     timeout = PATIENCE if minutes is None else timedelta(minutes=float(minutes))
     if timeout <= timedelta(0):
@@ -185,12 +188,10 @@ def build_trainer(cfg: DictConfig, name: str, callbacks: Sequence[pl.Callback] =
     unused = name == ALIGNMENT
     several = options.get("num_nodes", 1) > 1 or str(options.get("devices", 1)) not in ("1", "auto")
     ddp: dict[str, Any] = {"find_unused_parameters": unused, "timeout": timeout, **own}
-    if options.get("strategy") in (None, "auto"):
-        options["strategy"] = "auto"
-        if size > 1:
-            options["strategy"] = TensorParallelStrategy(size, **ddp)
-        elif several or torch.cuda.device_count() > 1:
-            options["strategy"] = DDPStrategy(**ddp_options(**ddp))
+    if ours and size > 1:
+        options["strategy"] = TensorParallelStrategy(size, **ddp)
+    elif ours and (several or torch.cuda.device_count() > 1):
+        options["strategy"] = DDPStrategy(**ddp_options(**ddp))
     bars = [StageProgress(name)] if options.get("enable_progress_bar", True) else []
     options["plugins"] = [*options.get("plugins", []), AtomicCheckpointIO()]
     options["callbacks"] = [*options.get("callbacks", []), *callbacks, *bars, Preemption(), WholeSteps()]

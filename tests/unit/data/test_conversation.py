@@ -1,14 +1,17 @@
 """Which target a visit to a cut draws."""
 
 from collections import Counter
+from itertools import islice
 
 import pytest
+from lhotse import CutSet
 from omegaconf import OmegaConf
 
 from nemo_mtbi import registration as registration
-from nemo_mtbi.data.conversation import TargetSelection, read_mtbi
+from nemo_mtbi.data.conversation import ConversationIterator, TargetSelection, read_mtbi
+from nemo_mtbi.data.cut_lines import Share
 from nemo_mtbi.errors import ConfigError, DataError
-from tests.unit.data_helpers import TARGETS
+from tests.unit.data_helpers import TARGETS, conversations
 
 pytestmark = pytest.mark.unit
 
@@ -66,3 +69,23 @@ def test_reader_of_input_cfg(manifest):
     with pytest.raises(DataError, match="No cut has a target for the requested tasks"):
         config.tasks = ["sing"]
         next(iter(read_mtbi(config)[0]))
+
+
+def test_a_share_without_the_task_waits_for_its_turn(manifest):
+    """Only one cut has it: the rank that does not hold that cut in this visit does so in the next."""
+    cuts = list(CutSet.from_file(manifest))
+    for cut in cuts:
+        tasks = ("repeat", "about") if cut is cuts[0] else ("repeat",)
+        cut.custom = {"targets": [t.to_dict() for t in TARGETS if t.task in tasks]}
+    selection = TargetSelection({"about": 1.0})
+    config = OmegaConf.create({"audio_locator_tag": "<|audio|>"})
+    for rank in range(2):
+        stream = ConversationIterator(Share(CutSet.from_cuts(cuts), None, rank, 2), selection, config)
+        found = [(c.source_id, c.visit) for c in islice(iter(stream), 2)]
+        assert [visit for _, visit in found] == [rank, rank + 2] and {name for name, _ in found} == {cuts[0].id}
+
+
+def test_conversations_leave_the_other_targets_behind(manifest):
+    found = conversations(manifest, every_target=True)
+    assert all("targets" not in (c.cut.custom or {}) for c in found) and len({c.target.key for c in found}) > 1
+    assert all("targets" in cut.custom for cut in CutSet.from_file(manifest))

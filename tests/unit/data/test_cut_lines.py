@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 from itertools import chain
+from pathlib import Path
 
 import pytest
 from lhotse import CutSet, MonoCut
@@ -18,6 +19,11 @@ def written(path, ids, end="\n"):
     lines = [json.dumps(MonoCut(name, 0.0, 1.0, 0).to_dict(), ensure_ascii=False) for name in ids]
     path.write_bytes((end.join(lines) + end).encode())
     return path
+
+
+def starts_of(path):
+    with open(path, "rb") as file:
+        return line_starts(path, file)[2:]
 
 
 def visits(path, size, seed, number=0):
@@ -52,6 +58,7 @@ def test_lines_of_a_batch_go_together(tmp_path):
 def test_without_a_seed_lines_keep_their_order(tmp_path):
     path = written(tmp_path / "cuts.jsonl", IDS)
     assert visits(path, 3, None) == [IDS[0::3], IDS[1::3], IDS[2::3]]
+    assert visits(path, 3, None, 1) == [IDS[1::3], IDS[2::3], IDS[0::3]]
     assert visits(path, 1, None) == [IDS]
 
 
@@ -65,35 +72,50 @@ def test_other_sources_are_read_through(tmp_path):
     packed = tmp_path / "cuts.jsonl.gz"
     packed.write_bytes(gzip.compress(plain.read_bytes()))
     assert visits(packed, 3, 7) == [IDS[0::3], IDS[1::3], IDS[2::3]]
+    assert visits(packed, 3, 7, 1) == [IDS[1::3], IDS[2::3], IDS[0::3]]  # no rank sees the same third for ever
 
 
 def test_places_are_found_again_after_a_change(tmp_path):
     path = written(tmp_path / "cuts.jsonl", IDS)
-    first = line_starts(path)
+    first = starts_of(path)
     written(path, [*IDS, "one more"])
-    assert len(line_starts(path)) == len(first) + 1
+    assert len(starts_of(path)) == len(first) + 1
     same_size = path.read_bytes().replace(b"utt1\x22", b"utt\n\x22")
     path.write_bytes(same_size)
-    os.utime(path, ns=(0, path.with_name(".cuts.jsonl.lines.npy").stat().st_mtime_ns + 10**6))
-    assert len(line_starts(path)) == len(first) + 2
+    os.utime(path, ns=(0, 10**9))  # a copy may be older than what it replaces
+    assert len(starts_of(path)) == len(first) + 2
+
+
+def test_a_manifest_that_is_replaced_between_visits(tmp_path):
+    path = written(tmp_path / "cuts.jsonl", IDS)
+    share = Share(CutSet.from_file(path), str(path), 0, 2, 7)
+    assert len(list(share.visit(0))) == 12
+    written(tmp_path / "other.jsonl", ["a longer name", *IDS]).replace(path)
+    assert len(list(share.visit(1))) == 12 and {
+        c.id for r in range(2) for c in Share(CutSet.from_file(path), str(path), r, 2, 7).visit(1)
+    } == {"a longer name", *IDS}
 
 
 @pytest.mark.parametrize("broken", [b"", b"\x93NUMPY", b"no array"])
 def test_half_written_places_are_found_again(tmp_path, broken):
     path = written(tmp_path / "cuts.jsonl", IDS)
-    expected = line_starts(path).tolist()
+    expected = starts_of(path).tolist()
     path.with_name(".cuts.jsonl.lines.npy").write_bytes(broken)
-    assert line_starts(path).tolist() == expected
+    assert starts_of(path).tolist() == expected
 
 
 def test_a_folder_that_can_only_be_read(tmp_path, monkeypatch):
     path = written(tmp_path / "cuts.jsonl", IDS)
 
     def refused(*_):
-        raise PermissionError(13, "denied")
+        raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr("nemo_mtbi.data.cut_lines.np.save", refused)
-    assert len(line_starts(path)) == len(IDS) + 1
+    monkeypatch.setattr(Path, "unlink", refused)
+    assert len(starts_of(path)) == len(IDS) + 1
+    monkeypatch.undo()
+    for left in tmp_path.glob(".cuts*"):
+        left.unlink()
     assert [p.name for p in tmp_path.iterdir()] == ["cuts.jsonl"]
 
 
@@ -114,4 +136,4 @@ def test_an_unfinished_last_line_is_named(tmp_path):
 def test_an_empty_manifest(tmp_path):
     (tmp_path / "cuts.jsonl").touch()
     with pytest.raises(DataError, match="is empty"):
-        line_starts(tmp_path / "cuts.jsonl")
+        starts_of(tmp_path / "cuts.jsonl")

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.unit
 
 
 def options(key, value):
-    cfg = OmegaConf.create({"trainer": {}, "exp_manager": {}})
+    cfg = OmegaConf.create({"trainer": {}, "exp_manager": {}, "data": {"train_ds": {}}})
     OmegaConf.update(cfg, key, value, force_add=True)
     return cfg
 
@@ -27,6 +27,7 @@ def options(key, value):
         ("trainer.limit_train_batches", 0.5),
         ("trainer.max_epochs", 3),
         ("trainer.min_epochs", 1),
+        ("data.train_ds.force_finite", True),
         ("exp_manager.checkpoint_callback_params.async_save", True),
         ("exp_manager.create_preemption_callback", True),
     ],

@@ -1,6 +1,7 @@
 """How many ranks hold one LLM: as a strategy in YAML, or in short; what cannot be is refused by name."""
 
 import pytest
+from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import OmegaConf
 
 from nemo_mtbi.errors import ConfigError
@@ -35,6 +36,7 @@ def test_sizes(strategy, short, size):
     [
         ({"_target_": OURS, "tensor_model_parallel_size": 4}, 2, "=2 and trainer.strategy.*=4 differ"),
         ({"_target_": OURS}, 1, "size=None: the number of ranks"),
+        (OURS, 1, "size=None: the number of ranks"),
         ({"_target_": OURS, "tensor_model_parallel_size": 0}, 1, "size=0: the number of ranks"),
         ("ddp", 2, "leave trainer.strategy=ddp out"),
         ({"_target_": "lightning.pytorch.strategies.ModelParallelStrategy"}, 1, "ModelParallelStrategy would shard"),
@@ -54,3 +56,14 @@ def test_the_strategy_of_the_yaml_has_our_defaults_and_its_own_arguments():
     assert isinstance(own, TensorParallelStrategy) and own.tensor_model_parallel_size == 2
     assert own._ddp_kwargs["gradient_as_bucket_view"] and own._ddp_kwargs["find_unused_parameters"]
     assert own._ddp_kwargs["broadcast_buffers"] is False
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    ["ddp", "auto", {"_target_": "lightning.pytorch.strategies.DDPStrategy", "gradient_as_bucket_view": True}],
+)
+def test_ddp_by_any_name_has_our_defaults(strategy):
+    options = {"strategy": strategy, "accelerator": "cpu", "devices": 2, "logger": False, "enable_checkpointing": False}
+    own = build_trainer(OmegaConf.create(options), "alignment").strategy
+    assert type(own) is DDPStrategy and own._ddp_kwargs["find_unused_parameters"]
+    assert own._ddp_kwargs.get("gradient_as_bucket_view", False) is isinstance(strategy, dict)

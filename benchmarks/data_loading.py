@@ -96,6 +96,7 @@ def section(entry: dict[str, Any], workers: int) -> dict[str, Any]:
         "num_buckets": 16,
         "bucket_buffer_size": 500,
         "num_cuts_for_bins_estimate": 500,
+        "shuffle_buffer_size": 500,
         "concurrent_bucketing": False,
     }
 

@@ -68,11 +68,12 @@ class Share:
             order = np.arange(len(starts) - 1)
             if self.seed is not None:
                 order = np.random.default_rng([self.seed, visit]).permutation(order)
-            for line in self._own(order, visit).tolist():
-                file.seek(starts[line])
-                text = file.read(int(starts[line + 1] - starts[line]))
+            for line in self._own(order, visit):
+                begin, end = map(int, starts[line : line + 2])
+                file.seek(begin)
+                text = file.read(end - begin)
                 if text.strip():
-                    yield resolved(deserialize_item(jsonl.parsed(path, line + 1, text)))
+                    yield resolved(deserialize_item(jsonl.parsed(path, int(line) + 1, text)))
 
     def _own(self, order: np.ndarray, visit: int) -> np.ndarray:
         """Of fewer lines than ranks every rank reads all, each from another one on."""

@@ -7,8 +7,10 @@ import atexit
 import importlib
 import multiprocessing
 import os
+import resource
 import sys
 from multiprocessing import reduction
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ GPU_DRIVERS = (
     "/dev/dxg",
     "/dev/nvmap",
 )  # a library that has looked for GPUs cannot be forked
+_peaks: list[float] = []
 
 
 def run_launcher(module: str, arguments: list[str]) -> int:
@@ -36,11 +39,24 @@ def run_launcher(module: str, arguments: list[str]) -> int:
     context.set_forkserver_preload(PRELOADED)
     streams = [Descriptor(number) for number in console.descriptors()]
     environment = dict(os.environ) | {console.STEP: "1"}
-    process = context.Process(target=_main, args=(module, arguments, environment, os.getcwd(), *streams))
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=_main, args=(module, arguments, environment, os.getcwd(), sending, *streams))
     process.start()
+    sending.close()
     process.join()
+    if receiving.poll():
+        _peaks.append(receiving.recv())
     assert process.exitcode is not None
     return process.exitcode
+
+
+def peak_gib() -> float:
+    """Largest resident memory of a process of the launchers that have been run."""
+    return max([_used(resource.RUSAGE_CHILDREN), *_peaks])
+
+
+def _used(whose: int) -> float:
+    return resource.getrusage(whose).ru_maxrss / 2**20
 
 
 class Descriptor:
@@ -57,7 +73,15 @@ def _received(given: Any) -> int:
     return given.detach()
 
 
-def _main(module: str, arguments: list[str], environment: dict[str, str], folder: str, out: int, err: int) -> None:
+def _main(
+    module: str,
+    arguments: list[str],
+    environment: dict[str, str],
+    folder: str,
+    peak: Connection,
+    out: int,
+    err: int,
+) -> None:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
@@ -71,3 +95,4 @@ def _main(module: str, arguments: list[str], environment: dict[str, str], folder
         sys.exit(launcher.main())
     finally:
         atexit._run_exitfuncs()  # multiprocessing ends its processes without
+        peak.send(max(_used(resource.RUSAGE_SELF), _used(resource.RUSAGE_CHILDREN)))

@@ -4,7 +4,6 @@ Every step is one of the other launchers, printed as the command it is; each con
 """
 
 import json
-import resource
 import shlex
 import shutil
 import sys
@@ -18,6 +17,7 @@ from omegaconf import DictConfig
 from nemo_mtbi import console
 from nemo_mtbi.evaluation.columns import CASCADE, NORMALIZED_CASCADE
 from nemo_mtbi.examples._launcher import announce, launcher, run_step
+from nemo_mtbi.examples._steps import peak_gib
 from nemo_mtbi.io import jsonl
 
 STEPS = ("prepare", "cache_features", "targets", "train", "evaluate")  # sections of overrides for other launchers
@@ -116,11 +116,10 @@ def summarize(run: Path, nemo: Path, hf: Path, seconds: float, timings: dict[str
             },
         }
 
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     return {
         "wall_seconds": round(seconds, 1),
         "step_seconds": timings,
-        "peak_memory_gib": round(peak, 2),
+        "peak_memory_gib": round(peak_gib(), 2),
         "train_examples_seen": seen["examples"],
         **{split: figures(manifest) for split, manifest in evaluation["results"].items()},
         "no_speech": {

@@ -60,6 +60,7 @@ def test_the_summary_says_all(quickstart):
     for key in ("token_agreement", "kl_per_token", "transcribe_wer"):
         assert {"untrained", "warm_start", "trained"} <= set(held_out[key])
     assert summary["export"]["round_trip_max_abs_diff"] < 1e-4
+    assert 0.7 < summary["peak_memory_gib"] < 12  # NeMo alone takes 0.7
     assert list(summary["step_seconds"]) == [
         "prepare speech and word times",
         "cache encoder features",

@@ -1,6 +1,7 @@
 """Long speech: what is left of a model when its positions are fused, and what an hour of audio costs.
 
     python benchmarks/long_speech.py RUN CUTS [--minutes M ...] [--quick] [--json FILE] [--png FILE]
+    python benchmarks/long_speech.py --seams [--json FILE]
 
 RUN: a training run (or RUN@STAGE) with a dense connector; CUTS: a manifest of utterances with speakers and targets.
 
@@ -219,6 +220,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
 def main() -> None:
     if sys.argv[1:2] == ["--measure"]:
         measure(sys.argv[2], Path(sys.argv[3]), sys.argv[4])
+        return
+    if sys.argv[1:2] == ["--seams"]:  # needs no model of ours
+        with tempfile.TemporaryDirectory() as temporary:
+            finish(seams(Path(temporary)), Path(sys.argv[3]) if sys.argv[2:3] == ["--json"] else None)
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run")

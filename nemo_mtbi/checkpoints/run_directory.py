@@ -60,15 +60,15 @@ class RunDirectory:
         """The optimizer's moments at the end of a stage."""
         return self.stage(name) / "optimizer.safetensors"
 
-    def finish_stage(self, model: TrainableCheckpoint, name: str) -> None:
-        """Keep the last weights, and give the stage the best ones (the last, where nothing was validated).
+    def finish_stage(self, model: TrainableCheckpoint, name: str, keep: str = "best") -> None:
+        """Keep the last weights, and give the stage the best ones (the last, where nothing was validated) or the last.
 
         All ranks call this.
         """
         self.save_weights(model, name, path=self.last_weights(name))
         if is_global_rank_zero():
             chosen = self.best_weights(name)
-            chosen = chosen if chosen.is_file() else self.last_weights(name)
+            chosen = chosen if keep == "best" and chosen.is_file() else self.last_weights(name)
             temporary = self.weights(name).with_name(f".{self.weights(name).name}.{os.getpid()}")
             shutil.copyfile(chosen, temporary)
             temporary.replace(self.weights(name))

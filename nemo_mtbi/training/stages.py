@@ -53,6 +53,7 @@ from nemo_mtbi.training.resume import (
 
 log = logging.getLogger(__name__)
 
+KEPT = ("best", "last")
 CTC_TARGET = "CTCCompressConnector"
 TOKENS_ALONE = ("WhisperDecoderConnector", "CTCCompressConnector")
 DESCRIBED, PEEKED_LINES = re.compile(r'"described": ?"[^"]'), 200
@@ -74,6 +75,10 @@ def train(cfg: DictConfig) -> RunDirectory:
     cfg = DictConfig(OmegaConf.to_container(cfg, resolve=True))
     config = model_config(cfg.model)
     choose_types(cfg, config)
+    if cfg.keep not in KEPT:
+        raise ConfigError(
+            f"keep={cfg.keep!r}: use {' or '.join(KEPT)}, the weights that a finished stage is used with."
+        )
     check_data(cfg.data, config)
     for name in [ALIGNMENT] * bool(cfg.alignment_stage.enabled) + [IMITATION]:
         check_options(stage_config(cfg, name))
@@ -146,7 +151,7 @@ def run_stage(cfg: DictConfig, model: MTBISALM, run: RunDirectory, name: str) ->
     if trainer.interrupted or trainer.global_step < trainer.max_steps:
         raise Stopped(name, trainer.global_step, by_hand=trainer.interrupted)
     seen = model.seen.manifest(model.data_parallel_group())
-    run.finish_stage(model, name)
+    run.finish_stage(model, name, cfg.keep)
     if trainer.is_global_zero:
         save_moments(trainer.optimizers[0], model, run.moments(name))
         jsonl.write_json(run.root / "seen.json", seen)

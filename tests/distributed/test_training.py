@@ -1,5 +1,6 @@
 """The training launcher on several processes (gloo) and killed at random moments, against one uninterrupted process."""
 
+import json
 import os
 import random
 import shutil
@@ -121,6 +122,21 @@ def assert_same(got, expected, tolerance):
     assert got.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(got[name], expected[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+def test_the_weights_that_are_kept(root, overrides, whole, tmp_path):
+    """Of the best validation, or the last ones; what else is refused before anything is loaded."""
+    folder = root / "whole" / "imitation"
+    best, record = load_file(folder / "best.safetensors"), json.loads((folder / "best.json").read_text())
+    assert_same(load_file(folder / "trained.safetensors"), best, 0.0)
+    shutil.copytree(root / "whole", tmp_path / "again")
+    (tmp_path / "again" / "imitation" / "trained.safetensors").unlink()
+    again = train(tmp_path / "again", overrides, "trainer.accumulate_grad_batches=2", "keep=last")
+    assert_same(load_file(tmp_path / "again" / "imitation" / "trained.safetensors"), again, 0.0)
+    assert_same(again, whole, 0.0)
+    assert record["step"] in (0, STEPS)
+    process = start(tmp_path / "other", overrides, "keep=newest")
+    assert "keep='newest': use best or last" in process.communicate(timeout=100)[0] and process.returncode == 1
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ def server(smollm2):
         process.wait(20)
 
 
+@pytest.mark.slow
 def test_a_real_server_gives_the_answers_of_the_hf_engine(tmp_path, smollm2, server):
     texts = ["the train to rome leaves at noon", "my sister bought a red umbrella", "please turn off the light"]
     cuts = write_cuts(tmp_path / "cuts.jsonl", 3, lambda i: texts[i])

@@ -50,7 +50,7 @@ def requested_size(trainer: DictConfig) -> int:
         if short not in (1, size):
             raise ConfigError(f"trainer.{SIZE}={short} and trainer.strategy.{SIZE}={size} differ; give one of them.")
         return size
-    if any(word in name.lower() for word in ("modelparallel", "automodelparallel", "fsdp", "deepspeed")):
+    if any(word in name.lower() for word in ("modelparallel", "fsdp", "deepspeed")):
         raise ConfigError(
             f"trainer.strategy={name} would shard the LLM in its own way, which cannot be exported again. Use "
             f"{{_target_: {__name__}.{TensorParallelStrategy.__name__}, {SIZE}: 8}}, or ddp; the connector is small."

@@ -102,6 +102,10 @@ def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulate
     connector = connector_of(model.perception)
     emits_tokens = connector is not None and connector.emits_tokens
     drawing_workers = workers_that_draw(cfg.get("train_ds"))
+    tarred = any("shar_path" in entry for entry in input_entries(cfg.get("train_ds") or OmegaConf.create()))
+    shared = not tarred and drawing_workers == 0
+    if shared and "train_ds" in cfg and cfg.train_ds.get("shuffle"):
+        order_lines(cfg.train_ds)
     for section in ("train_ds", "validation_ds"):
         if section in cfg:
             cfg[section].prompt_format = model.cfg.prompt_format
@@ -109,7 +113,8 @@ def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulate
             cfg[section].token_equivalent_duration = None if emits_tokens else model.token_equivalent_duration
             cfg[section].sample_rate = model.sampling_rate
             cfg[section].setdefault("pin_memory", torch.cuda.is_available())
-            cfg[section].setdefault("shuffle_buffer_size", SHUFFLE_BUFFER)
+            if cfg[section].get("shuffle"):
+                cfg[section].setdefault("shuffle_buffer_size", SHUFFLE_BUFFER)
             for key in BUFFERS:
                 if cfg[section].get(key):
                     cfg[section][key] = enough(cfg[section], cfg[section][key])
@@ -131,25 +136,26 @@ def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulate
         llm_key=model.references["llm"],
         sampling_rate=model.sampling_rate,
     )
-    tarred = any("shar_path" in entry for entry in input_entries(cfg.get("train_ds") or OmegaConf.create()))
     if tarred:
         for entry in input_entries(cfg.train_ds):
             entry.first_visit = step
-    elif "train_ds" in cfg and cfg.train_ds.get("shuffle") and not drawing_workers:
-        entries = list(input_entries(cfg.train_ds))
-        for number, entry in enumerate(entries):  # two entries may read the same cuts
-            entry.order_seed = order_seed(cfg.train_ds) + SEEDS_APART * number
-            entry.dealt = cfg.train_ds.get("batch_size") or 1
-        # Lines come in random order; NeMo's buffer is for what is read through.
-        if all(has_lines(entry.get("cuts_path")) for entry in entries):
-            cfg.train_ds.shuffle, cfg.train_ds.shuffle_buffer_size = False, None
     require_same_rendering(dataset.renderer, model.audio_locator_tag, model.config.speech_position)
     data = ResumableData(cfg, tokenizer=model.tokenizer, dataset=dataset)
     data.skip = 0 if tarred else step * accumulated
     data.drawing_workers = drawing_workers
-    data.shared = not tarred and drawing_workers == 0
+    data.shared = shared
     data.accumulated, data.connector = accumulated, connector
     return data
+
+
+def order_lines(section: DictConfig) -> None:
+    """Let the lines of a section's manifests come in random order; NeMo's buffer is for what is read through."""
+    entries = list(input_entries(section))
+    for number, entry in enumerate(entries):  # two entries may read the same cuts
+        entry.order_seed = order_seed(section) + SEEDS_APART * number
+        entry.dealt = section.get("batch_size") or 1
+    if all(has_lines(entry.get("cuts_path")) for entry in entries):
+        section.shuffle, section.shuffle_buffer_size = False, None
 
 
 def order_seed(section: DictConfig) -> int:

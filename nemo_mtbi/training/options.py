@@ -19,9 +19,9 @@ REFUSED: list[tuple[str, Callable[[Any], bool], str]] = [
         f"every epoch would begin with the same batches; {ENDLESS}",
     ),
     ("trainer.max_epochs", lambda v: v in (None, -1), ENDLESS),
+    ("trainer.min_epochs", lambda v: v in (None, 0), ENDLESS),
     ("data.train_ds.force_finite", lambda v: not v, f"ranks would end at different batches; {ENDLESS}"),
     ("data.train_ds.metadata_only", lambda v: not v, "there would be nothing to hear"),
-    ("trainer.min_epochs", lambda v: v in (None, 0), ENDLESS),
     (
         "exp_manager.checkpoint_callback_params.async_save",
         lambda v: not v,

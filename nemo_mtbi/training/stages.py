@@ -178,13 +178,12 @@ def build_trainer(cfg: DictConfig, name: str, callbacks: Sequence[pl.Callback] =
     size, strategy = requested_size(cfg), cfg.get("strategy", "auto")
     own: dict[str, Any] = {}
     ours = name_of(strategy) in OURS
-    if ours and isinstance(strategy, DictConfig):
-        own = {str(k): v for k, v in strategy.items() if k not in (SIZE, "_target_")}
-        cfg = DictConfig({**cfg, "strategy": None})
+    if ours:
+        if isinstance(strategy, DictConfig):
+            own = {str(k): v for k, v in strategy.items() if k not in (SIZE, "_target_")}
+        cfg = DictConfig({**cfg, "strategy": "auto"})
     options: Any = resolve_trainer_cfg(cfg)
     options.pop(SIZE, None)
-    if ours:
-        options["strategy"] = "auto"
     minutes = options.pop("collective_timeout_minutes", None)
     timeout = PATIENCE if minutes is None else timedelta(minutes=float(minutes))
     if timeout <= timedelta(0):

@@ -103,7 +103,7 @@ def test_a_half_written_answer_file_is_continued_to_the_same_bytes(tmp_path, tin
 
 
 @pytest.mark.slow
-def test_workers_killed_at_any_time_lose_and_double_nothing(tmp_path, tiny_llm, kills=3):
+def test_workers_killed_at_any_time_lose_and_double_nothing(tmp_path, tiny_llm, kills=6):
     """Three workers; one of them is killed at a random moment and replaced, again and again."""
     cuts = write_cuts(tmp_path / "cuts.jsonl", 40)
     options = {"shard_cuts": 3, "task_names": ["repeat", "about", "summary", "title"]}

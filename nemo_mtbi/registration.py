@@ -8,7 +8,7 @@
 
 from typing import Any
 
-import torch
+import numpy as np
 
 from nemo_mtbi.data.chat_template import ChatTemplateFormat
 from nemo_mtbi.process import collection_paused
@@ -51,11 +51,12 @@ def tokenize_mtbi_conversation(example: MTBIConversation, prompt: PromptFormatte
     """The text LLM's view of the example; the answer is the teacher's tokens as generated, never tokenized again."""
     assert example.target is not None
     rendered = PromptRenderer(prompt.tokenizer, type(prompt)).render(example.messages())
-    context_ids = torch.tensor(rendered.ids, dtype=torch.long)
-    answer_ids = torch.tensor(example.target.response_ids, dtype=torch.long)
-    mask = torch.cat([torch.zeros_like(context_ids), torch.ones_like(answer_ids)]).bool()
+    # Arrays: each tensor would travel to the loader's workers as a file of its own.
+    context_ids = np.asarray(rendered.ids, dtype=np.int64)
+    answer_ids = np.asarray(example.target.response_ids, dtype=np.int64)
+    mask = np.arange(len(context_ids) + len(answer_ids)) >= len(context_ids)
     return {
-        "input_ids": torch.cat([context_ids, answer_ids]),
+        "input_ids": np.concatenate([context_ids, answer_ids]),
         "context_ids": context_ids,
         "answer_ids": answer_ids,
         "mask": mask,

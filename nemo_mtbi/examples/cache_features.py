@@ -5,8 +5,10 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from nemo_mtbi.config import ModelConfig
+from nemo_mtbi.corpus.execution import LOCAL, check_execution
+from nemo_mtbi.corpus.ray_data import RayConfig
 from nemo_mtbi.errors import ConfigError
-from nemo_mtbi.examples._launcher import announce, launcher
+from nemo_mtbi.examples._launcher import announce, launcher, typed
 
 
 @launcher("cache_features", {"speech_llm/schema": ModelConfig})
@@ -19,9 +21,12 @@ def main(cfg: DictConfig) -> None:
     if unknown := set(perturbed) - set(cfg.manifests):
         raise ConfigError(f"perturbed_manifests: {', '.join(sorted(unknown))} is not among manifests.")
     speeds = speed_factors(cfg.perturb_speed)
-    encoder = FrozenEncoder(cfg.model)
+    check_execution(cfg.executor, cfg.workers)
+    encoder = FrozenEncoder(cfg.model) if (cfg.executor, cfg.workers) == (LOCAL, 1) else cfg.model
+    who = (cfg.executor, cfg.workers, typed(RayConfig, cfg.ray))
     for manifest in cfg.manifests:
-        report = cache_features(encoder, Path(manifest), cfg.batch_seconds, speeds if manifest in perturbed else ())
+        own_speeds = speeds if manifest in perturbed else ()
+        report = cache_features(encoder, Path(manifest), cfg.batch_seconds, own_speeds, *who)
         rate = report.bytes / 2**20 / report.hours if report.hours else 0.0
         announce(
             f"{manifest}: {report.encoded} encoded, {report.cached} in the cache, {report.skipped} left out",

@@ -1,6 +1,7 @@
 """Line-oriented result files that survive a crash: every line is complete or absent."""
 
 import errno
+import gzip
 import json
 import os
 import uuid
@@ -142,11 +143,13 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def replacing(path: Path, tag: str) -> Iterator[TextIO]:
-    """A text file that takes its name only when it is complete; ``tag`` ends its temporary name."""
+    """A text file (compressed if its name ends in .gz) that takes its name only when it is complete; ``tag`` ends its
+    temporary name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{tag}")
     try:
-        with open(temporary, "w", encoding="utf-8") as stream:
+        opened: Any = gzip.open if path.suffix == ".gz" else open
+        with opened(temporary, "wt", encoding="utf-8") as stream:
             yield stream
         temporary.replace(path)
     finally:

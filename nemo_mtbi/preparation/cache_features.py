@@ -1,29 +1,35 @@
 """Runs the frozen encoder once over a manifest and attaches its features to the cuts.
 
-Files: ``<manifest>.features.bin`` (Lhotse array storage, bfloat16), ``<manifest>.features.jsonl`` (progress) beside the
-manifest, whose lines are then rewritten with ``encoder_features``. A killed run continues; a cut whose audio or encoder
-changed is encoded again.
+In ``<manifest>.features`` each shard of the manifest has its ``.bin`` (Lhotse array storage, bfloat16) and
+``.records.jsonl`` (progress). At the end the manifest's lines are rewritten with ``encoder_features``. A killed run
+continues, features are found again when lines move; a cut whose audio or encoder changed is encoded again.
 """
 
 import logging
+import os
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import torch
-from lhotse import CutSet
+from filelock import FileLock, Timeout
 from lhotse.cut import Cut
 from nemo.collections.speechlm2.modules import AudioPerceptionModule
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from nemo_mtbi import console
 from nemo_mtbi.config import model_config, plain
+from nemo_mtbi.corpus.execution import LOCAL, check_execution, spread
+from nemo_mtbi.corpus.index import RecordIndex
+from nemo_mtbi.corpus.ray_data import RayConfig
+from nemo_mtbi.corpus.shards import Shard, plan_manifest
 from nemo_mtbi.data.audio import collate_waveforms, mono_samples
 from nemo_mtbi.data.audio_windows import WINDOW_SECONDS
 from nemo_mtbi.data.conversation import check_manifest
@@ -37,15 +43,17 @@ from nemo_mtbi.data.feature_cache import (
     windows_field,
 )
 from nemo_mtbi.data.perturbation import features_field, perturbed, speed_factors
+from nemo_mtbi.errors import DataError
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.io.array_storage import RawChunkyWriter
 from nemo_mtbi.models.speech import cut_windows, encode
 from nemo_mtbi.modules.perception import encoder_key, freeze, require_fixed_features, setup_perception
 from nemo_mtbi.pretrained.fingerprint import fingerprint
 from nemo_mtbi.pretrained.offline import resolve_pretrained
+from nemo_mtbi.process import tune
 
 FILE_BYTES = 8 * 2**30  # about the size of a file of features
-CUTS_TOGETHER = 4096  # cuts that are in memory, from which batches of like lengths are made
+SHARD_CUTS = 4096  # of one unit of work: they are in memory, and batches of like lengths are made of them
 log = logging.getLogger(__name__)
 
 
@@ -58,7 +66,7 @@ class FrozenEncoder:
 
     def __init__(self, cfg: DictConfig) -> None:
         config = model_config(cfg)
-        self.cfg = DictConfig(plain(cfg))
+        self.given, self.cfg = cfg, DictConfig(plain(cfg))
         self.cfg.pretrained_weights = True
         self.cfg.perception.pop("fusion", None)  # what is cached comes before it
         self.cfg.perception.modality_adapter = {
@@ -99,73 +107,190 @@ class CacheReport:
     bytes: int = 0
     hours: float = 0.0
 
+    def add(self, other: "CacheReport") -> None:
+        """Those of another shard."""
+        for name, value in asdict(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
     def count(self, versions: list[Version], records: list[dict[str, Any]]) -> None:
         """A cut whose features are there."""
         self.bytes += sum(2 * int(np.prod(record["array"]["shape"])) for record in records)
         self.hours += sum(version.cut.duration for version in versions) / 3600
 
 
+@dataclass
+class ShardEncoder:
+    """What a worker does: encodes what a shard lacks, and writes the shard's lines with their features.
+
+    Attributes:
+        encoder: whose features.
+        folder: of the features.
+        speeds: at which every cut is encoded.
+        batch_seconds: audio encoded together.
+        advance: told how many versions of cuts are done.
+    """
+
+    encoder: FrozenEncoder
+    folder: Path
+    speeds: Sequence[float]
+    batch_seconds: float
+    advance: Callable[[int], Any] = lambda done: None
+
+    def __call__(self, shard: Shard) -> CacheReport:
+        report, index = CacheReport(), RecordIndex(self.folder, lambda: ())
+        versions = [(cut, _versions(cut, self.speeds, self.encoder.key)) for cut in shard.cuts()]
+        stem = self.folder / shard.label
+        with jsonl.Journal(stem.with_suffix(".records.jsonl"), lambda record: True, "key") as journal:
+            missing = [v for _, own in versions for v in own if not self._known(v, journal, index)]
+            report.cached = sum(len(own) for _, own in versions) - len(missing)
+            self.advance(report.cached)
+            with RawChunkyWriter(stem.with_suffix(".bin"), max_bytes=FILE_BYTES) as writer:
+                for batch in _batches(missing, self.batch_seconds):
+                    self._encode(batch, writer, journal, report)
+                    self.advance(len(batch))
+            with jsonl.replacing(lines_of(self.folder, shard), uuid.uuid4().hex) as out:
+                for cut, own in versions:
+                    if all(version.key in journal for version in own):
+                        records = [journal[version.key] for version in own]
+                        report.count(own, records)
+                        out.write(jsonl.dumps(_with_features(cut, self.speeds, own, records)) + "\n")
+        return report
+
+    def _known(self, version: Version, journal: jsonl.Journal, index: RecordIndex) -> bool:
+        """Whether the journal has it; what another shard's has, since cuts have moved, is noted here too."""
+        if version.key not in journal:
+            record, _ = next(index.places(version.key), (None, None))
+            if record is None:
+                return False
+            journal.write(record)
+        return True
+
+    def _encode(
+        self, versions: list[Version], writer: RawChunkyWriter, journal: jsonl.Journal, report: CacheReport
+    ) -> None:
+        """Encode a batch; in halves where the memory does not suffice."""
+        try:
+            encoded = list(_encode(self.encoder, versions, report))
+        except torch.OutOfMemoryError as error:
+            if len(versions) == 1:
+                report.skipped += 1
+                log.warning(f"{versions[0].cut.id} left out: {str(error)[:200]}")
+                return
+            for half in (versions[: len(versions) // 2], versions[len(versions) // 2 :]):
+                self._encode(half, writer, journal, report)
+            return
+        for version, features, begins in encoded:
+            array = writer.store_array(version.cut.id, features)
+            writer.flush()
+            record = {"key": version.key, "array": array.to_dict()}
+            if len(begins) > 1 or version.cut.duration > WINDOW_SECONDS:
+                record["windows"] = begins
+            journal.write(record)
+            report.encoded += 1
+
+
+def lines_of(folder: Path, shard: Shard) -> Path:
+    """A finished shard's lines, until they are in the manifest."""
+    return folder / f"{shard.label}.cuts.jsonl"
+
+
 def cache_features(
-    encoder: FrozenEncoder, manifest: Path, batch_seconds: float = 120.0, perturb_speed: Iterable[float] = ()
+    encoder: FrozenEncoder | DictConfig,
+    manifest: Path,
+    batch_seconds: float = 120.0,
+    perturb_speed: Iterable[float] = (),
+    executor: str = LOCAL,
+    workers: int = 1,
+    ray: RayConfig | None = None,
 ) -> CacheReport:
     """Attach encoder features to every cut of a manifest (see the module's description).
 
     Args:
-        encoder: whose features.
-        manifest: CutSet (.jsonl), rewritten in place under a temporary name.
+        encoder: whose features; as the ``model`` section of its configuration, each worker builds its own.
+        manifest: CutSet (.jsonl or .jsonl.gz), rewritten in place under a temporary name.
         batch_seconds: audio encoded together.
         perturb_speed: factors of speed at which every cut is encoded too, for ``perturb_speed`` of training.
+        executor, workers, ray: who works (:func:`nemo_mtbi.corpus.execution.spread`); the result is the same.
 
     Raises:
-        ConfigError: an impossible factor.
-        DataError: there is no such manifest.
+        ConfigError: an impossible factor or executor.
+        DataError: there is no such manifest, no cut is left, or another command works on it.
     """
     speeds = (1.0, *speed_factors(perturb_speed))
+    check_execution(executor, workers)
     check_manifest(str(manifest))
-    report = CacheReport()
-    with jsonl.Journal(manifest.with_suffix(".features.jsonl"), lambda record: True, "key") as journal:
-        _fill(encoder, manifest, speeds, batch_seconds, journal, report)
-        with jsonl.replacing(manifest, uuid.uuid4().hex) as out:
-            for cut in CutSet.from_file(manifest):
-                versions = _versions(cut, speeds, encoder.key)
-                if all(version.key in journal for version in versions):
-                    records = [journal[version.key] for version in versions]
-                    report.count(versions, records)
-                    out.write(jsonl.dumps(_with_features(cut, speeds, versions, records)) + "\n")
+    folder = manifest.with_suffix(".features")
+    folder.mkdir(exist_ok=True)
+    with held(folder):
+        shards = plan_manifest(manifest.stem, str(manifest), folder, SHARD_CUTS)
+        earlier = [file for file in (manifest.with_suffix(".features.jsonl"),) if file.exists()]  # before shards
+        if earlier or any(folder.glob("*.records.jsonl")):
+            RecordIndex(folder, lambda: [*earlier, *folder.glob("*.records.jsonl")]).open()
+        report = CacheReport()
+        total = sum(shard.lines for shard in shards) * len(speeds)
+        with console.progress(total=total, desc="encoder features", unit="utt") as bar:
+            if executor == LOCAL and workers == 1:
+                own = FrozenEncoder(encoder) if isinstance(encoder, DictConfig) else encoder
+                for shard in shards:
+                    report.add(ShardEncoder(own, folder, speeds, batch_seconds, bar.update)(shard))
+            else:
+                model = encoder if isinstance(encoder, DictConfig) else encoder.given
+                threads = max(1, (os.cpu_count() or 1) // workers) if executor == LOCAL else None
+                make = partial(_worker, plain(model), folder, speeds, batch_seconds, threads)
+                for found in spread(make, shards, executor, workers, ray or RayConfig(), fresh=True):
+                    report.add(found)
+                    bar.update(found.encoded + found.cached + found.skipped)
+        _join(manifest, [lines_of(folder, shard) for shard in shards])
     return report
 
 
-def _fill(
-    encoder: FrozenEncoder,
-    manifest: Path,
+def _worker(
+    model: dict[str, Any],
+    folder: Path,
     speeds: Sequence[float],
     batch_seconds: float,
-    journal: jsonl.Journal,
-    report: CacheReport,
-) -> None:
-    """Encode what the journal does not have, some thousand cuts at a time."""
-    cuts = iter(CutSet.from_file(manifest))
-    with open(manifest, "rb") as lines:
-        total = sum(1 for _ in lines) * len(speeds)
-    with (
-        RawChunkyWriter(manifest.with_suffix(".features.bin"), max_bytes=FILE_BYTES) as writer,
-        console.progress(total=total, desc="encoder features", unit="utt") as bar,
-    ):
-        while some := list(islice(cuts, CUTS_TOGETHER)):
-            versions = [version for cut in some for version in _versions(cut, speeds, encoder.key)]
-            missing = [version for version in versions if version.key not in journal]
-            report.cached += len(versions) - len(missing)
-            bar.update(len(versions) - len(missing))
-            for batch in _batches(missing, batch_seconds):
-                for version, features, begins in _encode(encoder, batch, report):
-                    array = writer.store_array(version.cut.id, features)
-                    writer.flush()
-                    record = {"key": version.key, "array": array.to_dict()}
-                    if len(begins) > 1 or version.cut.duration > WINDOW_SECONDS:
-                        record["windows"] = begins
-                    journal.write(record)
-                    report.encoded += 1
-                bar.update(len(batch))
+    threads: int | None,
+    number: int,
+) -> ShardEncoder:
+    from nemo_mtbi import registration  # noqa: F401  our classes as targets of the configuration
+
+    tune(threads)
+    if torch.cuda.device_count():
+        torch.cuda.set_device(number % torch.cuda.device_count())
+    return ShardEncoder(FrozenEncoder(OmegaConf.create(model)), folder, speeds, batch_seconds)
+
+
+def _join(manifest: Path, parts: list[Path]) -> None:
+    """The manifest from its shards' lines.
+
+    Raises:
+        DataError: there is none; the manifest stays as it was.
+    """
+    if not any(part.stat().st_size for part in parts):
+        raise DataError(
+            f"Of {manifest} no cut could be encoded, so it stays as it was. The reasons are in the log; are the "
+            "recordings where the manifest says?"
+        )
+    with jsonl.replacing(manifest, uuid.uuid4().hex) as out:
+        for part in parts:
+            with open(part, encoding="utf-8") as lines:
+                out.writelines(lines)
+    for part in parts:
+        part.unlink()
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """One command at a time.
+
+    Raises:
+        DataError: another one works on the folder.
+    """
+    try:
+        with FileLock(folder / "cache.lock", blocking=False):
+            yield
+    except Timeout:
+        raise DataError(f"Another command fills {folder}. Wait for it, or end it.") from None
 
 
 def _versions(cut: Cut, speeds: Sequence[float], encoder_key: str) -> list[Version]:

@@ -10,10 +10,10 @@ import json
 import logging
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,6 +23,8 @@ from lhotse.supervision import AlignmentItem
 from omegaconf import MISSING
 
 from nemo_mtbi import console
+from nemo_mtbi.corpus.execution import LOCAL, RAY, check_execution, spread
+from nemo_mtbi.corpus.ray_data import RayConfig
 from nemo_mtbi.data.audio import mono_samples
 from nemo_mtbi.data.rendering import TimedWord
 from nemo_mtbi.errors import ConfigError, DataError
@@ -31,7 +33,6 @@ from nemo_mtbi.io.text import read_text
 from nemo_mtbi.preparation.describe import DescribeConfig, Describer, Tally
 from nemo_mtbi.preparation.no_speech import read_no_speech
 from nemo_mtbi.preparation.noisy import NoiseConfig, with_noise
-from nemo_mtbi.preparation.processes import in_processes
 from nemo_mtbi.preparation.sentences import read_sentences
 from nemo_mtbi.preparation.sources import READERS, Entry, SourceConfig
 from nemo_mtbi.preparation.voice_report import write_voice_report
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 MADE = {"sentences": read_sentences, "no_speech": read_no_speech}  # by this step
 KINDS = (*READERS, *MADE)
 DEFAULT_SHARES = {"train": 0.8, "held_out": 0.2}
+CHUNKS = {LOCAL: 8, RAY: 64}  # utterances that a worker takes at once
 MAX_PLACES = 20  # of one reason, in the report
 
 
@@ -90,7 +92,8 @@ class PrepareConfig:
         min_seconds, max_seconds: durations that are kept.
         max_words_per_second: transcripts that are longer cannot belong to their audio.
         split: see :class:`SplitConfig`.
-        workers: processes of this machine; the result is the same.
+        executor, workers, ray: ``local``: so many processes of this machine; ``ray``: workers of a Ray cluster
+            (:class:`nemo_mtbi.corpus.ray_data.RayConfig`). The result is the same.
         noise: see :class:`nemo_mtbi.preparation.noisy.NoiseConfig`.
         describe: see :class:`nemo_mtbi.preparation.describe.DescribeConfig`.
     """
@@ -103,9 +106,16 @@ class PrepareConfig:
     max_seconds: float = 600.0
     max_words_per_second: float = 8.0
     split: SplitConfig = field(default_factory=SplitConfig)
+    executor: str = LOCAL
     workers: int = 1
+    ray: RayConfig = field(default_factory=RayConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     describe: DescribeConfig = field(default_factory=DescribeConfig)
+
+
+def recorder(config: PrepareConfig, worker: int) -> Callable[[Entry], dict[str, Any]]:
+    """What a worker on another machine does."""
+    return Preparation(config).record
 
 
 class Skip(Exception):
@@ -131,8 +141,7 @@ class Preparation:
                 f"split: shares {config.split.shares} must sum to 1, and by must be speaker or utterance."
             )
         config.noise.check()
-        if config.workers < 1:
-            raise ConfigError(f"workers={config.workers}: give at least 1.")
+        check_execution(config.executor, config.workers)
         self.config = config
         self.describer = Describer(config.describe) if config.describe.enabled else None
         self.folder = Path(config.output_dir)
@@ -174,7 +183,9 @@ class Preparation:
                 )
             # A changed transcript is prepared again, and a skipped utterance is tried again.
             todo = [e for e in entries if journal.places.get(e.id, (0, None))[1] != (False, hash(e.text))]
-            records = in_processes(self.record, todo, self.config.workers)
+            c = self.config
+            make = partial(recorder, c) if c.executor == RAY else lambda worker: self.record
+            records = spread(make, todo, c.executor, c.workers, c.ray, chunk=CHUNKS[c.executor])
             for record in console.progress(records, total=len(todo), desc="prepare", unit="utt", disable=not todo):
                 journal.write(record)
             return self._write(entries, journal)

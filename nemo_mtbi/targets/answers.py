@@ -6,7 +6,6 @@ a fixed composition, so that a killed and continued run computes what an uninter
 """
 
 import json
-import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,11 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
+from nemo_mtbi.corpus.index import Record, RecordIndex
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.io.array_storage import RawChunkyReader, RawChunkyWriter
 from nemo_mtbi.targets.decoder import Answer
 
-Record = dict[str, Any]
 TOP_K_FIELDS = ("top_k", "arrays", "teacher")
 
 
@@ -104,18 +103,15 @@ def load_top_k(record: Record, folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 class AnswerIndex:
-    """Where the answer to a key is, over all shards of an output folder; finds answers again when cuts move between
-    shards.
+    """Where the answer to a key is, over all shards of an output folder.
 
-    An SQLite file that one process at a time brings up to date (only bytes that it has not seen) and any number read.
     Answers of the own run are left out: whether another shard is ahead must not change what a batch is made of.
     """
 
     def __init__(self, folder: Path, run: str) -> None:
         self.folder, self.run = folder, run
         self.other_runs = self._register()
-        self._read: tuple[str, int, dict[str, Record]] | None = None  # the last line: neighbours are asked for together
-        self.connection: sqlite3.Connection | None = None
+        self.index = RecordIndex(folder, lambda: folder.glob("*/*.answers.jsonl"))
 
     def _register(self) -> bool:
         """Note this run in ``runs.json``; whether there are answers of others at all."""
@@ -127,62 +123,12 @@ class AnswerIndex:
                 jsonl.write_json(file, [*runs, self.run])
         return any(r != self.run for r in runs)
 
-    def _open(self) -> sqlite3.Connection:
-        """The index, brought up to date; made when an answer is first looked for."""
-        if self.connection is None:
-            with FileLock(self.folder / "index.lock"):
-                self.connection = sqlite3.connect(self.folder / "index.sqlite", timeout=3600)
-                self.connection.execute("create table if not exists files (path text primary key, size integer)")
-                self.connection.execute(
-                    "create table if not exists answers (key text, path text, offset integer, run text)"
-                )
-                self.connection.execute("create index if not exists by_key on answers (key)")
-                for file in sorted(self.folder.glob("*/*.answers.jsonl")):
-                    self._update(file)
-                    self.connection.commit()
-        return self.connection
-
-    def _update(self, file: Path) -> None:
-        assert self.connection is not None
-        name, size = str(file.relative_to(self.folder)), file.stat().st_size
-        row = self.connection.execute("select size from files where path = ?", (name,)).fetchone()
-        seen = row[0] if row else 0
-        if size == seen:
-            return
-        if size < seen:
-            self.connection.execute("delete from answers where path = ?", (name,))
-            seen = 0
-        rows = []
-        with open(file, "rb") as stream:
-            offset = stream.seek(seen)
-            for line in stream:
-                if not line.endswith(b"\n"):
-                    break
-                content = json.loads(line)
-                rows += [(r["key"], name, offset, content["run"]) for r in content["answers"]]
-                offset += len(line)
-        self.connection.executemany("insert into answers values (?, ?, ?, ?)", rows)
-        self.connection.execute("insert or replace into files values (?, ?)", (name, offset))
-
     def find(self, keys: list[str], top_k: int, temperature: float) -> Iterator[tuple[Record, Path]]:
         """Records of those keys that are known, each with its folder."""
         if not self.other_runs:
             return
-        connection = self._open()
         for key in keys:
-            places = connection.execute("select path, offset from answers where key = ? and run != ?", (key, self.run))
-            for name, offset in places:
-                if not (self.folder / name).is_file():
-                    continue
-                record = self._line(name, offset).get(key)
-                if record is not None and usable(record, top_k, temperature):
-                    yield record, (self.folder / name).parent
-                    break
-
-    def _line(self, name: str, offset: int) -> dict[str, Record]:
-        if self._read is None or self._read[:2] != (name, offset):
-            with open(self.folder / name, "rb") as stream:
-                stream.seek(offset)
-                answers = json.loads(stream.readline())["answers"]
-            self._read = (name, offset, {r["key"]: r for r in answers})
-        return self._read[2]
+            found = self.index.places(key, self.run)
+            usable_ones = ((record, folder) for record, folder in found if usable(record, top_k, temperature))
+            if (first := next(usable_ones, None)) is not None:
+                yield first

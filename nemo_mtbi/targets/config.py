@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from nemo_mtbi.corpus.execution import LOCAL
+from nemo_mtbi.corpus.ray_data import RayConfig
 from nemo_mtbi.data.description import TEMPLATE
 from nemo_mtbi.data.messages import NOTHING_HEARD_ANSWER
 
@@ -67,7 +69,8 @@ class TargetsConfig:
         llm: the text LLM; with ``engine=openai``, where its tokenizer is read from.
         engine: ``hf`` (Transformers in this process) or ``openai`` (a server, see :class:`OpenAIConfig`).
         dtype, batch_size: how ``hf`` runs it.
-        workers: processes on this machine (with CUDA: one a GPU). The same command on other machines adds theirs.
+        executor, workers, ray: ``local``: so many processes on this machine (with CUDA: one a GPU); the same command on
+            other machines adds theirs. ``ray``: workers of a Ray cluster.
         shard_cuts: cuts of one unit of work.
         prompt_format, speech_position: as in training.
         task_names: tasks (None: all of the train group); task_folders adds the user's own.
@@ -96,7 +99,9 @@ class TargetsConfig:
     openai: OpenAIConfig = field(default_factory=OpenAIConfig)
     dtype: str = "bfloat16"
     batch_size: int = 128
+    executor: str = LOCAL
     workers: int = 1
+    ray: RayConfig = field(default_factory=RayConfig)
     shard_cuts: int = 1000
     prompt_format: str = "chat_template"
     speech_position: str = "after"

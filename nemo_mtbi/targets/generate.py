@@ -23,6 +23,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from nemo_mtbi.config import DTYPES
+from nemo_mtbi.corpus.execution import check_execution
+from nemo_mtbi.corpus.shards import Shard, plan_manifest
 from nemo_mtbi.data.conversation import check_manifest
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.io import jsonl
@@ -31,7 +33,6 @@ from nemo_mtbi.targets.config import ENGINES, TargetsConfig
 from nemo_mtbi.targets.draw import PromptDrawer
 from nemo_mtbi.targets.filters import choose_filters
 from nemo_mtbi.targets.merge import merge_manifest, run_manifest
-from nemo_mtbi.targets.plan import Shard, plan_manifest
 from nemo_mtbi.targets.report import write_report
 from nemo_mtbi.targets.shards import LazyEngine, ShardWriter, settings_of
 
@@ -54,6 +55,7 @@ class TargetGenerator:
         if config.engine not in ENGINES:
             raise ConfigError(f"engine={config.engine!r}: use {' or '.join(ENGINES)}.")
         self.config = config
+        check_execution(config.executor, config.workers)
         check_values(config)
         choose_filters(config.filters)
         for path in config.cuts.values():
@@ -88,16 +90,19 @@ class TargetGenerator:
             for shard in waiting:
                 if (parent := multiprocessing.parent_process()) is not None and not parent.is_alive():
                     return  # the command was killed; another one may have other settings
-                lock = FileLock(self.writer.paths(shard)["lock"], blocking=False)
-                try:
-                    with lock:
-                        if self.writer.status(shard) is None:
-                            self.writer.write(shard)
-                    took_one = True
-                except Timeout:
-                    continue
+                took_one |= self.take(shard)
             if not took_one:
                 time.sleep(POLL_SECONDS)
+
+    def take(self, shard: Shard, wait: bool = False) -> bool:
+        """Finish a shard if it is not; False if another process holds it, unless ``wait`` for that one."""
+        try:
+            with FileLock(self.writer.paths(shard)["lock"], blocking=wait):
+                if self.writer.status(shard) is None:
+                    self.writer.write(shard)
+            return True
+        except Timeout:
+            return False
 
     def merge(self) -> dict[str, Path]:
         """The final files, from finished shards."""
@@ -117,7 +122,7 @@ def check_values(config: TargetsConfig) -> None:
         ConfigError: lists every value that cannot work.
     """
     problems = []
-    for field, least in (("batch_size", 1), ("workers", 1), ("shard_cuts", 1), ("top_k", 0), ("prompts_per_task", 0)):
+    for field, least in (("batch_size", 1), ("shard_cuts", 1), ("top_k", 0), ("prompts_per_task", 0)):
         if getattr(config, field) < least:
             problems.append(f"{field}={getattr(config, field)}: at least {least}")
     if config.temperature <= 0:

@@ -13,6 +13,7 @@ from filelock import FileLock
 from lhotse import CutSet
 from lhotse.cut import Cut
 
+from nemo_mtbi.corpus.shards import Shard
 from nemo_mtbi.data.feature_cache import is_features
 from nemo_mtbi.data.target import TARGETS_FIELD, TEACHER_IDS_FIELD, TEACHER_LOG_PROBS_FIELD
 from nemo_mtbi.errors import DataError
@@ -20,7 +21,6 @@ from nemo_mtbi.io import jsonl
 from nemo_mtbi.targets.config import TargetsConfig
 from nemo_mtbi.targets.draw import PromptDrawer
 from nemo_mtbi.targets.filters import NEAR_DUPLICATE, NearDuplicates
-from nemo_mtbi.targets.plan import Shard
 from nemo_mtbi.targets.shards import ShardStatus, ShardWriter, rejected_record
 
 LIBRARIES = ("nemo_toolkit", "transformers", "torch", "lhotse", "megatron-core")
@@ -191,7 +191,7 @@ def run_manifest(config: TargetsConfig, drawer: PromptDrawer, counts: dict[str, 
         "settings": {
             k: v
             for k, v in asdict(config).items()
-            if k not in ("cuts", "output_dir", "llm", "dtype", "engine", "openai")
+            if k not in ("cuts", "output_dir", "llm", "dtype", "engine", "openai", "executor", "ray")
         },
         "top_k": config.top_k,
         "temperature": config.temperature,

@@ -14,21 +14,23 @@ from typing import Any
 import numpy as np
 import torch
 from lhotse.cut import Cut
+from lhotse.cut.data import DataCut
 
 from nemo_mtbi import console
+from nemo_mtbi.corpus.index import Record
+from nemo_mtbi.corpus.shards import Shard
 from nemo_mtbi.data.conversation import transcript
 from nemo_mtbi.data.literal import literal_encoding
 from nemo_mtbi.data.target import NO_SPEECH, TARGETS_FIELD, TEACHER_IDS_FIELD, TEACHER_LOG_PROBS_FIELD, Target
 from nemo_mtbi.errors import DataError
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.io.array_storage import RawChunkyWriter
-from nemo_mtbi.targets.answers import AnswerFile, AnswerIndex, Record
+from nemo_mtbi.targets.answers import AnswerFile, AnswerIndex
 from nemo_mtbi.targets.config import TargetsConfig
 from nemo_mtbi.targets.decoder import Answer, Request
 from nemo_mtbi.targets.draw import Job, PromptDrawer
 from nemo_mtbi.targets.engine import Engine
 from nemo_mtbi.targets.filters import Candidate, choose_filters
-from nemo_mtbi.targets.plan import Shard
 
 CHUNK = 1024  # requests that an engine gets together
 # Settings that change how answers are come by, and not what is written.
@@ -36,7 +38,9 @@ OPERATIONAL = (
     "cuts",
     "output_dir",
     "batch_size",
+    "executor",
     "workers",
+    "ray",
     "shard_cuts",
     "openai",
     "max_duplicates",
@@ -107,6 +111,11 @@ class ShardWriter:
         cuts = list(shard.cuts())
         if repeated := [i for i, n in Counter(c.id for c in cuts).items() if n > 1]:
             raise DataError(f"{shard.path} holds the cut {repeated[0]!r} more than once; ids must be unique.")
+        if mixed := next((c for c in cuts if not isinstance(c, DataCut)), None):
+            raise DataError(
+                f"{shard.path} holds a {type(mixed).__name__}; targets need MonoCut or MultiCut. "
+                "Save mixed cuts as recordings first (CutSet.save_audios)."
+            )
         top_k, temperature = self.config.top_k, self.config.temperature
         with AnswerFile(paths["answers.jsonl"], top_k, temperature, self.index.run) as answers:
 

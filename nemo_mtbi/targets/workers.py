@@ -1,12 +1,16 @@
-"""Several worker processes on one machine; with CUDA, each on a GPU of its own."""
+"""Several worker processes on one machine, with CUDA each on a GPU of its own; or those of a Ray cluster."""
 
 import multiprocessing.context
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nemo_mtbi import console
+from nemo_mtbi.corpus.execution import RAY, spread
+from nemo_mtbi.corpus.shards import Shard
 from nemo_mtbi.errors import DataError, MTBIError
 from nemo_mtbi.targets.config import TargetsConfig
 
@@ -22,6 +26,13 @@ def run(config: TargetsConfig) -> dict[str, Path]:
     from nemo_mtbi.targets.generate import TargetGenerator, explained  # start-up: imports NeMo
 
     generator = TargetGenerator(config)  # the plan and the index are made once, and errors come from one process
+    if config.executor == RAY:
+        shards = [s for own in generator.shards.values() for s in own if generator.writer.status(s) is None]
+        done = spread(partial(answering, config), shards, RAY, config.workers, config.ray)
+        for _ in console.progress(done, total=len(shards), desc="targets", unit="shard"):
+            pass
+        with explained(generator.folder):
+            return generator.merge()
     if config.workers == 1:
         return generator.run()
     context = worker_context()
@@ -39,6 +50,23 @@ def run(config: TargetsConfig) -> dict[str, Path]:
         console.tell(f"Workers ended with {codes}; the others finished their shards.")
     with explained(generator.folder):
         return generator.merge()
+
+
+def answering(config: TargetsConfig, worker: int) -> Callable[[Shard], str]:
+    """What a worker of a Ray cluster does with a shard; Ray gives it the GPU that it may use as its first."""
+    from nemo_mtbi import registration  # noqa: F401  the prompt formats; start-up: imports NeMo
+    from nemo_mtbi.process import tune
+    from nemo_mtbi.targets.generate import TargetGenerator
+
+    os.environ["TQDM_DISABLE"] = "1"
+    tune(max(1, round(config.ray.cpus)))
+    generator = TargetGenerator(config)
+
+    def answer(shard: Shard) -> str:
+        generator.take(shard, wait=True)
+        return shard.label
+
+    return answer
 
 
 def wait(processes: list[Any], shards: list[tuple[Any, Any]]) -> None:

@@ -1,9 +1,13 @@
 """The feature cache."""
 
+import gzip
+import shutil
+
 import numpy as np
 import pytest
 import soundfile
 import torch
+from filelock import FileLock
 from lhotse import CutSet
 from nemo.collections.common.tokenizers import AutoTokenizer
 from omegaconf import OmegaConf
@@ -12,6 +16,7 @@ from nemo_mtbi import registration as registration
 from nemo_mtbi.data.dataset import MTBIDataset
 from nemo_mtbi.data.feature_cache import FEATURES_FIELD, load_array
 from nemo_mtbi.errors import ConfigError, DataError
+from nemo_mtbi.preparation import cache_features as caching
 from nemo_mtbi.preparation.cache_features import FrozenEncoder, cache_features
 from tests.unit.data_helpers import conversations
 
@@ -49,12 +54,114 @@ def test_cached_features_are_the_encoders_and_only_its(manifest, tiny_config, sm
     assert cache_features(other, manifest).encoded == 1
     resampled = CutSet([c.resample(8000) for c in CutSet.from_file(manifest)])
     assert all(len(load_array(c, FEATURES_FIELD, other.key)) for c in resampled)  # as NeMo's reader hands them on
-    (tmp_path / "cuts.features.bin").rename(tmp_path / "elsewhere.bin")
-    with pytest.raises(DataError, match="are gone: there is no .*cuts.features.bin.*folder in which"):
+    (tmp_path / "cuts.features" / "000000.bin").rename(tmp_path / "elsewhere.bin")
+    with pytest.raises(DataError, match="are gone: there is no .*cuts.features/000000.bin.*folder in which"):
         load_array(resampled[0], FEATURES_FIELD, other.key)
-    (tmp_path / "elsewhere.bin").rename(tmp_path / "cuts.features.bin")
+    (tmp_path / "elsewhere.bin").rename(tmp_path / "cuts.features" / "000000.bin")
     (tmp_path / "2.wav").write_text("broken")
     assert cache_features(encoder, manifest).skipped == 1
+    before = manifest.read_bytes()
+    for i in range(2):
+        (tmp_path / f"{i}.wav").write_text("broken")
+    with pytest.raises(DataError, match="no cut could be encoded, so it stays as it was"):
+        cache_features(encoder, manifest)
+    assert manifest.read_bytes() == before
+
+
+def as_cached(manifest):
+    """Features by cut, and the order of the cuts."""
+    return [(cut.id, cut.load_custom(FEATURES_FIELD).tolist()) for cut in CutSet.from_file(manifest)]
+
+
+def test_shards_and_workers_give_the_same(manifest, tiny_config, tmp_path, monkeypatch):
+    config, found = encoder_config(tiny_config), {}
+    original = manifest.read_bytes()
+    for name, shard_cuts, workers in (("whole", 4096, 1), ("shards", 1, 1), ("workers", 1, 2)):
+        monkeypatch.setattr(caching, "SHARD_CUTS", shard_cuts)
+        manifest.write_bytes(original)
+        shutil.rmtree(tmp_path / "cuts.features", ignore_errors=True)
+        report = cache_features(config, manifest, batch_seconds=1.0, workers=workers)  # a cut a batch: no padding
+        assert (report.encoded, report.cached, report.skipped) == (3, 0, 0)
+        found[name] = as_cached(manifest)
+        assert len(list((tmp_path / "cuts.features").glob("*.bin"))) == (1 if name == "whole" else 3)
+        assert not list((tmp_path / "cuts.features").glob("*.cuts.jsonl"))
+    assert found["whole"] == found["shards"] == found["workers"]
+
+
+def test_features_are_found_again_where_lines_have_moved(manifest, tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(caching, "SHARD_CUTS", 1)
+    encoder = FrozenEncoder(encoder_config(tiny_config))
+    lines = manifest.read_text().splitlines(keepends=True)
+    manifest.write_text("".join(lines[1:]))
+    assert cache_features(encoder, manifest).encoded == 2
+    features = dict(as_cached(manifest))
+    manifest.write_text("".join(lines))  # as prepare writes it again, with one more in front
+    report = cache_features(encoder, manifest)
+    assert (report.encoded, report.cached) == (1, 2)
+    again = dict(as_cached(manifest))
+    assert list(again) == ["utt0", "utt1", "utt2"] and features.items() <= again.items()
+
+
+def test_what_was_cached_before_there_were_shards_serves(manifest, tiny_config, tmp_path):
+    encoder = FrozenEncoder(encoder_config(tiny_config))
+    original = manifest.read_bytes()
+    cache_features(encoder, manifest)
+    expected, folder = as_cached(manifest), tmp_path / "cuts.features"
+    records = (folder / "000000.records.jsonl").read_text().replace("cuts.features/000000.bin", "cuts.features.bin")
+    (tmp_path / "cuts.features.jsonl").write_text(records)
+    (folder / "000000.bin").rename(tmp_path / "cuts.features.bin")
+    shutil.rmtree(folder)
+    manifest.write_bytes(original)
+    assert cache_features(encoder, manifest).cached == 3
+    assert as_cached(manifest) == expected
+
+
+def test_a_killed_run_continues_and_compressed_manifests_stay_so(manifest, tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(caching, "SHARD_CUTS", 2)
+    encoder = FrozenEncoder(encoder_config(tiny_config))
+    packed = tmp_path / "packed.jsonl.gz"
+    packed.write_bytes(gzip.compress(manifest.read_bytes()))
+    encode, calls = caching._encode, []
+
+    def killed(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return encode(*arguments)
+
+    monkeypatch.setattr(caching, "_encode", killed)
+    before = packed.read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        cache_features(encoder, packed, batch_seconds=1.0)
+    assert packed.read_bytes() == before
+    report = cache_features(encoder, packed, batch_seconds=1.0)
+    assert (report.encoded, report.cached) == (1, 2)
+    assert gzip.decompress(packed.read_bytes()).count(b"\n") == 3 and len(as_cached(packed)) == 3
+
+
+def test_less_at_once_where_memory_does_not_suffice(manifest, tiny_config, monkeypatch):
+    encoder = FrozenEncoder(encoder_config(tiny_config))
+    encode = encoder.encode
+
+    def small_memory(audios, lengths):
+        if len(audios) > 1:
+            raise torch.OutOfMemoryError("too much")
+        return encode(audios, lengths)
+
+    monkeypatch.setattr(encoder, "encode", small_memory)
+    report = cache_features(encoder, manifest)
+    assert (report.encoded, report.skipped) == (3, 0)
+
+
+def test_one_command_at_a_time(manifest, tiny_config, tmp_path):
+    (tmp_path / "cuts.features").mkdir()
+    with (
+        FileLock(tmp_path / "cuts.features" / "cache.lock"),
+        pytest.raises(DataError, match=r"Another command fills .*cuts.features"),
+    ):
+        cache_features(encoder_config(tiny_config), manifest)
+    with pytest.raises(ConfigError, match="executor='slurm': use local or ray"):
+        cache_features(encoder_config(tiny_config), manifest, executor="slurm")
 
 
 def test_cache_refuses_features_that_change(tiny_config):

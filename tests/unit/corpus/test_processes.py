@@ -1,18 +1,26 @@
 """Corpus steps in several processes."""
 
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
+from nemo_mtbi.corpus.processes import CHUNKS_AHEAD, in_processes
 from nemo_mtbi.errors import ConfigError, MTBIError
 from nemo_mtbi.preparation.prepare import Preparation, PrepareConfig
-from nemo_mtbi.preparation.processes import CHUNK, CHUNKS_AHEAD, in_processes
 from nemo_mtbi.preparation.sources import SourceConfig
 
 pytestmark = pytest.mark.unit
+CHUNK = 8
+
+
+def always(function):
+    return lambda worker: function
 
 
 def test_results_come_in_order_from_other_processes():
@@ -20,10 +28,10 @@ def test_results_come_in_order_from_other_processes():
         time.sleep(0.01)
         return i, os.getpid()
 
-    found = list(in_processes(slowly, range(100), 2))
+    found = list(in_processes(always(slowly), range(100), 2))
     assert [i for i, _ in found] == list(range(100))
     assert len({pid for _, pid in found} - {os.getpid()}) == 2
-    assert {pid for _, pid in in_processes(lambda i: (i, os.getpid()), range(100), 1)} == {os.getpid()}
+    assert {pid for _, pid in in_processes(always(lambda i: (i, os.getpid())), range(100), 1)} == {os.getpid()}
 
 
 def test_few_items_are_under_way(tmp_path):
@@ -31,7 +39,7 @@ def test_few_items_are_under_way(tmp_path):
         (tmp_path / str(i)).touch()
         return i
 
-    results = in_processes(touched, range(1000), 2)
+    results = in_processes(always(touched), range(1000), 2, CHUNK)
     next(results)
     results.close()
     assert 0 < len(list(tmp_path.iterdir())) <= CHUNK * (2 * CHUNKS_AHEAD + 2)
@@ -43,7 +51,7 @@ def test_what_fails_and_what_dies():
             raise ValueError("twenty")
         return i
 
-    results, got = in_processes(fails, range(100), 2), []
+    results, got = in_processes(always(fails), range(100), 2, CHUNK), []
     with pytest.raises(ValueError, match="twenty"):
         got.extend(iter(lambda: next(results), None))
     assert got == list(range(16))
@@ -54,7 +62,45 @@ def test_what_fails_and_what_dies():
         return i
 
     with pytest.raises(MTBIError, match="A worker process has died"):
-        list(in_processes(dies, range(100), 2))
+        list(in_processes(always(dies), range(100), 2))
+
+
+def test_workers_are_made_once_each_with_numbers_of_their_own(tmp_path):
+    def make(worker):
+        (tmp_path / str(worker)).touch()
+        return lambda i: (worker, time.sleep(0.01))[0]
+
+    assert set(in_processes(make, range(60), 3, 2)) == {0, 1, 2}
+    assert {f.name for f in tmp_path.iterdir()} == {"0", "1", "2"}
+
+    def broken(worker):
+        raise ConfigError("no such model")
+
+    with pytest.raises(ConfigError, match="no such model"):  # as it is, not as a dead process
+        list(in_processes(broken, range(60), 2))
+
+
+def test_workers_end_with_a_killed_parent(tmp_path):
+    code = (
+        "import os, pathlib, time\n"
+        "from nemo_mtbi.corpus.processes import in_processes\n"
+        "def make(worker):\n"
+        f"    pathlib.Path({str(tmp_path)!r}, str(os.getpid())).touch()\n"
+        "    return lambda i: time.sleep(60)\n"
+        "list(in_processes(make, range(60), 2))\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    until(lambda: len(list(tmp_path.iterdir())) == 2)
+    parent.kill()
+    parent.wait()
+    until(lambda: not any(Path("/proc", child.name).exists() for child in tmp_path.iterdir()))
+
+
+def until(true, seconds=30.0):
+    end = time.time() + seconds
+    while not true():
+        assert time.time() < end
+        time.sleep(0.05)
 
 
 def test_prepare_gives_the_same_with_several_workers(tmp_path):

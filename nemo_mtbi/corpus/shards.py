@@ -12,7 +12,6 @@ from pathlib import Path
 from filelock import FileLock
 from lhotse import CutSet
 from lhotse.cut import Cut
-from lhotse.cut.data import DataCut
 from lhotse.serialization import deserialize_item
 
 from nemo_mtbi import console
@@ -53,11 +52,8 @@ class Shard:
                         f"Cut {number} after byte {self.offset} of {self.path} cannot be read "
                         f"({type(error).__name__}: {error})."
                     ) from error
-                if not isinstance(item, DataCut):
-                    raise DataError(
-                        f"{self.path} holds a {type(item).__name__}; targets need MonoCut or MultiCut. "
-                        "Save mixed cuts as recordings first (CutSet.save_audios)."
-                    )
+                if not isinstance(item, Cut):
+                    raise DataError(f"{self.path} holds a {type(item).__name__}, which is no cut.")
                 yield item
         if digest.hexdigest() != self.digest:
             raise DataError(f"{self.path} has changed since the run began. Run the same command again.")
@@ -70,7 +66,7 @@ def plan_manifest(name: str, manifest: str, folder: Path, shard_cuts: int) -> li
     """
     source = Path(manifest).resolve()
     if not source.is_file():
-        raise DataError(f"{manifest} is no file; generate_targets.py reads manifests from files.")
+        raise DataError(f"{manifest} is no file; corpus steps read manifests from files.")
     status = source.stat()
     identity = {
         "input": str(source),

@@ -1,0 +1,89 @@
+"""Where the record of a key is, over all record files of a folder: records are found again when cuts move between
+shards."""
+
+import json
+import os
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+Record = dict[str, Any]
+
+
+class RecordIndex:
+    """An SQLite file that one process at a time brings up to date (only bytes that it has not seen) and any number
+    read.
+
+    A line of a record file is a record with a ``key``, or holds several (``{"run": id, "answers": [record, ...]}``).
+
+    Args:
+        folder: where the index is.
+        files: the record files, in the folder.
+    """
+
+    def __init__(self, folder: Path, files: Callable[[], Iterable[Path]]) -> None:
+        self.folder, self.files = folder, files
+        self._read: tuple[str, int, dict[str, Record]] | None = None  # the last line: neighbours are asked for together
+        self.connection: sqlite3.Connection | None = None
+
+    def open(self) -> sqlite3.Connection:
+        """The index, brought up to date when it is first opened."""
+        if self.connection is None:
+            with FileLock(self.folder / "index.lock"):
+                self.connection = sqlite3.connect(self.folder / "index.sqlite", timeout=3600)
+                self.connection.execute("create table if not exists files (path text primary key, size integer)")
+                self.connection.execute(
+                    "create table if not exists answers (key text, path text, offset integer, run text)"
+                )
+                self.connection.execute("create index if not exists by_key on answers (key)")
+                for file in sorted(self.files()):
+                    self._update(self.connection, file)
+                    self.connection.commit()
+        return self.connection
+
+    def _update(self, connection: sqlite3.Connection, file: Path) -> None:
+        name, size = os.path.relpath(file, self.folder), file.stat().st_size
+        row = connection.execute("select size from files where path = ?", (name,)).fetchone()
+        seen = row[0] if row else 0
+        if size == seen:
+            return
+        if size < seen:
+            connection.execute("delete from answers where path = ?", (name,))
+            seen = 0
+        rows = []
+        with open(file, "rb") as stream:
+            offset = stream.seek(seen)
+            for line in stream:
+                if not line.endswith(b"\n"):
+                    break
+                content = json.loads(line)
+                rows += [(r["key"], name, offset, content.get("run", "")) for r in records_of(content)]
+                offset += len(line)
+        connection.executemany("insert into answers values (?, ?, ?, ?)", rows)
+        connection.execute("insert or replace into files values (?, ?)", (name, offset))
+
+    def places(self, key: str, but_run: str | None = None) -> Iterator[tuple[Record, Path]]:
+        """Records of that key, of other runs than ``but_run``, each with its folder."""
+        found = self.open().execute("select path, offset, run from answers where key = ?", (key,)).fetchall()
+        for name, offset, run in found:
+            if run == but_run or not (self.folder / name).is_file():
+                continue
+            record = self._line(name, offset).get(key)
+            if record is not None:
+                yield record, (self.folder / name).parent
+
+    def _line(self, name: str, offset: int) -> dict[str, Record]:
+        if self._read is None or self._read[:2] != (name, offset):
+            with open(self.folder / name, "rb") as stream:
+                stream.seek(offset)
+                records = records_of(json.loads(stream.readline()))
+            self._read = (name, offset, {r["key"]: r for r in records})
+        return self._read[2]
+
+
+def records_of(line: Record) -> list[Record]:
+    """The records of one line of a record file."""
+    return list(line["answers"]) if "answers" in line else [line]

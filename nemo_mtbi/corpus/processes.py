@@ -1,0 +1,93 @@
+"""Work over many items in several processes of this machine, in order and with few items under way."""
+
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from nemo_mtbi.errors import MTBIError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+CHUNKS_AHEAD = 4  # chunks under way for each process
+IMPORTED = ["nemo_mtbi.registration"]  # by what fresh processes begin with: NeMo takes 10 s
+
+_work: Callable[[Any], Any] | None = None  # of this worker process
+
+
+def in_processes(
+    make: Callable[[int], Callable[[Item], Result]],
+    items: Sequence[Item],
+    workers: int,
+    chunk: int = 8,
+    fresh: bool = False,
+) -> Iterator[Result]:
+    """Results in the order of the items.
+
+    Args:
+        make: number of a worker -> its function, made once in each.
+        items: what the functions are called with.
+        workers: processes; 1: this one.
+        chunk: items that a process takes at once.
+        fresh: the processes begin with imported modules, and without threads or CUDA contexts of this one; ``make`` is
+            pickled. Otherwise they are forks of this one, which begin at once.
+
+    Raises:
+        MTBIError: a process has died; what was given before is valid.
+    """
+    if workers == 1 or len(items) <= chunk:
+        yield from map(make(0), items)
+        return
+    context = multiprocessing.get_context("forkserver" if fresh else "fork")
+    if fresh:
+        context.set_forkserver_preload(IMPORTED)
+    numbers = context.SimpleQueue()
+    for number in range(workers):
+        numbers.put(number)
+    begins, under_way = iter(range(0, len(items), chunk)), deque[Future[list[Result]]]()
+    pool = ProcessPoolExecutor(workers, context, _begin, (make, numbers))
+    try:
+        while True:
+            while len(under_way) < workers * CHUNKS_AHEAD and (begin := next(begins, None)) is not None:
+                under_way.append(pool.submit(_chunk, items[begin : begin + chunk]))
+            if not under_way:
+                return
+            yield from under_way.popleft().result()
+    except BrokenProcessPool as error:
+        raise MTBIError(
+            "A worker process has died, perhaps of too little memory. What is finished is kept: run the same command "
+            "again, with workers=1 if it comes back."
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin(make: Callable[[int], Callable[[Any], Any]], numbers: Any) -> None:
+    global _work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends them
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    number, work = numbers.get(), None
+
+    def made_when_needed(item: Any) -> Any:  # so that what goes wrong there reaches the parent
+        nonlocal work
+        work = work or make(number)
+        return work(item)
+
+    _work = made_when_needed
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _chunk(items: Sequence[Any]) -> list[Any]:
+    assert _work is not None
+    return list(map(_work, items))

@@ -11,12 +11,14 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from traceback import format_exc
 from typing import Any
 
 from nemo_mtbi.errors import ConfigError, MTBIError
 
+log = logging.getLogger(__name__)
 CONNECT_SECONDS = 5.0
-QUIET = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_DEDUP_LOGS": "1"}
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}  # sends nothing
 
 
 @dataclass
@@ -39,10 +41,37 @@ class Worker:
 
     def __init__(self, make: bytes, folder: str) -> None:
         os.chdir(folder)  # where relative paths begin
-        self.work = pickle.loads(make)(0)  # Ray gives each worker the GPU that it may use as its first
+        make_work = pickle.loads(make)
+        try:
+            self.work = make_work(0)  # Ray gives each worker the GPU that it may use as its first
+        except MTBIError as error:
+            failure = error
+
+            def fail(item: Any) -> Any:
+                raise failure
+
+            self.work = fail
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return {"result": [pickle.dumps(self.work(pickle.loads(item))) for item in batch["item"]]}
+        return {"result": [pickle.dumps(self._result(pickle.loads(item))) for item in batch["item"]]}
+
+    def _result(self, item: Any) -> Any:
+        try:
+            return self.work(item)
+        except MTBIError as error:
+            return Failure(error)
+        except Exception as error:
+            return Failure(
+                MTBIError(f"A worker of the Ray cluster failed: {type(error).__name__}: {error}"), format_exc()
+            )
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What went wrong in a worker, and would again; a worker that dies is Ray's concern."""
+
+    error: MTBIError
+    trace: str = ""
 
 
 def on_ray(
@@ -73,14 +102,16 @@ def on_ray(
         )
         try:
             for row in done.iter_rows():
-                yield pickle.loads(row["result"])
+                result = pickle.loads(row["result"])
+                if isinstance(result, Failure):
+                    if result.trace:
+                        log.error(result.trace)
+                    raise result.error
+                yield result
         except ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None)
-            if isinstance(cause, MTBIError):
-                raise cause from error
             raise MTBIError(
-                f"A worker of the Ray cluster failed: {str(error).strip().splitlines()[-1]}. What is finished is kept: "
-                "run the same command again."
+                f"The Ray cluster failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}. What is finished is "
+                "kept: run the same command again."
             ) from error
 
 

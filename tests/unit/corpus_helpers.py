@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from nemo_mtbi.errors import DataError
+from nemo_mtbi.errors import ConfigError, DataError
 
 
 def doubled(folder: str, worker: int) -> Callable[[int], int]:
@@ -32,3 +32,7 @@ def dying_once(folder: str, worker: int) -> Callable[[int], int]:
         return 2 * item
 
     return double
+
+
+def impossible(worker: int) -> Callable[[int], int]:
+    raise ConfigError("no such model")

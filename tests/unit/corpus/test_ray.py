@@ -11,13 +11,13 @@ from omegaconf import OmegaConf
 
 from nemo_mtbi.corpus.execution import RAY, spread
 from nemo_mtbi.corpus.ray_data import RayConfig
-from nemo_mtbi.errors import ConfigError, DataError
+from nemo_mtbi.errors import ConfigError, DataError, MTBIError
 from nemo_mtbi.preparation import cache_features as caching
 from nemo_mtbi.preparation.prepare import Preparation
 from nemo_mtbi.preparation.sources import SourceConfig
 from nemo_mtbi.targets import workers
 from tests.unit import preparation_helpers, targets_helpers
-from tests.unit.corpus_helpers import doubled, dying_once
+from tests.unit.corpus_helpers import doubled, dying_once, impossible
 
 pytest.importorskip("ray", reason="needs Ray: pip install nemo-mtbi[ray]")
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -40,6 +40,10 @@ def test_results_errors_and_deaths(cluster, tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
     with pytest.raises(DataError, match="-3 is negative"):
         list(spread(partial(doubled, str(tmp_path)), [1, 2, -3], RAY, 1, config))
+    with pytest.raises(ConfigError, match="no such model"):
+        list(spread(impossible, [1, 2], RAY, 1, config))
+    with pytest.raises(MTBIError, match="A worker of the Ray cluster failed: TypeError: "):
+        list(spread(partial(doubled, str(tmp_path)), ["a"], RAY, 1, config))
     found = sorted(spread(partial(dying_once, str(tmp_path)), range(20), RAY, 2, config))
     assert found == [*range(0, 40, 2)] and (tmp_path / "died").exists()
 

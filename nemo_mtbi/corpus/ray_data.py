@@ -110,8 +110,8 @@ def on_ray(
                 yield result
         except ray.exceptions.RayError as error:
             raise MTBIError(
-                f"The Ray cluster failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}. What is finished is "
-                "kept: run the same command again."
+                f"The Ray cluster failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}. What is "
+                "finished is kept: run the same command again."
             ) from error
 
 

@@ -118,16 +118,16 @@ class TargetSelection:
     every_target: bool = False
     seed: int = 0
 
-    def select(self, cut_id: str, targets: list[Target], visit: int) -> list[Target]:
+    def select(self, cut_id: str, targets: list[dict[str, Any]], visit: int) -> list[Target]:
         """One target (or all of them): the task by weight, then the next wording of a shuffle that each cut has."""
-        by_task: dict[str, list[Target]] = {}
+        by_task: dict[str, list[dict[str, Any]]] = {}
         for target in targets:
-            if self.tasks is None or self.tasks.get(target.task, 0) > 0:
-                by_task.setdefault(target.task, []).append(target)
+            if self.tasks is None or self.tasks.get(target["task"], 0) > 0:
+                by_task.setdefault(target["task"], []).append(target)
         if not by_task:
             return []
         if self.every_target:
-            return [t for group in by_task.values() for t in group]
+            return [Target(**t) for group in by_task.values() for t in group]
         rng = random.Random(f"{self.seed}/{cut_id}/{visit}")
         names = sorted(by_task)
         weights = [self._weight(name) for name in names]
@@ -138,8 +138,11 @@ class TargetSelection:
         ):
             return []
         wordings = by_task[rng.choices(names, weights)[0]]
-        order = random.Random(f"{self.seed}/{cut_id}").sample(range(len(wordings)), len(wordings))
-        return [wordings[order[visit % len(order)]]]
+        place = 0
+        if len(wordings) > 1:
+            order = random.Random(f"{self.seed}/{cut_id}").sample(range(len(wordings)), len(wordings))
+            place = order[visit % len(order)]
+        return [Target(**wordings[place])]
 
     def has_any(self, cut: Cut) -> bool:
         """Whether a cut has a target of these tasks at all."""
@@ -185,7 +188,7 @@ class ConversationIterator:
                 return
 
     def conversations(self, cut: Cut, visit: int) -> Iterator[MTBIConversation]:
-        targets = [Target(**t) for t in (cut.custom or {}).get(TARGETS_FIELD, [])]
+        targets = (cut.custom or {}).get(TARGETS_FIELD, [])
         chosen = [NO_TARGET] if self.every_cut else self.selection.select(cut.id, targets, visit)
         cut = without_targets(self.speed(cut, visit))
         for index, target in enumerate(chosen):

@@ -242,7 +242,12 @@ def match_words(words: list[str], timed: tuple[TimedWord, ...]) -> list[TimedWor
         return re.sub(r"\W+", "", word).lower()
 
     result = [TimedWord(word) for word in words]
-    matcher = difflib.SequenceMatcher(None, [key(w) for w in words], [key(t.text) for t in timed], autojunk=False)
+    if not timed:
+        return result
+    own, others = [key(w) for w in words], [key(t.text) for t in timed]
+    if own == others:
+        return [replace(other, text=word) for other, word in zip(timed, words, strict=True)]
+    matcher = difflib.SequenceMatcher(None, own, others, autojunk=False)
     for block in matcher.get_matching_blocks():
         for offset in range(block.size):
             result[block.a + offset] = replace(timed[block.b + offset], text=words[block.a + offset])

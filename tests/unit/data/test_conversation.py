@@ -16,8 +16,11 @@ from tests.unit.data_helpers import TARGETS, conversations
 pytestmark = pytest.mark.unit
 
 
+STORED = [t.to_dict() for t in TARGETS]
+
+
 def draws(selection, visits=300, cut="cut"):
-    return [selection.select(cut, TARGETS, v)[0] for v in range(visits)]
+    return [selection.select(cut, STORED, v)[0] for v in range(visits)]
 
 
 def test_tasks_are_drawn_by_weight_and_temperature():
@@ -35,15 +38,15 @@ def test_every_visit_brings_another_wording_and_the_seed_decides():
     assert (
         draws(TargetSelection(seed=1), 50) == draws(TargetSelection(seed=1), 50) != draws(TargetSelection(seed=2), 50)
     )
-    assert len(TargetSelection(every_target=True).select("c", TARGETS, 0)) == 12
-    assert TargetSelection({"sing": 1.0}).select("c", TARGETS, 0) == []
+    assert len(TargetSelection(every_target=True).select("c", STORED, 0)) == 12
+    assert TargetSelection({"sing": 1.0}).select("c", STORED, 0) == []
 
 
 def test_task_weights_hold_across_cuts_with_one_task_each():
     selection = TargetSelection({"repeat": 4.0, "about": 1.0})
     counts: Counter[str] = Counter()
     for cut in range(200):
-        own = [t for t in TARGETS if t.task == ("repeat" if cut % 2 else "about")]
+        own = [t for t in STORED if t["task"] == ("repeat" if cut % 2 else "about")]
         counts.update(t.task for visit in range(10) for t in selection.select(f"c{cut}", own, visit))
     assert counts["repeat"] == 1000 and counts["repeat"] / counts["about"] == pytest.approx(4.0, rel=0.2)
 

@@ -1,6 +1,7 @@
 # make install     virtual environment in .venv with everything that quickstart and tests need (reused when current)
 # make quickstart  the whole method on this machine, offline: runs/quickstart/summary.json
 # make test        the tests that CI runs
+# make test-all    the slow ones too, on a Ray cluster and an S3 server of this machine
 # make lint        ruff, mypy, import-linter
 # make research-parts  a stronger offline pair of LLM and encoder, 590 MB, verified by hash; see docs/licences.md
 VENV ?= .venv
@@ -31,6 +32,7 @@ test: install
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-all: install
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test-all]'
 	$(BIN)/python -m pytest
 
 lint: install

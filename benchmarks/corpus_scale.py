@@ -6,7 +6,8 @@
 writes manifest and report again (``baseline_gb``: the same process before it). ``cache_peak_gb_by_entries``: the same
 of ``mtbi cache`` that finds the features of N utterances. ``two_workers_vs_one``: utterances a
 second of ``mtbi prepare describe.enabled=true`` on made recordings of 4 s, two processes over one; ``workers_agree``:
-whether both wrote the same bytes.
+whether both wrote the same bytes; ``ray_equals_local``: whether two workers of a Ray cluster of this machine did
+(``pip install nemo-mtbi[ray]``).
 """
 
 import argparse
@@ -105,18 +106,20 @@ def workers(count: int) -> dict[str, Any]:
         lines.append(f"{i}.wav\t{TEXT}")
     (folder / "t.tsv").write_text("\n".join(lines) + "\n")
     rates, bytes_written = {}, {}
-    for number in (1, 2):
+    for executor, number in (("local", 1), ("local", 2), ("ray", 2)):
+        name = str(number) if executor == "local" else executor
         source = SourceConfig("tsv", path=str(folder / "t.tsv"))
-        config = PrepareConfig(str(folder / str(number)), [source], aligner="none", workers=number)
+        config = PrepareConfig(str(folder / name), [source], aligner="none", executor=executor, workers=number)
         config.describe.enabled = True
         begin = time.time()
         written = Preparation(config).run()
-        rates[number] = count / (time.time() - begin)
-        bytes_written[number] = {name: path.read_bytes() for name, path in written.items()}
+        rates[name] = count / (time.time() - begin)
+        bytes_written[name] = {split: path.read_bytes() for split, path in written.items()}
     return {
-        "utterances_per_second": {str(n): round(rate, 2) for n, rate in rates.items()},
-        "two_workers_vs_one": round(rates[2] / rates[1], 3),
-        "workers_agree": bytes_written[1] == bytes_written[2],
+        "utterances_per_second": {name: round(rate, 2) for name, rate in rates.items()},
+        "two_workers_vs_one": round(rates["2"] / rates["1"], 3),
+        "workers_agree": bytes_written["1"] == bytes_written["2"],
+        "ray_equals_local": bytes_written["ray"] == bytes_written["1"],
     }
 
 

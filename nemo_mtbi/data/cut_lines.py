@@ -5,6 +5,7 @@ Letters: N lines.
 
 import os
 import uuid
+import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
@@ -22,6 +23,28 @@ from nemo_mtbi.errors import DataError
 from nemo_mtbi.io import jsonl
 
 BLOCK_BYTES = 2**24
+
+
+def readable(cuts: CutSet) -> Iterator[Cut]:
+    """The cuts.
+
+    Raises:
+        DataError: their source cannot be read (any further), with its name.
+    """
+    stream = iter(cuts)
+    while True:
+        try:
+            cut = next(stream)
+        except StopIteration:
+            return
+        except (OSError, EOFError, ValueError, zlib.error) as error:
+            first: BaseException = error
+            while first.__cause__ or first.__context__:
+                first = first.__cause__ or first.__context__ or first
+            raise DataError(
+                f"The data cannot be read any further: {str(error).splitlines()[0]} ({type(first).__name__}: {first})."
+            ) from error
+        yield cut
 
 
 class Share:
@@ -56,7 +79,7 @@ class Share:
     def visit(self, number: int) -> Iterator[Cut]:
         """The cuts of one pass. Without an order of its own a pass gives every rank the next one's share."""
         if self.path is None:
-            return islice(iter(self.cuts), (self.rank + number) % self.world_size, None, self.world_size)
+            return islice(readable(self.cuts), (self.rank + number) % self.world_size, None, self.world_size)
         return self._lines(self.path, number)
 
     def _lines(self, path: Path, visit: int) -> Iterator[Cut]:

@@ -2,6 +2,7 @@
 # make quickstart  the whole method on this machine, offline: runs/quickstart/summary.json
 # make test        the tests that CI runs
 # make test-all    the slow ones too, on a Ray cluster and an S3 server of this machine
+# make test-next   the quick ones with the next releases of what we build on (requirements/next.txt): reports, never fails
 # make lint        ruff, mypy, import-linter
 # make research-parts  a stronger offline pair of LLM and encoder, 590 MB, verified by hash; see docs/licences.md
 VENV ?= .venv
@@ -9,7 +10,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install research-parts quickstart test test-all lint clean
+.PHONY: install research-parts quickstart test test-all test-next lint clean
 install: $(STAMP)
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt requirements/offline_parts.txt
@@ -34,6 +35,10 @@ test: install
 test-all: install
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test-all]'
 	$(BIN)/python -m pytest
+
+test-next: install
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target .next -r requirements/next.txt
+	-PYTHONPATH=.next $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

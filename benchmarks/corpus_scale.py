@@ -69,8 +69,11 @@ def cached(entries: int) -> None:
     soundfile.write(folder / "a.wav", np.zeros(4 * RATE), RATE)
     cut = utterance_cut("u", folder / "a.wav", TEXT, "s", "en")
     line = cut.to_dict()
-    array = {"array": {"storage_type": "raw_chunky", "storage_path": str(folder), "storage_key": "0,4096"}}
-    array |= {"shape": [200, 384], "temporal_dim": 0, "frame_shift": 0.02, "start": 0}
+    arrays = folder / "cuts.features.bin"
+    shape = {"storage_key": "0,bfloat16,200x384", "shape": [200, 384]}
+    array = {"storage_type": "raw_chunky", "storage_path": str(arrays), **shape}
+    with open(arrays, "wb") as file:
+        file.truncate(2 * 200 * 384)
     with open(folder / "cuts.jsonl", "w") as cuts, open(folder / "cuts.features.jsonl", "w") as journal:
         for i in range(entries):
             line["id"] = f"u{i:08d}"

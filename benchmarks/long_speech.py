@@ -1,14 +1,16 @@
 """Long speech: what is left of a model when its positions are fused, and what an hour of audio costs.
 
-    python benchmarks/long_speech.py RUN CUTS [--minutes M ...] [--quick] [--json FILE] [--png FILE]
+    python benchmarks/long_speech.py RUN CUTS [--recordings CUTS] [--minutes M ...] [--quick] [--json FILE] [--png FILE]
     python benchmarks/long_speech.py --seams [--json FILE]
 
 RUN: a training run (or RUN@STAGE) with a dense connector; CUTS: a manifest of utterances with speakers and targets.
 
 - ``recovery_by_share``: token agreement with the text LLM on CUTS where similar neighbours are fused to a share of the
   positions, over that of all positions; ``average_pooling_by_share``: where equal groups of neighbours are averaged.
-- ``long_recordings``: the same on recordings of consecutive utterances of one speaker, for each of ``--minutes`` that
-  the speakers fill, by the place of the answer; beside them the cascade (Whisper tiny.en and the text LLM).
+- ``long_recordings``: the same on recordings of consecutive utterances of one speaker (of ``--recordings``, with
+  transcripts; default: CUTS), up to ``MOST`` for each of ``--minutes`` that the speakers fill, by the place of the
+  answer; beside them the cascade (Whisper tiny.en and the text LLM). Shares that do not fit into the LLM's context are
+  left out.
 - ``seams``: word error rate within a second of a cut and elsewhere, of Whisper tiny.en's decoder on the package's
   LibriSpeech, joined by speaker; cut where it is quiet, and every 30 s.
 - ``first_token_10min``: seconds from ten minutes of audio in a file to the first token, model loaded, with 400
@@ -37,6 +39,8 @@ SHARES = (1.0, 0.5, 0.25, 0.125)
 BUDGET, RATE = 400, 16_000
 ASR = "offline:whisper-tiny.en"
 PROMPT = "What is this about?"
+MOST = 6  # recordings of one length
+ROOM = 512  # positions of prompt and answer
 
 
 class AveragePooling(nn.Module):
@@ -72,9 +76,11 @@ def by_share(model: Any, cuts: Any, cached: bool, batch_size: int) -> dict[str, 
     connector = connector_of(model.perception)
     assert connector is not None and not connector.emits_tokens
     per_second = 1 / (connector.subsampling_factor * model.frame_seconds)
+    longest, context = max(cut.duration for cut in cuts), model.llm.config.max_position_embeddings
+    shares = [share for share in SHARES if longest * per_second * share + ROOM <= context]
     evaluation = Evaluation(model, cuts, cached_features=cached, batch_size=batch_size)
     own, rows = model.perception.fusion, dict[str, dict[str, Any]]({"fusion": {}, "average_pooling": {}})
-    for share in SHARES:
+    for share in shares:
         ways = {"fusion": Fusion(per_second=share * per_second), "average_pooling": AveragePooling(round(1 / share))}
         for name, way in ways.items():
             if share == 1 and name != "fusion":
@@ -84,11 +90,14 @@ def by_share(model: Any, cuts: Any, cached: bool, batch_size: int) -> dict[str, 
             scores = evaluation.score(f"{name} {share:g}", SpeechSystem(model), generate=False).summary()
             rows[name][f"{share:g}"] = {k: scores[k] for k in ("token_agreement", "kl_per_token", "by_task")}
     model.perception.fusion = own
-    whole = rows["fusion"]["1"]["token_agreement"]
-    recovery = {
-        name: {share: row["token_agreement"] / whole for share, row in found.items()} for name, found in rows.items()
-    }
-    return {"positions_per_second": per_second, "recovery": recovery, "scores": rows}
+    result = {"positions_per_second": per_second, "scores": rows}
+    if 1.0 in shares:
+        whole = rows["fusion"]["1"]["token_agreement"]
+        result["recovery"] = {
+            name: {share: row["token_agreement"] / whole for share, row in found.items()}
+            for name, found in rows.items()
+        }
+    return result
 
 
 def on_long_recordings(model: Any, cuts: Any, minutes: list[float], folder: Path) -> dict[str, Any]:
@@ -103,7 +112,7 @@ def on_long_recordings(model: Any, cuts: Any, minutes: list[float], folder: Path
 
     asking, asr, result = load_library()["question_generation"], WhisperASR(ASR), {}
     for length in minutes:
-        recordings = long_recordings(cuts, 60 * length, folder)
+        recordings = chosen(long_recordings(cuts, 60 * length, folder))
         if not recordings:
             continue
         asked = CutSet.from_cuts(questions_on(recordings, model, asking))
@@ -115,6 +124,12 @@ def on_long_recordings(model: Any, cuts: Any, minutes: list[float], folder: Path
         found["cascade"] = {k: scores[k] for k in ("token_agreement", "kl_per_token", "by_task")}
         result[f"{length:g}"] = {"recordings": len(recordings), **found}
     return result
+
+
+def chosen(recordings: list[Any]) -> list[Any]:
+    """Up to ``MOST``, from all speakers alike."""
+    step = max(1, len(recordings) / MOST)
+    return [recordings[int(i * step)] for i in range(min(MOST, len(recordings)))]
 
 
 @torch.no_grad()
@@ -228,6 +243,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run")
     parser.add_argument("cuts", type=Path)
+    parser.add_argument("--recordings", type=Path, help="manifest of the utterances of long recordings")
     parser.add_argument("--minutes", type=float, nargs="*", default=[0.5, 1, 2, 5, 10], help="of long recordings")
     parser.add_argument("--quick", action="store_true", help="the short utterances, and one and ten minutes")
     parser.add_argument("--json", type=Path)
@@ -252,7 +268,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if not arguments.quick:
-            result["long_recordings"] = on_long_recordings(model, cuts, arguments.minutes, folder)
+            spoken = list(CutSet.from_file(arguments.recordings)) if arguments.recordings else cuts
+            result["long_recordings"] = on_long_recordings(model, spoken, arguments.minutes, folder)
             result["seams"] = seams(folder)
         exported = save_directory(model, folder / "model")
         del model

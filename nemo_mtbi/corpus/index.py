@@ -2,15 +2,18 @@
 shards."""
 
 import json
-import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
+from nemo_mtbi.errors import DataError
+
 Record = dict[str, Any]
+LINES_TOGETHER = 100_000
 
 
 class RecordIndex:
@@ -45,7 +48,8 @@ class RecordIndex:
         return self.connection
 
     def _update(self, connection: sqlite3.Connection, file: Path) -> None:
-        name, size = os.path.relpath(file, self.folder), file.stat().st_size
+        inside = file.is_relative_to(self.folder)
+        name, size = str(file.relative_to(self.folder) if inside else file.resolve()), file.stat().st_size
         row = connection.execute("select size from files where path = ?", (name,)).fetchone()
         seen = row[0] if row else 0
         if size == seen:
@@ -53,16 +57,15 @@ class RecordIndex:
         if size < seen:
             connection.execute("delete from answers where path = ?", (name,))
             seen = 0
-        rows = []
         with open(file, "rb") as stream:
             offset = stream.seek(seen)
-            for line in stream:
-                if not line.endswith(b"\n"):
-                    break
-                content = json.loads(line)
-                rows += [(r["key"], name, offset, content.get("run", "")) for r in records_of(content)]
-                offset += len(line)
-        connection.executemany("insert into answers values (?, ?, ?, ?)", rows)
+            for some in batched(takewhile(lambda line: line.endswith(b"\n"), stream), LINES_TOGETHER):
+                rows = []
+                for line in some:
+                    content = parsed(file, offset, line)
+                    rows += [(r["key"], name, offset, content.get("run", "")) for r in records_of(content)]
+                    offset += len(line)
+                connection.executemany("insert into answers values (?, ?, ?, ?)", rows)
         connection.execute("insert or replace into files values (?, ?)", (name, offset))
 
     def places(self, key: str, but_run: str | None = None) -> Iterator[tuple[Record, Path]]:
@@ -79,9 +82,28 @@ class RecordIndex:
         if self._read is None or self._read[:2] != (name, offset):
             with open(self.folder / name, "rb") as stream:
                 stream.seek(offset)
-                records = records_of(json.loads(stream.readline()))
+                try:
+                    records = records_of(json.loads(stream.readline()))
+                except ValueError:  # another file of that name
+                    records = []
             self._read = (name, offset, {r["key"]: r for r in records})
         return self._read[2]
+
+
+def batched(lines: Iterator[bytes], count: int) -> Iterator[list[bytes]]:
+    while some := list(islice(lines, count)):
+        yield some
+
+
+def parsed(file: Path, offset: int, line: bytes) -> Record:
+    """
+    Raises:
+        DataError: the line is no JSON.
+    """
+    try:
+        return dict(json.loads(line))
+    except ValueError as error:
+        raise DataError(f"{file}, the line at byte {offset} is no JSON ({error}). Remove that line.") from error
 
 
 def records_of(line: Record) -> list[Record]:

@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 CHUNKS_AHEAD = 4  # chunks under way for each process
 IMPORTED = ["nemo_mtbi.registration"]  # by what fresh processes begin with: NeMo takes 10 s
 
-_work: Callable[[Any], Any] | None = None  # of this worker process
+_work: Callable[[range], list[Any]] | None = None  # of this worker process
 
 
 def in_processes(
@@ -34,8 +34,8 @@ def in_processes(
         items: what the functions are called with.
         workers: processes; 1: this one.
         chunk: items that a process takes at once.
-        fresh: the processes begin with imported modules, and without threads or CUDA contexts of this one; ``make`` is
-            pickled. Otherwise they are forks of this one, which begin at once.
+        fresh: the processes begin with imported modules, and without threads or CUDA contexts of this one; ``make`` and
+            the items are pickled. Otherwise they are forks of this one, which begin at once.
 
     Raises:
         MTBIError: a process has died; what was given before is valid.
@@ -50,12 +50,13 @@ def in_processes(
     for number in range(workers):
         numbers.put(number)
     begins, under_way = iter(range(0, len(items), chunk)), deque[Future[list[Result]]]()
-    pool = ProcessPoolExecutor(workers, context, _begin, (make, numbers))
+    pool, ended = ProcessPoolExecutor(workers, context, _begin, (make, items, numbers)), False
     try:
         while True:
             while len(under_way) < workers * CHUNKS_AHEAD and (begin := next(begins, None)) is not None:
-                under_way.append(pool.submit(_chunk, items[begin : begin + chunk]))
+                under_way.append(pool.submit(_chunk, range(begin, min(begin + chunk, len(items)))))
             if not under_way:
+                ended = True
                 return
             yield from under_way.popleft().result()
     except BrokenProcessPool as error:
@@ -64,19 +65,22 @@ def in_processes(
             "again, with workers=1 if it comes back."
         ) from error
     finally:
+        if not ended:  # what they are at may take hours; what they write survives a kill
+            for process in list((pool._processes or {}).values()):
+                process.kill()
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _begin(make: Callable[[int], Callable[[Any], Any]], numbers: Any) -> None:
+def _begin(make: Callable[[int], Callable[[Any], Any]], items: Sequence[Any], numbers: Any) -> None:
     global _work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends them
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent kills them
     threading.Thread(target=_end_with_parent, daemon=True).start()
     number, work = numbers.get(), None
 
-    def made_when_needed(item: Any) -> Any:  # so that what goes wrong there reaches the parent
+    def made_when_needed(places: range) -> list[Any]:  # so that what goes wrong there reaches the parent
         nonlocal work
         work = work or make(number)
-        return work(item)
+        return [work(items[place]) for place in places]
 
     _work = made_when_needed
 
@@ -88,6 +92,6 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _chunk(items: Sequence[Any]) -> list[Any]:
+def _chunk(places: range) -> list[Any]:
     assert _work is not None
-    return list(map(_work, items))
+    return _work(places)

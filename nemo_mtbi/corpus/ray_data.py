@@ -18,6 +18,7 @@ from nemo_mtbi.errors import ConfigError, MTBIError
 
 log = logging.getLogger(__name__)
 CONNECT_SECONDS = 5.0
+RETRIES = 3  # of an item whose worker died
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}  # sends nothing
 
 
@@ -37,33 +38,26 @@ class RayConfig:
 
 
 class Worker:
-    """What an actor of the pool holds: the function of a step."""
+    """What an actor of the pool holds: the function of a step, or why it could not be made."""
 
     def __init__(self, make: bytes, folder: str) -> None:
-        os.chdir(folder)  # where relative paths begin
-        make_work = pickle.loads(make)
+        self.work: Callable[[Any], Any] | None = None
         try:
-            self.work = make_work(0)  # Ray gives each worker the GPU that it may use as its first
-        except MTBIError as error:
-            failure = error
-
-            def fail(item: Any) -> Any:
-                raise failure
-
-            self.work = fail
+            os.chdir(folder)  # where relative paths begin
+            self.work = pickle.loads(make)(0)  # Ray gives each worker the GPU that it may use as its first
+        except Exception as error:
+            self.failure = Failure.of(error)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return {"result": [pickle.dumps(self._result(pickle.loads(item))) for item in batch["item"]]}
+        return {"result": [pickle.dumps(self._result(item)) for item in batch["item"]]}
 
-    def _result(self, item: Any) -> Any:
+    def _result(self, item: bytes) -> Any:
+        if self.work is None:
+            return self.failure
         try:
-            return self.work(item)
-        except MTBIError as error:
-            return Failure(error)
+            return self.work(pickle.loads(item))
         except Exception as error:
-            return Failure(
-                MTBIError(f"A worker of the Ray cluster failed: {type(error).__name__}: {error}"), format_exc()
-            )
+            return Failure.of(error)
 
 
 @dataclass(frozen=True)
@@ -73,6 +67,13 @@ class Failure:
     error: MTBIError
     trace: str = ""
 
+    @classmethod
+    def of(cls, error: Exception) -> "Failure":
+        if isinstance(error, MTBIError):
+            return cls(error)
+        told = MTBIError(f"A worker of the Ray cluster failed: {type(error).__name__}: {error}")
+        return cls(told, format_exc())
+
 
 def on_ray(
     make: Callable[[int], Callable[[Any], Any]], items: Sequence[Any], workers: int, config: RayConfig, chunk: int
@@ -81,24 +82,30 @@ def on_ray(
     try:
         import ray
         import ray.data
+        from ray import cloudpickle  # local functions too
     except ImportError as error:
         raise ConfigError(f"executor=ray needs Ray (pip install 'nemo-mtbi[ray]'): {error}.") from error
     if not items:
         return
     with connected(ray, config):
-        gpus = config.gpus if config.gpus is not None else float(ray.cluster_resources().get("GPU", 0) > 0)
+        needed = {"CPU": config.cpus, "GPU": config.gpus}
+        if config.gpus is None:
+            needed["GPU"] = float(ray.cluster_resources().get("GPU", 0) > 0)
+        require_room(ray.nodes(), needed)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
-        context.max_errored_blocks = 0
-        blocks = -(-len(items) // chunk)
-        rows = ray.data.from_items([{"item": pickle.dumps(item)} for item in items], override_num_blocks=blocks)
+        context.execution_no_progress_timeout_s = -1  # a shard may take hours
+        rows = ray.data.from_items(
+            [{"item": cloudpickle.dumps(item)} for item in items], override_num_blocks=-(-len(items) // chunk)
+        )
         done = rows.map_batches(
             Worker,
-            fn_constructor_args=(pickle.dumps(make), os.getcwd()),
+            fn_constructor_args=(cloudpickle.dumps(make), os.getcwd()),
             batch_size=None,
             compute=ray.data.ActorPoolStrategy(size=workers),
-            num_cpus=config.cpus,
-            num_gpus=gpus,
+            num_cpus=needed["CPU"],
+            num_gpus=needed["GPU"],
+            max_task_retries=RETRIES,
         )
         try:
             for row in done.iter_rows():
@@ -108,11 +115,28 @@ def on_ray(
                         log.error(result.trace)
                     raise result.error
                 yield result
-        except ray.exceptions.RayError as error:
+        except MTBIError:
+            raise
+        except Exception as error:  # Ray's own, of several kinds
+            said = [line for line in str(error).strip().splitlines() if line.strip()]
             raise MTBIError(
-                f"The Ray cluster failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}. What is "
-                "finished is kept: run the same command again."
+                f"The Ray cluster failed: {type(error).__name__}: {said[-1] if said else ''} What is finished is kept: "
+                "run the same command again."
             ) from error
+
+
+def require_room(nodes: list[dict[str, Any]], needed: dict[str, Any]) -> None:
+    """
+    Raises:
+        ConfigError: no node has what one worker takes, so Ray would wait for ever.
+    """
+    found = [node["Resources"] for node in nodes if node["Alive"]]
+    if not any(all(own.get(name, 0) >= count for name, count in needed.items()) for own in found):
+        has = "; ".join(", ".join(f"{own.get(name, 0):g} {name}" for name in needed) for own in found)
+        raise ConfigError(
+            f"A worker takes {needed['CPU']:g} CPU and {needed['GPU']:g} GPU (ray.cpus, ray.gpus), which no node has "
+            f"({has})."
+        )
 
 
 @contextmanager

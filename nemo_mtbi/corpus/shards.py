@@ -5,6 +5,7 @@ Ranges of lines that workers take one at a time, found without holding the manif
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ def plan_manifest(name: str, manifest: str, folder: Path, shard_cuts: int) -> li
             partial = folder / "partial.jsonl"
             try:
                 CutSet.from_file(manifest).to_file(partial)
-            except (EOFError, OSError, ValueError) as error:
+            except (EOFError, OSError, ValueError, zlib.error) as error:
                 raise DataError(f"{manifest} cannot be read ({type(error).__name__}: {error}).") from error
             partial.replace(lines)
         shards = list(_shards(name, lines, shard_cuts))

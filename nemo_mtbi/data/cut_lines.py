@@ -4,6 +4,7 @@ Letters: N lines.
 """
 
 import os
+import tarfile
 import uuid
 import zlib
 from collections.abc import Iterator
@@ -37,12 +38,13 @@ def readable(cuts: CutSet) -> Iterator[Cut]:
             cut = next(stream)
         except StopIteration:
             return
-        except (OSError, EOFError, ValueError, zlib.error) as error:
+        except (OSError, EOFError, ValueError, zlib.error, tarfile.TarError) as error:
             first: BaseException = error
             while first.__cause__ or first.__context__:
                 first = first.__cause__ or first.__context__ or first
+            said = (str(error).splitlines() or [type(error).__name__])[0]
             raise DataError(
-                f"The data cannot be read any further: {str(error).splitlines()[0]} ({type(first).__name__}: {first})."
+                f"The data cannot be read any further: {said} ({type(first).__name__}: {first})."
             ) from error
         yield cut
 

@@ -5,12 +5,13 @@ In ``<manifest>.features`` each shard of the manifest has its ``.bin`` (Lhotse a
 continues, features are found again when lines move; a cut whose audio or encoder changed is encoded again.
 """
 
+import gc
 import logging
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from torch import Tensor
 from nemo_mtbi import console
 from nemo_mtbi.config import model_config, plain
 from nemo_mtbi.corpus.execution import LOCAL, check_execution, spread
+from nemo_mtbi.corpus.failures import explained
 from nemo_mtbi.corpus.index import RecordIndex
 from nemo_mtbi.corpus.ray_data import RayConfig
 from nemo_mtbi.corpus.shards import Shard, plan_manifest
@@ -53,7 +55,7 @@ from nemo_mtbi.pretrained.offline import resolve_pretrained
 from nemo_mtbi.process import tune
 
 FILE_BYTES = 8 * 2**30  # about the size of a file of features
-SHARD_CUTS = 4096  # of one unit of work: they are in memory, and batches of like lengths are made of them
+SHARD_CUTS = 1024  # of one unit of work: they are in memory, and batches of like lengths are made of them
 log = logging.getLogger(__name__)
 
 
@@ -106,11 +108,17 @@ class CacheReport:
     skipped: int = 0
     bytes: int = 0
     hours: float = 0.0
+    fresh: list[str] = field(default_factory=list)  # keys of a shard that is being worked on, as are its reasons
+    reasons: list[dict[str, str]] = field(default_factory=list)
+
+    def leave_out(self, cut: Cut, reason: str) -> None:
+        self.skipped += 1
+        self.reasons.append({"id": cut.id, "reason": reason})
 
     def add(self, other: "CacheReport") -> None:
         """Those of another shard."""
-        for name, value in asdict(other).items():
-            setattr(self, name, getattr(self, name) + value)
+        for name in ("encoded", "cached", "skipped", "bytes", "hours"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def count(self, versions: list[Version], records: list[dict[str, Any]]) -> None:
         """A cut whose features are there."""
@@ -137,46 +145,63 @@ class ShardEncoder:
     advance: Callable[[int], Any] = lambda done: None
 
     def __call__(self, shard: Shard) -> CacheReport:
+        stem = self.folder / shard.label
+        with explained(self.folder), FileLock(stem.with_suffix(".lock")):  # Ray may begin a lost shard again
+            return self._shard(shard, stem)
+
+    def _shard(self, shard: Shard, stem: Path) -> CacheReport:
         report, index = CacheReport(), RecordIndex(self.folder, lambda: ())
         versions = [(cut, _versions(cut, self.speeds, self.encoder.key)) for cut in shard.cuts()]
-        stem = self.folder / shard.label
         with jsonl.Journal(stem.with_suffix(".records.jsonl"), lambda record: True, "key") as journal:
-            missing = [v for _, own in versions for v in own if not self._known(v, journal, index)]
+            there = Arrays()
+            missing = [v for _, own in versions for v in own if not self._known(v, journal, index, there)]
             report.cached = sum(len(own) for _, own in versions) - len(missing)
             self.advance(report.cached)
-            with RawChunkyWriter(stem.with_suffix(".bin"), max_bytes=FILE_BYTES) as writer:
+            arrays = there.whole(stem.with_suffix(".bin"), journal)
+            with RawChunkyWriter(arrays, max_bytes=FILE_BYTES) as writer:
                 for batch in _batches(missing, self.batch_seconds):
-                    self._encode(batch, writer, journal, report)
+                    kept = _readable(batch, self.encoder.sampling_rate, report)
+                    self._encode(kept, writer, journal, report)
                     self.advance(len(batch))
-            with jsonl.replacing(lines_of(self.folder, shard), uuid.uuid4().hex) as out:
+            finished = {v.key for _, own in versions for v in own} - {v.key for v in missing} | set(report.fresh)
+            with jsonl.replacing(part_of(self.folder, shard, LINES), uuid.uuid4().hex) as out:
                 for cut, own in versions:
-                    if all(version.key in journal for version in own):
+                    if all(version.key in finished for version in own):
                         records = [journal[version.key] for version in own]
                         report.count(own, records)
                         out.write(jsonl.dumps(_with_features(cut, self.speeds, own, records)) + "\n")
+        with jsonl.replacing(part_of(self.folder, shard, LEFT_OUT), uuid.uuid4().hex) as out:
+            out.writelines(jsonl.dumps(reason) + "\n" for reason in report.reasons)
+        report.fresh, report.reasons = [], []
         return report
 
-    def _known(self, version: Version, journal: jsonl.Journal, index: RecordIndex) -> bool:
+    def _known(self, version: Version, journal: jsonl.Journal, index: RecordIndex, there: "Arrays") -> bool:
         """Whether the journal has it; what another shard's has, since cuts have moved, is noted here too."""
-        if version.key not in journal:
-            record, _ = next(index.places(version.key), (None, None))
-            if record is None:
-                return False
-            journal.write(record)
-        return True
+        if version.key in journal and there.holds(journal[version.key]):
+            return True
+        for record, _ in index.places(version.key):
+            if there.holds(record):
+                journal.write(record)
+                return True
+        return False
 
-    def _encode(
-        self, versions: list[Version], writer: RawChunkyWriter, journal: jsonl.Journal, report: CacheReport
-    ) -> None:
+    def _encode(self, read: list["Read"], writer: RawChunkyWriter, journal: jsonl.Journal, report: CacheReport) -> None:
         """Encode a batch; in halves where the memory does not suffice."""
+        if not read:
+            return
+        encoded, problem = None, ""
         try:
-            encoded = list(_encode(self.encoder, versions, report))
+            encoded = list(_encode(self.encoder, read))
         except torch.OutOfMemoryError as error:
-            if len(versions) == 1:
-                report.skipped += 1
-                log.warning(f"{versions[0].cut.id} left out: {str(error)[:200]}")
+            problem = str(error)  # and not the error, which holds what the batch takes
+        if encoded is None:
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if len(read) == 1:
+                report.leave_out(read[0].version.cut, f"OutOfMemoryError: {problem[:200]}")
                 return
-            for half in (versions[: len(versions) // 2], versions[len(versions) // 2 :]):
+            for half in (read[: len(read) // 2], read[len(read) // 2 :]):
                 self._encode(half, writer, journal, report)
             return
         for version, features, begins in encoded:
@@ -186,12 +211,45 @@ class ShardEncoder:
             if len(begins) > 1 or version.cut.duration > WINDOW_SECONDS:
                 record["windows"] = begins
             journal.write(record)
+            report.fresh.append(version.key)
             report.encoded += 1
 
 
-def lines_of(folder: Path, shard: Shard) -> Path:
-    """A finished shard's lines, until they are in the manifest."""
-    return folder / f"{shard.label}.cuts.jsonl"
+class Arrays:
+    """Whether the arrays that records point to are there; a file may have been deleted, or not copied."""
+
+    def __init__(self) -> None:
+        self.sizes: dict[str, int] = {}
+
+    def holds(self, record: dict[str, Any]) -> bool:
+        return self._end(record) <= self._size(record["array"]["storage_path"])
+
+    def whole(self, path: Path, journal: jsonl.Journal) -> Path:
+        """The file to append to: ``path``, unless it has lost what the journal says it holds, so that old records would
+        point into new arrays; then another one."""
+        records = [journal[key]["array"] for key in journal.places]
+        own = [record for record in records if Path(record["storage_path"]).name == path.name]
+        if all(self.holds({"array": record}) for record in own):
+            return path
+        return path.with_suffix(f".{uuid.uuid4().hex[:8]}{path.suffix}")
+
+    @staticmethod
+    def _end(record: dict[str, Any]) -> int:
+        """Byte after the array (bfloat16)."""
+        array = record["array"]
+        return int(array["storage_key"].split(",")[0]) + 2 * int(np.prod(array["shape"]))
+
+    def _size(self, path: str) -> int:
+        if path not in self.sizes:
+            self.sizes[path] = Path(path).stat().st_size if Path(path).is_file() else -1
+        return self.sizes[path]
+
+
+LINES, LEFT_OUT = "cuts", "left_out"  # what a shard is finished with, until it is joined with the others'
+
+
+def part_of(folder: Path, shard: Shard, kind: str) -> Path:
+    return folder / f"{shard.label}.{kind}.jsonl"
 
 
 def cache_features(
@@ -221,12 +279,18 @@ def cache_features(
     check_manifest(str(manifest))
     folder = manifest.with_suffix(".features")
     folder.mkdir(exist_ok=True)
-    with held(folder):
+    with explained(folder), held(folder):
+        before = version_of(manifest)
         shards = plan_manifest(manifest.stem, str(manifest), folder, SHARD_CUTS)
+        if not shards:
+            raise DataError(f"The manifest {manifest} is empty. Did the step that writes it finish?")
+        for kind in (LINES, LEFT_OUT):  # of a run that was killed
+            for old in folder.glob(f"*.{kind}.jsonl"):
+                old.unlink()
         earlier = [file for file in (manifest.with_suffix(".features.jsonl"),) if file.exists()]  # before shards
         if earlier or any(folder.glob("*.records.jsonl")):
             RecordIndex(folder, lambda: [*earlier, *folder.glob("*.records.jsonl")]).open()
-        report = CacheReport()
+        report, workers = CacheReport(), min(workers, len(shards))
         total = sum(shard.lines for shard in shards) * len(speeds)
         with console.progress(total=total, desc="encoder features", unit="utt") as bar:
             if executor == LOCAL and workers == 1:
@@ -240,7 +304,9 @@ def cache_features(
                 for found in spread(make, shards, executor, workers, ray or RayConfig(), fresh=True):
                     report.add(found)
                     bar.update(found.encoded + found.cached + found.skipped)
-        _join(manifest, [lines_of(folder, shard) for shard in shards])
+        _join(manifest, folder, shards, before)
+    if report.skipped:
+        log.warning(f"{report.skipped} left out of {manifest}; the reasons: {folder / f'{LEFT_OUT}.jsonl'}")
     return report
 
 
@@ -260,18 +326,33 @@ def _worker(
     return ShardEncoder(FrozenEncoder(OmegaConf.create(model)), folder, speeds, batch_seconds)
 
 
-def _join(manifest: Path, parts: list[Path]) -> None:
-    """The manifest from its shards' lines.
+def version_of(manifest: Path) -> tuple[int, int]:
+    """Size and time of change."""
+    status = manifest.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _join(manifest: Path, folder: Path, shards: list[Shard], before: tuple[int, int]) -> None:
+    """The manifest, and the list of what is left out, from its shards' parts.
 
     Raises:
-        DataError: there is none; the manifest stays as it was.
+        DataError: nothing is left, or the manifest has been changed meanwhile; it stays as it is.
     """
-    if not any(part.stat().st_size for part in parts):
+    left_out = folder / f"{LEFT_OUT}.jsonl"
+    _concatenate(left_out, [part_of(folder, shard, LEFT_OUT) for shard in shards])
+    lines = [part_of(folder, shard, LINES) for shard in shards]
+    if not any(part.stat().st_size for part in lines):
         raise DataError(
-            f"Of {manifest} no cut could be encoded, so it stays as it was. The reasons are in the log; are the "
+            f"Of {manifest} no cut could be encoded, so it stays as it was. The reasons: {left_out}; are the "
             "recordings where the manifest says?"
         )
-    with jsonl.replacing(manifest, uuid.uuid4().hex) as out:
+    if version_of(manifest) != before:
+        raise DataError(f"{manifest} has changed while it was worked on. Run the same command again.")
+    _concatenate(manifest, lines)
+
+
+def _concatenate(path: Path, parts: list[Path]) -> None:
+    with jsonl.replacing(path, uuid.uuid4().hex) as out:
         for part in parts:
             with open(part, encoding="utf-8") as lines:
                 out.writelines(lines)
@@ -323,27 +404,34 @@ def _batches(versions: list[Version], seconds: float) -> Iterator[list[Version]]
         yield batch
 
 
-def _encode(
-    encoder: FrozenEncoder, versions: list[Version], report: CacheReport
-) -> Iterator[tuple[Version, torch.Tensor, list[int]]]:
-    """Features (T, D) and the frames at which their windows begin, of each version that can be read."""
-    waveforms: list[Any] = []
-    kept: list[Version] = []
+@dataclass(frozen=True)
+class Read:
+    """A version of a cut and its samples (S,)."""
+
+    version: Version
+    samples: np.ndarray
+
+
+def _readable(versions: list[Version], sampling_rate: int, report: CacheReport) -> list[Read]:
+    """Those whose audio can be read: one broken recording must not stop the run."""
+    found = []
     for version in versions:
         try:
-            waveforms.append(mono_samples(version.cut, encoder.sampling_rate))
-            kept.append(version)
-        except Exception as error:  # one broken recording must not stop the run
-            report.skipped += 1
-            log.warning(f"{version.cut.id} left out: {type(error).__name__}: {str(error)[:200]}")
-    if not kept:
-        return
+            found.append(Read(version, mono_samples(version.cut, sampling_rate)))
+        except Exception as error:  # decoders raise their own types
+            report.leave_out(version.cut, f"{type(error).__name__}: {str(error)[:200]}")
+    return found
+
+
+def _encode(encoder: FrozenEncoder, read: list[Read]) -> Iterator[tuple[Version, torch.Tensor, list[int]]]:
+    """Features (T, D) and the frames at which their windows begin, of each."""
+    waveforms = [one.samples for one in read]
     audios, lengths, windows = cut_windows(encoder.perception, *collate_waveforms(waveforms))
     features, counts = encoder.encode(audios, lengths)
     rows = [row[:count].to("cpu", torch.bfloat16) for row, count in zip(features, counts.tolist(), strict=True)]
-    owners = range(len(kept)) if windows is None else windows.owners
-    parts: list[list[torch.Tensor]] = [[] for _ in kept]
+    owners = range(len(read)) if windows is None else windows.owners
+    parts: list[list[torch.Tensor]] = [[] for _ in read]
     for owner, row in zip(owners, rows, strict=True):
         parts[owner].append(row)
-    for version, own in zip(kept, parts, strict=True):
-        yield version, torch.cat(own), [0, *np.cumsum([len(row) for row in own[:-1]]).tolist()]
+    for one, own in zip(read, parts, strict=True):
+        yield one.version, torch.cat(own), [0, *np.cumsum([len(row) for row in own[:-1]]).tolist()]

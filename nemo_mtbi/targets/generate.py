@@ -9,24 +9,21 @@ Files under ``output_dir``:
 - ``shards/<name>/``: every answer, by content key, and the parts that the files above are merged from.
 """
 
-import errno
 import hashlib
 import json
 import multiprocessing
 import re
-import sqlite3
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from nemo_mtbi.config import DTYPES
 from nemo_mtbi.corpus.execution import check_execution
+from nemo_mtbi.corpus.failures import explained
 from nemo_mtbi.corpus.shards import Shard, plan_manifest
 from nemo_mtbi.data.conversation import check_manifest
-from nemo_mtbi.errors import ConfigError, DataError
+from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.targets.answers import AnswerIndex
 from nemo_mtbi.targets.config import ENGINES, TargetsConfig
@@ -37,7 +34,6 @@ from nemo_mtbi.targets.report import write_report
 from nemo_mtbi.targets.shards import LazyEngine, ShardWriter, settings_of
 
 POLL_SECONDS = 0.5
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENOLCK)
 
 
 class TargetGenerator:
@@ -143,25 +139,3 @@ def check_values(config: TargetsConfig) -> None:
             problems.append(f"the output {name}.jsonl would replace its own input; choose another output_dir or name")
     if problems:
         raise ConfigError("; ".join(problems) + ".")
-
-
-@contextmanager
-def explained(folder: Path) -> Iterator[None]:
-    """Failures to write, wherever they happen, as messages.
-
-    Raises:
-        DataError: the disk is full, or the folder cannot be written or locked.
-    """
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise DataError(
-            f"{folder}/shards/index.sqlite: {error}. Make room or delete that file; it is made anew."
-        ) from error
-    except OSError as error:
-        if error.errno not in UNWRITABLE:
-            raise
-        raise DataError(
-            f"Cannot write under {folder}: {error}. Make room, or use a folder that can be written and locked (flock); "
-            "the same command continues where this one stopped."
-        ) from error

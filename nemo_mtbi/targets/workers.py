@@ -10,6 +10,7 @@ from typing import Any
 
 from nemo_mtbi import console
 from nemo_mtbi.corpus.execution import RAY, spread
+from nemo_mtbi.corpus.failures import explained
 from nemo_mtbi.corpus.shards import Shard
 from nemo_mtbi.errors import DataError, MTBIError
 from nemo_mtbi.targets.config import TargetsConfig
@@ -23,7 +24,7 @@ def run(config: TargetsConfig) -> dict[str, Path]:
     Raises:
         DataError: workers died and their shards are not finished.
     """
-    from nemo_mtbi.targets.generate import TargetGenerator, explained  # start-up: imports NeMo
+    from nemo_mtbi.targets.generate import TargetGenerator  # start-up: imports NeMo
 
     generator = TargetGenerator(config)  # the plan and the index are made once, and errors come from one process
     if config.executor == RAY:
@@ -63,7 +64,8 @@ def answering(config: TargetsConfig, worker: int) -> Callable[[Shard], str]:
     generator = TargetGenerator(config)
 
     def answer(shard: Shard) -> str:
-        generator.take(shard, wait=True)
+        with explained(generator.folder):
+            generator.take(shard, wait=True)
         return shard.label
 
     return answer
@@ -93,7 +95,7 @@ def work(config: TargetsConfig, rank: int) -> None:
 
     from nemo_mtbi import registration  # noqa: F401  the prompt formats; start-up: imports NeMo
     from nemo_mtbi.process import tune
-    from nemo_mtbi.targets.generate import TargetGenerator, explained
+    from nemo_mtbi.targets.generate import TargetGenerator
 
     if torch.cuda.device_count():
         torch.cuda.set_device(rank % torch.cuda.device_count())

@@ -36,3 +36,7 @@ def dying_once(folder: str, worker: int) -> Callable[[int], int]:
 
 def impossible(worker: int) -> Callable[[int], int]:
     raise ConfigError("no such model")
+
+
+def numbered(folder: str, worker: int) -> Callable[[int], int]:
+    return lambda item: worker

@@ -1,9 +1,11 @@
 """Corpus steps in several processes."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from nemo_mtbi.corpus.processes import CHUNKS_AHEAD, in_processes
 from nemo_mtbi.errors import ConfigError, MTBIError
 from nemo_mtbi.preparation.prepare import Preparation, PrepareConfig
 from nemo_mtbi.preparation.sources import SourceConfig
+from tests.unit.corpus_helpers import numbered
 
 pytestmark = pytest.mark.unit
 CHUNK = 8
@@ -73,11 +76,21 @@ def test_workers_are_made_once_each_with_numbers_of_their_own(tmp_path):
     assert set(in_processes(make, range(60), 3, 2)) == {0, 1, 2}
     assert {f.name for f in tmp_path.iterdir()} == {"0", "1", "2"}
 
+    assert set(in_processes(partial(numbered, str(tmp_path)), range(9), 2, 1, fresh=True)) <= {0, 1}
+
     def broken(worker):
         raise ConfigError("no such model")
 
     with pytest.raises(ConfigError, match="no such model"):  # as it is, not as a dead process
         list(in_processes(broken, range(60), 2))
+
+
+def test_who_stops_reading_does_not_wait_for_what_is_under_way():
+    begin = time.time()
+    results = in_processes(always(lambda i: time.sleep(100 * (i > 0))), range(20), 2, 1)
+    next(results)
+    results.close()
+    assert time.time() - begin < 20
 
 
 def test_workers_end_with_a_killed_parent(tmp_path):
@@ -109,12 +122,15 @@ def test_prepare_gives_the_same_with_several_workers(tmp_path):
         tone = 0.3 * np.sin(2 * np.pi * (150 + 5 * i) * np.arange(16_000) / 16_000)
         soundfile.write(tmp_path / f"{i}.wav", tone, 16_000)
         rows += f"{i}.wav\thello there\n"
+    (tmp_path / "f").mkdir()
+    shutil.copy(tmp_path / "0.wav", tmp_path / "f" / "a.wav")
+    (tmp_path / "f" / "a.txt").write_text("hello there")
     (tmp_path / "broken.wav").write_bytes(b"no audio")
     (tmp_path / "t.tsv").write_text(rows + "broken.wav\thello\n")
     written = {}
     for workers in (1, 2):
-        source = SourceConfig("tsv", path=str(tmp_path / "t.tsv"))
-        config = PrepareConfig(str(tmp_path / str(workers)), [source], aligner="none", workers=workers)
+        table, folder = SourceConfig("tsv", path=str(tmp_path / "t.tsv")), SourceConfig("folder", str(tmp_path / "f"))
+        config = PrepareConfig(str(tmp_path / str(workers)), [table, folder], aligner="none", workers=workers)
         config.split.shares, config.describe.enabled = {"train": 1.0}, True
         Preparation(config).run()
         written[workers] = [

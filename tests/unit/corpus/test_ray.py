@@ -65,6 +65,11 @@ def test_a_node_dies_and_nothing_is_lost_or_doubled(cluster, tmp_path):
     assert len(list(tmp_path.iterdir())) > 4  # its worker began again elsewhere
 
 
+def test_what_no_node_has_is_refused(cluster):
+    with pytest.raises(ConfigError, match=r"takes 64 CPU and 0 GPU \(ray.cpus, ray.gpus\), which no node has"):
+        list(spread(partial(doubled, ""), [1], RAY, 1, RayConfig(cluster.address, cpus=64)))
+
+
 def test_an_address_that_does_not_answer():
     with pytest.raises(ConfigError, match="no Ray cluster answers there"):
         list(spread(partial(doubled, ""), [1], RAY, 1, RayConfig("127.0.0.1:9")))
@@ -73,12 +78,14 @@ def test_an_address_that_does_not_answer():
 def test_prepare_writes_the_same_as_here(cluster, tmp_path):
     for i in range(70):
         preparation_helpers.tone(tmp_path / "audio" / f"{i}.wav", 0.5 + 0.01 * i)
+    preparation_helpers.tone(tmp_path / "folder" / "a.wav").with_suffix(".txt").write_text("hello")
     rows = "".join(f"audio/{i}.wav\thello there\n" for i in range(70))
     (tmp_path / "t.tsv").write_text("path\ttranscript\n" + rows)
     written = {}
     for executor in ("local", RAY):
         source = SourceConfig("tsv", path=str(tmp_path / "t.tsv"))
-        config = preparation_helpers.config(tmp_path / executor, source, executor=executor, workers=2)
+        folder = SourceConfig("folder", path=str(tmp_path / "folder"))  # its entries are local functions
+        config = preparation_helpers.config(tmp_path / executor, source, folder, executor=executor, workers=2)
         config.ray = RayConfig(cluster.address)
         written[executor] = {name: path.read_bytes() for name, path in Preparation(config).run().items()}
     assert written["local"] == written[RAY] and sum(map(len, written[RAY].values()))

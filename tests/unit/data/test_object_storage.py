@@ -40,9 +40,7 @@ def bucket(monkeypatch):
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_shar_in_a_bucket_gives_the_batches_of_its_folder(
-    bucket, manifest, tiny_config, tiny_llm, tmp_path, cached
-):
+def test_shar_in_a_bucket_gives_the_batches_of_its_folder(bucket, manifest, tiny_config, tiny_llm, tmp_path, cached):
     encoder = FrozenEncoder(OmegaConf.create({k: v for k, v in tiny_config.items() if k != "imitation"}))
     if cached:
         cache_features(encoder, manifest)

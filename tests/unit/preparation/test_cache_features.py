@@ -1,6 +1,7 @@
 """The feature cache."""
 
 import gzip
+import json
 import shutil
 
 import numpy as np
@@ -151,6 +152,40 @@ def test_less_at_once_where_memory_does_not_suffice(manifest, tiny_config, monke
     monkeypatch.setattr(encoder, "encode", small_memory)
     report = cache_features(encoder, manifest)
     assert (report.encoded, report.skipped) == (3, 0)
+
+
+def test_what_is_left_out_has_a_reason_and_lost_arrays_are_made_again(manifest, tiny_config, tmp_path):
+    encoder, folder = FrozenEncoder(encoder_config(tiny_config)), tmp_path / "cuts.features"
+    original, sound = manifest.read_bytes(), (tmp_path / "1.wav").read_bytes()
+    (tmp_path / "1.wav").write_text("broken")
+    assert cache_features(encoder, manifest).skipped == 1
+    reason = json.loads((folder / "left_out.jsonl").read_text())
+    assert reason["id"] == "utt1" and reason["reason"]
+    whole = (folder / "000000.bin").read_bytes()
+    (folder / "000000.bin").write_bytes(whole[: len(whole) // 2])  # a copy that was cut off
+    (tmp_path / "1.wav").write_bytes(sound)
+    manifest.write_bytes(original)
+    assert cache_features(encoder, manifest).encoded >= 2
+    again = dict(as_cached(manifest))
+    shutil.rmtree(folder)
+    manifest.write_bytes(original)
+    cache_features(encoder, manifest)
+    for name, features in as_cached(manifest):
+        torch.testing.assert_close(torch.tensor(again[name]), torch.tensor(features), atol=4, rtol=0)
+
+
+def test_a_manifest_that_changes_meanwhile_is_not_replaced(manifest, tiny_config, monkeypatch):
+    encoder = FrozenEncoder(encoder_config(tiny_config))
+    encode = encoder.encode
+
+    def meanwhile(*arguments):
+        manifest.write_text(manifest.read_text() + "\n")
+        return encode(*arguments)
+
+    monkeypatch.setattr(encoder, "encode", meanwhile)
+    with pytest.raises(DataError, match="has changed while it was worked on"):
+        cache_features(encoder, manifest)
+    assert manifest.read_text().endswith("\n\n")
 
 
 def test_one_command_at_a_time(manifest, tiny_config, tmp_path):

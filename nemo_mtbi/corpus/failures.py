@@ -1,0 +1,33 @@
+"""What a full disk or a file system without locks makes fail, as messages."""
+
+import errno
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nemo_mtbi.errors import DataError
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENOLCK)
+
+
+@contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Failures to write, wherever they happen, as messages.
+
+    Raises:
+        DataError: the disk is full, or the folder cannot be written or locked.
+    """
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise DataError(
+            f"index.sqlite under {folder}: {error}. Make room or delete that file; it is made anew."
+        ) from error
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise DataError(
+            f"Cannot write under {folder}: {error}. Make room, or use a folder that can be written and locked (flock); "
+            "the same command continues where this one stopped."
+        ) from error

@@ -18,7 +18,7 @@ from nemo_mtbi.errors import ConfigError, MTBIError
 
 log = logging.getLogger(__name__)
 CONNECT_SECONDS = 5.0
-RETRIES = 3  # of an item whose worker died
+RESTARTS = 10  # of a worker, which may die again of what it works on
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}  # sends nothing
 
 
@@ -105,7 +105,8 @@ def on_ray(
             compute=ray.data.ActorPoolStrategy(size=workers),
             num_cpus=needed["CPU"],
             num_gpus=needed["GPU"],
-            max_task_retries=RETRIES,
+            max_restarts=RESTARTS,
+            max_task_retries=-1,  # a node that is gone takes many before Ray knows it
         )
         try:
             for row in done.iter_rows():

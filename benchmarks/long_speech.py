@@ -6,7 +6,8 @@
 RUN: a training run (or RUN@STAGE) with a dense connector; CUTS: a manifest of utterances with speakers and targets.
 
 - ``recovery_by_share``: token agreement with the text LLM on CUTS where similar neighbours are fused to a share of the
-  positions, over that of all positions; ``average_pooling_by_share``: where equal groups of neighbours are averaged.
+  positions, over that of all positions; ``average_pooling_by_share``: where equal groups of neighbours are averaged;
+  ``fusion_over_average_pooling``: the difference of the two, paired over utterances (bootstrap).
 - ``long_recordings``: the same on recordings of consecutive utterances of one speaker (of ``--recordings``, with
   transcripts; default: CUTS), up to ``MOST`` for each of ``--minutes`` that the speakers fill, by the place of the
   answer; beside them the cascade (Whisper tiny.en and the text LLM). Shares that do not fit into the LLM's context are
@@ -39,6 +40,7 @@ SHARES = (1.0, 0.5, 0.25, 0.125)
 BUDGET, RATE = 400, 16_000
 ASR = "offline:whisper-tiny.en"
 PROMPT = "What is this about?"
+RESAMPLES = 1000
 MOST = 6  # recordings of one length
 ROOM = 512  # positions of prompt and answer
 
@@ -69,28 +71,36 @@ class AveragePooling(nn.Module):
 def by_share(model: Any, cuts: Any, cached: bool, batch_size: int) -> dict[str, Any]:
     """Scores of each way and share on cuts with targets."""
     from nemo_mtbi.evaluation.score import Evaluation
+    from nemo_mtbi.evaluation.statistics import Bootstrap
     from nemo_mtbi.evaluation.systems import SpeechSystem
     from nemo_mtbi.modules.fusion import Fusion
-    from nemo_mtbi.modules.perception import connector_of
+    from nemo_mtbi.modules.perception import connector_of, context_of
 
     connector = connector_of(model.perception)
     assert connector is not None and not connector.emits_tokens
     per_second = 1 / (connector.subsampling_factor * model.frame_seconds)
-    longest, context = max(cut.duration for cut in cuts), model.llm.config.max_position_embeddings
+    longest, context = max(cut.duration for cut in cuts), context_of(model.llm.config) or float("inf")
     shares = [share for share in SHARES if longest * per_second * share + ROOM <= context]
     evaluation = Evaluation(model, cuts, cached_features=cached, batch_size=batch_size)
     own, rows = model.perception.fusion, dict[str, dict[str, Any]]({"fusion": {}, "average_pooling": {}})
+    differences: dict[str, Any] = {}
     for share in shares:
         ways = {"fusion": Fusion(per_second=share * per_second), "average_pooling": AveragePooling(round(1 / share))}
+        found = {}
         for name, way in ways.items():
             if share == 1 and name != "fusion":
                 rows[name]["1"] = rows["fusion"]["1"]
                 continue
             model.perception.fusion = None if share == 1 else way.eval()
-            scores = evaluation.score(f"{name} {share:g}", SpeechSystem(model), generate=False).summary()
+            found[name] = evaluation.score(f"{name} {share:g}", SpeechSystem(model), generate=False)
+            scores = found[name].summary()
             rows[name][f"{share:g}"] = {k: scores[k] for k in ("token_agreement", "kl_per_token", "by_task")}
+        if len(found) == 2:
+            pairs = {m: [found[name].sums(m) for name in ways] for m in ("token_agreement", "kl_per_token")}
+            bootstrap = Bootstrap(next(iter(pairs.values()))[0].ids, RESAMPLES)
+            differences[f"{share:g}"] = {m: bootstrap.compare(*pair) for m, pair in pairs.items()}
     model.perception.fusion = own
-    result = {"positions_per_second": per_second, "scores": rows}
+    result = {"positions_per_second": per_second, "scores": rows, "fusion_over_average_pooling": differences}
     if 1.0 in shares:
         whole = rows["fusion"]["1"]["token_agreement"]
         result["recovery"] = {

@@ -18,6 +18,7 @@ from lhotse import CutSet
 from nemo_mtbi.data.conversation import transcript
 from nemo_mtbi.data.example import Example
 from nemo_mtbi.evaluation.silence import empty_share, own_transcripts
+from nemo_mtbi.evaluation.statistics import Sums
 from nemo_mtbi.evaluation.systems import (
     EvaluationSet,
     SpeechSystem,
@@ -35,13 +36,19 @@ REPEAT = "repeat"
 
 @dataclass
 class Scores:
-    """Sums of one system on one manifest, by task; and its repeat answers."""
+    """Sums of one system on one manifest, by task and (agreed, KL, tokens) by utterance; and its repeat answers."""
 
     tokens: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     agreed: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     kl: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    utterances: dict[str, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0, 0.0]))
     repeats: list[tuple[str, str, str]] = field(default_factory=list)  # answer, text LLM's answer, transcript
     heard: list[tuple[str, str]] = field(default_factory=list)  # what the recognizer wrote, transcript
+
+    def sums(self, measure: str = "token_agreement") -> Sums:
+        """By utterance, for tests between systems; ``measure`` is ``token_agreement`` or ``kl_per_token``."""
+        place = ("token_agreement", "kl_per_token").index(measure)
+        return Sums.of({name: (own[place], own[2]) for name, own in self.utterances.items()})
 
     def summary(self) -> dict[str, Any]:
         total = max(1, sum(self.tokens.values()))
@@ -99,12 +106,14 @@ class Evaluation:
                 scores.tokens[example.task] += forced.tokens
                 scores.agreed[example.task] += forced.agreed
                 scores.kl[example.task] += forced.kl
+                own = scores.utterances[example.id.rsplit("/", 2)[0]]
+                own[:] = own[0] + forced.agreed, own[1] + forced.kl, own[2] + forced.tokens
         repeat = [c for c in everything if c.target and c.target.task == REPEAT] if generate else []
         for reading in system_batches(system, self.questions, repeat, self.batch_size, f"{name}: repeat"):
             answers = system.answers(reading, budget(reading.examples))
             for example, answer in zip(reading.examples, answers, strict=True):
-                own = decode(example.response_ids, skip_special_tokens=True)
-                scores.repeats.append((answer, own, example.transcript))
+                wanted = decode(example.response_ids, skip_special_tokens=True)
+                scores.repeats.append((answer, wanted, example.transcript))
         scores.heard = self._heard(name, system)
         return scores
 

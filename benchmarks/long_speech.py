@@ -41,7 +41,7 @@ BUDGET, RATE = 400, 16_000
 ASR = "offline:whisper-tiny.en"
 PROMPT = "What is this about?"
 RESAMPLES = 1000
-MOST = 6  # recordings of one length
+MOST = 4  # recordings of one length
 ROOM = 512  # positions of prompt and answer
 
 
@@ -110,7 +110,8 @@ def by_share(model: Any, cuts: Any, cached: bool, batch_size: int) -> dict[str, 
     return result
 
 
-def on_long_recordings(model: Any, cuts: Any, minutes: list[float], folder: Path) -> dict[str, Any]:
+def on_long_recordings(model: Any, cuts: Any, minutes: float, folder: Path) -> dict[str, Any]:
+    """Scores on recordings of that length, by its name; empty if no speaker fills one."""
     from lhotse import CutSet
 
     from nemo_mtbi.data.audio_stream import open_audio
@@ -120,20 +121,18 @@ def on_long_recordings(model: Any, cuts: Any, minutes: list[float], folder: Path
     from nemo_mtbi.evaluation.systems import TextSystem
     from nemo_mtbi.tasks.library import load_library
 
-    asking, asr, result = load_library()["question_generation"], WhisperASR(ASR), {}
-    for length in minutes:
-        recordings = chosen(long_recordings(cuts, 60 * length, folder))
-        if not recordings:
-            continue
-        asked = CutSet.from_cuts(questions_on(recordings, model, asking))
-        found = by_share(model, asked, cached=False, batch_size=2)
-        waves = [np.concatenate(list(open_audio(r.path, RATE))) for r in recordings]
-        heard = dict(zip([r.path.stem for r in recordings], asr.transcripts(waves), strict=True))
-        cascade = Evaluation(model, asked, cached_features=False, batch_size=2)
-        scores = cascade.score("cascade", TextSystem(model, heard), generate=False).summary()
-        found["cascade"] = {k: scores[k] for k in ("token_agreement", "kl_per_token", "by_task")}
-        result[f"{length:g}"] = {"recordings": len(recordings), **found}
-    return result
+    recordings = chosen(long_recordings(cuts, 60 * minutes, folder))
+    if not recordings:
+        return {}
+    asked = CutSet.from_cuts(questions_on(recordings, model, load_library()["question_generation"]))
+    found = by_share(model, asked, cached=False, batch_size=2)
+    waves = [np.concatenate(list(open_audio(r.path, RATE))) for r in recordings]
+    texts = WhisperASR(ASR).transcripts(waves)
+    heard = dict(zip([r.path.stem for r in recordings], texts, strict=True))
+    cascade = Evaluation(model, asked, cached_features=False, batch_size=2)
+    scores = cascade.score("cascade", TextSystem(model, heard), generate=False).summary()
+    found["cascade"] = {k: scores[k] for k in ("token_agreement", "kl_per_token", "by_task")}
+    return {f"{minutes:g}": {"recordings": len(recordings), **found}}
 
 
 def chosen(recordings: list[Any]) -> list[Any]:
@@ -222,6 +221,12 @@ def measured(*arguments: Any) -> dict[str, Any]:
     return dict(json.loads(output.splitlines()[-1]))
 
 
+def keep(result: dict[str, Any], path: Path | None) -> None:
+    """What is measured so far."""
+    if path is not None:
+        path.write_text(json.dumps(result, indent=2) + "\n")
+
+
 def plot(result: dict[str, Any], path: Path) -> None:
     """Recovery by share of the positions, seconds to the first token, and memory."""
     from nemo_mtbi.io.html import save_picture, subplots
@@ -277,18 +282,22 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        if not arguments.quick:
-            spoken = list(CutSet.from_file(arguments.recordings)) if arguments.recordings else cuts
-            result["long_recordings"] = on_long_recordings(model, spoken, arguments.minutes, folder)
-            result["seams"] = seams(folder)
         exported = save_directory(model, folder / "model")
-        del model
         audio = {m: recording_of(cuts, m, folder) for m in ((1, 10) if arguments.quick else (1, 10, 60))}
+        keep(result, arguments.json)
         ways = {way: measured(exported, audio[10], way) for way in (BUDGET, "all", "cascade")}
         result["first_token_10min"] = ways
         result["first_token_speedup_10min"] = ways["all"]["seconds"] / ways[BUDGET]["seconds"]
         result["at_400_positions"] = {m: measured(exported, file, BUDGET) for m, file in audio.items()}
         result["peak_gb_by_minutes"] = {m: own["peak_gb"] for m, own in result["at_400_positions"].items()}
+        if not arguments.quick:
+            spoken = list(CutSet.from_file(arguments.recordings)) if arguments.recordings else cuts
+            result["long_recordings"] = {}
+            for minutes in arguments.minutes:
+                keep(result, arguments.json)
+                result["long_recordings"] |= on_long_recordings(model, spoken, minutes, folder)
+            keep(result, arguments.json)
+            result["seams"] = seams(folder)
     finish(result, arguments.json)
     if arguments.png:
         plot(result, arguments.png)

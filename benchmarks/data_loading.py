@@ -153,6 +153,7 @@ def main() -> None:
 
     tune(1)
     count, batches, ranks = (1000, 10, (1, 4)) if arguments.quick else (12_000, 40, (1, 8, 64))
+    read = 10 if arguments.quick else 160
     torch.manual_seed(0)
     adapter = {"_target_": "nemo_mtbi.modules.connectors.StackMLPConnector", "factor": 8}
     cfg = {
@@ -174,13 +175,13 @@ def main() -> None:
             cost["every_rank_draws_all"][size] = sampler_cost(model, data["cuts"], size, False, few)
         rates: dict[str, dict[int, float]] = {name: {} for name in ("recordings", "cached_features", "shar", "salm")}
         for workers in (0, 1, 2):
-            rates["salm"][workers] = rate(salm(model, data["talks"], workers), batches)
+            rates["salm"][workers] = rate(salm(model, data["talks"], workers), read)
             entry = {"cuts_path": str(data["cuts"])}
-            rates["recordings"][workers] = rate(ours(model, entry, workers).train_dataloader(), batches)
+            rates["recordings"][workers] = rate(ours(model, entry, workers).train_dataloader(), read)
             loader = ours(model, {"cuts_path": str(cached)}, workers, cached=True).train_dataloader()
-            rates["cached_features"][workers] = rate(loader, batches)
+            rates["cached_features"][workers] = rate(loader, read)
             shar = ours(model, {"shar_path": str(data["shar"])}, workers).train_dataloader()
-            rates["shar"][workers] = rate(shar, batches)
+            rates["shar"][workers] = rate(shar, read)
     versus = {workers: own / rates["salm"][workers] for workers, own in rates["recordings"].items()}
     result = {
         "cuts": count,

@@ -10,7 +10,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from nemo_mtbi.errors import DataError
+from nemo_mtbi.io import jsonl
 
 Record = dict[str, Any]
 LINES_TOGETHER = 100_000
@@ -62,7 +62,7 @@ class RecordIndex:
             for some in batched(takewhile(lambda line: line.endswith(b"\n"), stream), LINES_TOGETHER):
                 rows = []
                 for line in some:
-                    content = parsed(file, offset, line)
+                    content = jsonl.parsed(file, f"the line at byte {offset}", line)
                     rows += [(r["key"], name, offset, content.get("run", "")) for r in records_of(content)]
                     offset += len(line)
                 connection.executemany("insert into answers values (?, ?, ?, ?)", rows)
@@ -93,17 +93,6 @@ class RecordIndex:
 def batched(lines: Iterator[bytes], count: int) -> Iterator[list[bytes]]:
     while some := list(islice(lines, count)):
         yield some
-
-
-def parsed(file: Path, offset: int, line: bytes) -> Record:
-    """
-    Raises:
-        DataError: the line is no JSON.
-    """
-    try:
-        return dict(json.loads(line))
-    except ValueError as error:
-        raise DataError(f"{file}, the line at byte {offset} is no JSON ({error}). Remove that line.") from error
 
 
 def records_of(line: Record) -> list[Record]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from nemo_mtbi.config import ModelConfig
-from nemo_mtbi.corpus.execution import LOCAL, check_execution
+from nemo_mtbi.corpus.execution import LOCAL
 from nemo_mtbi.corpus.ray_data import RayConfig
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.examples._launcher import announce, launcher, typed
@@ -21,7 +21,6 @@ def main(cfg: DictConfig) -> None:
     if unknown := set(perturbed) - set(cfg.manifests):
         raise ConfigError(f"perturbed_manifests: {', '.join(sorted(unknown))} is not among manifests.")
     speeds = speed_factors(cfg.perturb_speed)
-    check_execution(cfg.executor, cfg.workers)
     encoder = FrozenEncoder(cfg.model) if (cfg.executor, cfg.workers) == (LOCAL, 1) else cfg.model
     who = (cfg.executor, cfg.workers, typed(RayConfig, cfg.ray))
     for manifest in cfg.manifests:

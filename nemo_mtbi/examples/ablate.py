@@ -14,7 +14,7 @@ from nemo_mtbi.examples._overrides import overrides, read
 from nemo_mtbi.io import jsonl
 
 STEP_0 = "step_0"  # what training starts from
-VARIANT_KEYS = {"tasks", "data_share", "train", "warm_start"}
+VARIANT_KEYS = {"tasks", "targets", "data_share", "train", "warm_start"}
 
 
 @launcher("ablate")
@@ -31,23 +31,18 @@ def main(cfg: DictConfig) -> None:
             raise ConfigError(
                 f"variants.{name}: unknown key {sorted(unknown)[0]!r}; known: {', '.join(sorted(VARIANT_KEYS))}."
             )
-    for path in [*cfg.targets.values(), *cfg.cuts.values()]:
+    for path in [
+        *cfg.targets.values(),
+        *cfg.cuts.values(),
+        *(v["targets"] for v in variants.values() if "targets" in v),
+    ]:
         check_manifest(path)
-    held = tasks_of(Path(cfg.targets.train))
     if cfg.only is None:
-        absent = [name for name in names if not set(variants[name].get("tasks", [])) <= held]
+        absent = [name for name in names if not held(cfg, variants[name])]
         names = [name for name in names if name not in absent]
         if absent:
-            console.say(f"Left out, since {cfg.targets.train} has no targets of their tasks: {', '.join(absent)}.")
-    wanted = {t for name in names for t in variants[name].get("tasks", [])} | set(
-        cfg.benchmark.get("trained_tasks") or held
-    )
-    if wanted != held:
-        raise ConfigError(
-            f"{cfg.targets.train} holds targets of {', '.join(sorted(held))}, but the variants and "
-            f"benchmark.trained_tasks name {', '.join(sorted(wanted))}. "
-            "Generate targets of all of them, or set benchmark.trained_tasks."
-        )
+            console.say(f"Left out, since there are no targets of their tasks: {', '.join(absent)}.")
+    check_tasks(cfg, {name: variants[name] for name in names})
     root = Path(cfg.output_dir)
     runs: dict[str, dict[int, Path]] = {}
     for name in names:
@@ -76,9 +71,43 @@ def main(cfg: DictConfig) -> None:
     announce("Results", {**paths, "benchmark": root / "benchmark" / "benchmark.md"})
 
 
+def held(cfg: DictConfig, variant: dict[str, Any]) -> set[str]:
+    """Tasks that a variant trains on; empty where its manifest lacks one that it names."""
+    there = tasks_of(manifest_of(cfg, variant))
+    named = set(variant.get("tasks", there))
+    return named if named <= there else set()
+
+
+def check_tasks(cfg: DictConfig, variants: dict[str, dict[str, Any]]) -> None:
+    """Whether the benchmark calls the tasks trained that the variants train on.
+
+    Raises:
+        ConfigError: where it does not, or a variant names a task of which its manifest has no targets.
+    """
+    for name, variant in variants.items():
+        if not held(cfg, variant):
+            path = manifest_of(cfg, variant)
+            raise ConfigError(
+                f"variants.{name}: tasks {', '.join(variant['tasks'])}, but {path} holds targets of "
+                f"{', '.join(sorted(tasks_of(path)))}. Generate targets of all of them."
+            )
+    trained = tasks_of(Path(cfg.targets.train)).union(*(held(cfg, variant) for variant in variants.values()))
+    called = set(cfg.benchmark.get("trained_tasks") or trained)
+    if trained != called:
+        raise ConfigError(
+            f"There are targets of {', '.join(sorted(trained))} to train on, but benchmark.trained_tasks is "
+            f"{', '.join(sorted(called))}: the columns of seen and unseen tasks would be wrong. Name what is trained."
+        )
+
+
+def manifest_of(cfg: DictConfig, variant: dict[str, Any]) -> Path:
+    """The manifest with targets that a variant trains on."""
+    return Path(variant.get("targets", cfg.targets.train))
+
+
 def train_values(cfg: DictConfig, variant: dict[str, Any], run: Path, seed: int) -> dict[str, Any]:
     """What the configuration of one variant's training is to hold."""
-    manifest = Path(cfg.targets.train)
+    manifest = manifest_of(cfg, variant)
     if "data_share" in variant:
         manifest = subset(manifest, Path(cfg.output_dir) / "data", variant["data_share"])
     source = {"type": "mtbi", "cuts_path": str(manifest)} | ({"tasks": variant["tasks"]} if "tasks" in variant else {})

@@ -1,6 +1,7 @@
 """Configuration of target generation (no NeMo import, so that launchers answer at once)."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -9,7 +10,7 @@ from nemo_mtbi.corpus.ray_data import RayConfig
 from nemo_mtbi.data.description import TEMPLATE
 from nemo_mtbi.data.messages import NOTHING_HEARD_ANSWER
 
-ENGINES = ("hf", "openai")
+ENGINES = ("hf", "openai", "vllm")
 DEFAULT_FILTERS = ("empty", "refusal", "truncated", "repetition", "unasked", "misread")
 
 
@@ -44,6 +45,24 @@ class OpenAIConfig:
 
 
 @dataclass
+class VLLMConfig:
+    """vLLM in the worker's own process, on the GPUs that it sees.
+
+    Attributes:
+        tensor_parallel_size: GPUs of each worker that share the LLM.
+        gpu_memory_utilization: share of each GPU's memory for weights and cache.
+        max_model_len: longest prompt with answer, if less than the LLM's own.
+        options: further arguments of ``vllm.LLM`` by their own names (``quantization: fp8``); they count among what
+            decides an answer.
+    """
+
+    tensor_parallel_size: int = 1
+    gpu_memory_utilization: float = 0.9
+    max_model_len: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class DescriptionConfig:
     """What the text LLM reads beside the words (:mod:`nemo_mtbi.data.description`).
 
@@ -67,8 +86,9 @@ class TargetsConfig:
         cuts: manifests to answer, by output name.
         output_dir: where everything goes.
         llm: the text LLM; with ``engine=openai``, where its tokenizer is read from.
-        engine: ``hf`` (Transformers in this process) or ``openai`` (a server, see :class:`OpenAIConfig`).
-        dtype, batch_size: how ``hf`` runs it.
+        engine: ``hf`` (Transformers in this process), ``vllm`` (vLLM in this process, see :class:`VLLMConfig`) or
+            ``openai`` (a server, see :class:`OpenAIConfig`).
+        dtype, batch_size: how ``hf`` runs it; ``vllm`` takes the dtype, and batches by itself.
         executor, workers, ray: ``local``: so many processes on this machine (with CUDA: one a GPU); the same command on
             other machines adds theirs. ``ray``: workers of a Ray cluster.
         shard_cuts: cuts of one unit of work.
@@ -97,6 +117,7 @@ class TargetsConfig:
     llm: str = MISSING
     engine: str = "hf"
     openai: OpenAIConfig = field(default_factory=OpenAIConfig)
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
     dtype: str = "bfloat16"
     batch_size: int = 128
     executor: str = LOCAL
@@ -124,3 +145,10 @@ class TargetsConfig:
     shar_size: int = 1000
     description: DescriptionConfig = field(default_factory=DescriptionConfig)
     seed: int = 0
+
+
+def decoded_by(config: TargetsConfig) -> Any:
+    """What decides a greedy answer beside the LLM and the prompt."""
+    if config.engine == "openai":
+        return ["openai", config.openai.model or config.llm]
+    return config.dtype if config.engine == "hf" else [config.engine, config.dtype, dict(config.vllm.options)]

@@ -23,7 +23,7 @@ from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.modules.causal_lm import end_of_turn
 from nemo_mtbi.pretrained.fingerprint import fingerprint
 from nemo_mtbi.pretrained.offline import resolve_pretrained
-from nemo_mtbi.targets.config import TargetsConfig
+from nemo_mtbi.targets.config import TargetsConfig, decoded_by
 from nemo_mtbi.targets.decoder import Request
 from nemo_mtbi.tasks.library import PrepareStep, Task, load_library, render_template, select_tasks
 
@@ -195,9 +195,7 @@ class PromptDrawer:
     def request(self, prompt: str, text: str, max_new_tokens: int) -> Request:
         """A rendered prompt under its content key: a hash of everything that decides a greedy answer."""
         ids = self.renderer.render([user_message(prompt, Spoken(text), self.config.speech_position)]).ids
-        config = self.config
-        decoded_by: Any = config.dtype if config.engine == "hf" else ["openai", config.openai.model or config.llm]
-        content = json.dumps([ids, self.teacher, decoded_by, max_new_tokens])
+        content = json.dumps([ids, self.teacher, decoded_by(self.config), max_new_tokens])
         return Request(hashlib.blake2b(content.encode(), digest_size=12).hexdigest(), ids, max_new_tokens)
 
 

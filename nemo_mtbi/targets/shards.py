@@ -26,7 +26,7 @@ from nemo_mtbi.errors import DataError
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.io.array_storage import RawChunkyWriter
 from nemo_mtbi.targets.answers import AnswerFile, AnswerIndex
-from nemo_mtbi.targets.config import TargetsConfig
+from nemo_mtbi.targets.config import TargetsConfig, decoded_by
 from nemo_mtbi.targets.decoder import Answer, Request
 from nemo_mtbi.targets.draw import Job, PromptDrawer
 from nemo_mtbi.targets.engine import Engine
@@ -43,6 +43,7 @@ OPERATIONAL = (
     "ray",
     "shard_cuts",
     "openai",
+    "vllm",
     "max_duplicates",
     "shar_dir",
     "shar_audio",
@@ -70,8 +71,7 @@ def settings_of(config: TargetsConfig, drawer: PromptDrawer) -> str:
     settings = {k: v for k, v in asdict(config).items() if k not in OPERATIONAL}
     tasks = [asdict(t) for t in drawer.tasks]
     template = str(drawer.tokenizer.tokenizer.chat_template)
-    server = config.engine == "openai" and (config.openai.model or config.llm)
-    return json.dumps([settings, tasks, drawer.teacher, template, server])
+    return json.dumps([settings, tasks, drawer.teacher, template, decoded_by(config)])
 
 
 class ShardWriter:
@@ -310,8 +310,9 @@ class LazyEngine:
         self.context_tokens: int | None = getattr(
             AutoConfig.from_pretrained(drawer.llm).get_text_config(), "max_position_embeddings", None
         )
-        if config.engine == "openai" and config.openai.context_tokens is not None:
-            self.context_tokens = config.openai.context_tokens
+        own = {"openai": config.openai.context_tokens, "vllm": config.vllm.max_model_len}.get(config.engine)
+        if own is not None:
+            self.context_tokens = own
 
     def get(self) -> Engine:
         if self.engine is None:
@@ -320,6 +321,10 @@ class LazyEngine:
 
                 server = replace(self.config.openai, model=self.config.openai.model or self.config.llm)
                 self.engine = OpenAIEngine(server, self.drawer.tokenizer.tokenizer, self.drawer.llm)
+            elif self.config.engine == "vllm":
+                from nemo_mtbi.targets.vllm_engine import VLLMEngine  # start-up
+
+                self.engine = VLLMEngine(self.config, self.drawer.tokenizer.tokenizer, self.drawer.llm)
             else:
                 from nemo_mtbi.targets.engine import HFEngine  # start-up
 

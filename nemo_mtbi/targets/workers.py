@@ -12,7 +12,7 @@ from nemo_mtbi import console
 from nemo_mtbi.corpus.execution import RAY, spread
 from nemo_mtbi.corpus.failures import explained
 from nemo_mtbi.corpus.shards import Shard
-from nemo_mtbi.errors import DataError, MTBIError
+from nemo_mtbi.errors import ConfigError, DataError, MTBIError
 from nemo_mtbi.targets.config import TargetsConfig
 
 PAUSE_SECONDS = 2.0  # between two looks at what is finished
@@ -37,7 +37,8 @@ def run(config: TargetsConfig) -> dict[str, Path]:
     if config.workers == 1:
         return generator.run()
     context = worker_context()
-    processes = [context.Process(target=work, args=(config, rank), daemon=True) for rank in range(config.workers)]
+    alone = config.engine != "vllm"  # vLLM has processes of its own, which a daemon may not have
+    processes = [context.Process(target=work, args=(config, rank), daemon=alone) for rank in range(config.workers)]
     for process in processes:
         process.start()
     wait(processes, [(generator.writer, shard) for shards in generator.shards.values() for shard in shards])
@@ -97,7 +98,9 @@ def work(config: TargetsConfig, rank: int) -> None:
     from nemo_mtbi.process import tune
     from nemo_mtbi.targets.generate import TargetGenerator
 
-    if torch.cuda.device_count():
+    if config.engine == "vllm":  # its processes use the GPUs that they see, from the first on
+        os.environ |= visible_gpus(rank, config.vllm.tensor_parallel_size, torch.cuda.device_count())
+    elif torch.cuda.device_count():
         torch.cuda.set_device(rank % torch.cuda.device_count())
     os.environ["TQDM_DISABLE"] = "1"  # the first process has a bar for all
     tune(max(1, (os.cpu_count() or 1) // config.workers))
@@ -107,3 +110,21 @@ def work(config: TargetsConfig, rank: int) -> None:
     except MTBIError as error:
         print(f"\nError in worker {rank}: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def visible_gpus(rank: int, size: int, gpus: int) -> dict[str, str]:
+    """The environment in which the worker ``rank`` sees ``size`` of the ``gpus`` GPUs that this process sees.
+
+    Raises:
+        ConfigError: there are not so many.
+    """
+    if not gpus:
+        return {}
+    if gpus < (rank + 1) * size:
+        raise ConfigError(
+            f"Worker {rank} needs the GPUs {rank * size} to {(rank + 1) * size - 1}, and there are {gpus}. "
+            "workers times vllm.tensor_parallel_size must not exceed them."
+        )
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = seen.split(",") if seen else [str(i) for i in range(gpus)]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(names[rank * size : (rank + 1) * size])}

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from nemo_mtbi.cli import CONF
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.examples._overrides import overrides
-from nemo_mtbi.examples.ablate import finished, subset, tasks_of, train_values
+from nemo_mtbi.examples.ablate import check_tasks, finished, held, subset, tasks_of, train_values
 
 pytestmark = pytest.mark.unit
 
@@ -50,3 +50,31 @@ def test_ablation_variants_as_command_lines(tmp_path):
     assert not finished(run, ["a=1"]) and not finished(run, ["a=1"])
     with pytest.raises(ConfigError, match="other settings"):
         finished(run, ["a=2"])
+
+
+def test_a_variant_may_have_targets_of_its_own(tmp_path):
+    """One task asked of every cut: with the tasks of ``full`` each cut has two of four."""
+
+    def written(name, tasks):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps({"id": t, "custom": {"targets": [{"task": t}]}}) + "\n" for t in tasks))
+        return str(path)
+
+    every, repeat = written("train.jsonl", ["repeat", "about"]), written("repeat.jsonl", ["repeat"])
+    cfg = OmegaConf.create(
+        {"targets": {"train": every, "validation": every}, "output_dir": str(tmp_path), "warm_start": None}
+        | {"train": {}, "benchmark": {"trained_tasks": ["about", "repeat"]}}
+    )
+    own = {"tasks": ["repeat"], "targets": repeat, "data_share": 1.0}
+    source = train_values(cfg, own, tmp_path, 0)["data.train_ds.input_cfg"][0]
+    assert source["cuts_path"].startswith(str(tmp_path / "data" / "repeat")) and source["tasks"] == ["repeat"]
+    assert held(cfg, own) == {"repeat"} and held(cfg, {}) == {"repeat", "about"}
+    check_tasks(cfg, {"repeat_only": own})
+    with pytest.raises(ConfigError, match=r"variants.a: tasks about, but .*repeat.jsonl holds targets of repeat"):
+        check_tasks(cfg, {"a": {"tasks": ["about"], "targets": repeat}})
+    cfg.benchmark.trained_tasks = ["repeat"]
+    with pytest.raises(ConfigError, match="benchmark.trained_tasks is repeat: the columns"):
+        check_tasks(cfg, {"full": {}})
+    cfg.benchmark.trained_tasks = ["repeat", "about", "title"]
+    with pytest.raises(ConfigError, match="Name what is trained"):
+        check_tasks(cfg, {"full": {}})

@@ -5,10 +5,10 @@
 Same model (SmolLM2-135M and Whisper tiny.en shapes, a stacking connector), same batch, same response tokens: 8
 utterances of 5 s, 111 positions, 24 response tokens. Variants take turns within one run; ratios are of medians.
 
-Two processes take turns: one as NeMo leaves it, and one with our launchers' heap settings (``process.py``),
-which speed up SALM too. ``examples_per_s_vs_salm_ce`` compares our defaults (heap settings, keys and values of prompt
-beginnings kept, cached teacher) with SALM as its own launcher runs it; ``_same_heap`` gives SALM our heap,
-``_all_positions`` no kept prompts to us.
+Two processes take turns: one as NeMo leaves it, and one with our launchers' heap settings (``process.py``), which speed
+up SALM too. ``examples_per_s_vs_salm_ce`` compares our defaults (heap settings, keys and values of prompt beginnings
+kept, cached teacher) with SALM as its own launcher runs it; ``_same_heap`` gives SALM our heap, ``_all_positions`` no
+kept prompts to us. ``packed_vs_padded`` is of a batch whose answers have 6 to 41 tokens, without and with packing.
 """
 
 import argparse
@@ -53,7 +53,8 @@ def build(dtype: str) -> Any:
     )
 
 
-def make_batch(model: Any) -> dict[str, Any]:
+def make_batch(model: Any, uneven: bool = False) -> dict[str, Any]:
+    """The batch; ``uneven``: with answers of 6, 11, ... 41 tokens."""
     from nemo_mtbi.data.example import Example
     from nemo_mtbi.data.interleaving import Word, timeline
 
@@ -64,15 +65,16 @@ def make_batch(model: Any) -> dict[str, Any]:
         spoken = torch.randint(100, 40_000, (14,), generator=g).tolist()
         ids = shared + spoken + torch.randint(100, 40_000, (AFTER,), generator=g).tolist()
         words = [Word(BEFORE + j, BEFORE + j + 1) for j in range(14)]
-        answer = torch.randint(100, 40_000, (RESPONSE,), generator=g).tolist()
+        answer = torch.randint(100, 40_000, (6 + 5 * i if uneven else RESPONSE,), generator=g).tolist()
         examples.append(Example(f"u{i}", 0, "t", "p", ids, timeline(words, SECONDS), answer, SECONDS, "x"))
     samples = round(SECONDS * model.sampling_rate)
+    tokens = sum(len(e.response_ids) for e in examples)
     return {
         "examples": examples,
         "audios": 0.1 * torch.randn(BATCH, samples, generator=g),
         "audio_lens": torch.full((BATCH,), samples),
-        "teacher_ids": torch.randint(100, 40_000, (BATCH * RESPONSE, 16), generator=g),
-        "teacher_log_probs": torch.randn(BATCH * RESPONSE, 16, generator=g).log_softmax(-1) - 0.2,
+        "teacher_ids": torch.randint(100, 40_000, (tokens, 16), generator=g),
+        "teacher_log_probs": torch.randn(tokens, 16, generator=g).log_softmax(-1) - 0.2,
     }
 
 
@@ -89,13 +91,15 @@ def variants(model: Any) -> dict[str, Callable[[], None]]:
     batch = make_batch(model)
     features, lengths = model.encode(batch["audios"], batch["audio_lens"])
     cached = {k: v for k, v in batch.items() if not k.startswith("audio")}
-    cached |= {"encoder_features": features, "encoder_feature_lens": lengths}
+    known = {"encoder_features": features, "encoder_feature_lens": lengths}
+    cached |= known
+    uneven = {k: v for k, v in make_batch(model, uneven=True).items() if not k.startswith("audio")} | known
     salm_batch = {**batch, **salm_inputs(model, batch)}
     store = PrefixStore(4096)
 
-    def ours(data: dict[str, Any], teacher: str, prefixes: Any) -> Callable[[], None]:
+    def ours(data: dict[str, Any], teacher: str, prefixes: Any, packs: bool = True) -> Callable[[], None]:
         def step() -> None:
-            model.prefixes, model.config.imitation.teacher = prefixes, teacher
+            model.prefixes, model.config.imitation.teacher, model.packs = prefixes, teacher, packs
             model.training_step(data, 0)["loss"].backward()
 
         return step
@@ -116,10 +120,10 @@ def variants(model: Any) -> dict[str, Callable[[], None]]:
         ce = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100)
         (ce + kl).backward()
 
-    packed = pure_speech_inputs(model, batch, features, lengths)
+    inputs = pure_speech_inputs(model, batch, features, lengths)
 
     def llm_body() -> None:
-        hidden_states(model.llm, packed).sum().backward()
+        hidden_states(model.llm, inputs).sum().backward()
 
     return {
         "llm_body": llm_body,
@@ -131,6 +135,12 @@ def variants(model: Any) -> dict[str, Callable[[], None]]:
         "ours_kept_prompts": ours(batch, "cached", store),
         "ours_cached_features": ours(cached, "cached", None),
         "ours_cached_features_kept_prompts": ours(cached, "cached", store),
+        "uneven_padded": ours(uneven, "cached", None, packs=False),
+        "uneven_packed": ours(uneven, "cached", None),
+        "uneven_padded_kept_prompts": ours(uneven, "cached", store, packs=False),
+        "uneven_packed_kept_prompts": ours(uneven, "cached", store),
+        "uneven_padded_online_teacher": ours(uneven, "online", store, packs=False),
+        "uneven_packed_online_teacher": ours(uneven, "online", store),
     }
 
 
@@ -146,9 +156,9 @@ def pure_speech_inputs(
     responses, seconds = [e.response_ids for e in examples], [SECONDS] * BATCH
     speech = connect(model.perception, features, lengths)
     pieces = plan_batch(examples, None, 0)
-    packed, _ = build_inputs(pieces, responses, speech, seconds, model.frame_seconds, model.embed_tokens)
-    assert packed.shape[1] == POSITIONS, packed.shape
-    return packed.detach().requires_grad_()
+    inputs, _ = build_inputs(pieces, responses, speech, seconds, model.frame_seconds, model.embed_tokens)
+    assert inputs.shape[1] == POSITIONS, inputs.shape
+    return inputs.detach().requires_grad_()
 
 
 def salm_inputs(model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -274,6 +284,9 @@ def main() -> None:
             "examples_per_s_vs_plain_ce_kl_same_heap_all_positions": t["plain_ce_kl_online"] / t["ours_online_teacher"],
             "step_vs_frozen_llm_limit": t["ours_cached_features"] / t["llm_body"],
             "step_vs_frozen_llm_limit_kept_prompts": t["ours_cached_features_kept_prompts"] / t["llm_body"],
+            "packed_vs_padded": t["uneven_padded"] / t["uneven_packed"],
+            "packed_vs_padded_kept_prompts": t["uneven_padded_kept_prompts"] / t["uneven_packed_kept_prompts"],
+            "packed_vs_padded_online_teacher": t["uneven_padded_online_teacher"] / t["uneven_packed_online_teacher"],
             "salm_ce_vs_frozen_llm": plain["salm_ce"] / plain["llm_body"],
         }
         result[dtype] = {

@@ -36,6 +36,7 @@ TRAINING_KEYS = (
     "ctc_vocabulary",
     "max_bad_steps",
     "prefix_cache_tokens",
+    "packing",
 )
 
 

@@ -221,7 +221,9 @@ def text_hidden(
 ) -> Tensor:
     """The text LLM's states (R, H) that predict the tokens of ``responses`` after rendered prompts."""
     beginnings = [e.units[0].token_begin for e in examples]
-    return teacher_hidden_states(model.llm, model.embed_tokens, prompts, responses, model.prefixes, beginnings)
+    return teacher_hidden_states(
+        model.llm, model.embed_tokens, prompts, responses, model.prefixes, beginnings, packed=model.packs
+    )
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ Letters: B examples, L positions, P columns of kept prompt beginnings, R respons
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -13,29 +12,25 @@ from transformers import DynamicCache
 
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.io.transfer import to_device
+from nemo_mtbi.models.packing import Prefix as Prefix
+from nemo_mtbi.models.packing import packed_states
 from nemo_mtbi.modules.causal_lm import causal_lm, without_adapters
 
 
-@dataclass(frozen=True)
-class Prefix:
-    """Keys and values of each row's constant beginning, left-padded to P columns.
-
-    Attributes:
-        layers: for each layer, keys and values (B, heads, P, d).
-        lengths: (B,) valid columns.
-    """
-
-    layers: list[tuple[Tensor, Tensor]]
-    lengths: Tensor
-
-
-def hidden_states(llm: nn.Module, inputs_embeds: Tensor, prefix: Prefix | None = None) -> Tensor:
+def hidden_states(
+    llm: nn.Module, inputs_embeds: Tensor, prefix: Prefix | None = None, lengths: list[int] | None = None
+) -> Tensor:
     """Last hidden states (B, L, H) of right-padded embeddings (B, L, H), after an optional prefix.
 
     No mask is passed without a prefix: under causal attention, padding on the right never reaches a valid position, and
     the attention kernels then take their fastest path.
+
+    Args:
+        lengths: valid positions of each row, to compute those alone (:mod:`nemo_mtbi.models.packing`).
     """
     model = causal_lm(llm).model
+    if lengths is not None and sum(lengths) < inputs_embeds.shape[:2].numel():
+        return packed_states(model, inputs_embeds, lengths, prefix)
     if prefix is None:
         return model(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
     width = inputs_embeds.shape[1]
@@ -109,7 +104,7 @@ class PrefixStore:
         different = torch.stack([_pad_columns(kept, columns) for kept in have.values()], 1)
         chosen = to_device([[place[row], len(row)] for row in rows], different.device)
         batch = different.index_select(1, chosen[:, 0])
-        return Prefix(list(zip(batch[::2], batch[1::2], strict=True)), chosen[:, 1])
+        return Prefix(list(zip(batch[::2], batch[1::2], strict=True)), chosen[:, 1], [len(row) for row in rows])
 
 
 def _pad_columns(tensor: Tensor, columns: int) -> Tensor:
@@ -131,6 +126,7 @@ def teacher_hidden_states(
     responses: list[list[int]],
     store: PrefixStore | None = None,
     prefix_lengths: list[int] | None = None,
+    packed: bool = False,
 ) -> Tensor:
     """The text LLM's hidden states (R, H) at the positions before each response token; no gradient, no logits.
 
@@ -138,18 +134,20 @@ def teacher_hidden_states(
         prompts: token ids with the transcript in place of speech.
         responses: the teacher's answers; the last token is never an input.
         store, prefix_lengths: where each prompt's constant beginning is kept, and its length.
+        packed: all rows in one pass without padding, instead of groups of similar length.
     """
     device = next(embed_tokens.parameters()).device
     skip = prefix_lengths if store is not None and prefix_lengths is not None else [0] * len(prompts)
     rest = [p[n:] + r[:-1] for p, r, n in zip(prompts, responses, skip, strict=True)]
     parts: dict[int, Tensor] = {}
-    for group in length_groups([len(tokens) for tokens in rest]):
+    lengths = [len(tokens) for tokens in rest]
+    for group in [list(range(len(rest)))] if packed else length_groups(lengths):
         ids = pad_right([rest[i] for i in group], device)
         with without_adapters(llm):
             prefix = None
             if store is not None:
                 prefix = store.get(llm, embed_tokens, [prompts[i][: skip[i]] for i in group])
-            hidden = hidden_states(llm, embed_tokens(ids), prefix)
+            hidden = hidden_states(llm, embed_tokens(ids), prefix, [lengths[i] for i in group] if packed else None)
         for row, i in enumerate(group):
             parts[i] = hidden[row, len(rest[i]) - len(responses[i]) : len(rest[i])]
     return torch.cat([parts[i] for i in range(len(rest))])

@@ -49,6 +49,7 @@ class BatchLayout:
         text_ids: (N,) tokens to embed.
         index: (B, L) rows of ``cat([text (N, H), speech (M, H)])``; padding points at row 0.
         lengths: (B,) valid positions.
+        row_lengths: the same numbers on the host.
         response_rows: (R,) positions of the flattened (B * L) hidden states that predict each response token.
         response_ids: (R,).
         response_counts: response tokens of each example.
@@ -58,6 +59,7 @@ class BatchLayout:
     text_ids: Tensor
     index: Tensor
     lengths: Tensor
+    row_lengths: list[int]
     response_rows: Tensor
     response_ids: Tensor
     response_counts: list[int]
@@ -114,9 +116,11 @@ def lay_out_batch(
         for j in range(len(response))
     ]
     response_ids = [t for r in responses for t in r]
-    plans = [torch.tensor(p, dtype=torch.long) for p in (text_ids, [len(r) for r in rows], response_rows, response_ids)]
-    text, lengths, rows_of_responses, ids_of_responses, index = all_to_device([*plans, index], torch.device(device))
-    return BatchLayout(text, index, lengths, rows_of_responses, ids_of_responses, [len(r) for r in responses], empty)
+    row_lengths = [len(row) for row in rows]
+    plans = [torch.tensor(p, dtype=torch.long) for p in (text_ids, row_lengths, response_rows, response_ids)]
+    text, lengths, predicting, ids, index = all_to_device([*plans, index], torch.device(device))
+    counts = [len(r) for r in responses]
+    return BatchLayout(text, index, lengths, row_lengths, predicting, ids, counts, empty)
 
 
 def _positions(span: SpeechSpan, centers: list[float], audio_seconds: float, frame_seconds: float) -> list[int]:

@@ -71,6 +71,7 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
     llm_weights: str | Path
     references: dict[str, str]
     prefixes: PrefixStore | None
+    packs: bool
 
     def __init__(self, cfg: dict[str, Any]) -> None:
         cfg = {key: value for key, value in cfg.items() if value is not None}  # NeMo asks whether a key is there
@@ -177,7 +178,7 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
         prefix = None
         if self.prefixes is not None:
             prefix = self.prefixes.get(self.llm, self.embed_tokens, [row[0] for row in spoken.pieces])  # type: ignore[misc]
-        hidden = self.hidden(inputs, prefix)
+        hidden = self.hidden(inputs, prefix, layout.row_lengths if self.packs else None)
         return StudentOutput(hidden.flatten(0, 1)[layout.response_rows], layout, spoken)
 
     def teacher_hidden(self, batch: dict[str, Any]) -> Tensor | None:
@@ -192,6 +193,7 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
             [e.response_ids for e in examples],
             self.prefixes,
             [e.units[0].token_begin for e in examples],
+            packed=self.packs,
         )
 
     @torch.no_grad()
@@ -238,9 +240,9 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
         terms = transcript_terms(batch, None, self.perception, self.embed_tokens, weights)
         return alignment_loss(terms, *self.counts(batch))
 
-    def hidden(self, inputs: Tensor, prefix: Prefix | None = None) -> Tensor:
-        """Last hidden states (B, L, H) of right-padded input embeddings (B, L, H)."""
-        return hidden_states(self.llm, inputs, prefix)
+    def hidden(self, inputs: Tensor, prefix: Prefix | None = None, lengths: list[int] | None = None) -> Tensor:
+        """Last hidden states (B, L, H) of right-padded input embeddings (B, L, H); of ``lengths``, those alone."""
+        return hidden_states(self.llm, inputs, prefix, lengths)
 
     def head(self) -> Head:
         """The LLM's output layer."""

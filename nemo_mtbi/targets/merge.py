@@ -174,6 +174,11 @@ def run_manifest(config: TargetsConfig, drawer: PromptDrawer, counts: dict[str, 
         for key, number in sorted(of_manifest["prompts"].items()):
             task, prompt = key.split("/")
             prompts.setdefault(task, {})[prompt] = prompts.get(task, {}).get(prompt, 0) + number
+    engine: dict[str, Any] = {}
+    if config.engine == "openai":
+        engine = {"server": config.openai.base_url, "model": config.openai.model or config.llm}
+    elif config.engine == "vllm":
+        engine = {"options": dict(config.vllm.options)}
     return {
         "teacher": {"name": config.llm, "fingerprint": drawer.teacher, "prompt_format": config.prompt_format},
         "tokenizer": {
@@ -182,11 +187,7 @@ def run_manifest(config: TargetsConfig, drawer: PromptDrawer, counts: dict[str, 
             "digest": _digest(hf.backend_tokenizer.to_str()),
             "chat_template_digest": _digest(str(hf.chat_template)) if hf.chat_template else None,
         },
-        "decoding": {"method": "greedy", "engine": config.engine, "dtype": config.dtype}
-        | {
-            "openai": {"server": config.openai.base_url, "model": config.openai.model or config.llm},
-            "vllm": {"options": dict(config.vllm.options)},
-        }.get(config.engine, {}),
+        "decoding": {"method": "greedy", "engine": config.engine, "dtype": config.dtype, **engine},
         "settings": {
             k: v
             for k, v in asdict(config).items()

@@ -8,6 +8,8 @@ from nemo_mtbi import console
 from nemo_mtbi.examples._launcher import launcher, typed
 from nemo_mtbi.parallel.plan_config import GB, PlanConfig
 
+BATCH_SHARE = 0.9  # of the positions that fit; the rest is for what the arithmetic leaves out
+
 
 @launcher("plan", {"plan_schema": PlanConfig})
 def main(cfg: DictConfig) -> None:
@@ -48,6 +50,10 @@ def show(config: PlanConfig, found: Any) -> None:
     console.say(
         f"At {config.utilization:.0%} of {config.gpu_tflops:g} TFLOP/s: {found.positions_per_second:,.0f} positions/s; "
         f"{found.examples:,.0f} examples take {found.hours:,.1f} h, {found.hours * config.gpus:,.0f} GPU-hours."
+    )
+    console.say(
+        f"Batches: data.train_ds.batch_size=null data.train_ds.batch_tokens={int(BATCH_SHARE * found.longest_batch)}, "
+        f"about {BATCH_SHARE * found.longest_batch / found.example_positions:,.0f} examples each."
     )
     console.say("Weights are counted on the real layers; activations and times are arithmetic, no measurement.")
 

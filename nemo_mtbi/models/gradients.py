@@ -56,7 +56,10 @@ class GradientMixin(LightningModule):
 
     @property
     def oomptimizer_schema(self) -> dict[str, Any]:
-        raise NotImplementedError("Batches of MTBISALM hold planned examples; set data.train_ds.batch_tokens instead.")
+        raise NotImplementedError(
+            "Batches of MTBISALM hold planned examples, not tensors of a shape: `mtbi plan` prints the "
+            "data.train_ds.batch_tokens for an LLM and a GPU; lower it where a step does not fit."
+        )
 
     def data_parallel_group(self) -> Any:
         """Process group over which a step's response tokens are counted (None: all ranks)."""

@@ -100,6 +100,35 @@ def test_a_resumed_run_goes_on_with_the_next_batch(many, model, workers, iterabl
     assert ids_of_batches(many, model, 3, 6, workers, iterable) == whole[3:]
 
 
+@pytest.mark.parametrize("buckets", [False, True])
+def test_a_batch_holds_as_many_positions_as_it_may(many, tiny_config, buckets):
+    """What the LLM computes, counted where it is laid out; no example is lost for being long."""
+    model, most = build(tiny_config), 150
+    section = {
+        "input_cfg": [{"type": "mtbi", "cuts_path": str(many)}],
+        "shuffle": True,
+        "seed": 7,
+        "shard_seed": 7,
+        "num_workers": 0,
+        "use_multimodal_sampling": True,
+        "measure_total_length": True,
+        "batch_size": None,
+        "batch_tokens": most,
+        "use_bucketing": buckets,
+        "num_buckets": 2,
+        "bucket_buffer_size": 40,
+        "num_cuts_for_bins_estimate": 40,
+        "concurrent_bucketing": False,
+    }
+    data = data_module(OmegaConf.create({"cached_features": False, "train_ds": section}), model)
+    data._get_dp_rank, data._get_world_size = lambda: 0, lambda: 1
+    batches = list(islice(iter(data.train_dataloader()), 40))
+    with torch.no_grad():
+        held = [sum(model.student(batch, interleave=False).layout.row_lengths) for batch in batches]
+    assert max(held) <= most and sum(held) > 0.75 * most * len(held), held
+    assert {e.id.split("/")[0] for batch in batches for e in batch["examples"]} == {f"utt{i}" for i in range(40)}
+
+
 def test_ranks_draw_their_own_share(many, model, monkeypatch):
     """Each as many cuts for its batches as one alone, not those of all; and each goes on where it stopped."""
     read = []

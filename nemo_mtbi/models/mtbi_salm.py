@@ -47,6 +47,7 @@ from nemo_mtbi.models.persistence import PersistenceMixin
 from nemo_mtbi.models.seen import SeenRecord
 from nemo_mtbi.models.setup import setup_parts
 from nemo_mtbi.models.validation import ValidationSums
+from nemo_mtbi.models.work import Work
 from nemo_mtbi.modules.causal_lm import causal_lm, checkpoint_activations, is_frozen, output_head
 from nemo_mtbi.modules.connectors.base import SpeechEmbeddings, evaluation_mode
 from nemo_mtbi.modules.perception import connector_of, encoder_frame_seconds, encoder_key
@@ -89,6 +90,7 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
         self.seed = 0
         self.moments: dict[str, Tensor] = {}  # of an earlier stage's optimizer
         self.seen = SeenRecord()
+        self.work = Work()
         self._use_fsdp = self._use_tp = False
         self.register_load_state_dict_post_hook(lambda module, _: module.bind_connector())
         self.bind_connector()
@@ -179,6 +181,9 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
         if self.prefixes is not None:
             prefix = self.prefixes.get(self.llm, self.embed_tokens, [row[0] for row in spoken.pieces])  # type: ignore[misc]
         hidden = self.hidden(inputs, prefix, layout.row_lengths if self.packs else None)
+        self.work.add(
+            self.llm, sum(layout.row_lengths) if self.packs else layout.index.numel(), len(layout.response_ids)
+        )
         return StudentOutput(hidden.flatten(0, 1)[layout.response_rows], layout, spoken)
 
     def teacher_hidden(self, batch: dict[str, Any]) -> Tensor | None:
@@ -186,14 +191,14 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
         config, examples = self.config.imitation, batch["examples"]
         if config.w_kl == 0 or config.teacher not in ("online", "unfused"):
             return None
+        responses, beginnings = [e.response_ids for e in examples], [e.units[0].token_begin for e in examples]
+        prompts = [e.teacher_prompt for e in examples]
+        kept = 0 if self.prefixes is None else sum(beginnings)
+        with torch.no_grad():
+            tokens = sum(map(len, responses))
+            self.work.add(self.llm, sum(map(len, prompts)) - kept + tokens - len(examples), tokens)
         return teacher_hidden_states(
-            self.llm,
-            self.embed_tokens,
-            [e.teacher_prompt for e in examples],
-            [e.response_ids for e in examples],
-            self.prefixes,
-            [e.units[0].token_begin for e in examples],
-            packed=self.packs,
+            self.llm, self.embed_tokens, prompts, responses, self.prefixes, beginnings, packed=self.packs
         )
 
     @torch.no_grad()

@@ -1,45 +1,91 @@
 """What a run shows while it trains: throughput, and answers next to the teacher's."""
 
+import resource
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.models.speech import first_examples
+from nemo_mtbi.modules.causal_lm import causal_lm
 
 SAMPLES_FILE = "samples.jsonl"
 
 
 class Throughput(pl.Callback):
-    """Logs ``tokens_per_second`` (LLM positions of prompt and response) and ``examples_per_second`` of this rank."""
+    """What a rank gets done between two logged steps.
+
+    - ``tokens_per_second`` (LLM positions of prompt and response) and ``examples_per_second``;
+    - ``data_wait_fraction``: share of the time in which the step waits for its batch;
+    - ``llm_tflops``: TFLOP/s of the LLM's matrix products (:mod:`nemo_mtbi.models.work`), and ``mfu``, their share of
+      what Lightning's table says of the GPU, where that knows it;
+    - ``peak_memory_gib``: of the GPU since the last time, or of this process.
+    """
 
     def __init__(self) -> None:
-        self._begin = 0.0
+        self._begin = self._waited = self._idle_since = 0.0
         self._tokens = self._examples = 0
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._restart()
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._restart(pl_module)
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._restart()
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._restart(pl_module)
 
-    def _restart(self) -> None:
-        self._begin, self._tokens, self._examples = time.monotonic(), 0, 0
+    def _restart(self, model: Any) -> None:
+        self._begin = self._idle_since = time.monotonic()
+        self._tokens = self._examples = 0
+        self._waited = 0.0
+        model.work.taken()
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._waited += time.monotonic() - self._idle_since
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._examples += len(batch["examples"])
         self._tokens += sum(len(e.prompt_ids) + len(e.response_ids) for e in batch["examples"])
+        self._idle_since = time.monotonic()
         if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            seconds = max(1e-9, time.monotonic() - self._begin)
-            rates = {"tokens_per_second": self._tokens / seconds, "examples_per_second": self._examples / seconds}
+            seconds = max(1e-9, self._idle_since - self._begin)
+            flops = pl_module.work.taken() / seconds
+            rates = {
+                "tokens_per_second": self._tokens / seconds,
+                "examples_per_second": self._examples / seconds,
+                "data_wait_fraction": self._waited / seconds,
+                "llm_tflops": flops / 1e12,
+                "peak_memory_gib": peak_memory_gib(pl_module.device),
+            }
+            if (most := peak_flops(pl_module.device, next(causal_lm(pl_module.llm).parameters()).dtype)) is not None:
+                rates["mfu"] = flops / most
             for logger in trainer.loggers:
                 logger.log_metrics(rates, trainer.global_step)
-            self._restart()
+            self._restart(pl_module)
+
+
+@cache
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s of a GPU by Lightning's table; None for others, and for CPUs."""
+    if device.type != "cuda":
+        return None
+    try:
+        return get_available_flops(device, dtype)
+    except (ValueError, KeyError):  # no such number type there
+        return None
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Of the GPU since the last call; on a CPU, of this process since it began."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 class SampleAnswers(pl.Callback):

@@ -3,6 +3,7 @@
 Letters: B examples, L positions, P columns of kept prompt beginnings, R response tokens, H LLM width.
 """
 
+import logging
 from collections import OrderedDict
 from typing import Any, cast
 
@@ -13,8 +14,14 @@ from transformers import DynamicCache
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.io.transfer import to_device
 from nemo_mtbi.models.packing import Prefix as Prefix
-from nemo_mtbi.models.packing import packed_states
+from nemo_mtbi.models.packing import packable, packed_states
 from nemo_mtbi.modules.causal_lm import causal_lm, without_adapters
+from nemo_mtbi.modules.connectors.base import evaluation_mode
+
+log = logging.getLogger(__name__)
+
+PACKED_BELOW = 0.97  # share of valid positions from which on padded rows are as fast
+PACKING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}  # of states, relative
 
 
 def hidden_states(
@@ -29,7 +36,7 @@ def hidden_states(
         lengths: valid positions of each row, to compute those alone (:mod:`nemo_mtbi.models.packing`).
     """
     model = causal_lm(llm).model
-    if lengths is not None and sum(lengths) < inputs_embeds.shape[:2].numel():
+    if lengths is not None and sum(lengths) < PACKED_BELOW * inputs_embeds.shape[:2].numel():
         return packed_states(model, inputs_embeds, lengths, prefix)
     if prefix is None:
         return model(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
@@ -44,6 +51,31 @@ def hidden_states(
         past_key_values=DynamicCache(prefix.layers),
         use_cache=True,
     ).last_hidden_state
+
+
+@torch.no_grad()
+def packs(llm: nn.Module, embed_tokens: nn.Module) -> bool:
+    """Whether packed rows give what padded ones give, tried on two short rows with kept beginnings and without.
+
+    An LLM may rearrange its keys, or keep arguments for itself; with tensor parallelism all ranks ask together.
+    """
+    lm = causal_lm(llm)
+    if not packable(lm):
+        return False
+    lengths, device = [3, 1], next(embed_tokens.parameters()).device
+    inputs = embed_tokens(to_device([[7, 8, 9], [10, 0, 0]], device))
+    valid = to_device([[True] * 3, [True, False, False]], device)
+    with evaluation_mode(llm):
+        try:
+            for prefix in (None, PrefixStore(8).get(llm, embed_tokens, [[5, 6], [4]])):
+                expected = hidden_states(llm, inputs, prefix)[valid].float()
+                got = hidden_states(llm, inputs, prefix, lengths)[valid].float()
+                if float((got - expected).norm()) > PACKING_TOLERANCE[inputs.dtype] * float(expected.norm()):
+                    return False
+        except (ConfigError, TypeError, ValueError, RuntimeError) as error:
+            log.info(f"{type(lm).__name__} computes padded rows: {error}")
+            return False
+    return True
 
 
 class PrefixStore:
@@ -134,14 +166,14 @@ def teacher_hidden_states(
         prompts: token ids with the transcript in place of speech.
         responses: the teacher's answers; the last token is never an input.
         store, prefix_lengths: where each prompt's constant beginning is kept, and its length.
-        packed: all rows in one pass without padding, instead of groups of similar length.
+        packed: without padding, so that groups need not be of very similar length.
     """
     device = next(embed_tokens.parameters()).device
     skip = prefix_lengths if store is not None and prefix_lengths is not None else [0] * len(prompts)
     rest = [p[n:] + r[:-1] for p, r, n in zip(prompts, responses, skip, strict=True)]
     parts: dict[int, Tensor] = {}
     lengths = [len(tokens) for tokens in rest]
-    for group in [list(range(len(rest)))] if packed else length_groups(lengths):
+    for group in length_groups(lengths, 0.5) if packed else length_groups(lengths):  # attention alone is padded
         ids = pad_right([rest[i] for i in group], device)
         with without_adapters(llm):
             prefix = None

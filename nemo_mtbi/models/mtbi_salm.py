@@ -26,7 +26,7 @@ from nemo_mtbi.losses.vocabulary import WHOLE_VOCABULARY, VocabularyShard
 from nemo_mtbi.models import speech
 from nemo_mtbi.models.generation import SpeechLLM
 from nemo_mtbi.models.gradients import GradientMixin
-from nemo_mtbi.models.language_model import Prefix, PrefixStore, hidden_states, teacher_hidden_states
+from nemo_mtbi.models.language_model import Prefix, PrefixStore, hidden_states, packs, teacher_hidden_states
 from nemo_mtbi.models.layout import build_inputs
 from nemo_mtbi.models.objective import (
     RESPONSE_TOKENS,
@@ -72,7 +72,7 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
     llm_weights: str | Path
     references: dict[str, str]
     prefixes: PrefixStore | None
-    packs: bool
+    _packs: bool | None
 
     def __init__(self, cfg: dict[str, Any]) -> None:
         cfg = {key: value for key, value in cfg.items() if value is not None}  # NeMo asks whether a key is there
@@ -115,6 +115,7 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
 
     def bind_connector(self) -> None:
         """Refresh what is derived from the LLM's weights; runs after every load."""
+        self._packs = None
         if self.prefixes is not None:
             self.prefixes.clear()
         connector = connector_of(self.perception)
@@ -134,6 +135,13 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
         return PromptFormatter.resolve(self.cfg.prompt_format)
 
     @property
+    def packs(self) -> bool:
+        """Whether the LLM computes no padding; found out when it is first asked, on all ranks of an LLM together."""
+        if self._packs is None:
+            self._packs = self.config.packing and packs(self.llm, self.embed_tokens)
+        return self._packs
+
+    @property
     def encoder_key(self) -> str:
         """Key of cached features that this model accepts."""
         return encoder_key(self.cfg.perception, self.references["encoder"], self.config.encoder_dtype)
@@ -146,9 +154,12 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
         if self.stage == "alignment":
             step = self.alignment(batch, self.config.alignment_stage)
         else:
-            student = self.student(batch, interleave=True)
+            # The student's forward pass is the last one before the backward pass, where activations that are computed
+            # again find the shapes of that pass (``parallel/blocks.py``).
             unfused = self.config.imitation.teacher == "unfused" and self.config.imitation.w_kl > 0
-            teacher = self.unfused_hidden(batch, student) if unfused else self.teacher_hidden(batch)
+            teacher = None if unfused else self.teacher_hidden(batch)
+            student = self.student(batch, interleave=True)
+            teacher = self.unfused_hidden(batch, student) if unfused else teacher
             loss = self.imitation(batch, student, teacher)
             step = step_loss(batch, student, loss, self.further_terms(batch, student.spoken.embeddings, teacher))
         self.count_tokens(step.count)

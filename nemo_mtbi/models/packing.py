@@ -61,7 +61,7 @@ class Packing:
     mask: Tensor | None = None
     keys: Tensor | None = None
     begins: dict[str, Any] = field(default_factory=dict)
-    calls: set[int] = field(default_factory=set)
+    calls: list[int] = field(default_factory=list)
 
     @classmethod
     def plan(
@@ -111,7 +111,7 @@ def prefix_and_own(prefixes: list[int], columns: int, lengths: list[int]) -> Ten
 
 
 def packable(llm: Any) -> bool:
-    """Whether every layer of a Transformers causal LM is full attention by a function that knows packing."""
+    """Whether a Transformers causal LM says that every layer is full attention, by a function that knows packing."""
     config = llm.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
@@ -142,9 +142,10 @@ def packed_states(body: Any, inputs: Tensor, lengths: list[int], prefix: Prefix 
         use_cache=False,
         packing=packing,
     ).last_hidden_state
-    if len(packing.calls) != len(body.layers):
+    if sorted(packing.calls) != list(range(len(body.layers))):
         raise ConfigError(
-            f"{type(body).__name__} does not hand its arguments to all attention layers. Set model.packing=false."
+            f"{type(body).__name__} does not attend once in each layer with the arguments given to it. "
+            "Set model.packing=false."
         )
     return packing.padded(hidden)
 
@@ -157,11 +158,17 @@ def know_packing(implementation: str) -> None:
     attend = _flash if implementation in FLASH else _sdpa
 
     def attention(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, packing: Packing | None = None, **kwargs: Any
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any = None,
+        packing: Packing | None = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         if packing is None:
-            return known(module, query, key, value, mask, **kwargs)
-        packing.calls.add(module.layer_idx)
+            return known(module, query, key, value, attention_mask, **kwargs)
+        packing.calls.append(module.layer_idx)
         return attend(known, module, (query, key, value), packing, kwargs), None
 
     attention.knows_packing = True  # type: ignore[attr-defined]

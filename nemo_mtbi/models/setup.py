@@ -16,8 +16,7 @@ from transformers import AutoConfig
 from nemo_mtbi.config import ModelConfig
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.models.language_model import PrefixStore
-from nemo_mtbi.models.packing import packable
-from nemo_mtbi.modules.causal_lm import causal_lm, is_frozen
+from nemo_mtbi.modules.causal_lm import is_frozen
 from nemo_mtbi.modules.fused_norm import fuse_norms, rms_norm_class
 from nemo_mtbi.modules.parameter_groups import parameter_groups
 from nemo_mtbi.modules.perception import freeze, input_length_reference, require_fitting_encoder, setup_perception
@@ -62,7 +61,6 @@ def setup_parts(model: Any, cfg: dict[str, Any], config: ModelConfig) -> None:
     freeze(model.named_parameters(), config)
     check_trainable(model, config)
     model.prefixes = prefix_store(model, config)
-    model.packs = config.packing and packable(causal_lm(model.llm))
 
 
 def salm_config(cfg: dict[str, Any], config: ModelConfig) -> DictConfig:

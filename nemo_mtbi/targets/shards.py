@@ -71,7 +71,16 @@ def settings_of(config: TargetsConfig, drawer: PromptDrawer) -> str:
     settings = {k: v for k, v in asdict(config).items() if k not in OPERATIONAL}
     tasks = [asdict(t) for t in drawer.tasks]
     template = str(drawer.tokenizer.tokenizer.chat_template)
-    return json.dumps([settings, tasks, drawer.teacher, template, decoded_by(config)])
+    by: Any = config.engine == "openai" and (config.openai.model or config.llm)  # as it was before there was vllm
+    if config.engine == "vllm":
+        by = decoded_by(config)
+    limit = context_limit(config)
+    return json.dumps([settings, tasks, drawer.teacher, template, by, *([] if limit is None else [limit])])
+
+
+def context_limit(config: TargetsConfig) -> int | None:
+    """Positions that the engine has for prompt and answer, where its configuration says so."""
+    return {"openai": config.openai.context_tokens, "vllm": config.vllm.max_model_len}.get(config.engine)
 
 
 class ShardWriter:
@@ -310,8 +319,7 @@ class LazyEngine:
         self.context_tokens: int | None = getattr(
             AutoConfig.from_pretrained(drawer.llm).get_text_config(), "max_position_embeddings", None
         )
-        own = {"openai": config.openai.context_tokens, "vllm": config.vllm.max_model_len}.get(config.engine)
-        if own is not None:
+        if (own := context_limit(config)) is not None:
             self.context_tokens = own
 
     def get(self) -> Engine:

@@ -4,6 +4,7 @@ import multiprocessing.context
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,19 +30,29 @@ def run(config: TargetsConfig) -> dict[str, Path]:
     generator = TargetGenerator(config)  # the plan and the index are made once, and errors come from one process
     if config.executor == RAY:
         shards = [s for own in generator.shards.values() for s in own if generator.writer.status(s) is None]
-        done = spread(partial(answering, config), shards, RAY, config.workers, config.ray)
+        cluster = config.ray
+        if config.engine == "vllm" and cluster.gpus is None and config.vllm.tensor_parallel_size > 1:
+            cluster = replace(cluster, gpus=float(config.vllm.tensor_parallel_size))
+        done = spread(partial(answering, config), shards, RAY, config.workers, cluster)
         for _ in console.progress(done, total=len(shards), desc="targets", unit="shard"):
             pass
         with explained(generator.folder):
             return generator.merge()
+    if config.engine == "vllm":  # a number of GPUs that there are not is said before anything starts
+        visible_gpus(config.workers - 1, config.vllm.tensor_parallel_size, gpu_count())
     if config.workers == 1:
         return generator.run()
     context = worker_context()
     alone = config.engine != "vllm"  # vLLM has processes of its own, which a daemon may not have
     processes = [context.Process(target=work, args=(config, rank), daemon=alone) for rank in range(config.workers)]
-    for process in processes:
-        process.start()
-    wait(processes, [(generator.writer, shard) for shards in generator.shards.values() for shard in shards])
+    try:
+        for process in processes:
+            process.start()
+        wait(processes, [(generator.writer, shard) for shards in generator.shards.values() for shard in shards])
+    finally:
+        for process in processes:  # a process that is no daemon would be waited for
+            if process.is_alive():
+                process.terminate()
     codes = [p.exitcode for p in processes]
     if any(generator.writer.status(s) is None for shards in generator.shards.values() for s in shards):
         raise DataError(
@@ -98,10 +109,11 @@ def work(config: TargetsConfig, rank: int) -> None:
     from nemo_mtbi.process import tune
     from nemo_mtbi.targets.generate import TargetGenerator
 
+    gpus = torch.cuda.device_count()
     if config.engine == "vllm":  # its processes use the GPUs that they see, from the first on
-        os.environ |= visible_gpus(rank, config.vllm.tensor_parallel_size, torch.cuda.device_count())
-    elif torch.cuda.device_count():
-        torch.cuda.set_device(rank % torch.cuda.device_count())
+        os.environ |= visible_gpus(rank, config.vllm.tensor_parallel_size, gpus)
+    elif gpus:
+        torch.cuda.set_device(rank % gpus)
     os.environ["TQDM_DISABLE"] = "1"  # the first process has a bar for all
     tune(max(1, (os.cpu_count() or 1) // config.workers))
     try:
@@ -110,6 +122,13 @@ def work(config: TargetsConfig, rank: int) -> None:
     except MTBIError as error:
         print(f"\nError in worker {rank}: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def gpu_count() -> int:
+    """GPUs that this process sees; it does not begin to use them."""
+    import torch  # start-up
+
+    return torch.cuda.device_count()
 
 
 def visible_gpus(rank: int, size: int, gpus: int) -> dict[str, str]:

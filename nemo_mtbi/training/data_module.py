@@ -1,5 +1,6 @@
 """NeMo's data module over our dataset: options that follow from the model, resuming, counts of whole steps."""
 
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -59,6 +60,31 @@ class WindowedLoader:
         return getattr(self.loader, name)
 
 
+class Waited:
+    """A loader that counts the ``seconds`` in which its batches were waited for."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader, self.seconds = loader, 0.0
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._counted(iter(self.loader))
+
+    def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            begin = time.monotonic()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.seconds += time.monotonic() - begin
+            yield batch
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "loader":  # while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.loader, name)
+
+
 class ResumableData(DataModule):
     """NeMo's data module, whose training data goes on after ``skip`` batches.
 
@@ -71,11 +97,14 @@ class ResumableData(DataModule):
     accumulated = 1
     shared = False
     connector: Connector | None = None
+    waited: Waited
 
     def train_dataloader(self) -> Any:
         loader = self._own_share() if self.shared else super().train_dataloader()
         loader = skip_batches(loader, self.skip, self.drawing_workers)
-        return WindowedLoader(loader, self.accumulated, self.connector) if self.accumulated > 1 else loader
+        loader = WindowedLoader(loader, self.accumulated, self.connector) if self.accumulated > 1 else loader
+        self.waited = Waited(loader)
+        return self.waited
 
     def _own_share(self) -> BroadcastingDataLoader:
         mesh, source = self._get_device_mesh(), None

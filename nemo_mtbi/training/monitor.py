@@ -22,42 +22,37 @@ class Throughput(pl.Callback):
     """What a rank gets done between two logged steps.
 
     - ``tokens_per_second`` (LLM positions of prompt and response) and ``examples_per_second``;
-    - ``data_wait_fraction``: share of the time in which the step waits for its batch;
+    - ``data_wait_fraction``: share of the host's time in which the loop waits for its next batch;
     - ``llm_tflops``: TFLOP/s of the LLM's matrix products (:mod:`nemo_mtbi.models.work`), and ``mfu``, their share of
       what Lightning's table says of the GPU, where that knows it;
     - ``peak_memory_gib``: of the GPU since the last time, or of this process.
     """
 
     def __init__(self) -> None:
-        self._begin = self._waited = self._idle_since = 0.0
+        self._begin = self._waited = 0.0
         self._tokens = self._examples = 0
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._restart(pl_module)
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._restart(trainer, pl_module)
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._restart(pl_module)
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self._restart(trainer, pl_module)
 
-    def _restart(self, model: Any) -> None:
-        self._begin = self._idle_since = time.monotonic()
-        self._tokens = self._examples = 0
-        self._waited = 0.0
+    def _restart(self, trainer: Any, model: Any) -> None:
+        self._begin, self._tokens, self._examples = time.monotonic(), 0, 0
+        self._waited = trainer.datamodule.waited.seconds
         model.work.taken()
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self._waited += time.monotonic() - self._idle_since
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._examples += len(batch["examples"])
         self._tokens += sum(len(e.prompt_ids) + len(e.response_ids) for e in batch["examples"])
-        self._idle_since = time.monotonic()
-        if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            seconds = max(1e-9, self._idle_since - self._begin)
+        if (batch_idx + 1) % trainer.log_every_n_steps == 0:
+            seconds = max(1e-9, time.monotonic() - self._begin)
             flops = pl_module.work.taken() / seconds
             rates = {
                 "tokens_per_second": self._tokens / seconds,
                 "examples_per_second": self._examples / seconds,
-                "data_wait_fraction": self._waited / seconds,
+                "data_wait_fraction": (trainer.datamodule.waited.seconds - self._waited) / seconds,
                 "llm_tflops": flops / 1e12,
                 "peak_memory_gib": peak_memory_gib(pl_module.device),
             }
@@ -65,7 +60,7 @@ class Throughput(pl.Callback):
                 rates["mfu"] = flops / most
             for logger in trainer.loggers:
                 logger.log_metrics(rates, trainer.global_step)
-            self._restart(pl_module)
+            self._restart(trainer, pl_module)
 
 
 @cache

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models import gemma, llama, mistral, qwen2, qwen3
 
 from nemo_mtbi.errors import ConfigError
-from nemo_mtbi.models.language_model import PrefixStore, hidden_states
+from nemo_mtbi.models.language_model import PrefixStore, hidden_states, packs
 from nemo_mtbi.models.packing import Packing, Prefix, know_packing, packable, packed_states
 from tests.helpers import assert_same, build, gradients, make_batch
 
@@ -110,6 +110,9 @@ def test_attention_without_a_plan_is_as_before():
     llm, ids = random_llm(), torch.randint(0, 60, (2, 9))
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9])
     eager = random_llm(attn_implementation="eager")
+    query = torch.randn(1, 4, 3, 8)
+    by_name = attention(llm.model.layers[0].self_attn, query, query, query, attention_mask=None, scaling=1.0)
+    assert by_name[0].shape == (1, 3, 4, 8)  # as some models call it
     torch.testing.assert_close(
         llm(ids, attention_mask=mask).logits[mask.bool()], eager(ids, attention_mask=mask).logits[mask.bool()]
     )
@@ -120,6 +123,24 @@ def test_an_llm_with_narrow_attention_is_not_packed():
     assert not packable(random_llm("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1))
     assert not packable(random_llm(attn_implementation="eager"))
     assert packable(random_llm("qwen2", use_sliding_window=False, sliding_window=4))
+
+
+@pytest.mark.parametrize("family", ["stablelm", "diffllama", "gemma2"])
+def test_an_llm_that_cannot_be_packed_computes_padded_rows(family):
+    """One keeps the arguments for itself, one rearranges values after they are kept, one has a sliding window."""
+    heads = HEADS | {"num_key_value_heads": 2 if family == "diffllama" else 4}
+    values = {k: v for k, v in (SHAPE | heads).items() if k != "head_dim" or family == "gemma2"}
+    torch.manual_seed(0)
+    llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **values)).eval()
+    assert not packs(llm, llm.get_input_embeddings())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_found_out_on_two_short_rows(family):
+    llm = random_llm(family)
+    assert packs(llm, llm.get_input_embeddings())
+    llm = random_llm(family).bfloat16()
+    assert packs(llm, llm.get_input_embeddings())
 
 
 def test_a_model_that_keeps_its_arguments_for_itself_is_refused():

@@ -1,6 +1,6 @@
 """One training step against NeMo's SALM, a plain CE + KL step, and the frozen LLM's own forward + backward.
 
-    python benchmarks/train_step.py [--quick] [--json FILE]
+    python benchmarks/train_step.py [--quick] [--packing] [--json FILE]
 
 Same model (SmolLM2-135M and Whisper tiny.en shapes, a stacking connector), same batch, same response tokens: 8
 utterances of 5 s, 111 positions, 24 response tokens. Variants take turns within one run; ratios are of medians.
@@ -209,20 +209,29 @@ def serve(dtype: str, tuned: bool) -> None:
         print(REPLY + json.dumps(time.perf_counter() - begin), flush=True)
 
 
-def measure(dtype: str, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Median seconds of each variant with NeMo's and with our heap; all take turns, after one warm-up round."""
-    workers = [Worker(dtype, tuned) for tuned in (False, True)]
-    times: list[dict[str, list[float]]] = [{name: [] for name in w.names} for w in workers]
+def measure(dtype: str, rounds: int, heaps: tuple[bool, ...] = (False, True), only: str = "") -> list[dict[str, float]]:
+    """Median seconds of each variant with NeMo's and with our heap; all take turns, after one warm-up round.
+
+    ``only``: variants whose names begin so.
+    """
+    workers = [Worker(dtype, tuned) for tuned in heaps]
+    times: list[dict[str, list[float]]] = [{n: [] for n in w.names if n.startswith(only)} for w in workers]
     for index in range(rounds + 1):
         for worker, own in zip(workers, times, strict=True):
-            for name in worker.names:
+            for name in own:
                 seconds = worker.seconds(name)
                 if index:
                     own[name].append(seconds)
     for worker in workers:
         worker.process.terminate()
-    plain, tuned = ({name: statistics.median(v) for name, v in own.items()} for own in times)
-    return plain, tuned
+    return [{name: statistics.median(v) for name, v in own.items()} for own in times]
+
+
+def packing_ratios(t: dict[str, float]) -> dict[str, float]:
+    """Steps with packing over steps with padded rows, of uneven rows."""
+    names = {"packed_vs_padded": "", "packed_vs_padded_kept_prompts": "_kept_prompts"}
+    names |= {"packed_vs_padded_online_teacher": "_online_teacher"}
+    return {ratio: t[f"uneven_padded{name}"] / t[f"uneven_packed{name}"] for ratio, name in names.items()}
 
 
 def loss_peak(kind: str, tokens: int) -> float:
@@ -259,6 +268,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds, bf16 only, smaller memory test")
     parser.add_argument("--rounds", type=int, default=5, help="measured turns of each variant")
+    parser.add_argument("--packing", action="store_true", help="packed and padded rows alone, in float32")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--loss-peak", choices=["fused", "plain"], help=argparse.SUPPRESS)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -272,6 +282,11 @@ def main() -> None:
         serve(args.worker, args.tuned)
         return
     result: dict[str, Any] = {"command": " ".join(["python", *sys.argv]), "torch": torch.__version__}
+    if args.packing:
+        (t,) = measure("float32", args.rounds, heaps=(True,), only="uneven")
+        seconds = {k: round(v, 4) for k, v in t.items()}
+        finish(result | {"seconds": seconds, **{k: round(v, 3) for k, v in packing_ratios(t).items()}}, args.json)
+        return
     for dtype in ["bfloat16"] if args.quick else ["float32", "bfloat16"]:
         plain, t = measure(dtype, min(2, args.rounds) if args.quick else args.rounds)
         ratios = {
@@ -284,9 +299,7 @@ def main() -> None:
             "examples_per_s_vs_plain_ce_kl_same_heap_all_positions": t["plain_ce_kl_online"] / t["ours_online_teacher"],
             "step_vs_frozen_llm_limit": t["ours_cached_features"] / t["llm_body"],
             "step_vs_frozen_llm_limit_kept_prompts": t["ours_cached_features_kept_prompts"] / t["llm_body"],
-            "packed_vs_padded": t["uneven_padded"] / t["uneven_packed"],
-            "packed_vs_padded_kept_prompts": t["uneven_padded_kept_prompts"] / t["uneven_packed_kept_prompts"],
-            "packed_vs_padded_online_teacher": t["uneven_padded_online_teacher"] / t["uneven_packed_online_teacher"],
+            **packing_ratios(t),
             "salm_ce_vs_frozen_llm": plain["salm_ce"] / plain["llm_body"],
         }
         result[dtype] = {

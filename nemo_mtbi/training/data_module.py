@@ -97,7 +97,7 @@ class ResumableData(DataModule):
     accumulated = 1
     shared = False
     connector: Connector | None = None
-    waited: Waited
+    waited = Waited(())  # before there is a loader
 
     def train_dataloader(self) -> Any:
         loader = self._own_share() if self.shared else super().train_dataloader()

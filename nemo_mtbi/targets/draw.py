@@ -162,9 +162,13 @@ class PromptDrawer:
                         request = self.request(filled, read, min(task.max_new_tokens, limit))
                     except DataError as error:
                         problem = ("rendering", str(error))
+                answer = None
+                if task.answer is not None and problem is None:
+                    answer = render_template(task.answer, own | {"transcript": text})
+                    request = given(request, answer)
                 languages = tuple(dict.fromkeys([prompt.language, *spoken]))
                 what = task.name, prompt.id, filled, languages, own, problem
-                jobs.append(Job(request, cut.id, text, *what, described=described))
+                jobs.append(Job(request, cut.id, text, *what, answer=answer, described=described))
         return jobs
 
     def _described(self, cut: Cut, task: Task, prompt_id: str) -> Description | None:
@@ -186,9 +190,7 @@ class PromptDrawer:
             if task.prepare or task.variables or task.choices:
                 continue
             prompt = random.Random(f"{self.config.seed}/{cut.id}").choice(task.select(split, self.config.languages))
-            request = self.request(prompt.text, NOTHING_HEARD, task.max_new_tokens)
-            key = hashlib.blake2b(f"{request.key}/{answer}".encode(), digest_size=12).hexdigest()
-            request = Request(key, request.prompt_ids, request.max_new_tokens)
+            request = given(self.request(prompt.text, NOTHING_HEARD, task.max_new_tokens), answer)
             jobs.append(Job(request, cut.id, "", NO_SPEECH, prompt.id, prompt.text, (), {}, answer=answer))
         return jobs
 
@@ -197,6 +199,12 @@ class PromptDrawer:
         ids = self.renderer.render([user_message(prompt, Spoken(text), self.config.speech_position)]).ids
         content = json.dumps([ids, self.teacher, decoded_by(self.config), max_new_tokens])
         return Request(hashlib.blake2b(content.encode(), digest_size=12).hexdigest(), ids, max_new_tokens)
+
+
+def given(request: Request, answer: str) -> Request:
+    """A request whose answer is not the LLM's: it counts in the key."""
+    key = hashlib.blake2b(f"{request.key}/{answer}".encode(), digest_size=12).hexdigest()
+    return Request(key, request.prompt_ids, request.max_new_tokens)
 
 
 def one_line(text: str) -> str:

@@ -40,6 +40,7 @@ class PrepareStep:
 class Task:
     """One task; see ``docs/tasks.md`` for the YAML.
 
+    ``answer``: a template of the answer, with ``transcript``; the LLM is then not asked.
     ``needs``: attributes of the voice that it asks about; ``described``: it asks about the voice as a whole;
     ``utterances``: that the recording has at least.
     """
@@ -57,6 +58,7 @@ class Task:
     needs: list[str] = field(default_factory=list)
     described: bool = False
     utterances: int = 1
+    answer: str | None = None
 
     @property
     def about_the_voice(self) -> bool:
@@ -113,6 +115,8 @@ def load_task(path: Path) -> Task:
     values |= {s.variable: "..." for s in task.prepare}
     for template in [p.text for p in task.prompts] + [s.prompt for s in task.prepare]:
         render_template(template, values)
+    if task.answer is not None:
+        render_template(task.answer, values | {"transcript": "..."})
     return task
 
 

@@ -72,6 +72,10 @@ def test_a_variant_may_have_targets_of_its_own(tmp_path):
     check_tasks(cfg, {"repeat_only": own})
     with pytest.raises(ConfigError, match=r"variants.a: tasks about, but .*repeat.jsonl holds targets of repeat"):
         check_tasks(cfg, {"a": {"tasks": ["about"], "targets": repeat}})
+    transcripts = written("transcripts.jsonl", ["transcription"])
+    check_tasks(
+        cfg, {"asr": {"tasks": ["transcription"], "targets": transcripts}}
+    )  # the benchmark does not ask a control
     cfg.benchmark.trained_tasks = ["repeat"]
     with pytest.raises(ConfigError, match="benchmark.trained_tasks is repeat: the columns"):
         check_tasks(cfg, {"full": {}})

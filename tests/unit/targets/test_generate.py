@@ -258,3 +258,21 @@ def test_cuts_without_transcript_are_counted(tmp_path, tiny_llm):
     cuts = write_cuts(tmp_path / "cuts.jsonl", 2, lambda i: "")
     with pytest.raises(DataError, match="No answer is left.*'no_transcript': 2"):
         TargetGenerator(config(tmp_path, tiny_llm, cuts)).run()
+
+
+def test_a_task_may_give_the_answer_itself(tmp_path, tiny_llm):
+    """Fine-tuning on ASR: transcripts as they stand; the LLM is not even loaded."""
+    texts = ["Seven boats, 2 harbours.", 'He said: "<|im_end|>"']
+    cuts = write_cuts(tmp_path / "cuts.jsonl", 2, lambda i: texts[i])
+    generator = TargetGenerator(config(tmp_path, tiny_llm, cuts, task_names=["transcription"]))
+    lines = generator.run()["train"].read_text().splitlines()
+    assert generator.engine.engine is None
+    tokenizer = generator.drawer.tokenizer.tokenizer
+    for line, text in zip(lines, texts, strict=True):
+        (target,) = json.loads(line)["custom"]["targets"]
+        assert target["response"] == text and target["prompt"] == "Transcribe the speech into text."
+        ids = target["response_ids"]
+        assert tokenizer.decode(ids[:-1]) == text and ids[-1] == generator.drawer.end_of_turn and 2 not in ids[:-1]
+    others = write_cuts(tmp_path / "others.jsonl", 2, lambda i: "Other words.")
+    other = TargetGenerator(config(tmp_path, tiny_llm, others, task_names=["transcription"]))
+    assert "Other words." in other.run()["train"].read_text()  # another answer, another key

@@ -8,6 +8,7 @@ from nemo_mtbi.evaluation.run_report import scalars
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.io.html import save_picture, subplots
 
+TESTED = {"token_agreement": "agreement", "kl_per_token": "KL"}
 MEASURES = ("token_agreement", "kl_per_token", "rouge_l", "form")
 
 
@@ -72,14 +73,15 @@ def markdown(table: dict[str, Any], command: str) -> str:
 
 
 def comparisons(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Paired tests of token agreement: a row for each set, column, system and reference."""
+    """Paired tests of token agreement and KL: a row for each set, column, system, reference and measure."""
     return [
-        {"set": manifest, "column": column, "system": system, "reference": reference, **tests["token_agreement"]}
+        {"set": manifest, "column": column, "system": system, "reference": reference, "measure": name, **tests[name]}
         for manifest, columns in results.items()
         for column, systems in columns.items()
         for system, entry in systems.items()
         for reference, tests in entry.get("compared", {}).items()
-        if "token_agreement" in tests
+        for name in TESTED
+        if name in tests
     ]
 
 
@@ -89,13 +91,13 @@ def comparison_table(rows: list[dict[str, Any]]) -> str:
         return ""
     lines = [
         "",
-        "## Paired differences of token agreement",
+        "## Paired differences of token agreement and KL",
         "",
-        "| set | column | system | reference | difference | p |",
+        "| set | column | system | reference | measure | difference | p |",
     ]
-    lines.append("| --- | --- | --- | --- | ---: | ---: |")
+    lines.append("| --- | --- | --- | --- | --- | ---: | ---: |")
     lines += [
-        f"| {r['set']} | {r['column'].replace('_', ' ')} | {r['system']} | {r['reference']} "
+        f"| {r['set']} | {r['column'].replace('_', ' ')} | {r['system']} | {r['reference']} | {TESTED[r['measure']]} "
         f"| {r['difference']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}] | {r['p']:.3f} |"
         for r in rows
     ]

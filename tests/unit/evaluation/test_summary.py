@@ -34,7 +34,7 @@ def test_summary_and_report(tmp_path):
     assert compared["ours"]["compared"]["cascade"] == compared["ours"]["against"]
     rows = comparisons({"held_out": {SEEN_PROMPTS: compared}})
     assert {(r["system"], r["reference"]) for r in rows} >= {("ours", "cascade"), ("cascade", "ours")}
-    assert "| held_out | seen prompts | ours | cascade | +0.250 [" in comparison_table(rows)
+    assert "| held_out | seen prompts | ours | cascade | agreement | +0.250 [" in comparison_table(rows)
     about = {
         "trained_tasks": ["repeat"],
         "unseen_tasks": ["reply"],

@@ -99,7 +99,7 @@ def variants(model: Any) -> dict[str, Callable[[], None]]:
 
     def ours(data: dict[str, Any], teacher: str, prefixes: Any, packs: bool = True) -> Callable[[], None]:
         def step() -> None:
-            model.prefixes, model.config.imitation.teacher, model.packs = prefixes, teacher, packs
+            model.prefixes, model.config.imitation.teacher, model._packs = prefixes, teacher, packs
             model.training_step(data, 0)["loss"].backward()
 
         return step

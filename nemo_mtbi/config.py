@@ -112,8 +112,8 @@ class ModelConfig:
         nothing_heard_answer: the answer where a connector that writes text hears no speech in the question's audio;
             null: the LLM's own, to a transcript "...".
         prefix_cache_tokens: tokens of prompt beginnings whose keys and values are kept (0: none); see PrefixStore.
-        packing: compute an example's own positions alone, no padding, where all layers of the LLM are full attention
-            (Transformers' ``sdpa`` or ``flash_attention_*``); other LLMs compute padded rows.
+        packing: compute the examples' own positions alone, no padding, where the LLM can (all layers full attention by
+            Transformers' ``sdpa`` or ``flash_attention_*``) and there is enough padding; see models/packing.py.
         tensor_model_parallel_size: ranks that hold the LLM together; ``trainer.tensor_model_parallel_size`` sets it.
         sequence_parallel: with tensor parallelism, spread what lies between attention and feed-forward blocks over
             positions.

@@ -20,7 +20,7 @@ from nemo_mtbi.modules.connectors.base import evaluation_mode
 
 log = logging.getLogger(__name__)
 
-PACKED_BELOW = 0.97  # share of valid positions from which on padded rows are as fast
+PACKED_BELOW = 0.92  # share of valid positions above which padded rows are as fast (benchmarks/results/packing.json)
 PACKING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}  # of states, relative
 
 

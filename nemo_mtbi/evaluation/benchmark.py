@@ -61,6 +61,11 @@ class Benchmark:
             [t.name for t in select_tasks(self.library, list(names) if names is not None else None, group)]
             for names, group in groups
         )
+        if given := [n for n in [*self.trained, *self.unseen] if self.library[n].answer is not None]:
+            raise ConfigError(
+                f"Task {given[0]} gives the answer itself, so that there is none of the text LLM to compare with. "
+                "Leave it out of trained_tasks and unseen_tasks."
+            )
         if both := set(self.trained) & set(self.unseen):
             raise ConfigError(f"{sorted(both)[0]} stands in trained_tasks and in unseen_tasks.")
         # Ours first: one of them gives the text LLM. NeMo's other speech LLMs have their own.

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ def main(cfg: DictConfig) -> None:
     from nemo_mtbi.data.conversation import check_manifest
     from nemo_mtbi.evaluation.ablation import write_report
 
-    variants: dict[str, dict[str, Any]] = OmegaConf.to_container(cfg.variants, resolve=True)  # type: ignore[assignment]
+    given: dict[str, Any] = OmegaConf.to_container(cfg.variants, resolve=True)  # type: ignore[assignment]
+    variants = {name: variant or {} for name, variant in given.items()}
     names = list(cfg.only) if cfg.only is not None else list(variants)
     for name in names:
         if name not in variants:
@@ -32,18 +34,14 @@ def main(cfg: DictConfig) -> None:
             raise ConfigError(
                 f"variants.{name}: unknown key {sorted(unknown)[0]!r}; known: {', '.join(sorted(VARIANT_KEYS))}."
             )
-    for path in [
-        *cfg.targets.values(),
-        *cfg.cuts.values(),
-        *(v["targets"] for v in variants.values() if "targets" in v),
-    ]:
-        check_manifest(path)
+    for path in [*cfg.targets.values(), *cfg.cuts.values(), *(manifest_of(cfg, variants[name]) for name in names)]:
+        check_manifest(str(path))
     if cfg.only is None:
         absent = [name for name in names if not held(cfg, variants[name])]
         names = [name for name in names if name not in absent]
         if absent:
             console.say(f"Left out, since there are no targets of their tasks: {', '.join(absent)}.")
-    check_tasks(cfg, {name: variants[name] for name in names})
+    trained = check_tasks(cfg, {name: variants[name] for name in names})
     root = Path(cfg.output_dir)
     runs: dict[str, dict[int, Path]] = {}
     for name in names:
@@ -65,6 +63,7 @@ def main(cfg: DictConfig) -> None:
             "systems": systems,
             "compare_with": references,
             **cfg.benchmark,
+            "trained_tasks": trained,
         },
     )
     paths = write_report(root, json.loads((root / "benchmark" / "benchmark.json").read_text()), runs)
@@ -75,36 +74,40 @@ def main(cfg: DictConfig) -> None:
 def held(cfg: DictConfig, variant: dict[str, Any]) -> set[str]:
     """Tasks that a variant trains on; empty where its manifest lacks one that it names."""
     there = tasks_of(manifest_of(cfg, variant))
-    named = set(variant.get("tasks", there))
+    named = set(variant.get("tasks") or there)
     return named if named <= there else set()
 
 
-def check_tasks(cfg: DictConfig, variants: dict[str, dict[str, Any]]) -> None:
-    """Whether the benchmark calls the tasks trained that the variants train on.
+def check_tasks(cfg: DictConfig, variants: dict[str, dict[str, Any]]) -> list[str]:
+    """What the benchmark is to call trained: what the variants train on, without control tasks.
 
     Raises:
-        ConfigError: where it does not, or a variant names a task of which its manifest has no targets.
+        ConfigError: there are no targets, a variant names a task of which its manifest has none, or
+            ``benchmark.trained_tasks`` says something else.
     """
     for name, variant in variants.items():
         if not held(cfg, variant):
             path = manifest_of(cfg, variant)
             raise ConfigError(
-                f"variants.{name}: tasks {', '.join(variant['tasks'])}, but {path} holds targets of "
-                f"{', '.join(sorted(tasks_of(path)))}. Generate targets of all of them."
+                f"variants.{name}: tasks {', '.join(variant.get('tasks') or ['(all)'])}, but {path} holds targets of "
+                f"{', '.join(sorted(tasks_of(path))) or 'no task'}. Generate targets of all of them."
             )
     trained = tasks_of(Path(cfg.targets.train)).union(*(held(cfg, variant) for variant in variants.values()))
-    trained -= {task.name for task in load_library().values() if task.group == "control"}  # not asked in the benchmark
+    library = load_library(cfg.benchmark.get("task_folders"))
+    trained -= {task.name for task in library.values() if task.group == "control"}  # not asked in the benchmark
     called = set(cfg.benchmark.get("trained_tasks") or trained)
-    if trained != called:
+    if trained != called or not trained:
         raise ConfigError(
-            f"There are targets of {', '.join(sorted(trained))} to train on, but benchmark.trained_tasks is "
-            f"{', '.join(sorted(called))}: the columns of seen and unseen tasks would be wrong. Name what is trained."
+            f"There are targets of {', '.join(sorted(trained)) or 'no task'} to train on, but benchmark.trained_tasks is "
+            f"{', '.join(sorted(called)) or 'empty'}: the columns of seen and unseen tasks would be wrong. "
+            "Name what is trained."
         )
+    return list(cfg.benchmark.get("trained_tasks") or sorted(trained))
 
 
 def manifest_of(cfg: DictConfig, variant: dict[str, Any]) -> Path:
     """The manifest with targets that a variant trains on."""
-    return Path(variant.get("targets", cfg.targets.train))
+    return Path(variant.get("targets") or cfg.targets.train)
 
 
 def train_values(cfg: DictConfig, variant: dict[str, Any], run: Path, seed: int) -> dict[str, Any]:
@@ -112,7 +115,9 @@ def train_values(cfg: DictConfig, variant: dict[str, Any], run: Path, seed: int)
     manifest = manifest_of(cfg, variant)
     if "data_share" in variant:
         manifest = subset(manifest, Path(cfg.output_dir) / "data", variant["data_share"])
-    source = {"type": "mtbi", "cuts_path": str(manifest)} | ({"tasks": variant["tasks"]} if "tasks" in variant else {})
+    source = {"type": "mtbi", "cuts_path": str(manifest)} | (
+        {"tasks": variant["tasks"]} if variant.get("tasks") else {}
+    )
     return {
         **cfg.train,
         "output_dir": str(run),
@@ -144,9 +149,12 @@ def values_of(settings: list[str]) -> dict[str, Any]:
     return {key: read(text) for key, _, text in (s.partition("=") for s in settings)}
 
 
+@cache
 def tasks_of(manifest: Path) -> set[str]:
     """Tasks of a manifest's targets."""
-    with open(manifest, encoding="utf-8") as lines:
+    from lhotse.serialization import open_best  # start-up
+
+    with open_best(manifest) as lines:
         return {t["task"] for line in lines for t in (json.loads(line).get("custom") or {}).get("targets", [])}
 
 
@@ -158,7 +166,9 @@ def subset(manifest: Path, folder: Path, share: float) -> Path:
     content = hashlib.blake2b(manifest.read_bytes(), digest_size=4).hexdigest()
     path = folder / f"{manifest.stem}.{share:g}.{content}.jsonl"
     if not path.is_file():
-        with open(manifest, encoding="utf-8") as lines, jsonl.replacing(path, "part") as out:
+        from lhotse.serialization import open_best  # start-up
+
+        with open_best(manifest) as lines, jsonl.replacing(path, "part") as out:
             for line in lines:
                 digest = hashlib.blake2b(json.loads(line)["id"].encode(), digest_size=8).digest()
                 if int.from_bytes(digest, "big") < share * 2**64:

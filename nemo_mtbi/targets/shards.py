@@ -69,7 +69,7 @@ class ShardStatus:
 def settings_of(config: TargetsConfig, drawer: PromptDrawer) -> str:
     """Everything besides the input that decides what is written."""
     settings = {k: v for k, v in asdict(config).items() if k not in OPERATIONAL}
-    tasks = [asdict(t) for t in drawer.tasks]
+    tasks = [{k: v for k, v in asdict(t).items() if k != "answer" or v is not None} for t in drawer.tasks]
     template = str(drawer.tokenizer.tokenizer.chat_template)
     by: Any = config.engine == "openai" and (config.openai.model or config.llm)  # as it was before there was vllm
     if config.engine == "vllm":
@@ -272,7 +272,7 @@ class ShardWriter:
         if job.problem is not None:
             return job.problem
         if job.answer is not None:
-            return None
+            return None if job.task == NO_SPEECH or record is None else self._reject_given(job, record)
         if record is None:
             return CONTEXT, f"prompt of {len(job.request.prompt_ids)} tokens and {job.request.max_new_tokens} new ones"
         candidate = Candidate(
@@ -290,6 +290,23 @@ class ShardWriter:
         for filter_name, check in self.filters:
             if (why := check(candidate)) is not None:
                 return filter_name, why
+        return None
+
+    def _reject_given(self, job: Job, record: Record) -> tuple[str, str] | None:
+        """Why an answer that a task gives cannot be trained on."""
+        prompt, answer = len(job.request.prompt_ids), len(record["response_ids"])
+        context, most = self.engine.context_tokens, self.config.max_total_tokens
+        if not record["response"].strip():
+            return "empty", "the answer that the task gives is empty"
+        if answer > job.request.max_new_tokens:
+            return (
+                "truncated",
+                f"the answer has {answer} tokens, of {job.request.max_new_tokens} that the task may have",
+            )
+        if context is not None and prompt + answer > context:
+            return CONTEXT, f"prompt of {prompt} tokens and an answer of {answer}"
+        if most is not None and prompt + answer > most:
+            return "too_long", f"{prompt + answer} tokens, max_total_tokens={most}"
         return None
 
 

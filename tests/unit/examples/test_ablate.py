@@ -69,7 +69,8 @@ def test_a_variant_may_have_targets_of_its_own(tmp_path):
     source = train_values(cfg, own, tmp_path, 0)["data.train_ds.input_cfg"][0]
     assert source["cuts_path"].startswith(str(tmp_path / "data" / "repeat")) and source["tasks"] == ["repeat"]
     assert held(cfg, own) == {"repeat"} and held(cfg, {}) == {"repeat", "about"}
-    check_tasks(cfg, {"repeat_only": own})
+    assert check_tasks(cfg, {"repeat_only": own}) == ["about", "repeat"]
+    assert check_tasks(cfg, {"a": {"tasks": None, "targets": None}}) == ["about", "repeat"]
     with pytest.raises(ConfigError, match=r"variants.a: tasks about, but .*repeat.jsonl holds targets of repeat"):
         check_tasks(cfg, {"a": {"tasks": ["about"], "targets": repeat}})
     transcripts = written("transcripts.jsonl", ["transcription"])
@@ -79,6 +80,12 @@ def test_a_variant_may_have_targets_of_its_own(tmp_path):
     cfg.benchmark.trained_tasks = ["repeat"]
     with pytest.raises(ConfigError, match="benchmark.trained_tasks is repeat: the columns"):
         check_tasks(cfg, {"full": {}})
+    cfg.benchmark.trained_tasks = None
+    assert check_tasks(cfg, {"full": {}}) == ["about", "repeat"]  # what the benchmark is told
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text('{"id": "a"}\n')
+    with pytest.raises(ConfigError, match=r"variants.full: tasks \(all\), but .*empty.jsonl holds targets of no task"):
+        check_tasks(cfg, {"full": {"targets": str(empty)}})
     cfg.benchmark.trained_tasks = ["repeat", "about", "title"]
     with pytest.raises(ConfigError, match="Name what is trained"):
         check_tasks(cfg, {"full": {}})

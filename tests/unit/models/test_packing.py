@@ -7,6 +7,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models import gemma, llama, mistral, qwen2, qwen3
 
 from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.models import language_model
 from nemo_mtbi.models.language_model import PrefixStore, hidden_states, packs
 from nemo_mtbi.models.packing import Packing, Prefix, know_packing, packable, packed_states
 from tests.helpers import assert_same, build, gradients, make_batch
@@ -141,6 +142,13 @@ def test_it_is_found_out_on_two_short_rows(family):
     assert packs(llm, llm.get_input_embeddings())
     llm = random_llm(family).bfloat16()
     assert packs(llm, llm.get_input_embeddings())
+
+
+def test_nothing_counts_as_the_same_as_nonsense(monkeypatch):
+    llm = random_llm()
+    assert packs(llm.double(), llm.get_input_embeddings())
+    monkeypatch.setattr(language_model, "packed_states", lambda body, inputs, *_: torch.full_like(inputs, torch.nan))
+    assert not packs(llm, llm.get_input_embeddings())
 
 
 def test_a_model_that_keeps_its_arguments_for_itself_is_refused():

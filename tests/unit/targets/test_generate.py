@@ -260,19 +260,27 @@ def test_cuts_without_transcript_are_counted(tmp_path, tiny_llm):
         TargetGenerator(config(tmp_path, tiny_llm, cuts)).run()
 
 
-def test_a_task_may_give_the_answer_itself(tmp_path, tiny_llm):
+@pytest.mark.parametrize("top_k", [0, 1, 4])
+def test_a_task_may_give_the_answer_itself(tmp_path, tiny_llm, top_k):
     """Fine-tuning on ASR: transcripts as they stand; the LLM is not even loaded."""
-    texts = ["Seven boats, 2 harbours.", 'He said: "<|im_end|>"']
-    cuts = write_cuts(tmp_path / "cuts.jsonl", 2, lambda i: texts[i])
-    generator = TargetGenerator(config(tmp_path, tiny_llm, cuts, task_names=["transcription"]))
-    lines = generator.run()["train"].read_text().splitlines()
+    texts = ["Seven boats, 2 harbours.", 'He said: "<|im_end|>"', "too long " * 200]
+    cuts = write_cuts(tmp_path / "cuts.jsonl", 3, lambda i: texts[i])
+    generator = TargetGenerator(config(tmp_path, tiny_llm, cuts, task_names=["transcription"], top_k=top_k))
+    written = list(CutSet.from_jsonl(generator.run()["train"]))
     assert generator.engine.engine is None
     tokenizer = generator.drawer.tokenizer.tokenizer
-    for line, text in zip(lines, texts, strict=True):
-        (target,) = json.loads(line)["custom"]["targets"]
+    for cut, text in zip(written, texts[:2], strict=False):
+        (target,) = cut.custom["targets"]
         assert target["response"] == text and target["prompt"] == "Transcribe the speech into text."
         ids = target["response_ids"]
         assert tokenizer.decode(ids[:-1]) == text and ids[-1] == generator.drawer.end_of_turn and 2 not in ids[:-1]
+        if top_k:  # a cached teacher that is sure of each token
+            kept, log_probs = cut.load_custom("teacher_ids"), cut.load_custom("teacher_log_probs")
+            assert kept[:, 0].tolist() == ids and kept.shape == (len(ids), top_k)
+            assert (log_probs[:, 0] == 0).all() and (log_probs[:, 1:] == -100).all()
+    assert not written[2].custom["targets"]
+    (rejected,) = (tmp_path / "targets" / "rejected" / "train.jsonl").read_text().splitlines()
+    assert json.loads(rejected)["filter"] == "truncated" and "of 160 that the task may have" in rejected
     others = write_cuts(tmp_path / "others.jsonl", 2, lambda i: "Other words.")
     other = TargetGenerator(config(tmp_path, tiny_llm, others, task_names=["transcription"]))
     assert "Other words." in other.run()["train"].read_text()  # another answer, another key

@@ -117,6 +117,6 @@ def test_a_rank_logs_its_rates(tiny_config):
     (rates,) = logged
     tokens = sum(len(e.prompt_ids) + len(e.response_ids) for e in batch["examples"])
     assert rates["tokens_per_second"] == pytest.approx(rates["examples_per_second"] * tokens / 3)
-    assert rates["data_wait_fraction"] == pytest.approx(waited.seconds / seconds, rel=0.1) and waited.seconds >= 0.1
+    assert waited.seconds / seconds <= rates["data_wait_fraction"] <= 1 and waited.seconds >= 0.1
     assert rates["llm_tflops"] > 0 and rates["peak_memory_gib"] > 0.1
     assert "mfu" not in rates and peak_flops(torch.device("cpu"), torch.float32) is None

@@ -97,10 +97,10 @@ def check_tasks(cfg: DictConfig, variants: dict[str, dict[str, Any]]) -> list[st
     trained -= {task.name for task in library.values() if task.group == "control"}  # not asked in the benchmark
     called = set(cfg.benchmark.get("trained_tasks") or trained)
     if trained != called or not trained:
+        there, said = (", ".join(sorted(names)) or "none" for names in (trained, called))
         raise ConfigError(
-            f"There are targets of {', '.join(sorted(trained)) or 'no task'} to train on, but benchmark.trained_tasks is "
-            f"{', '.join(sorted(called)) or 'empty'}: the columns of seen and unseen tasks would be wrong. "
-            "Name what is trained."
+            f"The targets to train on are of {there}, but benchmark.trained_tasks is {said}: the columns of seen and "
+            "unseen tasks would be wrong. Name what is trained."
         )
     return list(cfg.benchmark.get("trained_tasks") or sorted(trained))
 

@@ -13,8 +13,7 @@ from transformers import DynamicCache
 
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.io.transfer import to_device
-from nemo_mtbi.models.packing import Prefix as Prefix
-from nemo_mtbi.models.packing import packable, packed_states
+from nemo_mtbi.models.packing import Prefix, packable, packed_states
 from nemo_mtbi.modules.causal_lm import causal_lm, without_adapters
 from nemo_mtbi.modules.connectors.base import evaluation_mode
 

@@ -26,7 +26,7 @@ from nemo_mtbi.losses.vocabulary import WHOLE_VOCABULARY, VocabularyShard
 from nemo_mtbi.models import speech
 from nemo_mtbi.models.generation import SpeechLLM
 from nemo_mtbi.models.gradients import GradientMixin
-from nemo_mtbi.models.language_model import Prefix, PrefixStore, hidden_states, packs, teacher_hidden_states
+from nemo_mtbi.models.language_model import PrefixStore, hidden_states, packs, teacher_hidden_states
 from nemo_mtbi.models.layout import build_inputs
 from nemo_mtbi.models.objective import (
     RESPONSE_TOKENS,
@@ -43,6 +43,7 @@ from nemo_mtbi.models.objective import (
     transcript_terms,
 )
 from nemo_mtbi.models.optimization import build_optimizer
+from nemo_mtbi.models.packing import Prefix
 from nemo_mtbi.models.persistence import PersistenceMixin
 from nemo_mtbi.models.seen import SeenRecord
 from nemo_mtbi.models.setup import setup_parts
@@ -197,6 +198,7 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
         )
         return StudentOutput(hidden.flatten(0, 1)[layout.response_rows], layout, spoken)
 
+    @torch.no_grad()
     def teacher_hidden(self, batch: dict[str, Any]) -> Tensor | None:
         """The online teacher's hidden states (R, H) before the response tokens; None where the teacher is another."""
         config, examples = self.config.imitation, batch["examples"]
@@ -205,9 +207,8 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
         responses, beginnings = [e.response_ids for e in examples], [e.units[0].token_begin for e in examples]
         prompts = [e.teacher_prompt for e in examples]
         kept = 0 if self.prefixes is None else sum(beginnings)
-        with torch.no_grad():
-            tokens = sum(map(len, responses))
-            self.work.add(self.llm, sum(map(len, prompts)) - kept + tokens - len(examples), tokens)
+        tokens = sum(map(len, responses))
+        self.work.add(self.llm, sum(map(len, prompts)) - kept + tokens - len(examples), tokens)
         return teacher_hidden_states(
             self.llm, self.embed_tokens, prompts, responses, self.prefixes, beginnings, packed=self.packs
         )

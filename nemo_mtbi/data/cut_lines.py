@@ -7,7 +7,7 @@ import os
 import tarfile
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import islice
@@ -38,7 +38,8 @@ def readable(cuts: CutSet) -> Iterator[Cut]:
             cut = next(stream)
         except StopIteration:
             return
-        except (OSError, EOFError, ValueError, zlib.error, tarfile.TarError) as error:
+        # AssertionError: the parts of a Shar are not of one version.
+        except (OSError, EOFError, ValueError, AssertionError, zlib.error, tarfile.TarError) as error:
             first: BaseException = error
             while first.__cause__ or first.__context__:
                 first = first.__cause__ or first.__context__ or first
@@ -62,6 +63,7 @@ class Share:
         seed: of the order; None: as they stand.
         dealt: lines that go to a rank together. With those of a batch, the batches of n ranks are those of one rank
             in n micro-batches.
+        shars: readers in the cuts, whose ``visit`` is set.
     """
 
     def __init__(
@@ -72,7 +74,9 @@ class Share:
         world_size: int = 1,
         seed: int | None = None,
         dealt: int = 1,
+        shars: Sequence[Any] = (),
     ) -> None:
+        self.shars = shars
         self.cuts, self.rank, self.world_size, self.seed, self.dealt = cuts, rank, world_size, seed, dealt
         alone = world_size == 1 and seed is None
         self.path = Path(path) if has_lines(path) and not alone else None
@@ -80,6 +84,8 @@ class Share:
 
     def visit(self, number: int) -> Iterator[Cut]:
         """The cuts of one pass. Without an order of its own a pass gives every rank the next one's share."""
+        for shar in self.shars:
+            shar.visit = number
         if self.path is None:
             return islice(readable(self.cuts), (self.rank + number) % self.world_size, None, self.world_size)
         return self._lines(self.path, number)

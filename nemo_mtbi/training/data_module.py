@@ -20,6 +20,7 @@ from nemo_mtbi.data.conversation import INPUT_TYPE
 from nemo_mtbi.data.cut_lines import has_lines
 from nemo_mtbi.data.dataset import MTBIDataset
 from nemo_mtbi.data.messages import require_same_rendering
+from nemo_mtbi.data.shar import without_data
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.models.mtbi_salm import MTBISALM
 from nemo_mtbi.models.objective import WINDOW_COUNTS, term_counts
@@ -94,7 +95,10 @@ class ResumableData(DataModule):
     waited = Waited(())  # before there is a loader
 
     def train_dataloader(self) -> Any:
-        loader = self._own_share() if self.shared else super().train_dataloader()
+        if self.drawing_workers and not self.cfg.train_ds.num_workers:  # "randomized" is the same for all ranks here
+            self.cfg.train_ds.shard_seed = order_seed(self.cfg.train_ds) + SEEDS_APART * self._get_dp_rank()
+        with without_data():  # from which NeMo estimates the buckets
+            loader = self._own_share() if self.shared else super().train_dataloader()
         loader = skip_batches(loader, self.skip, self.drawing_workers)
         loader = WindowedLoader(loader, self.accumulated, self.connector) if self.accumulated > 1 else loader
         self.waited = Waited(loader)
@@ -116,9 +120,8 @@ def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulate
     """NeMo's data module over our dataset; options that follow from the model are filled in.
 
     Args:
-        step: optimizer step at which training goes on, after ``accumulated`` batches each. Manifests are drawn up to
-            that place again, without reading audio, so training goes on with the very next batch. Shar is read in
-            random order of its shards: other seeds and visit numbers draw anew instead of repeating the beginning.
+        step: optimizer step at which training goes on, after ``accumulated`` batches each. The data is drawn up to
+            that place again, without reading audio, so training goes on with the very next batch.
     """
     cfg = DictConfig(OmegaConf.to_container(data_cfg, resolve=True))
     cached = cfg.pop("cached_features")
@@ -159,13 +162,10 @@ def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulate
         llm_key=model.references["llm"],
         sampling_rate=model.sampling_rate,
     )
-    if tarred:
-        for entry in input_entries(cfg.train_ds):
-            entry.first_visit = step
     require_same_rendering(dataset.renderer, model.audio_locator_tag, model.config.speech_position)
     data = ResumableData(cfg, tokenizer=model.tokenizer, dataset=dataset)
-    data.skip = 0 if tarred else step * accumulated
-    data.drawing_workers = drawing_workers
+    data.skip = step * accumulated
+    data.drawing_workers = max(cfg.train_ds.get("num_workers") or 0, 1) if tarred else drawing_workers
     data.shared = shared
     data.accumulated, data.connector = accumulated, connector
     return data

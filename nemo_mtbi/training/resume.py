@@ -21,6 +21,7 @@ from nemo.utils.exp_manager import _flush_in_flight_batch_progress
 from torch.utils.data import DataLoader
 
 from nemo_mtbi import console
+from nemo_mtbi.data.shar import without_data
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +161,7 @@ class Wrapped:
 
 class LaterBatches(Wrapped):
     """A Lhotse sampler, or a loader, without its first ``skip`` mini-batches: a sampler draws their metadata, a loader
-    reads them.
+    reads them too.
 
     At every iteration, because Lightning makes an iterator, and drops it, before the one that it trains with;
     training data has no second epoch.
@@ -174,10 +175,11 @@ class LaterBatches(Wrapped):
         return self._rest(iter(self.source))  # made at once, as without skipping: a loader's workers then begin
 
     def _rest(self, batches: Iterator[Any]) -> Iterator[Any]:
-        for _ in console.progress(
-            range(self.skip), desc="finding the place in the data", unit="batch", disable=self.skip < 100
-        ):
-            next(batches)
+        with without_data():
+            for _ in console.progress(
+                range(self.skip), desc="finding the place in the data", unit="batch", disable=self.skip < 100
+            ):
+                next(batches)
         while True:  # not ``yield from``: a Lhotse sampler is its own iterator, and iter() starts it anew
             try:
                 yield next(batches)
@@ -193,7 +195,7 @@ def skip_batches(loader: BroadcastingDataLoader, skip: int, drawing_workers: int
     Args:
         loader: NeMo's.
         skip: batches.
-        drawing_workers: worker processes that draw batches themselves, in turns (``force_iterable_dataset``); each
+        drawing_workers: processes that draw batches and read them, in turns (Shar, ``force_iterable_dataset``); each
             leaves out its share, and what is left is read and dropped. 0: batches are drawn in this process.
     """
     source: DataLoader | None = loader._source

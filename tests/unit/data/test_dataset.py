@@ -1,6 +1,7 @@
 """The batch contract: audio, cached features, teacher, refusals."""
 
 import json
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -85,8 +86,9 @@ def test_shar_holds_cached_features(manifest, tiny_config, tiny_llm, tmp_path):
     )
 
     def batch(visit, **source):
-        entry = {"audio_locator_tag": "<|audio|>", "force_finite": True, "perturb_speed": [0.9], "first_visit": visit}
-        items = list(read_mtbi(OmegaConf.create({**entry, **source}))[0])
+        entry = {"audio_locator_tag": "<|audio|>", "perturb_speed": [0.9]}
+        items = list(islice(read_mtbi(OmegaConf.create({**entry, **source}))[0], 3 * visit, 3 * visit + 3))
+        assert {item.visit for item in items} == {visit}
         return dataset[CutSet(sorted(items, key=lambda c: c.id))]
 
     for visit in (0, 1):

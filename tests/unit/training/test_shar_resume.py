@@ -1,0 +1,136 @@
+"""A run on Lhotse Shar goes on with the next batch, bit for bit, and reads only what is still to come."""
+
+import pickle
+from itertools import islice
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from lhotse import CutSet
+from lhotse.shar.readers import lazy
+from omegaconf import OmegaConf
+
+from nemo_mtbi.data.shar import SharVisits, with_visits, without_data
+from nemo_mtbi.errors import DataError
+from nemo_mtbi.preparation.sources import utterance_cut
+from nemo_mtbi.training.data_module import data_module
+from tests.helpers import build
+from tests.unit.data_helpers import TARGETS
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def shars(tmp_path):
+    """Two Shars of 20 utterances in shards of 4; the second utterance of each has several targets of a task."""
+    for number in range(2):
+        cuts = []
+        for i in range(20):
+            path = tmp_path / f"{number}_{i}.wav"
+            noise = np.random.default_rng([number, i]).standard_normal(3200 + 160 * (i % 5))
+            soundfile.write(path, 0.1 * noise, 16000)
+            custom = {"targets": [t.to_dict() for t in TARGETS]}
+            cuts.append(utterance_cut(f"s{number}u{i}", path, "one two three", "s", "en", custom))
+        (tmp_path / f"shar{number}").mkdir()
+        CutSet(cuts).to_shar(tmp_path / f"shar{number}", {"recording": "wav"}, shard_size=4)
+    return tmp_path
+
+
+def batches(model, shar_path, step, count, workers=0, rank=0, ranks=1, **entry):
+    """Ids and audio of training batches from ``step`` on, as Lightning takes them: an iterator is made and dropped
+    first."""
+    section = {
+        "input_cfg": [{"type": "mtbi", "shar_path": shar_path, "seed": 7, **entry}],
+        "shuffle": True,
+        "seed": 7,
+        "num_workers": workers,
+        "use_multimodal_sampling": True,
+        "measure_total_length": True,
+        "batch_size": 2,
+        "use_bucketing": True,
+        "num_buckets": 2,
+        "bucket_buffer_size": 24,
+        "shuffle_buffer_size": 12,
+        "num_cuts_for_bins_estimate": 20,
+        "concurrent_bucketing": False,
+    }
+    data = data_module(OmegaConf.create({"cached_features": False, "train_ds": section}), model, step)
+    data._get_dp_rank, data._get_world_size = lambda: rank, lambda: ranks
+    loader = data.train_dataloader()
+    dropped = iter(loader)
+    del dropped
+    return [([e.id for e in b["examples"]], b["audios"].double()) for b in islice(iter(loader), count)]
+
+
+def same(got, expected):
+    return all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_resumed_run_goes_on_with_the_next_batch(shars, tiny_config, workers, mixed):
+    model = build(tiny_config)
+    path = [[str(shars / "shar0"), 1.0], [str(shars / "shar1"), 3.0]] if mixed else str(shars / "shar0")
+    whole = batches(model, path, 0, 40, workers, perturb_speed=[0.9])
+    assert len({i for ids, _ in whole for i in ids}) > 20  # several visits, with other targets and other speeds
+    for step in (3, 24):
+        assert same(batches(model, path, step, 40 - step, workers, perturb_speed=[0.9]), whole[step:])
+
+
+def test_ranks_without_workers_draw_differently(shars, tiny_config):
+    model = build(tiny_config)
+    first, second = (batches(model, str(shars / "shar0"), 0, 5, rank=rank, ranks=2) for rank in range(2))
+    assert [ids for ids, _ in first] != [ids for ids, _ in second]
+    assert same(batches(model, str(shars / "shar0"), 2, 3, rank=1, ranks=2), second[2:])
+
+
+def test_what_was_trained_on_is_not_read_again(shars, tiny_config, monkeypatch):
+    """Of 100 batches skipped only what waits in the buffers is read: as much as a new run reads before its first
+    batch."""
+    read = []
+    tar = lazy.TarIterator
+
+    class Counted(tar):
+        def __iter__(self):
+            for item in super().__iter__():
+                read.append(item)
+                yield item
+
+    monkeypatch.setattr(lazy, "TarIterator", Counted)
+    model, path = build(tiny_config), str(shars / "shar0")
+    assert len(batches(model, path, 0, 1)) == 1
+    begun = len(read)
+    read.clear()
+    assert len(batches(model, path, 100, 1)) == 1
+    assert 0 < len(read) <= 2 * begun
+
+
+def test_promises(shars, tmp_path):
+    """Cuts of a shard are read together, those that nobody waits for are not, and a Shar that changed is noticed."""
+    cuts, [reader] = with_visits(CutSet.from_shar(in_dir=shars / "shar0", shuffle_shards=True, seed=3))
+    expected = [cut.load_audio() for cut in cuts]
+    stream = iter(cuts)
+    with without_data():
+        drawn = [next(stream) for _ in range(6)]
+    later = list(stream)  # from the middle of a shard on with data
+    assert all(np.array_equal(c.load_audio(), e) for c, e in zip(later, expected[6:], strict=True))
+    promises = [cut.promised for cut in drawn]
+    assert np.array_equal(promises[1].read().load_audio(), expected[1])
+    assert promises[0].cut is not None and promises[4].cut is None
+    assert not any(reader.promised[promises[0].shard])
+    assert [c.id for c in pickle.loads(pickle.dumps(reader))] == [c.id for c in drawn + later]
+    file = reader.source.shards[promises[4].shard]["cuts"]
+    other = next(shard["cuts"] for shard in reader.source.shards if shard["cuts"] != file)
+    file.write_bytes(other.read_bytes())
+    with pytest.raises(DataError, match="cannot be read any further|Did the Shar change"):
+        promises[4].read()
+
+
+def test_slices_of_shards_are_read_as_lhotse_reads_them(shars):
+    source = CutSet.from_shar(in_dir=shars / "shar0", shuffle_shards=True, seed=3, slice_length=2)
+    ids = [cut.id for cut in source]
+    own, [reader] = with_visits(CutSet.from_shar(in_dir=shars / "shar0", shuffle_shards=True, seed=3, slice_length=2))
+    with without_data():
+        assert [cut.id for cut in own] == ids and len(ids) == 10
+    assert isinstance(own.data, SharVisits) and not reader.promised

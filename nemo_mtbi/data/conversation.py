@@ -217,7 +217,7 @@ class ConversationIterator:
                 speech_position=self.speech_position,
                 shared_prefix=self.shared_prefix,
                 acoustic_rate=self.acoustic_rate,
-                read_cut=promise and partial(self._read, promise, visit, index),
+                read_cut=None if promise is None else partial(self._read, promise, visit, index),
             )
 
     def _heard(self, cut: Cut, visit: int) -> Cut:

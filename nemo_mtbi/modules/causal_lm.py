@@ -11,6 +11,8 @@ from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.losses.head import Head
 from nemo_mtbi.losses.vocabulary import WHOLE_VOCABULARY, VocabularyShard
 
+RECOMPUTATION = "recomputation"  # of an LLM: the context_fn of torch.utils.checkpoint that its layers need
+
 
 def causal_lm(llm: Any) -> Any:
     """The Transformers ``...ForCausalLM`` under a possible LoRA wrapper."""
@@ -92,7 +94,8 @@ def checkpoint_activations(llm: nn.Module) -> None:
     """Let every layer keep only its input for the backward pass, although the frozen LLM is in evaluation mode."""
     lm = causal_lm(llm)
     if not lm.is_activation_checkpointing:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
+        context = {"context_fn": getattr(lm, RECOMPUTATION)} if hasattr(lm, RECOMPUTATION) else {}
+        lm.gradient_checkpointing_enable({"use_reentrant": False, **context})
     for module in lm.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.training = True  # of this module alone: dropout inside stays off

@@ -8,7 +8,8 @@ residuals are computed once, and the activations kept for them shrink by the num
 same.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -72,6 +73,19 @@ class SequenceParallel:
     def add_up(self, partial: Tensor) -> Tensor:
         """(B, L, H), a summand on every rank -> this rank's positions of the sum."""
         return reduce_scatter_to_sequence_parallel_region(self._flat(partial))[None]
+
+    def recomputation(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """``context_fn`` of ``torch.utils.checkpoint``: a layer is recomputed with the shape of its own pass, though
+        others have come since."""
+        return nullcontext(), self._with_shape(self.shape)
+
+    @contextmanager
+    def _with_shape(self, shape: torch.Size) -> Iterator[None]:
+        now, self.shape = self.shape, shape
+        try:
+            yield
+        finally:
+            self.shape = now
 
     def _flat(self, hidden: Tensor) -> Tensor:
         tokens = hidden.flatten(0, 1)

@@ -20,7 +20,7 @@ from torch import nn
 
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.losses.vocabulary import VocabularyShard
-from nemo_mtbi.modules.causal_lm import causal_lm
+from nemo_mtbi.modules.causal_lm import RECOMPUTATION, causal_lm
 from nemo_mtbi.parallel.blocks import SequenceParallel, share_input
 from nemo_mtbi.parallel.layers import ColumnLinear, RowLinear, ScaledVocabParallelEmbedding, VocabularyHead
 from nemo_mtbi.parallel.parts import Part, part_of
@@ -107,7 +107,8 @@ def shard_llm(llm: nn.Module, sequence_parallel: bool = False) -> VocabularyShar
         if together and not sequence_parallel:
             share_input(lm.get_submodule(block))
     if sequence_parallel:
-        SequenceParallel(lm.model, [lm.get_submodule(b) for b, names in blocks.items() if styles[names[0]]], size)
+        inside = [lm.get_submodule(b) for b, names in blocks.items() if styles[names[0]]]
+        setattr(lm, RECOMPUTATION, SequenceParallel(lm.model, inside, size).recomputation)
     _local_heads(lm, size)
     return _shard_vocabulary(lm, config, group, rank, size)
 

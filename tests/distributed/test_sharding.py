@@ -31,7 +31,7 @@ from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.losses.imitation import ImitationObjective, imitation_loss
 from nemo_mtbi.models.language_model import hidden_states
 from nemo_mtbi.models.objective import embedding_energy
-from nemo_mtbi.modules.causal_lm import output_head
+from nemo_mtbi.modules.causal_lm import checkpoint_activations, output_head
 from nemo_mtbi.parallel.launch import initialize
 from nemo_mtbi.parallel.loading import empty_llm, load_shards, local_snapshot
 from nemo_mtbi.parallel.parts import gradient_norm, part_of, reduce_gradients
@@ -125,6 +125,20 @@ def join(rank, size, port):
     initialize(size)
 
 
+def recomputed_gradient(sequence_parallel=None):
+    """Of the input, where another pass, of another shape, comes before the layers are computed again."""
+    llm = build("llama")
+    if sequence_parallel is not None:
+        shard_llm(llm, sequence_parallel)
+    checkpoint_activations(llm)
+    embeds = (0.5 * torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(1))).requires_grad_()
+    hidden = hidden_states(llm, embeds)
+    with torch.no_grad():
+        hidden_states(llm, embeds[:1, :5])
+    hidden.square().sum().backward()
+    return embeds.grad
+
+
 def worker(rank, size, port, results):
     join(rank, size, port)
     torch.cuda.current_device = lambda: "cpu"  # where Megatron's gathers of sequence parallelism allocate
@@ -137,6 +151,8 @@ def worker(rank, size, port, results):
             llm = build(name)
             shard = shard_llm(llm, sequence_parallel)
             out[name, sequence_parallel] = (*measure(llm, shard), sum(p.numel() for p in llm.parameters()))
+    for sequence_parallel in (False, True):
+        out["recomputed", sequence_parallel] = recomputed_gradient(sequence_parallel)
     for name in LORA[size]:
         for sequence_parallel in (False, True):
             out["lora", name, sequence_parallel] = measure_lora(name, True, sequence_parallel)
@@ -157,6 +173,9 @@ def test_sharded_equals_whole(size):
                 *values, own = got[rank][name, sequence_parallel]
                 assert_same_values(values, expected, name)
                 assert own < count * (1 / size + 0.15)  # norms, and key/value heads fewer than ranks, are on every rank
+    for key in [("recomputed", False), ("recomputed", True)]:
+        for rank in range(size):
+            close(got[rank][key], recomputed_gradient(), key)
     energy = float(build("llama").get_input_embeddings().weight.square().mean())
     for rank in range(size):
         assert got[rank]["energy"] == pytest.approx(energy, rel=1e-5)

@@ -21,6 +21,7 @@ with collection_paused():
 
     from nemo_mtbi.data.conversation import INPUT_TYPE, MTBIConversation, read_mtbi
     from nemo_mtbi.data.rendering import PromptRenderer
+from nemo_mtbi.data.target import Target
 
 TARGET_PREFIX = "nemo_mtbi."
 
@@ -48,12 +49,22 @@ class ChatTemplatePromptFormatter(ChatTemplateFormat, PromptFormatter):
 
 @registered_prompt_format_fn(MTBIConversation)
 def tokenize_mtbi_conversation(example: MTBIConversation, prompt: PromptFormatter, **_: Any) -> dict[str, Any]:
-    """The text LLM's view of the example; the answer is the teacher's tokens as generated, never tokenized again."""
-    assert example.target is not None
+    """The text LLM's view of the example; the answer is the teacher's tokens as generated, never tokenized again.
+
+    Nothing where the target knows its positions in this format, which is what batches are drawn by; then the loader's
+    workers render the prompt.
+    """
+    target = example.target
+    assert target is not None
+    known = target.positions and target.rendering.startswith(
+        Target.rendering_of(prompt.NAME, example.speech_position, "")
+    )
+    if known and not example.with_ids:
+        return {}
     rendered = PromptRenderer(prompt.tokenizer, type(prompt)).render(example.messages())
     # Arrays: each tensor would travel to the loader's workers as a file of its own.
     context_ids = np.asarray(rendered.ids, dtype=np.int64)
-    answer_ids = np.asarray(example.target.response_ids, dtype=np.int64)
+    answer_ids = np.asarray(target.response_ids, dtype=np.int64)
     mask = np.arange(len(context_ids) + len(answer_ids)) >= len(context_ids)
     return {
         "input_ids": np.concatenate([context_ids, answer_ids]),

@@ -37,7 +37,7 @@ class MTBIConversation(NeMoMultimodalConversation):
     """A conversation that also knows its target, its visit number and (once tokenized) its rendered prompt.
 
     ``shared_prefix``: the prompt before the utterance is computed once for all examples, so it takes no positions.
-    ``read_cut``: gives the cut with its data, if it was drawn without.
+    ``read_cut``: gives the cut with its data, if it was drawn without. ``with_ids``: NeMo's filters look at token ids.
     """
 
     target: Target | None = None
@@ -47,6 +47,7 @@ class MTBIConversation(NeMoMultimodalConversation):
     acoustic_rate: float = 0.0
     rendered: RenderedPrompt | None = field(default=None, repr=False)
     read_cut: Callable[[], Cut] | None = field(default=None, repr=False)
+    with_ids: bool = False
 
     def read(self) -> None:
         """Give a cut that was drawn without its data (:mod:`nemo_mtbi.data.shar`) the data."""
@@ -56,19 +57,37 @@ class MTBIConversation(NeMoMultimodalConversation):
         turn.cut, self.read_cut = self.read_cut().resample(turn.cut.sampling_rate), None
 
     @property
-    def total_length(self) -> int | None:
-        """Positions of the example, for bucketing: the text LLM's input with the transcript's tokens replaced by the
-        connector's positions; by as many positions where a connector compresses to tokens, and those of its acoustic
-        channel (``acoustic_rate`` a second)."""
-        if self.input_ids is None or self.rendered is None:
+    def input_length(self) -> int | None:
+        """Positions of the prompt: the text LLM's input with the transcript's tokens replaced by the connector's
+        positions; by as many positions where a connector compresses to tokens, and those of its acoustic channel
+        (``acoustic_rate`` a second)."""
+        positions = self.positions
+        if not positions:
             return None
-        words = self.rendered.spoken[-1]
-        text = words[-1].token_end - words[0].token_begin
+        tokens, begin, end = positions
         if self.token_equivalent_duration:
             speech = math.ceil(self.cut.duration / self.token_equivalent_duration)
         else:
-            speech = text + math.ceil(self.cut.duration * self.acoustic_rate)
-        return len(self.input_ids) - text + speech - (words[0].token_begin if self.shared_prefix else 0)
+            speech = end - begin + math.ceil(self.cut.duration * self.acoustic_rate)
+        return tokens - (end - begin) + speech - (begin if self.shared_prefix else 0)
+
+    @property
+    def output_length(self) -> int | None:
+        """Tokens of the answer."""
+        return None if self.target is None else len(self.target.response_ids)
+
+    @property
+    def total_length(self) -> int | None:
+        """Positions of the example, for bucketing."""
+        prompt, answer = self.input_length, self.output_length
+        return None if prompt is None or answer is None else prompt + answer
+
+    @property
+    def positions(self) -> list[int]:
+        """See :class:`~nemo_mtbi.data.target.Target`; of the rendered prompt, once it is."""
+        if self.rendered is not None:
+            return self.rendered.positions
+        return self.target.positions if self.target else []
 
     @property
     def source_id(self) -> str:
@@ -177,6 +196,7 @@ class ConversationIterator:
         self.shared_prefix = config.get("shared_prefix", False)
         self.acoustic_rate = config.get("acoustic_rate", 0.0)
         self.every_cut = config.get("every_cut", False)
+        self.with_ids = config.get("with_ids", False)
         self.finite = config.get("force_finite", False)
 
     def __iter__(self) -> Iterator[MTBIConversation]:
@@ -217,6 +237,7 @@ class ConversationIterator:
                 speech_position=self.speech_position,
                 shared_prefix=self.shared_prefix,
                 acoustic_rate=self.acoustic_rate,
+                with_ids=self.with_ids,
                 read_cut=None if promise is None else partial(self._read, promise, visit, index),
             )
 
@@ -247,6 +268,7 @@ KNOWN_KEYS = {
     "shared_prefix",
     "acoustic_rate",
     "every_cut",
+    "with_ids",
     "rank",
     "world_size",
     "order_seed",

@@ -59,6 +59,12 @@ class RenderedPrompt:
     spoken: list[list[Word]]
     tags: list[int]
 
+    @property
+    def positions(self) -> list[int]:
+        """Number of ids, first id of the last spoken part, and the one after its last."""
+        words = self.spoken[-1]
+        return [len(self.ids), words[0].token_begin, words[-1].token_end]
+
 
 class RecordingTokenizer:
     """Wraps NeMo's ``AutoTokenizer``; remembers each text that a formatter tokenizes, with character offsets."""

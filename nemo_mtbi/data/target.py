@@ -24,6 +24,8 @@ class Target:
         teacher_begin: first row of this answer in the cut's arrays of teacher top-k log-probabilities; -1 if none.
         teacher_temperature: temperature of those log-probabilities.
         described: what the LLM read in the transcript's place (:mod:`nemo_mtbi.data.description`); empty: that itself.
+        positions: of the prompt with the transcript: its tokens, the transcript's first, and the one after its last. So
+            batches are drawn without tokenizing anything. Empty: not known.
     """
 
     key: str
@@ -38,6 +40,7 @@ class Target:
     teacher_begin: int = -1
     teacher_temperature: float = 1.0
     described: str = ""
+    positions: list[int] = field(default_factory=list)
 
     @staticmethod
     def rendering_of(prompt_format: str, speech_position: str, llm: str) -> str:

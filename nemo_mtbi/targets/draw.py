@@ -17,7 +17,7 @@ from nemo_mtbi import registration as registration  # the prompt formats
 from nemo_mtbi.data.conversation import transcript
 from nemo_mtbi.data.description import DescribedText, Description
 from nemo_mtbi.data.messages import NOTHING_HEARD, user_message
-from nemo_mtbi.data.rendering import PromptRenderer, Spoken
+from nemo_mtbi.data.rendering import PromptRenderer, RenderedPrompt, Spoken
 from nemo_mtbi.data.target import NO_SPEECH, Target
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.modules.causal_lm import end_of_turn
@@ -46,6 +46,7 @@ class Job:
     problem: tuple[str, str] | None = None  # name and reason, if it cannot be asked
     answer: str | None = None  # where the text LLM is not asked
     described: Description | None = None  # what it reads in the transcript's place, if that is another text
+    positions: tuple[int, ...] = ()  # of the prompt with the transcript
 
 
 class PromptDrawer:
@@ -129,7 +130,7 @@ class PromptDrawer:
     def _prepared_request(self, cut: Cut, task: Task, step: PrepareStep, values: Values) -> Request:
         try:
             prompt = render_template(step.prompt, values[cut.id, task.name])
-            return self.request(prompt, transcript(cut), step.max_new_tokens)
+            return self.request(self.rendered(prompt, transcript(cut)), step.max_new_tokens)
         except DataError:
             return Request("", [], 0)  # cannot be rendered: its job is rejected for it
 
@@ -155,11 +156,13 @@ class PromptDrawer:
                 described = self._described(cut, task, prompt.id)
                 if described is None and task.about_the_voice:
                     problem = (UNDESCRIBED, f"not all of {', '.join(task.needs) or 'any attribute'} is known")
-                request = Request("", [], 0)
+                request, positions = Request("", [], 0), []
                 if problem is None:
                     try:
                         read = text if described is None else described.text
-                        request = self.request(filled, read, min(task.max_new_tokens, limit))
+                        rendered = self.rendered(filled, read)
+                        request = self.request(rendered, min(task.max_new_tokens, limit))
+                        positions = (rendered if read == text else self.rendered(filled, text)).positions
                     except DataError as error:
                         problem = ("rendering", str(error))
                 answer = None
@@ -168,7 +171,7 @@ class PromptDrawer:
                     request = given(request, answer)
                 languages = tuple(dict.fromkeys([prompt.language, *spoken]))
                 what = task.name, prompt.id, filled, languages, own, problem
-                jobs.append(Job(request, cut.id, text, *what, answer=answer, described=described))
+                jobs.append(Job(request, cut.id, text, *what, answer, described, tuple(positions)))
         return jobs
 
     def _described(self, cut: Cut, task: Task, prompt_id: str) -> Description | None:
@@ -190,15 +193,20 @@ class PromptDrawer:
             if task.prepare or task.variables or task.choices:
                 continue
             prompt = random.Random(f"{self.config.seed}/{cut.id}").choice(task.select(split, self.config.languages))
-            request = given(self.request(prompt.text, NOTHING_HEARD, task.max_new_tokens), answer)
-            jobs.append(Job(request, cut.id, "", NO_SPEECH, prompt.id, prompt.text, (), {}, answer=answer))
+            rendered = self.rendered(prompt.text, NOTHING_HEARD)
+            request = given(self.request(rendered, task.max_new_tokens), answer)
+            where = cut.id, "", NO_SPEECH, prompt.id, prompt.text
+            jobs.append(Job(request, *where, (), {}, answer=answer, positions=tuple(rendered.positions)))
         return jobs
 
-    def request(self, prompt: str, text: str, max_new_tokens: int) -> Request:
-        """A rendered prompt under its content key: a hash of everything that decides a greedy answer."""
-        ids = self.renderer.render([user_message(prompt, Spoken(text), self.config.speech_position)]).ids
+    def request(self, rendered: RenderedPrompt, max_new_tokens: int) -> Request:
+        """A prompt under its content key: a hash of everything that decides a greedy answer."""
+        ids = rendered.ids
         content = json.dumps([ids, self.teacher, decoded_by(self.config), max_new_tokens])
         return Request(hashlib.blake2b(content.encode(), digest_size=12).hexdigest(), ids, max_new_tokens)
+
+    def rendered(self, prompt: str, text: str) -> RenderedPrompt:
+        return self.renderer.render([user_message(prompt, Spoken(text), self.config.speech_position)])
 
 
 def given(request: Request, answer: str) -> Request:

@@ -255,6 +255,7 @@ class ShardWriter:
             teacher_begin=begin,
             teacher_temperature=self.config.temperature,
             described=job.described.text if job.described else "",
+            positions=list(job.positions),
         )
 
     def _write_top_k(self, path: Path, cuts: list[Cut], lines: list[dict[str, Any]], answers: AnswerFile) -> None:

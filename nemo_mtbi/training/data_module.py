@@ -152,6 +152,7 @@ def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulate
                 entry.shared_prefix = model.prefixes is not None
                 entry.acoustic_rate = 0.0 if connector is None else connector.positions_per_second
                 entry.every_cut = model.stage == ALIGNMENT
+                entry.with_ids = any(key in cfg[section] for key in ("min_tpt", "max_tpt"))
     imitation = model.config.imitation
     dataset = MTBIDataset(
         model.tokenizer,

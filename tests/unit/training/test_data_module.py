@@ -1,8 +1,10 @@
 """Each term of the loss is divided by its own count over the whole optimizer step; a resumed run draws what is next."""
 
+import json
 import pickle
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -12,13 +14,17 @@ import torch
 from lhotse import CutSet
 from omegaconf import OmegaConf
 
+from nemo_mtbi import registration
 from nemo_mtbi.checkpoints.run_directory import RunDirectory
 from nemo_mtbi.data import cut_lines
+from nemo_mtbi.data.rendering import PromptRenderer
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.models.objective import KINDS, WINDOW_COUNTS
 from nemo_mtbi.modules.connectors.ctc_vocabulary import count_tokens
 from nemo_mtbi.modules.perception import connector_of
 from nemo_mtbi.preparation.sources import utterance_cut
+from nemo_mtbi.targets.config import TargetsConfig
+from nemo_mtbi.targets.generate import TargetGenerator
 from nemo_mtbi.training import stages
 from nemo_mtbi.training.data_module import WindowedLoader, data_module, enough
 from nemo_mtbi.training.resume import LaterBatches
@@ -56,7 +62,6 @@ def test_terms_do_not_depend_on_how_a_step_is_cut(model, sizes):
 
 def test_other_responses_leave_the_transcription_term_its_weight(model):
     """Once it was divided by response tokens: tasks with long answers trained recognition less."""
-    from dataclasses import replace
 
     def transcription_part(extra):
         batch = make_batch(model, 4)
@@ -127,6 +132,50 @@ def test_a_batch_holds_as_many_positions_as_it_may(many, tiny_config, buckets):
         held = [sum(model.student(batch, interleave=False).layout.row_lengths) for batch in batches]
     assert max(held) <= most and sum(held) > 0.75 * most * len(held), held
     assert {e.id.split("/")[0] for batch in batches for e in batch["examples"]} == {f"utt{i}" for i in range(40)}
+
+
+@pytest.mark.parametrize("speech_position", ["after", "before"])
+def test_batches_are_drawn_without_tokenizing(many, tiny_llm, tiny_config, tmp_path, monkeypatch, speech_position):
+    """By the positions that the targets know: the same batches and examples as by rendering every prompt, unless the
+    targets are of another format."""
+    settings = {"dtype": "float32", "prompt_format": "chatml", "filters": ["empty"], "max_new_tokens": 4}
+    folder, names = str(tmp_path / "targets"), ["repeat", "about"]
+    config = TargetsConfig({"train": str(many)}, folder, tiny_llm, task_names=names, speech_position=speech_position)
+    written = TargetGenerator(replace(config, **settings)).run()["train"]
+    model = build(tiny_config)
+    model.config.speech_position = speech_position
+    rows = [json.loads(line) for line in written.read_text().splitlines()]
+    targets = [t for row in rows for t in row["custom"]["targets"]]
+    assert len(targets) > 60 and all(len(t["positions"]) == 3 for t in targets)
+
+    def drawn(**without):
+        for target in targets:
+            target |= without
+        written.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        section = {
+            "input_cfg": [{"type": "mtbi", "cuts_path": str(written)}],
+            "shuffle": True,
+            "num_workers": 0,
+            "use_multimodal_sampling": True,
+            "measure_total_length": True,
+            "batch_size": None,
+            "batch_tokens": 300,
+        }
+        data = data_module(OmegaConf.create({"cached_features": False, "train_ds": section}), model)
+        data._get_dp_rank, data._get_world_size = lambda: 0, lambda: 1
+        loader = data.train_dataloader()
+        lengths = [c.total_length for batch in islice(iter(loader._source.sampler), 8) for c in batch]
+        return lengths, [batch["examples"] for batch in islice(iter(loader), 8)]
+
+    rendered, render = [], PromptRenderer.render
+    monkeypatch.setattr(registration.PromptRenderer, "render", lambda *a: rendered.append(1) or render(*a))
+    lengths, examples = drawn()
+    count = sum(map(len, examples))
+    assert len(rendered) <= count + 2  # in the loader, once each; and the data module's probe
+    other = {t["rendering"] for t in targets}.pop().replace("chatml", "llama3")
+    assert drawn(positions=[]) == (lengths, examples) and len(rendered) > 2 * count
+    model.references["llm"] = ""  # else the other format is refused
+    assert drawn(positions=[7, 1, 2], rendering=other) == (lengths, examples)
 
 
 def test_ranks_draw_their_own_share(many, model, monkeypatch):

@@ -6,6 +6,8 @@ Cuts of 4 s with 18 targets each (12 kB a line), batches of 16, tokenizer of Smo
 
 - ``sampler_ms_per_example``: CPU time that rank 0 spends on an example of its own, by the number of data-parallel
   ranks: with a share of the manifest for each rank (ours), and where every rank draws the batches of all (NeMo's way).
+- ``finding_the_place_ms_per_example``: CPU time that a resumed run needs for each example that it was trained on, for a
+  manifest and for Shar, and for Shar if its audio were read again.
 - ``examples_per_s``: of the whole loader by worker processes, for recordings, cached features and Shar, and of NeMo's
   SALM data set (the same recordings, prompts and answers as multimodal conversations).
 - ``slowest_vs_salm``: recordings over SALM, the least of all numbers of workers.
@@ -18,6 +20,7 @@ import copy
 import json
 import tempfile
 import time
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,8 +38,12 @@ TEXT = "the quick brown fox jumps over the lazy dog and runs away"
 STEP_SECONDS = 4 * 7e9 * BATCH * 120 / (0.4 * 989e12)
 
 
-def write_data(folder: Path, count: int, tokenizer: Any) -> dict[str, Path]:
+def write_data(folder: Path, count: int, model: Any) -> dict[str, Path]:
     """A manifest with targets, the same as Shar, and as NeMo's conversations."""
+    from nemo.collections.common.prompts import PromptFormatter
+
+    from nemo_mtbi.data.messages import user_message
+    from nemo_mtbi.data.rendering import PromptRenderer, Spoken
     from nemo_mtbi.data.target import TARGETS_FIELD, Target
     from nemo_mtbi.preparation.sources import utterance_cut
 
@@ -44,11 +51,15 @@ def write_data(folder: Path, count: int, tokenizer: Any) -> dict[str, Path]:
     for i in range(RECORDINGS):
         soundfile.write(folder / f"{i}.flac", 0.1 * rng.standard_normal(round(SECONDS * RATE)), RATE)
     answer = "A fox that is quick and brown jumps over a dog that is lazy, and then it runs away."
-    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    targets = [
-        Target(f"k{n}", f"task{n}", f"task{n}-0", f"Please do number {n} with what is said here.", answer, ids)
-        for n in range(TARGETS)
-    ]
+    ids = model.tokenizer.tokenizer(answer, add_special_tokens=False)["input_ids"]
+    renderer = PromptRenderer(model.tokenizer, PromptFormatter.resolve("chatml"))
+    rendering = Target.rendering_of("chatml", "after", model.references["llm"])
+    targets = []
+    for n in range(TARGETS):
+        prompt = f"Please do number {n} with what is said here."
+        known = renderer.render([user_message(prompt, Spoken(TEXT), "after")]).positions
+        what = f"k{n}", f"task{n}", f"task{n}-0", prompt, answer, ids
+        targets.append(Target(*what, rendering=rendering, positions=known))
     custom = {TARGETS_FIELD: [t.to_dict() for t in targets]}
     cuts, talks = [], []
     for i in range(count):
@@ -132,6 +143,21 @@ def sampler_cost(model: Any, manifest: Path, ranks: int, shared: bool, batches: 
     return 1000 * (time.process_time() - begin) / count
 
 
+def place_cost(model: Any, entry: dict[str, Any], read: bool, batches: int) -> float:
+    """CPU milliseconds for each example that is drawn and dropped, after the buffers are full."""
+    from nemo_mtbi.data.shar import without_data
+
+    data = ours(model, entry)
+    data._get_dp_rank, data._get_world_size = lambda: 0, lambda: 1
+    loader = data.train_dataloader()._source
+    drawn = iter(loader.dataset.sampler if "shar_path" in entry else loader.sampler)
+    with nullcontext() if read else without_data():
+        next(drawn)
+        begin = time.process_time()
+        count = sum(len(next(drawn)) for _ in range(batches))
+        return 1000 * (time.process_time() - begin) / count
+
+
 def rate(loader: Any, batches: int) -> float:
     """Examples a second, after the buffers are full."""
     read = iter(loader)
@@ -166,13 +192,19 @@ def main() -> None:
     model = MTBISALM(copy.deepcopy(cfg))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        data = write_data(folder, count, model.tokenizer.tokenizer)
+        data = write_data(folder, count, model)
         cached = with_features(cfg, data["cuts"], folder)
         cost: dict[str, dict[int, float]] = {"own_share": {}, "every_rank_draws_all": {}}
         for size in ranks:
             cost["own_share"][size] = sampler_cost(model, data["cuts"], size, True, batches)
             few = max(2, batches // size)
             cost["every_rank_draws_all"][size] = sampler_cost(model, data["cuts"], size, False, few)
+        shar = {"shar_path": str(data["shar"])}
+        place = {
+            "manifest": place_cost(model, {"cuts_path": str(data["cuts"])}, False, batches),
+            "shar": place_cost(model, shar, False, batches),
+            "shar_read_again": place_cost(model, shar, True, batches),
+        }
         rates: dict[str, dict[int, float]] = {name: {} for name in ("recordings", "cached_features", "shar", "salm")}
         for workers in (0, 1, 2):
             rates["salm"][workers] = rate(salm(model, data["talks"], workers), read)
@@ -180,12 +212,12 @@ def main() -> None:
             rates["recordings"][workers] = rate(ours(model, entry, workers).train_dataloader(), read)
             loader = ours(model, {"cuts_path": str(cached)}, workers, cached=True).train_dataloader()
             rates["cached_features"][workers] = rate(loader, read)
-            shar = ours(model, {"shar_path": str(data["shar"])}, workers).train_dataloader()
-            rates["shar"][workers] = rate(shar, read)
+            rates["shar"][workers] = rate(ours(model, shar, workers).train_dataloader(), read)
     versus = {workers: own / rates["salm"][workers] for workers, own in rates["recordings"].items()}
     result = {
         "cuts": count,
         "sampler_ms_per_example": cost,
+        "finding_the_place_ms_per_example": place,
         "examples_per_s": rates,
         "slowest_vs_salm": min(versus.values()),
         "share_of_7b_step": BATCH / rates["recordings"][2] / STEP_SECONDS,

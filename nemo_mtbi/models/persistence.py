@@ -20,6 +20,7 @@ from nemo_mtbi.checkpoints.fast_loading import fill, without_initialization
 from nemo_mtbi.checkpoints.run_directory import RunDirectory
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.modules.causal_lm import lent_embedding
+from nemo_mtbi.parallel.launch import once_per_node
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
@@ -46,7 +47,8 @@ class PersistenceMixin:
             run = RunDirectory(path)
             model = cls.from_run(run, tensor_model_parallel_size=tensor_model_parallel_size)
             return model.to(map_location)  # type: ignore[attr-defined]
-        with export_folder(path) as folder:
+        together = tensor_model_parallel_size > 1
+        with once_per_node(lambda: export_folder(path)) if together else export_folder(path) as folder:
             return cls._from_export(folder, map_location, tensor_model_parallel_size)
 
     @classmethod

@@ -3,14 +3,18 @@
 import math
 import os
 import re
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.errors import CheckpointError, ConfigError
+from nemo_mtbi.parallel.ranks import gathered_objects
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=6)  # one rank may work alone that long (the cascade's ASR; finding the place in the data)
@@ -103,3 +107,30 @@ def from_first_rank(compute: Callable[[], T]) -> T:
     if dist.is_initialized():
         dist.broadcast_object_list(box, src=0)
     return box[0]  # type: ignore[return-value]
+
+
+@contextmanager
+def once_per_node(folder: Callable[[], AbstractContextManager[Path]]) -> Iterator[Path]:
+    """A temporary folder that the first rank of each node makes for all of them; it stays until all have left.
+
+    Ranks that do not see it (containers with a file system of their own) make theirs.
+
+    Raises:
+        CheckpointError: what making it raised, on every rank of the node.
+    """
+    host = socket.gethostname()
+    hosts = gathered_objects(host, None)
+    with ExitStack() as stack:
+        own, problem = None, None
+        if hosts.index(host) == (dist.get_rank() if dist.is_initialized() else 0):
+            try:
+                own = stack.enter_context(folder())
+            except CheckpointError as error:
+                problem = str(error)
+        shared, problem = gathered_objects((own, problem), None)[hosts.index(host)]
+        if problem is not None:
+            raise CheckpointError(problem)
+        try:
+            yield shared if shared.is_dir() else stack.enter_context(folder())
+        finally:
+            gathered_objects(None, None)

@@ -288,9 +288,9 @@ def test_killed_and_resumed_is_uninterrupted(root, overrides, whole):
 
 
 @pytest.mark.slow
-def test_twenty_kills(root, overrides):
-    more = [*overrides, "trainer.max_steps=120", "trainer.val_check_interval=60"]
+def test_fifty_kills(root, overrides):
+    more = [*overrides, "trainer.max_steps=300", "trainer.val_check_interval=150"]
     expected = train(root / "long", more, "trainer.accumulate_grad_batches=2")
-    done = interrupt(root / "killed20", more, 20, random.Random(1), [signal.SIGTERM, signal.SIGKILL])
-    assert done >= 15
-    assert_same(load_file(root / "killed20" / "imitation" / "last.safetensors"), expected, 0.0)
+    done = interrupt(root / "killed50", more, 50, random.Random(1), [signal.SIGTERM, signal.SIGKILL])
+    assert done == 50
+    assert_same(load_file(root / "killed50" / "imitation" / "last.safetensors"), expected, 0.0)

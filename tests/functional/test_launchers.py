@@ -258,10 +258,10 @@ def test_two_ranks_evaluate_and_answer_like_one(root, trained, targets):
             assert scores[key] == pytest.approx(results[system][key], rel=1e-4, abs=1e-5), (system, key)
     question = [f"audio={root}/3.wav", "prompt=What is this?", "max_new_tokens=6"]
     launch("generate", f"model={root}/hf", *question, f"output={root}/one.jsonl")
-    launch(
-        "generate", f"model={root}/hf", *question, "tensor_model_parallel_size=2", f"output={root}/two.jsonl", ranks=2
-    )
-    assert (root / "one.jsonl").read_text() == (root / "two.jsonl").read_text()
+    for number, model in enumerate(("hf", "m.nemo")):
+        two = root / f"two{number}.jsonl"
+        launch("generate", f"model={root}/{model}", *question, "tensor_model_parallel_size=2", f"output={two}", ranks=2)
+        assert (root / "one.jsonl").read_text() == two.read_text()
 
 
 @pytest.mark.parametrize(

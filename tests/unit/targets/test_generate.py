@@ -139,8 +139,8 @@ def test_workers_killed_at_any_time_lose_and_double_nothing(tmp_path, tiny_llm, 
 
 
 @pytest.mark.slow
-def test_thirty_kills_of_three_workers(tmp_path, tiny_llm):
-    test_workers_killed_at_any_time_lose_and_double_nothing(tmp_path, tiny_llm, kills=30)
+def test_fifty_kills_of_three_workers(tmp_path, tiny_llm):
+    test_workers_killed_at_any_time_lose_and_double_nothing(tmp_path, tiny_llm, kills=50)
 
 
 def test_changes_regenerate_only_what_they_affect(tmp_path, tiny_llm):

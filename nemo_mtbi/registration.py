@@ -56,7 +56,7 @@ def tokenize_mtbi_conversation(example: MTBIConversation, prompt: PromptFormatte
     """
     target = example.target
     assert target is not None
-    known = target.positions and target.rendering.startswith(
+    known = example.positions and target.rendering.startswith(
         Target.rendering_of(prompt.NAME, example.speech_position, "")
     )
     if known and not example.with_ids:

@@ -57,14 +57,12 @@ class MTBIConversation(NeMoMultimodalConversation):
         turn.cut, self.read_cut = self.read_cut().resample(turn.cut.sampling_rate), None
 
     @property
-    def input_length(self) -> int | None:
+    def input_length(self) -> int:
         """Positions of the prompt: the text LLM's input with the transcript's tokens replaced by the connector's
         positions; by as many positions where a connector compresses to tokens, and those of its acoustic channel
         (``acoustic_rate`` a second)."""
-        positions = self.positions
-        if not positions:
-            return None
-        tokens, begin, end = positions
+        assert self.positions, f"{self.id} is not tokenized"  # NeMo says then what is missing
+        tokens, begin, end = self.positions
         if self.token_equivalent_duration:
             speech = math.ceil(self.cut.duration / self.token_equivalent_duration)
         else:
@@ -72,22 +70,22 @@ class MTBIConversation(NeMoMultimodalConversation):
         return tokens - (end - begin) + speech - (begin if self.shared_prefix else 0)
 
     @property
-    def output_length(self) -> int | None:
+    def output_length(self) -> int:
         """Tokens of the answer."""
-        return None if self.target is None else len(self.target.response_ids)
+        assert self.target is not None
+        return len(self.target.response_ids)
 
     @property
-    def total_length(self) -> int | None:
+    def total_length(self) -> int:
         """Positions of the example, for bucketing."""
-        prompt, answer = self.input_length, self.output_length
-        return None if prompt is None or answer is None else prompt + answer
+        return self.input_length + self.output_length
 
     @property
     def positions(self) -> list[int]:
         """See :class:`~nemo_mtbi.data.target.Target`; of the rendered prompt, once it is."""
         if self.rendered is not None:
             return self.rendered.positions
-        return self.target.positions if self.target else []
+        return self.target.positions if self.target and not self.target.history else []
 
     @property
     def source_id(self) -> str:

@@ -7,12 +7,12 @@ import os
 import tarfile
 import uuid
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from lhotse import CutSet
@@ -23,11 +23,12 @@ from nemo.collections.common.data.lhotse.cutset import resolve_relative_paths
 from nemo_mtbi.errors import DataError
 from nemo_mtbi.io import jsonl
 
+T = TypeVar("T")
 BLOCK_BYTES = 2**24
 
 
-def readable(cuts: CutSet) -> Iterator[Cut]:
-    """The cuts.
+def readable(cuts: Iterable[T]) -> Iterator[T]:
+    """The cuts, or what else is read of a source.
 
     Raises:
         DataError: their source cannot be read (any further), with its name.
@@ -35,7 +36,7 @@ def readable(cuts: CutSet) -> Iterator[Cut]:
     stream = iter(cuts)
     while True:
         try:
-            cut = next(stream)
+            item = next(stream)
         except StopIteration:
             return
         # AssertionError: the parts of a Shar are not of one version.
@@ -47,7 +48,7 @@ def readable(cuts: CutSet) -> Iterator[Cut]:
             raise DataError(
                 f"The data cannot be read any further: {said} ({type(first).__name__}: {first})."
             ) from error
-        yield cut
+        yield item
 
 
 class Share:

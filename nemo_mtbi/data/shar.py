@@ -6,18 +6,24 @@ batch needs it (:class:`PromisedCut`).
 """
 
 import random
+import tarfile
+import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from lhotse import CutSet
 from lhotse.cut import Cut
 from lhotse.dataset.dataloading import resolve_seed
 from lhotse.lazy import LazyIteratorMultiplexer
+from lhotse.serialization import decode_json_line, deserialize_item, extension_contains
 from lhotse.shar.readers.lazy import LazySharIterator
+from lhotse.shar.readers.tar import TarIterator, parse_tarinfo
+from lhotse.shar.utils import fill_shar_placeholder
 
 from nemo_mtbi.data.cut_lines import readable
 from nemo_mtbi.errors import DataError
@@ -45,7 +51,6 @@ class PromisedCut:
     def __init__(self, shar: "SharVisits", shard: int, position: int, cut_id: str) -> None:
         self.shar, self.shard, self.position, self.cut_id = shar, shard, position, cut_id
         self.cut: Cut | None = None
-        shar.promised[shard].add(self)
 
     def read(self) -> Cut:
         """The cut with its data.
@@ -54,7 +59,7 @@ class PromisedCut:
             DataError: the shard cannot be read, or is not what was drawn from.
         """
         if self.cut is None:
-            self.shar.keep_promises(self.shard)
+            self.shar.keep_promises(self)
         if self.cut is None or self.cut.id != self.cut_id:
             found = "ends before it" if self.cut is None else f"now has {self.cut.id} there"
             raise DataError(
@@ -74,9 +79,14 @@ class SharVisits:
     def __init__(self, source: LazySharIterator) -> None:
         self.source, self.visit = source, 0
         self.promised: dict[int, weakref.WeakSet[PromisedCut]] = defaultdict(weakref.WeakSet)
+        self.changing = threading.Lock()  # a bucketing sampler may draw in a thread of its own
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"promised": defaultdict(weakref.WeakSet)}  # promises are kept where they were given
+        return {"source": self.source, "visit": self.visit}  # promises are kept where they were given
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["source"])  # type: ignore[misc]
+        self.visit = state["visit"]
 
     def __iter__(self) -> Iterator[Cut]:
         if self.source.slice_length is not None:  # which cuts those are is drawn while they are read
@@ -100,24 +110,70 @@ class SharVisits:
             except StopIteration:
                 return
             if not with_data:
-                cut.custom = {**(cut.custom or {}), PROMISE_FIELD: PromisedCut(self, shard, position, cut.id)}
+                promise = PromisedCut(self, shard, position, cut.id)
+                with self.changing:
+                    self.promised[shard].add(promise)
+                cut.custom = {**(cut.custom or {}), PROMISE_FIELD: promise}
             position += 1
             yield cut
 
     def _shard(self, shard: int, with_data: bool) -> Iterator[Cut]:
-        files = self.source.shards[shard]
-        fields = {field: [file] for field, file in files.items() if with_data or field == "cuts"}
+        files = self.source.shards[shard].items()
+        fields = {field: [file] for field, file in files if with_data or not extension_contains(".tar", file)}
         return iter(LazySharIterator(fields, cut_map_fns=[self.source.cut_map_fns[shard]]))
 
-    def keep_promises(self, shard: int) -> None:
-        """Read a shard up to the last cut that is promised of it."""
+    def keep_promises(self, first: PromisedCut) -> None:
+        """Read a cut, and the others that are promised of its shard."""
+        with self.changing:
+            promises = {first, *self.promised.pop(first.shard, ())}
         waiting = defaultdict(list)
-        for promise in self.promised.pop(shard):
+        for promise in promises:
             waiting[promise.position].append(promise)
-        last = max(waiting)
-        for position, cut in enumerate(islice(readable(CutSet(self._shard(shard, True))), last + 1)):
+        for position, cut in readable(self._cuts_at(first.shard, set(waiting))):
             for promise in waiting[position]:
                 promise.cut = cut
+
+    def _cuts_at(self, shard: int, positions: set[int]) -> Iterator[tuple[int, Cut]]:
+        """Cuts with their data, and the positions."""
+        last = max(positions)
+        cuts = enumerate(islice(self._shard(shard, False), last + 1))
+        own = {position: cut for position, cut in cuts if position in positions}
+        for field, file in self.source.shards[shard].items():
+            if not extension_contains(".tar", file):
+                continue
+            for position, name, value in _members(file, positions):
+                if position in own and value is not None:
+                    assert name == own[position].id, f"{file} holds {name} where the cuts have {own[position].id}"
+                    setattr(own[position], field, value)
+        yield from own.items()
+
+
+def _members(file: Any, positions: set[int]) -> Iterator[tuple[int, str, Any]]:
+    """Position, cut and manifest with data of entries of a tar file. Of a file on a disk only these are read."""
+    last = max(positions)
+    try:
+        tar = tarfile.open(file, "r:") if Path(file).is_file() else None
+    except tarfile.ReadError:  # compressed
+        tar = None
+    if tar is None:
+        for position, (value, path) in enumerate(islice(TarIterator(file), last + 1)):
+            if position in positions:
+                yield position, str(path.parent / path.stem), value
+        return
+    with tar:
+        members = iter(tar)  # from header to header
+        for position, member in enumerate(members):
+            described = next(members, None)
+            if position in positions and described is not None:
+                data, path = parse_tarinfo(member, tar)
+                text, _ = parse_tarinfo(described, tar)
+                value = None
+                if text is not None:
+                    value = deserialize_item(decode_json_line(text.decode()))
+                    fill_shar_placeholder(manifest=value, data=data, tarpath=path)
+                yield position, str(path.parent / path.stem), value
+            if position == last:
+                return
 
 
 def with_visits(cuts: CutSet) -> tuple[CutSet, list[SharVisits]]:

@@ -8,8 +8,8 @@ residuals are computed once, and the activations kept for them shrink by the num
 same.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -77,19 +77,24 @@ class SequenceParallel:
     def recomputation(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """``context_fn`` of ``torch.utils.checkpoint``: a layer is recomputed with the shape of its own pass, though
         others have come since."""
-        return nullcontext(), self._with_shape(self.shape)
-
-    @contextmanager
-    def _with_shape(self, shape: torch.Size) -> Iterator[None]:
-        now, self.shape = self.shape, shape
-        try:
-            yield
-        finally:
-            self.shape = now
+        return nullcontext(), _WithShape(self)
 
     def _flat(self, hidden: Tensor) -> Tensor:
         tokens = hidden.flatten(0, 1)
         return nn.functional.pad(tokens, (0, 0, 0, -len(tokens) % self.size))
+
+
+class _WithShape(AbstractContextManager[None]):
+    """May be entered again (``retain_graph``)."""
+
+    def __init__(self, stream: SequenceParallel) -> None:
+        self.stream, self.shape = stream, stream.shape
+
+    def __enter__(self) -> None:
+        self.other, self.stream.shape = self.stream.shape, self.shape
+
+    def __exit__(self, *_: object) -> None:
+        self.stream.shape = self.other
 
 
 def change_input(args: Any, kwargs: Any, change: Callable[[Tensor], Tensor]) -> tuple[Any, Any]:

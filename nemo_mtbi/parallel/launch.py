@@ -125,7 +125,7 @@ def once_per_node(folder: Callable[[], AbstractContextManager[Path]]) -> Iterato
         if hosts.index(host) == (dist.get_rank() if dist.is_initialized() else 0):
             try:
                 own = stack.enter_context(folder())
-            except CheckpointError as error:
+            except (CheckpointError, OSError) as error:
                 problem = str(error)
         shared, problem = gathered_objects((own, problem), None)[hosts.index(host)]
         if problem is not None:

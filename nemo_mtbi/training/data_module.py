@@ -90,13 +90,14 @@ class ResumableData(DataModule):
     skip = 0
     drawing_workers = 0
     accumulated = 1
+    seed = 0
     shared = False
     connector: Connector | None = None
     waited = Waited(())  # before there is a loader
 
     def train_dataloader(self) -> Any:
-        if self.drawing_workers and not self.cfg.train_ds.num_workers:  # "randomized" is the same for all ranks here
-            self.cfg.train_ds.shard_seed = order_seed(self.cfg.train_ds) + SEEDS_APART * self._get_dp_rank()
+        if self.drawing_workers and not self.cfg.train_ds.get("num_workers"):  # "randomized" is every rank's there
+            self.cfg.train_ds.shard_seed = self.seed + SEEDS_APART * self._get_dp_rank()
         with without_data():  # from which NeMo estimates the buckets
             loader = self._own_share() if self.shared else super().train_dataloader()
         loader = skip_batches(loader, self.skip, self.drawing_workers)
@@ -129,7 +130,12 @@ def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulate
     emits_tokens = connector is not None and connector.emits_tokens
     drawing_workers = workers_that_draw(cfg.get("train_ds"))
     tarred = any("shar_path" in entry for entry in input_entries(cfg.get("train_ds") or OmegaConf.create()))
+    if tarred and cfg.train_ds.get("force_map_dataset"):
+        raise ConfigError(
+            "data.train_ds.force_map_dataset=true: Shar is read by the processes that draw the batches. Leave it out."
+        )
     shared = not tarred and drawing_workers == 0
+    seed = order_seed(cfg.get("train_ds") or OmegaConf.create())
     if shared and "train_ds" in cfg and cfg.train_ds.get("shuffle"):
         order_lines(cfg.train_ds)
     for section in ("train_ds", "validation_ds"):
@@ -152,7 +158,7 @@ def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulate
                 entry.shared_prefix = model.prefixes is not None
                 entry.acoustic_rate = 0.0 if connector is None else connector.positions_per_second
                 entry.every_cut = model.stage == ALIGNMENT
-                entry.with_ids = any(key in cfg[section] for key in ("min_tpt", "max_tpt"))
+                entry.with_ids = any(key in part for part in parts_of(cfg[section]) for key in ("min_tpt", "max_tpt"))
     imitation = model.config.imitation
     dataset = MTBIDataset(
         model.tokenizer,
@@ -167,7 +173,7 @@ def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulate
     data = ResumableData(cfg, tokenizer=model.tokenizer, dataset=dataset)
     data.skip = step * accumulated
     data.drawing_workers = max(cfg.train_ds.get("num_workers") or 0, 1) if tarred else drawing_workers
-    data.shared = shared
+    data.shared, data.seed = shared, seed
     data.accumulated, data.connector = accumulated, connector
     return data
 
@@ -219,9 +225,14 @@ def workers_that_draw(section: DictConfig | None) -> int:
     return int(section.num_workers)
 
 
+def parts_of(section: DictConfig) -> list[DictConfig]:
+    """A section and the data sets in it, which have options of their own."""
+    return [section, *section.get("datasets", {}).values()]
+
+
 def input_entries(section: DictConfig) -> Iterator[DictConfig]:
     """``input_cfg`` entries of our type in a train or validation section, groups included."""
-    for part in [section, *section.get("datasets", {}).values()]:
+    for part in parts_of(section):
         queue = list(part.get("input_cfg") or [])
         while queue:
             entry = queue.pop()

@@ -131,7 +131,7 @@ def test_workers_killed_at_any_time_lose_and_double_nothing(tmp_path, tiny_llm, 
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    assert killed
+    assert killed > kills // 2
     TargetGenerator(own).merge()
     assert everything(tmp_path / "killed" / "targets") == everything(tmp_path / "targets")
     keys = answered(tmp_path / "killed" / "targets")

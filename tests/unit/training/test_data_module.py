@@ -174,6 +174,11 @@ def test_batches_are_drawn_without_tokenizing(many, tiny_llm, tiny_config, tmp_p
     assert len(rendered) <= count + 2  # in the loader, once each; and the data module's probe
     other = {t["rendering"] for t in targets}.pop().replace("chatml", "llama3")
     assert drawn(positions=[]) == (lengths, examples) and len(rendered) > 2 * count
+    section = {"datasets": {"other": {"input_cfg": [{"type": "mtbi", "cuts_path": str(written)}], "max_tpt": 0.001}}}
+    section = {"validation_ds": {**section, "batch_size": 2, "use_multimodal_sampling": True}}
+    data = data_module(OmegaConf.create({"cached_features": False, **section}), model)
+    data._get_dp_rank, data._get_world_size = lambda: 0, lambda: 1
+    assert not list(data.val_dataloader().flattened[0])  # NeMo's filter finds the tokens, and no example so short
     model.references["llm"] = ""  # else the other format is refused
     assert drawn(positions=[7, 1, 2], rendering=other) == (lengths, examples)
 

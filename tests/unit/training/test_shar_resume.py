@@ -1,5 +1,7 @@
 """A run on Lhotse Shar goes on with the next batch, bit for bit, and reads only what is still to come."""
 
+import gzip
+import json
 import pickle
 from itertools import islice
 
@@ -11,8 +13,9 @@ from lhotse import CutSet
 from lhotse.shar.readers import lazy
 from omegaconf import OmegaConf
 
+from nemo_mtbi.data import shar
 from nemo_mtbi.data.shar import SharVisits, with_visits, without_data
-from nemo_mtbi.errors import DataError
+from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.preparation.sources import utterance_cut
 from nemo_mtbi.training.data_module import data_module
 from tests.helpers import build
@@ -86,24 +89,67 @@ def test_ranks_without_workers_draw_differently(shars, tiny_config):
 
 
 def test_what_was_trained_on_is_not_read_again(shars, tiny_config, monkeypatch):
-    """Of 100 batches skipped only what waits in the buffers is read: as much as a new run reads before its first
-    batch."""
+    """Of 100 batches skipped only what waits in the buffers is read: no more than a new run reads before its first
+    batch, though it is spread over all shards."""
     read = []
-    tar = lazy.TarIterator
+    tar, parse = lazy.TarIterator, shar.parse_tarinfo
 
     class Counted(tar):
         def __iter__(self):
             for item in super().__iter__():
-                read.append(item)
+                read.append(1)
                 yield item
 
     monkeypatch.setattr(lazy, "TarIterator", Counted)
+    monkeypatch.setattr(shar, "parse_tarinfo", lambda *member: read.append(0.5) or parse(*member))
     model, path = build(tiny_config), str(shars / "shar0")
     assert len(batches(model, path, 0, 1)) == 1
-    begun = len(read)
+    begun = sum(read)
     read.clear()
     assert len(batches(model, path, 100, 1)) == 1
-    assert 0 < len(read) <= 2 * begun
+    assert 0 < sum(read) <= begun
+
+
+def test_fields_without_data_are_there_at_once(shars):
+    """Targets as a field of their own, in JSON lines, decide what is drawn."""
+    folder = shars / "shar0"
+    for cuts in folder.glob("cuts.*.jsonl.gz"):
+        rows = [json.loads(line) for line in gzip.decompress(cuts.read_bytes()).splitlines()]
+        with gzip.open(folder / cuts.name.replace("cuts", "targets"), "wt") as file:
+            file.writelines(
+                json.dumps({"cut_id": row["id"], "targets": row["custom"].pop("targets")}) + "\n" for row in rows
+            )
+        with gzip.open(cuts, "wt") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    cuts, _ = with_visits(CutSet.from_shar(in_dir=folder))
+    with without_data():
+        drawn = list(cuts)
+    assert all(len(cut.targets) == len(TARGETS) for cut in drawn)
+    assert drawn[7].promised.read().load_audio().shape[1] == drawn[7].num_samples
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_promised_cuts_are_those_of_a_whole_reading(shars, compress, tmp_path):
+    """From tar files on a disk, and from what can only be read through."""
+    folder = shars / "shar1"
+    if compress:
+        for file in folder.glob("*.tar"):
+            file.with_suffix(".tar.gz").write_bytes(gzip.compress(file.read_bytes()))
+            file.unlink()
+    expected = {cut.id: cut for cut in CutSet.from_shar(in_dir=folder)}
+    cuts, _ = with_visits(CutSet.from_shar(in_dir=folder))
+    with without_data():
+        drawn = list(cuts)[1::3]
+    for cut in drawn:
+        read, whole = cut.promised.read(), expected[cut.id]
+        assert np.array_equal(read.load_audio(), whole.load_audio())
+        assert read.recording.duration == whole.recording.duration and read.targets == whole.targets
+
+
+def test_a_map_dataset_of_shar_is_refused(shars, tiny_config):
+    section = {"input_cfg": [{"type": "mtbi", "shar_path": str(shars / "shar0")}], "force_map_dataset": True}
+    with pytest.raises(ConfigError, match="force_map_dataset=true: Shar is read by"):
+        data_module(OmegaConf.create({"cached_features": False, "train_ds": section}), build(tiny_config))
 
 
 def test_promises(shars, tmp_path):

@@ -48,10 +48,11 @@ def _fork(name, arguments, cwd):
 class Started:
     """A launcher that runs; the part of ``subprocess.Popen`` that tests need."""
 
-    def __init__(self, name, arguments, cwd=None):
+    def __init__(self, name, arguments, cwd=None, environment=None):
         with tempfile.NamedTemporaryFile(delete=False) as printed:
             self.printed = Path(printed.name)
-        self.process = CONTEXT.Process(target=_main, args=(name, arguments, str(cwd or os.getcwd()), printed.name))
+        arguments = name, arguments, str(cwd or os.getcwd()), printed.name, environment or {}
+        self.process = CONTEXT.Process(target=_main, args=arguments)
         self.process.start()
         self.pid = self.process.pid
 
@@ -88,8 +89,9 @@ class Started:
         return output, None
 
 
-def _main(name, arguments, cwd, printed):
+def _main(name, arguments, cwd, printed, environment):
     os.chdir(cwd)
+    os.environ.update(environment)
     file = os.open(printed, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import psutil
 import pytest
@@ -106,6 +107,17 @@ def train(output, overrides, *more):
     return load_file(output / "imitation" / "last.safetensors")
 
 
+def train_on_ranks(output, overrides, *more, ranks):
+    """As under ``torchrun``: somebody else has started the processes."""
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29571", "WORLD_SIZE": str(ranks), "NODE_RANK": "0"}
+    arguments = command(output, overrides, f"trainer.devices={ranks}", *more)[3:]
+    processes = [Started("train", arguments, environment=common | {"LOCAL_RANK": str(r)}) for r in range(ranks)]
+    for process in processes:
+        printed, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, printed[-4000:]
+    return load_file(output / "imitation" / "last.safetensors")
+
+
 def curve(output, tag="loss"):
     events = EventAccumulator(str(output / "imitation"))
     events.Reload()
@@ -140,18 +152,19 @@ def test_the_weights_that_are_kept(root, overrides, whole, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, options",
+    "name, launch, options",
     [
-        ("tp2", ["trainer.devices=2", STRATEGY, "trainer.accumulate_grad_batches=2"]),
+        ("tp2", partial(train_on_ranks, ranks=2), [STRATEGY, "trainer.accumulate_grad_batches=2"]),
         pytest.param(  # test_normalization.py has data-parallel ranks
             "tp2dp2",
+            train,
             ["trainer.devices=4", "trainer.tensor_model_parallel_size=2", "trainer.val_check_interval=10"],
             marks=pytest.mark.slow,
         ),
     ],
 )
-def test_layouts_train_alike(root, overrides, whole, name, options):
-    got = train(root / name, overrides, *options)
+def test_layouts_train_alike(root, overrides, whole, name, launch, options):
+    got = launch(root / name, overrides, *options)
     assert_same(got, whole, 1e-4)
     assert [s for s, _ in curve(root / name)]
     for tag in ("val_kl", "val_loss"):

@@ -183,7 +183,8 @@ def with_visits(cuts: CutSet) -> tuple[CutSet, list[SharVisits]]:
         return CutSet(reader), [reader]
     if isinstance(cuts.data, LazyIteratorMultiplexer):
         mixed = cuts.data
-        parts = [with_visits(part if isinstance(part, CutSet) else CutSet(part)) for part in mixed.iterators]
+        inside = mixed.iterators if hasattr(mixed, "iterators") else mixed.sources  # Lhotse 2.0
+        parts = [with_visits(part if isinstance(part, CutSet) else CutSet(part)) for part in inside]
         own = LazyIteratorMultiplexer(
             *(part for part, _ in parts), stop_early=mixed.stop_early, weights=mixed.weights, seed=mixed.seed
         )

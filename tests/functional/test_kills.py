@@ -70,20 +70,19 @@ def test_prepare(corpus, prepared):
 
 def test_cache(prepared, tiny_whisper, tiny_llm, tmp_path):
     model = ["speech_llm@model=offline", f"model.pretrained_asr={tiny_whisper}", f"model.pretrained_llm={tiny_llm}"]
-    [source] = sorted(prepared.glob("cuts.train.jsonl"))
+    lines = (prepared / "cuts.train.jsonl").read_text().splitlines(keepends=True)[:400]
     found = []
     for name in ("whole", "killed"):
         manifest = tmp_path / name / "cuts.jsonl"
         manifest.parent.mkdir()
-        manifest.write_text(source.read_text())
+        manifest.write_text("".join(lines))
         arguments = [f"manifests=[{manifest}]", "batch_seconds=4.0", "workers=2", *model]
         if name == "whole":
             launch("cache_features", *arguments)
         else:
             killed = interrupted("cache_features", arguments, lambda folder=manifest.parent: size(folder))
-            assert killed > 0.8 * KILLS
+            assert killed >= KILLS // 2
         cuts = list(CutSet.from_file(manifest))
-        ids = [json.loads(line)["id"] for line in source.read_text().splitlines()]
-        assert [cut.id for cut in cuts] == ids
+        assert [cut.id for cut in cuts] == [json.loads(line)["id"] for line in lines]
         found.append({cut.id: np.array(cut.load_custom(FEATURES_FIELD)) for cut in cuts})
     assert all(np.array_equal(found[0][i], found[1][i]) for i in found[0])

@@ -90,6 +90,7 @@ class Started:
 
 
 def _main(name, arguments, cwd, printed, environment):
+    multiprocessing.set_start_method("fork", force=True)  # a process that nobody forked has the platform's
     os.chdir(cwd)
     os.environ.update(environment)
     file = os.open(printed, os.O_WRONLY | os.O_APPEND)

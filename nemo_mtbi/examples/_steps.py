@@ -40,7 +40,8 @@ def run_launcher(module: str, arguments: list[str]) -> int:
     streams = [Descriptor(number) for number in console.descriptors()]
     environment = dict(os.environ) | {console.STEP: "1"}
     receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=_main, args=(module, arguments, environment, os.getcwd(), sending, *streams))
+    settings = environment, multiprocessing.get_start_method(), os.getcwd()
+    process = context.Process(target=_main, args=(module, arguments, *settings, sending, *streams))
     process.start()
     sending.close()
     process.join()
@@ -77,11 +78,13 @@ def _main(
     module: str,
     arguments: list[str],
     environment: dict[str, str],
+    method: str,
     folder: str,
     peak: Connection,
     out: int,
     err: int,
 ) -> None:
+    multiprocessing.set_start_method(method, force=True)  # or a loader's workers would import everything anew, and fail
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

@@ -58,6 +58,8 @@ def manifests(root, tiny_llm):
         task_names=["repeat", "about"],
         filters=["empty"],
         max_new_tokens=6,
+        shar_dir=str(root / "shar"),
+        shar_size=5,
     )
     return TargetGenerator(config).run()["train"]
 
@@ -298,6 +300,19 @@ def test_killed_and_resumed_is_uninterrupted(root, overrides, whole):
     done = interrupt(root / "killed", overrides, 2, random.Random(0), [signal.SIGTERM, signal.SIGKILL])
     assert done
     assert_same(load_file(root / "killed" / "imitation" / "last.safetensors"), whole, 0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_on_shar(root, overrides, workers):
+    """What is resumed draws the same batches, in its loader's workers too."""
+    more = [o for o in overrides if not o.startswith("data.train_ds.input_cfg")]
+    more += [f"data.train_ds.input_cfg=[{{type: mtbi, shar_path: {root}/shar/train}}]"]
+    more += [f"data.train_ds.num_workers={workers}", "+data.train_ds.shuffle_buffer_size=10"]
+    expected = train(root / f"shar{workers}", more, "trainer.accumulate_grad_batches=2")
+    done = interrupt(root / f"killed_shar{workers}", more, 3, random.Random(2), [signal.SIGTERM, signal.SIGKILL])
+    assert done == 3
+    assert_same(load_file(root / f"killed_shar{workers}" / "imitation" / "last.safetensors"), expected, 0.0)
 
 
 @pytest.mark.slow

@@ -46,6 +46,7 @@ def quickstart(tmp_path_factory, tiny_llm, whisper):
         "train.trainer.max_steps": 2,
         "train.trainer.val_check_interval": 1,
         "train.data.train_ds.batch_size": 4,
+        "train.data.train_ds.num_workers": 1,
     }
     printed = launch("quickstart", *(override(k, v) for k, v in values.items()))
     return root / "out", printed

@@ -146,9 +146,14 @@ class TargetsConfig:
     description: DescriptionConfig = field(default_factory=DescriptionConfig)
     seed: int = 0
 
+    @property
+    def name_on_server(self) -> str:
+        """Of the LLM (``engine: openai``)."""
+        return self.openai.model or self.llm
+
 
 def decoded_by(config: TargetsConfig) -> Any:
     """What decides a greedy answer beside the LLM and the prompt."""
     if config.engine == "openai":
-        return ["openai", config.openai.model or config.llm]
+        return ["openai", config.name_on_server]
     return config.dtype if config.engine == "hf" else [config.engine, config.dtype, dict(config.vllm.options)]

@@ -176,7 +176,7 @@ def run_manifest(config: TargetsConfig, drawer: PromptDrawer, counts: dict[str, 
             prompts.setdefault(task, {})[prompt] = prompts.get(task, {}).get(prompt, 0) + number
     engine: dict[str, Any] = {}
     if config.engine == "openai":
-        engine = {"server": config.openai.base_url, "model": config.openai.model or config.llm}
+        engine = {"server": config.openai.base_url, "model": config.name_on_server}
     elif config.engine == "vllm":
         engine = {"options": dict(config.vllm.options)}
     return {

@@ -71,7 +71,7 @@ def settings_of(config: TargetsConfig, drawer: PromptDrawer) -> str:
     settings = {k: v for k, v in asdict(config).items() if k not in OPERATIONAL}
     tasks = [{k: v for k, v in asdict(t).items() if k != "answer" or v is not None} for t in drawer.tasks]
     template = str(drawer.tokenizer.tokenizer.chat_template)
-    by: Any = config.engine == "openai" and (config.openai.model or config.llm)  # as it was before there was vllm
+    by: Any = config.engine == "openai" and config.name_on_server  # as it was before there was vllm
     if config.engine == "vllm":
         by = decoded_by(config)
     limit = context_limit(config)
@@ -345,7 +345,7 @@ class LazyEngine:
             if self.config.engine == "openai":
                 from nemo_mtbi.targets.openai_engine import OpenAIEngine  # start-up
 
-                server = replace(self.config.openai, model=self.config.openai.model or self.config.llm)
+                server = replace(self.config.openai, model=self.config.name_on_server)
                 self.engine = OpenAIEngine(server, self.drawer.tokenizer.tokenizer, self.drawer.llm)
             elif self.config.engine == "vllm":
                 from nemo_mtbi.targets.vllm_engine import VLLMEngine  # start-up

@@ -29,7 +29,7 @@ def quickstart(tmp_path_factory, tiny_llm, whisper):
     (root / "some.tsv").write_text("\n".join(rows) + "\n")
     sources = [
         {"kind": "tsv", "path": str(root / "some.tsv"), "split_column": "split"},
-        {"kind": "no_speech", "options": {"counts": {"train": 2, "no_speech": 10}, "seconds": [0.3, 3.0]}},
+        {"kind": "no_speech", "options": {"counts": {"train": 2, "no_speech": 5}, "seconds": [0.3, 3.0]}},
     ]
     values = {
         "output_dir": root / "out",

@@ -11,8 +11,10 @@ Cuts of 4 s with 18 targets each (12 kB a line), batches of 16, tokenizer of Smo
 - ``examples_per_s``: of the whole loader by worker processes, for recordings, cached features and Shar, and of NeMo's
   SALM data set (the same recordings, prompts and answers as multimodal conversations).
 - ``slowest_vs_salm``: recordings over SALM, the least of all numbers of workers.
-- ``share_of_7b_step``: what a loader with two workers takes of a step of 16 such examples of 120 positions through a
-  frozen 7B LLM, forward and backward (4 FLOP a weight and position), at 40 % of 989 TFLOP/s.
+- ``training_process_ms_per_batch``: CPU time that a batch of recordings takes in the process that trains, which nothing
+  hides: with two workers that read what it draws, and with two that draw too (``force_iterable_dataset``).
+- ``share_of_7b_step``: of a step of 16 such examples of 120 positions through a frozen 7B LLM, forward and backward (4
+  FLOP a weight and position), at 40 % of 989 TFLOP/s: the whole loader with two workers, and the training process.
 """
 
 import argparse
@@ -112,10 +114,11 @@ def section(entry: dict[str, Any], workers: int) -> dict[str, Any]:
     }
 
 
-def ours(model: Any, entry: dict[str, Any], workers: int = 0, cached: bool = False) -> Any:
+def ours(model: Any, entry: dict[str, Any], workers: int = 0, cached: bool = False, drawing: bool = False) -> Any:
     from nemo_mtbi.training.data_module import data_module
 
-    cfg = {"cached_features": cached, "train_ds": section({"type": "mtbi", **entry}, workers)}
+    train = section({"type": "mtbi", **entry}, workers) | {"force_iterable_dataset": drawing}
+    cfg = {"cached_features": cached, "train_ds": train}
     return data_module(OmegaConf.create(cfg), model)
 
 
@@ -169,6 +172,17 @@ def rate(loader: Any, batches: int) -> float:
     return batches * BATCH / (time.perf_counter() - begin)
 
 
+def training_process(loader: Any, batches: int) -> float:
+    """CPU milliseconds of this process for a batch, after the buffers are full."""
+    read = iter(loader)
+    for _ in range(4):
+        next(read)
+    begin = time.process_time()
+    for _ in islice(read, batches):
+        pass
+    return 1000 * (time.process_time() - begin) / batches
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer cuts and batches")
@@ -213,6 +227,10 @@ def main() -> None:
             loader = ours(model, {"cuts_path": str(cached)}, workers, cached=True).train_dataloader()
             rates["cached_features"][workers] = rate(loader, read)
             rates["shar"][workers] = rate(ours(model, shar, workers).train_dataloader(), read)
+        here = {}
+        for name, drawing in (("drawn_here", False), ("drawn_by_workers", True)):
+            loader = ours(model, {"cuts_path": str(data["cuts"])}, 2, drawing=drawing).train_dataloader()
+            here[name] = training_process(loader, read)
     versus = {workers: own / rates["salm"][workers] for workers, own in rates["recordings"].items()}
     result = {
         "cuts": count,
@@ -220,7 +238,11 @@ def main() -> None:
         "finding_the_place_ms_per_example": place,
         "examples_per_s": rates,
         "slowest_vs_salm": min(versus.values()),
-        "share_of_7b_step": BATCH / rates["recordings"][2] / STEP_SECONDS,
+        "training_process_ms_per_batch": here,
+        "share_of_7b_step": {
+            "whole_loader": BATCH / rates["recordings"][2] / STEP_SECONDS,
+            **{name: milliseconds / 1000 / STEP_SECONDS for name, milliseconds in here.items()},
+        },
     }
     finish(result, arguments.json)
 

@@ -231,6 +231,7 @@ def main() -> None:
         for name, drawing in (("drawn_here", False), ("drawn_by_workers", True)):
             loader = ours(model, {"cuts_path": str(data["cuts"])}, 2, drawing=drawing).train_dataloader()
             here[name] = training_process(loader, read)
+            del loader  # its workers read ahead
     versus = {workers: own / rates["salm"][workers] for workers, own in rates["recordings"].items()}
     result = {
         "cuts": count,

@@ -22,7 +22,9 @@ import copy
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -143,15 +145,18 @@ def sampler_cost(model: Any, manifest: Path, ranks: int, shared: bool, batches: 
 
 
 def milliseconds_to_draw(drawn: Any, batches: int) -> float:
-    """CPU milliseconds for an example, after the buffers are full: the least of three, on machines that others use."""
-    next(drawn)
+    """CPU milliseconds for an example, after the buffers are full."""
+    next(drawn)  # not islice: a Lhotse sampler starts anew at every iter()
+    return 1000 * least(time.process_time, lambda: sum(len(next(drawn)) for _ in range(batches)))
+
+
+def least(clock: Callable[[], float], work: Callable[[], int]) -> float:
+    """Seconds for each unit that the work counts: the least of three, on machines that others use."""
     found = []
     for _ in range(3):
-        begin = time.process_time()
-        count = sum(
-            len(next(drawn)) for _ in range(batches)
-        )  # not islice: a Lhotse sampler starts anew at every iter()
-        found.append(1000 * (time.process_time() - begin) / count)
+        begin = clock()
+        count = work()
+        found.append((clock() - begin) / count)
     return min(found)
 
 
@@ -167,32 +172,17 @@ def place_cost(model: Any, entry: dict[str, Any], read: bool, batches: int) -> f
         return milliseconds_to_draw(drawn, batches)
 
 
+def seconds_a_batch(clock: Callable[[], float], loader: Any, batches: int) -> float:
+    """After the buffers are full."""
+    read = iter(loader)
+    for _ in range(4):
+        next(read)
+    return least(clock, lambda: sum(1 for _ in islice(read, batches // 3)))
+
+
 def rate(loader: Any, batches: int) -> float:
-    """Examples a second, after the buffers are full: the most of three."""
-    read = iter(loader)
-    for _ in range(4):
-        next(read)
-    found = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        for _ in range(batches // 3):
-            next(read)
-        found.append(batches // 3 * BATCH / (time.perf_counter() - begin))
-    return max(found)
-
-
-def training_process(loader: Any, batches: int) -> float:
-    """CPU milliseconds of this process for a batch, after the buffers are full."""
-    read = iter(loader)
-    for _ in range(4):
-        next(read)
-    found = []
-    for _ in range(3):
-        begin = time.process_time()
-        for _ in range(batches // 3):
-            next(read)
-        found.append(1000 * (time.process_time() - begin) / (batches // 3))
-    return min(found)
+    """Examples a second."""
+    return BATCH / seconds_a_batch(time.perf_counter, loader, batches)
 
 
 def main() -> None:
@@ -242,7 +232,7 @@ def main() -> None:
         here = {}
         for name, drawing in (("drawn_here", False), ("drawn_by_workers", True)):
             loader = ours(model, {"cuts_path": str(data["cuts"])}, 2, drawing=drawing).train_dataloader()
-            here[name] = training_process(loader, read)
+            here[name] = 1000 * seconds_a_batch(time.process_time, loader, read)
             del loader  # its workers read ahead
     versus = {workers: own / rates["salm"][workers] for workers, own in rates["recordings"].items()}
     result = {

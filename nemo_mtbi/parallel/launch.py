@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_mtbi.errors import CheckpointError, ConfigError
-from nemo_mtbi.parallel.ranks import gathered_objects
+from nemo_mtbi.parallel.ranks import gathered_objects, rank_and_size
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=6)  # one rank may work alone that long (the cascade's ASR; finding the place in the data)
@@ -122,7 +122,7 @@ def once_per_node(folder: Callable[[], AbstractContextManager[Path]]) -> Iterato
     hosts = gathered_objects(host, None)
     with ExitStack() as stack:
         own, problem = None, None
-        if hosts.index(host) == (dist.get_rank() if dist.is_initialized() else 0):
+        if hosts.index(host) == rank_and_size(None)[0]:
             try:
                 own = stack.enter_context(folder())
             except (CheckpointError, OSError) as error:

@@ -129,12 +129,7 @@ def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulate
     connector = connector_of(model.perception)
     emits_tokens = connector is not None and connector.emits_tokens
     drawing_workers = workers_that_draw(cfg.get("train_ds"))
-    tarred = any("shar_path" in entry for entry in input_entries(cfg.get("train_ds") or OmegaConf.create()))
-    if tarred and cfg.train_ds.get("force_map_dataset"):
-        raise ConfigError(
-            "data.train_ds.force_map_dataset=true: Shar is read by the processes that draw the batches. Leave it out."
-        )
-    shared = not tarred and drawing_workers == 0
+    shared = drawing_workers == 0
     seed = order_seed(cfg.get("train_ds") or OmegaConf.create())
     if shared and "train_ds" in cfg and cfg.train_ds.get("shuffle"):
         order_lines(cfg.train_ds)
@@ -151,7 +146,7 @@ def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulate
                 if cfg[section].get(key):
                     cfg[section][key] = enough(cfg[section], cfg[section][key])
             alone = section == "train_ds" and drawing_workers > 0
-            if alone or any("shar_path" in entry for entry in input_entries(cfg[section])):
+            if alone or reads_shar(cfg[section]):
                 cfg[section].shard_seed = "randomized"  # an integer would give every rank and worker the same data
             for entry in input_entries(cfg[section]):
                 entry.speech_position = model.config.speech_position
@@ -172,7 +167,7 @@ def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulate
     require_same_rendering(dataset.renderer, model.audio_locator_tag, model.config.speech_position)
     data = ResumableData(cfg, tokenizer=model.tokenizer, dataset=dataset)
     data.skip = step * accumulated
-    data.drawing_workers = max(cfg.train_ds.get("num_workers") or 0, 1) if tarred else drawing_workers
+    data.drawing_workers = drawing_workers
     data.shared, data.seed = shared, seed
     data.accumulated, data.connector = accumulated, connector
     return data
@@ -210,19 +205,28 @@ def enough(section: DictConfig, most: int) -> int:
 
 
 def workers_that_draw(section: DictConfig | None) -> int:
-    """Worker processes that draw batches themselves (``force_iterable_dataset``); 0 otherwise.
+    """Processes that draw batches and read them, in turns (Shar, ``force_iterable_dataset``); 0 otherwise.
 
     Raises:
-        ConfigError: there are none to do it.
+        ConfigError: there are none to do it, or Shar is to be read by others.
     """
-    if section is None or not section.get("force_iterable_dataset"):
+    if section is None:
         return 0
-    if not section.get("num_workers"):
+    if section.get("force_iterable_dataset") and not section.get("num_workers"):
         raise ConfigError(
             "data.train_ds.force_iterable_dataset=true lets the loader's workers draw the batches; set "
             "data.train_ds.num_workers to at least 1."
         )
-    return int(section.num_workers)
+    shar = reads_shar(section)
+    if shar and section.get("force_map_dataset"):
+        raise ConfigError(
+            "data.train_ds.force_map_dataset=true: Shar is read by the processes that draw the batches. Leave it out."
+        )
+    return max(section.get("num_workers") or 0, 1) if shar or section.get("force_iterable_dataset") else 0
+
+
+def reads_shar(section: DictConfig) -> bool:
+    return any("shar_path" in entry for entry in input_entries(section))
 
 
 def parts_of(section: DictConfig) -> list[DictConfig]:

@@ -3,9 +3,11 @@
 import importlib
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch.multiprocessing
@@ -30,6 +32,26 @@ def on_ranks(count, worker, *arguments):
         results = manager.dict()
         torch.multiprocessing.start_processes(worker, (*arguments, results), count, start_method="forkserver")
         return [results[rank] for rank in range(count)]
+
+
+def killed_until_done(start, wait, finished, kills, rng, pause, signals=(signal.SIGKILL,)):
+    """How often what ``start()`` starts was killed, each time ``wait(process)`` and up to ``pause`` seconds after its
+    start, before it ended by itself: when ``finished(process)``."""
+    killed = 0
+    while True:
+        process = start()
+        if killed < kills:
+            wait(process)
+            time.sleep(rng.uniform(0.0, pause))
+            chosen = rng.choice(signals)
+            if process.poll() is None and not finished(process):
+                process.send_signal(chosen)
+                killed += 1
+        printed = process.communicate(timeout=600)[0]
+        if finished(process):
+            assert process.returncode == 0, printed[-4000:]
+            return killed
+        assert process.returncode in (0, -signal.SIGKILL), printed[-4000:]
 
 
 def _torchrun(name, arguments, cwd, ranks):

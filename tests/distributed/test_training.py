@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from nemo_mtbi.targets.config import TargetsConfig
 from nemo_mtbi.targets.generate import TargetGenerator
-from tests.launching import Started
+from tests.launching import Started, killed_until_done
 
 pytestmark = pytest.mark.distributed
 WORDS = "one two three four five six seven eight nine ten".split()
@@ -279,21 +279,15 @@ def test_a_rank_that_dies_ends_the_job(root, overrides):
 
 def interrupt(output, overrides, kills, rng, signals):
     """Run, killed at random moments after the first step, until it ends by itself."""
-    done = 0
-    while True:
-        process = start(output, overrides, "trainer.accumulate_grad_batches=2")
-        if done < kills:
-            wait_for_checkpoint(process, output)
-            time.sleep(rng.uniform(0.0, 0.4))
-            chosen = rng.choice(signals)
-            if process.poll() is None and not (output / "imitation" / "trained.safetensors").is_file():
-                process.send_signal(chosen)
-                done += 1
-        out = process.communicate(timeout=600)[0]
-        if (output / "imitation" / "trained.safetensors").is_file():
-            assert process.returncode == 0, out[-4000:]
-            return done
-        assert process.returncode in (0, -signal.SIGKILL), out[-4000:]
+    return killed_until_done(
+        lambda: start(output, overrides, "trainer.accumulate_grad_batches=2"),
+        lambda process: wait_for_checkpoint(process, output),
+        lambda process: (output / "imitation" / "trained.safetensors").is_file(),
+        kills,
+        rng,
+        0.4,
+        signals,
+    )
 
 
 def test_killed_and_resumed_is_uninterrupted(root, overrides, whole):

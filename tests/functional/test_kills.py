@@ -2,7 +2,6 @@
 
 import json
 import random
-import signal
 import time
 
 import numpy as np
@@ -11,7 +10,7 @@ import soundfile
 from lhotse import CutSet
 
 from nemo_mtbi.data.feature_cache import FEATURES_FIELD
-from tests.launching import Started, launch
+from tests.launching import Started, killed_until_done, launch
 
 pytestmark = [pytest.mark.functional, pytest.mark.slow]
 KILLS, UTTERANCES = 25, 1500
@@ -19,19 +18,18 @@ KILLS, UTTERANCES = 25, 1500
 
 def interrupted(name, arguments, progress):
     """How often the launcher was killed, after it had done something more, before it ended by itself."""
-    rng, killed = random.Random(0), 0
-    while True:
-        before, process = progress(), Started(name, arguments)
-        while killed < KILLS and process.poll() is None and progress() <= before:
+    before = 0
+
+    def start():
+        nonlocal before
+        before = progress()
+        return Started(name, arguments)
+
+    def wait(process):
+        while process.poll() is None and progress() <= before:
             time.sleep(0.01)
-        if killed < KILLS and process.poll() is None:
-            time.sleep(rng.uniform(0.0, 0.1))
-            process.send_signal(signal.SIGKILL)
-            killed += 1
-        printed, _ = process.communicate(300)
-        if process.returncode == 0:
-            return killed
-        assert process.returncode == -signal.SIGKILL, printed[-3000:]
+
+    return killed_until_done(start, wait, lambda process: process.poll() == 0, KILLS, random.Random(0), 0.1)
 
 
 def size(folder):

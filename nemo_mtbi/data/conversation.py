@@ -32,6 +32,18 @@ INPUT_TYPE = "mtbi"
 NO_TARGET = Target("", "alignment", "none", "Repeat.", "", [0])
 
 
+@dataclass(frozen=True)
+class AcousticPositions:
+    """Positions of a connector that emits tokens, beside them: for each second, and for each window of the encoder."""
+
+    per_second: float = 0.0
+    per_window: int = 0
+    window_seconds: float = 30.0
+
+    def __call__(self, seconds: float) -> int:
+        return math.ceil(seconds * self.per_second) + self.per_window * math.ceil(seconds / self.window_seconds)
+
+
 @dataclass
 class MTBIConversation(NeMoMultimodalConversation):
     """A conversation that also knows its target, its visit number and (once tokenized) its rendered prompt.
@@ -44,7 +56,7 @@ class MTBIConversation(NeMoMultimodalConversation):
     visit: int = 0
     speech_position: str = "after"
     shared_prefix: bool = False
-    acoustic_rate: float = 0.0
+    acoustic: AcousticPositions = AcousticPositions()
     rendered: RenderedPrompt | None = field(default=None, repr=False)
     read_cut: Callable[[], Cut] | None = field(default=None, repr=False)
     with_ids: bool = False
@@ -59,14 +71,13 @@ class MTBIConversation(NeMoMultimodalConversation):
     @property
     def input_length(self) -> int:
         """Positions of the prompt: the text LLM's input with the transcript's tokens replaced by the connector's
-        positions; by as many positions where a connector compresses to tokens, and those of its acoustic channel
-        (``acoustic_rate`` a second)."""
+        positions; by as many positions where a connector compresses to tokens, and those of its acoustic channel."""
         assert self.positions, f"{self.id} is not tokenized"  # NeMo says then what is missing
         tokens, begin, end = self.positions
         if self.token_equivalent_duration:
             speech = math.ceil(self.cut.duration / self.token_equivalent_duration)
         else:
-            speech = end - begin + math.ceil(self.cut.duration * self.acoustic_rate)
+            speech = end - begin + self.acoustic(self.cut.duration)
         return tokens - (end - begin) + speech - (begin if self.shared_prefix else 0)
 
     @property
@@ -192,7 +203,7 @@ class ConversationIterator:
         self.token_equivalent_duration = config.get("token_equivalent_duration")
         self.speech_position = config.get("speech_position", "after")
         self.shared_prefix = config.get("shared_prefix", False)
-        self.acoustic_rate = config.get("acoustic_rate", 0.0)
+        self.acoustic = AcousticPositions(**config.get("acoustic", {}))
         self.every_cut = config.get("every_cut", False)
         self.with_ids = config.get("with_ids", False)
         self.finite = config.get("force_finite", False)
@@ -234,7 +245,7 @@ class ConversationIterator:
                 visit=visit,
                 speech_position=self.speech_position,
                 shared_prefix=self.shared_prefix,
-                acoustic_rate=self.acoustic_rate,
+                acoustic=self.acoustic,
                 with_ids=self.with_ids,
                 read_cut=None if promise is None else partial(self._read, promise, visit, index),
             )
@@ -264,7 +275,7 @@ KNOWN_KEYS = {
     "perturb_speed",
     "speech_position",
     "shared_prefix",
-    "acoustic_rate",
+    "acoustic",
     "every_cut",
     "with_ids",
     "rank",

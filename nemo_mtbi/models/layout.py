@@ -95,10 +95,12 @@ def lay_out_batch(
     empty = 0
     for example, response in zip(pieces, responses, strict=True):
         row: list[int] = []
+        last = {piece.audio: piece for piece in example if isinstance(piece, SpeechSpan)}
         for piece in [*example, response[:-1]]:
             if isinstance(piece, SpeechSpan):
                 a = piece.audio
-                chosen = _positions(piece, speech_centers[a][: speech_lengths[a]], speech_seconds[a], frame_seconds)
+                centers, whole = speech_centers[a][: speech_lengths[a]], piece is last[a]
+                chosen = _positions(piece, centers, speech_seconds[a], frame_seconds, whole)
                 empty += not chosen
                 row += [-1 - offsets[piece.audio] - c for c in chosen]
             else:
@@ -123,11 +125,15 @@ def lay_out_batch(
     return BatchLayout(text, index, lengths, row_lengths, predicting, ids, counts, empty)
 
 
-def _positions(span: SpeechSpan, centers: list[float], audio_seconds: float, frame_seconds: float) -> list[int]:
+def _positions(
+    span: SpeechSpan, centers: list[float], audio_seconds: float, frame_seconds: float, whole: bool
+) -> list[int]:
     """Positions whose center lies in the span, in their order (of two channels, one after the other).
 
-    Spans that meet share no position, and together they skip none.
+    Spans that meet share no position, and together they skip none. ``whole``: the span takes the positions too that
+    belong to the utterance as a whole (center inf).
     """
     begin = -math.inf if span.start_seconds <= 0 else span.start_seconds
     end = math.inf if span.end_seconds >= audio_seconds else span.end_seconds
-    return [i for i, c in enumerate(centers) if begin <= (c + 0.5) * frame_seconds < end]
+    times = ((c + 0.5) * frame_seconds for c in centers)
+    return [i for i, t in enumerate(times) if (whole if t == math.inf else begin <= t < end)]

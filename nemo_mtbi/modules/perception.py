@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
 from nemo_mtbi.config import ModelConfig
+from nemo_mtbi.data.literal import literal_encoding
 from nemo_mtbi.errors import ConfigError, MTBIError
 from nemo_mtbi.modules.causal_lm import is_frozen
 from nemo_mtbi.modules.connectors.base import Connector
@@ -56,6 +57,8 @@ def setup_perception(model: Any) -> None:
             )
         if adapter._target_.startswith("nemo_mtbi."):
             adapter.output_dim = model.llm.config.hidden_size
+            if adapter.get("acoustic_prompt") is not None and "acoustic_prompt_ids" not in adapter:
+                adapter.acoustic_prompt_ids = prompt_tokens(model.tokenizer.tokenizer, adapter.acoustic_prompt)
             if "feat_in" not in adapter:
                 taps = len(perception.encoder.get("taps", [])) if whisper else 0
                 width = perception.encoder.config.d_model if whisper else _nemo_config(name).encoder.d_model
@@ -83,6 +86,21 @@ def setup_perception(model: Any) -> None:
         setup_speech_encoder(model, pretrained_weights=cfg.pretrained_weights)
     model.perception.fusion = fusion_of(perception, context=context_of(model.llm.config))
     model.perception.window_seconds = window_seconds(perception)
+
+
+def prompt_tokens(tokenizer: Any, text: str) -> list[int]:
+    """The LLM's tokens of ``modality_adapter.acoustic_prompt``, none of which steers it.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    ids = literal_encoding(tokenizer, str(text))[0]
+    if not ids:
+        raise ConfigError(
+            f"modality_adapter.acoustic_prompt={text!r} has no tokens: give a text, such as 'The gender is female.', "
+            "or null."
+        )
+    return ids
 
 
 def context_of(llm_config: Any) -> int | None:

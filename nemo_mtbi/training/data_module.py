@@ -151,7 +151,12 @@ def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulate
             for entry in input_entries(cfg[section]):
                 entry.speech_position = model.config.speech_position
                 entry.shared_prefix = model.prefixes is not None
-                entry.acoustic_rate = 0.0 if connector is None else connector.positions_per_second
+                if connector is not None:
+                    entry.acoustic = {
+                        "per_second": connector.positions_per_second,
+                        "per_window": connector.positions_per_window,
+                        "window_seconds": model.perception.window_seconds,
+                    }
                 entry.every_cut = model.stage == ALIGNMENT
                 entry.with_ids = any(key in part for part in parts_of(cfg[section]) for key in ("min_tpt", "max_tpt"))
     imitation = model.config.imitation

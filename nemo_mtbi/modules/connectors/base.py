@@ -26,7 +26,8 @@ class SpeechEmbeddings:
     Attributes:
         embeddings: (B, P, H), zero-padded on the right.
         lengths: (B,) valid positions.
-        centers: (B, P) time of each position in encoder frames; slices speech by word times.
+        centers: (B, P) time of each position in encoder frames; slices speech by word times. inf: it belongs to the
+            utterance as a whole.
         ctc_log_probs: (B, P', V_ctc + 1) of a CTC connector, blank first; None otherwise.
         ctc_lengths: (B,) valid rows of ``ctc_log_probs``.
         nothing_heard: (B,) of a connector that writes text, whether it wrote none; None for others.
@@ -64,6 +65,7 @@ class Connector(nn.Module):
     subsampling_factor: int = 1
     emits_tokens = False  # see TokenConnector
     positions_per_second = 0.0  # beside the tokens, of a connector that emits them
+    positions_per_window = 0  # of the encoder, likewise
     choice_group: Any = None  # process group that holds the LLM together (tensor parallelism)
 
     def agreed(self, choice: Tensor) -> Tensor:

@@ -1,65 +1,38 @@
-"""What a recognizer wrote, and beside it what it could not write: a token channel and a dense acoustic channel.
+"""What a recognizer wrote, and beside it what it could not write: a token channel and an acoustic channel.
 
-Letters: B utterances, T encoder frames, K encoder layers, D their width, P output positions, H LLM width.
+Letters: B utterances, T encoder frames, K encoder layers, D their width, P output positions.
 """
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nemo_mtbi.data.example import Example
 from nemo_mtbi.errors import ConfigError
-from nemo_mtbi.modules.connectors.base import NO_TOKEN, Hypotheses, SpeechEmbeddings, frame_mask, uniform_centers
-from nemo_mtbi.modules.connectors.subsampling import ConvSubsampler
+from nemo_mtbi.modules.connectors.acoustic import AcousticChannel, DescriptionChannel, joined
+from nemo_mtbi.modules.connectors.base import NO_TOKEN, Hypotheses, SpeechEmbeddings, frame_mask
 from nemo_mtbi.modules.connectors.whisper_decoder import WhisperDecoderConnector
 
 ORDERS = ("text_first", "acoustic_first")
 
 
-class AcousticChannel(nn.Module):
-    """Dense positions from several encoder layers, mixed with learned weights (as ELMo and DeSTA2 mix them).
-
-    ``x = sum_k softmax(w)_k norm(layer_k)``, strided convolutions, then ``rms(E) project(norm(x))``.
-
-    Args:
-        encoder_layers: K.
-        width: D.
-        output_dim: H.
-        strides: convolutions of stride 2: 50 / 2^strides positions a second.
-    """
-
-    def __init__(self, encoder_layers: int, width: int, output_dim: int, strides: int) -> None:
-        super().__init__()
-        self.layer_weights = nn.Parameter(torch.zeros(encoder_layers))
-        self.norm_in = nn.LayerNorm(width, elementwise_affine=False)  # layers differ in scale by orders of magnitude
-        self.subsample = ConvSubsampler(width, width, strides)
-        self.norm = nn.LayerNorm(width)
-        self.project = nn.Linear(width, output_dim)
-
-    def forward(self, features: Tensor, lengths: Tensor, scale: Tensor) -> SpeechEmbeddings:
-        """features (B, T, K D), lengths (B,), scale () root mean square of the LLM's embeddings."""
-        layers = self.norm_in(features.unflatten(-1, (len(self.layer_weights), -1)))
-        mixed = torch.einsum("btkd,k->btd", layers, self.layer_weights.softmax(0).to(layers.dtype))
-        hidden, lengths = self.subsample(mixed, lengths)
-        embeddings = self.project(self.norm(hidden)) * scale
-        positions = embeddings.shape[1]
-        embeddings = embeddings * frame_mask(lengths, positions)[..., None]
-        return SpeechEmbeddings(embeddings, lengths, uniform_centers(positions, self.subsample.factor, embeddings))
-
-
 class TwoChannelConnector(WhisperDecoderConnector):
-    """The text that Whisper's decoder writes, and dense acoustic positions beside it, trained by imitation.
+    """The text that Whisper's decoder writes, and acoustic positions beside it, trained by imitation.
 
     The acoustic positions enter with the first step of the imitation stage (:meth:`begin_imitation`): before, the LLM
     reads the text channel alone. (Positions that say nothing disturb the LLM, whatever they hold: see docs/results.md.)
-    Interleaving takes the positions of a span from both channels.
+    Interleaving takes the positions of a span from both channels; those that describe a whole window stay with the last
+    speech of the utterance.
 
     Args:
         feat_in: K D; the last D are what the decoder reads (``perception.encoder_taps`` puts lower layers before it).
         output_dim: H, LLM width.
         decoder: fields of ``transformers.WhisperConfig``, with the width D.
         acoustic_strides: 50 / 2^strides acoustic positions a second; 3 gives 6.25.
+        acoustic_prompt: text as whose positions the acoustic channel begins, for each window of the encoder, in place
+            of that stream (:class:`DescriptionChannel`). None: the stream.
+        acoustic_prompt_ids: its tokens; filled in from the LLM.
         order: ``text_first`` or ``acoustic_first``.
         text: further arguments of :class:`WhisperDecoderConnector`.
 
@@ -75,6 +48,8 @@ class TwoChannelConnector(WhisperDecoderConnector):
         output_dim: int,
         decoder: dict[str, Any],
         acoustic_strides: int = 3,
+        acoustic_prompt: str | None = None,
+        acoustic_prompt_ids: list[int] | None = None,
         order: str = "text_first",
         **text: Any,
     ) -> None:
@@ -85,8 +60,13 @@ class TwoChannelConnector(WhisperDecoderConnector):
             raise ConfigError(f"The encoder gives {feat_in} features, no multiple of the decoder's width {width}.")
         super().__init__(width, output_dim, decoder, **text)
         self.order = order
-        self.acoustic = AcousticChannel(feat_in // width, width, output_dim, acoustic_strides)
-        self.positions_per_second = 50 / self.acoustic.subsample.factor
+        self.acoustic: AcousticChannel | DescriptionChannel
+        if acoustic_prompt is None:
+            self.acoustic = AcousticChannel(feat_in // width, width, output_dim, acoustic_strides)
+        else:
+            self.acoustic = DescriptionChannel(feat_in // width, width, output_dim, list(acoustic_prompt_ids or []))
+        self.positions_per_second = self.acoustic.positions_per_second
+        self.positions_per_window = self.acoustic.positions_per_window
         self.register_buffer("acoustic_open", torch.zeros((), dtype=torch.bool))
         self._open = False  # the buffer's value, without asking a GPU for it
 
@@ -114,7 +94,8 @@ class TwoChannelConnector(WhisperDecoderConnector):
     ) -> list[SpeechEmbeddings]:
         if not self._open:
             return texts
-        acoustic = self.acoustic(features, lengths, self.embedding_rms)
+        assert self._language_model is not None
+        acoustic = self.acoustic(features, lengths, self.embedding_rms, self._language_model[1])
         return [joined(t, acoustic) if self.order == "text_first" else joined(acoustic, t) for t in texts]
 
     @torch.no_grad()
@@ -126,7 +107,9 @@ class TwoChannelConnector(WhisperDecoderConnector):
         return result
 
     def fusable(self, speech: SpeechEmbeddings) -> Tensor | None:
-        """The acoustic positions; the others are the LLM's own tokens."""
+        """The positions of the stream; the others are the LLM's own tokens, or a text that was moved."""
+        if isinstance(self.acoustic, DescriptionChannel):
+            return torch.zeros_like(speech.centers, dtype=torch.bool)
         return None if speech.labels is None else speech.labels == NO_TOKEN
 
     def word_centers(self, speech: SpeechEmbeddings, examples: list[Example], frame_seconds: float) -> Tensor:
@@ -143,26 +126,3 @@ class TwoChannelConnector(WhisperDecoderConnector):
             1, front, torch.arange(front.shape[1], device=front.device).expand_as(front)
         )
         return torch.where(written, by_order.gather(1, back), speech.centers)
-
-
-def joined(first: SpeechEmbeddings, second: SpeechEmbeddings) -> SpeechEmbeddings:
-    """The positions of two channels one after the other; ``labels`` of a channel without tokens are ``NO_TOKEN``.
-
-    first: (B, P1, H), second: (B, P2, H) -> (B, P, H), P the longest sum of two lengths.
-    """
-    sizes = first.embeddings.shape[1], second.embeddings.shape[1]
-    valid = torch.cat([frame_mask(first.lengths, sizes[0]), frame_mask(second.lengths, sizes[1])], 1)
-    lengths = first.lengths + second.lengths
-    index = (~valid).long().argsort(dim=1, stable=True)[:, : int(lengths.max())]
-    embeddings = torch.cat([first.embeddings, second.embeddings.to(first.embeddings.dtype)], 1)
-    embeddings = embeddings.gather(1, index[..., None].expand(-1, -1, embeddings.shape[-1]))
-    labels = [
-        channel.labels if channel.labels is not None else torch.full_like(channel.centers, NO_TOKEN, dtype=torch.long)
-        for channel in (first, second)
-    ]
-    return SpeechEmbeddings(
-        embeddings * frame_mask(lengths, index.shape[1])[..., None],
-        lengths,
-        torch.cat([first.centers, second.centers.to(first.centers.dtype)], 1).gather(1, index),
-        labels=torch.cat(labels, 1).gather(1, index),
-    )

@@ -1,0 +1,165 @@
+"""The acoustic channel that begins as a text: what the LLM reads of it, and which speech it stays with."""
+
+import copy
+
+import pytest
+import torch
+
+from nemo_mtbi.data.conversation import AcousticPositions
+from nemo_mtbi.data.example import prompt_pieces
+from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.models import MTBISALM
+from nemo_mtbi.models.layout import lay_out_batch
+from nemo_mtbi.models.speech import connect
+from nemo_mtbi.modules.connectors.acoustic import statistics
+from nemo_mtbi.modules.connectors.base import NO_TOKEN
+from tests.helpers import build, gradients, make_batch
+
+pytestmark = pytest.mark.unit
+TEXT = " The gender is female. <|im_end|>"
+
+
+@pytest.fixture
+def config(tiny_config):
+    config = copy.deepcopy(tiny_config)
+    config["perception"] = {
+        "input_length": "own",
+        "encoder_taps": [1],
+        "modality_adapter": {
+            "_target_": "nemo_mtbi.modules.connectors.TwoChannelConnector",
+            "dropout": 0.0,
+            "acoustic_prompt": TEXT,
+        },
+    }
+    return config
+
+
+@pytest.fixture
+def model(config):
+    model = build(config).eval()
+    model.perception.modality_adapter.begin_imitation()
+    return model
+
+
+def moved(model):
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.perception.modality_adapter.acoustic.project.weight, std=0.05)
+    return model
+
+
+def heard(model, batch):
+    return model.perception.modality_adapter.connect(*model.encode(batch["audios"], batch["audio_lens"]))
+
+
+@torch.no_grad()
+def test_before_training_the_llm_reads_the_text(model):
+    speech = heard(model, make_batch(model, 2))
+    tokenizer = model.tokenizer.tokenizer
+    ids = model.cfg.perception.modality_adapter.acoustic_prompt_ids
+    assert tokenizer.decode(ids) == TEXT and tokenizer.convert_tokens_to_ids("<|im_end|>") not in ids
+    for row in range(2):
+        own = speech.labels[row, : int(speech.lengths[row])] == NO_TOKEN
+        assert own.sum() == len(ids)
+        written = speech.embeddings[row, : int(speech.lengths[row])][own]
+        torch.testing.assert_close(written, model.embed_tokens(torch.tensor(ids)))
+
+
+@torch.no_grad()
+def test_voices_are_told_apart_and_padding_is_not_heard(model):
+    connector = moved(model).perception.modality_adapter
+    features = torch.randn(3, 400, 64, generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([400, 90, 33])
+    batch = connector.connect(features, lengths)
+    count = connector.positions_per_window
+    ends = []
+    for row, length in enumerate(lengths.tolist()):
+        alone = connector.connect(features[row : row + 1, :length], lengths[row : row + 1])
+        valid = int(alone.lengths[0])
+        torch.testing.assert_close(batch.embeddings[row, :valid], alone.embeddings[0], atol=1e-4, rtol=1e-3)
+        ends.append(alone.embeddings[0, valid - count :])
+    assert float((ends[0] - ends[1]).abs().max()) > 1e-3
+
+
+def test_statistics_are_those_of_torch():
+    hidden = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0))
+    found = statistics(hidden, torch.tensor([7, 4]))
+    for row, length in enumerate((7, 4)):
+        own = hidden[row, :length]
+        expected = torch.cat([own.mean(0), (own.var(0, correction=0) + 1e-4).sqrt()])
+        torch.testing.assert_close(found[row], expected)
+
+
+def test_imitation_reaches_every_part_of_it(model):
+    grads = gradients(moved(model), [make_batch(model, 3)])
+    acoustic = {n for n, _ in model.named_parameters() if ".acoustic." in n}
+    assert acoustic and all(float(grads[n].norm()) > 0 for n in acoustic)
+
+
+def test_a_constant_recording_has_a_gradient_too(model):
+    connector = moved(model).perception.modality_adapter
+    connector.connect(torch.ones(1, 40, 64), torch.tensor([40])).embeddings.sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in connector.acoustic.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("order", ["text_first", "acoustic_first"])
+def test_it_stays_with_the_last_speech_of_the_utterance(config, order):
+    config["perception"]["modality_adapter"]["order"] = order
+    model = build(config).eval()
+    connector = model.perception.modality_adapter
+    connector.begin_imitation()
+    batch = make_batch(model, 1)
+    [example] = batch["examples"]
+    speech = heard(model, batch)
+    centers = connector.word_centers(speech, [example], model.frame_seconds)
+    own = set((speech.labels[0] == NO_TOKEN).nonzero().flatten().tolist())
+    assert len(example.units) >= 3
+
+    def taken(plan):
+        pieces = [prompt_pieces(example, 0, plan)]
+        layout = lay_out_batch(
+            pieces, [[1]], speech.lengths.tolist(), centers.tolist(), [example.duration_seconds], model.frame_seconds
+        )
+        positions = layout.index[0] - len(layout.text_ids)
+        return positions[positions >= 0].tolist()
+
+    units = len(example.units)
+    assert taken([False] * units) == list(range(int(speech.lengths[0])))
+    for spoken in ([0], [units - 1], [0, 2]):
+        found = taken([unit not in spoken for unit in range(units)])
+        assert own <= set(found) and len(found) == len(set(found))
+    assert taken([True] * units) == []
+
+
+@torch.no_grad()
+def test_each_window_of_a_long_recording_is_described(model):
+    connector = moved(model).perception.modality_adapter
+    samples = 0.1 * torch.randn(1, 70 * 16_000, generator=torch.Generator().manual_seed(0))
+    batch = {"audios": samples, "audio_lens": torch.tensor([samples.shape[1]])}
+    speech = connect(model.perception, *_features(model, batch))
+    own = speech.labels[0, : int(speech.lengths[0])] == NO_TOKEN
+    assert len(batch["windows"].owners) == 3 and int(own.sum()) == 3 * connector.positions_per_window
+
+
+def _features(model, batch):
+    from nemo_mtbi.models.speech import batch_features
+
+    return batch_features(model.perception, batch)
+
+
+def test_positions_of_a_recording():
+    assert AcousticPositions(6.25)(3.0) == 19
+    assert [AcousticPositions(0.0, 8, 30.0)(s) for s in (0.5, 30.0, 31.0)] == [8, 8, 16]
+
+
+@torch.no_grad()
+def test_an_export_reads_the_same(model, tmp_path):
+    read = MTBISALM.restore_from(moved(model).save_to(tmp_path / "model.nemo"))
+    batch = make_batch(model, 2)
+    torch.testing.assert_close(read.student({**batch}, False).hidden, model.student({**batch}, False).hidden)
+
+
+def test_a_text_without_tokens_is_refused(config):
+    config["perception"]["modality_adapter"]["acoustic_prompt"] = ""
+    with pytest.raises(ConfigError, match="acoustic_prompt"):
+        build(config)

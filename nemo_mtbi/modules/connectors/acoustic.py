@@ -4,15 +4,18 @@ Letters: B utterances or windows, T encoder frames, K encoder layers, D their wi
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from nemo_mtbi.modules.connectors.base import NO_TOKEN, SpeechEmbeddings, frame_mask, uniform_centers
 from nemo_mtbi.modules.connectors.subsampling import ConvSubsampler
 
 WHOLE = torch.inf  # center of a position that belongs to its utterance as a whole
-SMALLEST_VARIANCE = 1e-4  # of normalized features; a square root has no slope at 0
+PASSES_COUNTED = 200  # of training, whose utterances say what is usual
+SMALLEST_DEVIATION = 1e-4  # of normalized features and their statistics
 
 
 class AcousticChannel(nn.Module):
@@ -61,59 +64,124 @@ class DescriptionChannel(nn.Module):
 
     ::
 
-        E_p  +  rms(E) project_p(gelu(hidden(norm([mean_t x; std_t x])))),     x = convolutions(mix(norm(layers)))
+        E_p  +  rms(E) project_p(gelu(hidden(standardized([mean_t x; std_t x])))),     x = norm(layers)
 
-    with the mean and standard deviation over time of x-vectors (Snyder et al. 2018). ``project`` starts at zero, so the
-    LLM reads the text itself before the first step (as soft prompts that begin as words, Lester et al. 2021), and what
-    training adds says how this voice differs from it.
+    with the mean and standard deviation over time of x-vectors (Snyder et al. 2018), of several encoder layers side by
+    side, standardized over the utterances of training: they differ little beside what they share, which is all that
+    untrained layers would see otherwise. ``project`` starts at zero, so the LLM reads the text itself before the first
+    step (as soft prompts that begin as words, Lester et al. 2021), and what training adds says how this voice differs
+    from it.
 
     Args:
         encoder_layers: K.
         width: D.
         output_dim: H.
         prompt_ids: the P tokens of the text, of the LLM.
-        strides: convolutions of stride 2 before the statistics.
     """
 
-    def __init__(
-        self, encoder_layers: int, width: int, output_dim: int, prompt_ids: list[int], strides: int = 2
-    ) -> None:
+    prompt_ids: Tensor
+
+    def __init__(self, encoder_layers: int, width: int, output_dim: int, prompt_ids: list[int]) -> None:
         super().__init__()
-        self.encoder_layers = encoder_layers
-        self.norm_in = nn.LayerNorm(width, elementwise_affine=False)
-        self.mix = nn.Linear(encoder_layers * width, width)
-        self.subsample = ConvSubsampler(width, width, strides)
-        self.norm = nn.LayerNorm(2 * width)
-        self.hidden = nn.Linear(2 * width, width)
+        self.norm_in = LayersNorm(encoder_layers, width)
+        self.standardized = Standardization(2 * encoder_layers * width)
+        self.hidden = nn.Linear(2 * encoder_layers * width, width)
         self.project = nn.Linear(width, len(prompt_ids) * output_dim)
         nn.init.zeros_(self.project.weight)
         nn.init.zeros_(self.project.bias)
-        self.register_buffer("prompt_ids", torch.tensor(prompt_ids), persistent=False)
+        self.register_buffer("prompt_ids", torch.tensor(prompt_ids, dtype=torch.long), persistent=False)
         self.positions_per_second, self.positions_per_window = 0.0, len(prompt_ids)
-
-    prompt_ids: Tensor
 
     def forward(
         self, features: Tensor, lengths: Tensor, scale: Tensor, embed_tokens: Callable[[Tensor], Tensor]
     ) -> SpeechEmbeddings:
         """See :meth:`AcousticChannel.forward`."""
-        layers = self.norm_in(features.unflatten(-1, (self.encoder_layers, -1))).flatten(-2)
-        hidden, frames = self.subsample(nn.functional.gelu(self.mix(layers)), lengths)
-        pooled = statistics(hidden, frames)
-        moved = self.project(nn.functional.gelu(self.hidden(self.norm(pooled)))) * scale
+        with torch.autocast(features.device.type, enabled=False):
+            pooled = self.standardized(statistics(self.norm_in(features.float()), lengths))
+        moved = self.project(nn.functional.gelu(self.hidden(pooled.to(self.hidden.weight.dtype)))) * scale
         text = embed_tokens(self.prompt_ids).to(moved.dtype)
         embeddings = text + moved.unflatten(-1, text.shape)
         count = torch.full_like(lengths, len(text))
         return SpeechEmbeddings(embeddings, count, embeddings.new_full(embeddings.shape[:2], WHOLE))
 
 
-def statistics(hidden: Tensor, lengths: Tensor) -> Tensor:
-    """(B, T, D), (B,) valid frames -> mean and standard deviation over them, (B, 2 D)."""
-    mask = frame_mask(lengths, hidden.shape[1])[..., None]
-    count = lengths.clamp_min(1)[:, None].to(hidden.dtype)
-    mean = (hidden * mask).sum(1) / count
-    variance = ((hidden - mean[:, None]).square() * mask).sum(1) / count
-    return torch.cat([mean, (variance + SMALLEST_VARIANCE).sqrt()], -1)
+class LayersNorm(nn.Module):
+    """Each of K layers of width D side by side, (..., K D), with mean 0 and variance 1; they differ in scale by orders
+    of magnitude."""
+
+    def __init__(self, layers: int, width: int) -> None:
+        super().__init__()
+        self.shape = layers, width
+
+    def forward(self, features: Tensor) -> Tensor:
+        return nn.functional.layer_norm(features.unflatten(-1, self.shape), self.shape[1:]).flatten(-2)
+
+
+class Standardization(nn.Module):
+    """Values less their mean, over their standard deviation, of the first ``PASSES_COUNTED`` passes of training.
+
+    In training as in use (batch normalization would differ); of all ranks together. Before the first of those passes it
+    changes nothing.
+
+    Args:
+        size: F, of the vectors.
+    """
+
+    count: Tensor
+    mean: Tensor
+    squares: Tensor
+    passes: Tensor
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("squares", torch.zeros(size))  # sum of squared differences from the mean
+        self.register_buffer("passes", torch.zeros((), dtype=torch.long))
+        self._passes = 0  # the buffer's value, without asking a GPU for it
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Standardization":
+        """Move to a device, but never to another precision: the mean is many times the deviation."""
+        for name, buffer in self.named_buffers(recurse=False):
+            moved = fn(buffer)
+            setattr(self, name, moved if moved.dtype == buffer.dtype else buffer.to(moved.device))
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._passes = int(state_dict.get(f"{prefix}passes", self._passes))
+
+    def forward(self, values: Tensor) -> Tensor:
+        """(B, F) -> (B, F), float32."""
+        if self.training and torch.is_grad_enabled() and self._passes < PASSES_COUNTED:
+            self._add(values)
+        deviation = (self.squares / self.count.clamp_min(1)).sqrt()
+        known = self.count > 1
+        return (values - self.mean) / torch.where(known, deviation.clamp_min(SMALLEST_DEVIATION), 1.0)
+
+    @torch.no_grad()
+    def _add(self, values: Tensor) -> None:
+        """Chan et al. 1979, with sums that are relative to the mean so far."""
+        self._passes += 1
+        self.passes.fill_(self._passes)
+        apart = (values - self.mean).double()
+        sums = torch.cat([apart.sum(0), apart.square().sum(0), apart.new_full((1,), len(apart))])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(sums)
+        (first, second), added = sums[:-1].view(2, -1), sums[-1]
+        total = self.count + added
+        self.squares += second - first.square() / total
+        self.mean += first / total
+        self.count.copy_(total)
+
+
+def statistics(values: Tensor, lengths: Tensor) -> Tensor:
+    """(B, T, F), (B,) valid frames -> mean and standard deviation over them, (B, 2 F)."""
+    mask = frame_mask(lengths, values.shape[1])[..., None]
+    count = lengths.clamp_min(1)[:, None].to(values.dtype)
+    mean = (values * mask).sum(1) / count
+    variance = ((values - mean[:, None]).square() * mask).sum(1) / count
+    return torch.cat([mean, variance.clamp_min(SMALLEST_DEVIATION**2).sqrt()], -1)  # sqrt has no slope at 0
 
 
 def joined(first: SpeechEmbeddings, second: SpeechEmbeddings) -> SpeechEmbeddings:

@@ -11,7 +11,7 @@ from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.models import MTBISALM
 from nemo_mtbi.models.layout import lay_out_batch
 from nemo_mtbi.models.speech import connect
-from nemo_mtbi.modules.connectors.acoustic import statistics
+from nemo_mtbi.modules.connectors.acoustic import Standardization, statistics
 from nemo_mtbi.modules.connectors.base import NO_TOKEN
 from tests.helpers import build, gradients, make_batch
 
@@ -85,8 +85,32 @@ def test_statistics_are_those_of_torch():
     found = statistics(hidden, torch.tensor([7, 4]))
     for row, length in enumerate((7, 4)):
         own = hidden[row, :length]
-        expected = torch.cat([own.mean(0), (own.var(0, correction=0) + 1e-4).sqrt()])
-        torch.testing.assert_close(found[row], expected)
+        torch.testing.assert_close(found[row], torch.cat([own.mean(0), own.std(0, correction=0)]))
+
+
+def test_standardization_is_that_of_all_that_training_saw():
+    values = 40 + 0.1 * torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
+    layer = Standardization(6)
+    for part in values.split([1, 9, 20]):
+        layer(part)
+    expected = (values - values.mean(0)) / values.std(0, correction=0)
+    torch.testing.assert_close(layer.eval()(values), expected, atol=2e-3, rtol=1e-3)
+    read = Standardization(6)
+    read.load_state_dict(layer.state_dict())
+    assert read._passes == 3
+    torch.testing.assert_close(read.eval()(values), layer(values), rtol=0, atol=0)
+    before = layer(values)
+    torch.testing.assert_close(layer.bfloat16()(values), before, rtol=0, atol=0)  # its mean would not survive
+
+
+def test_use_and_validation_leave_the_standardization_alone():
+    layer = Standardization(3)
+    with torch.no_grad():
+        layer(torch.randn(4, 3))
+    layer.eval()(torch.randn(4, 3))
+    assert layer._passes == 0
+    values = torch.randn(4, 3)
+    torch.testing.assert_close(layer(values), values)
 
 
 def test_imitation_reaches_every_part_of_it(model):

@@ -13,8 +13,8 @@ from nemo_mtbi.data.interleaving import InterleavingPolicy, SpeechSpan
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.models.exported import open_speech_llm
 from nemo_mtbi.models.speech import connect, fused, span_cuts, speech_input
-from nemo_mtbi.modules.connectors.base import NO_TOKEN, SpeechEmbeddings, frame_mask
 from nemo_mtbi.modules.connectors.acoustic import joined
+from nemo_mtbi.modules.connectors.base import NO_TOKEN, SpeechEmbeddings, frame_mask
 from nemo_mtbi.modules.fusion import Fusion, Positions, plan
 from tests.helpers import assert_same, build, gradients, make_batch
 

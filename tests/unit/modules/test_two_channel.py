@@ -9,8 +9,8 @@ from nemo_mtbi.data.example import prompt_pieces
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.models import MTBISALM
 from nemo_mtbi.models.layout import lay_out_batch
-from nemo_mtbi.modules.connectors.base import NO_TOKEN, SpeechEmbeddings
 from nemo_mtbi.modules.connectors.acoustic import joined
+from nemo_mtbi.modules.connectors.base import NO_TOKEN, SpeechEmbeddings
 from tests.helpers import build, gradients, make_batch
 
 pytestmark = pytest.mark.unit

@@ -210,6 +210,11 @@ def model_config(cfg: DictConfig | dict[str, Any]) -> ModelConfig:
         problems.append(
             "model.interleaving.level=waveform cuts the audio, so imitation.w_ctc, w_align and w_risk must be 0"
         )
+    prompted = (config.perception.get("modality_adapter") or {}).get("acoustic_prompt") is not None
+    if config.interleaving.level == "waveform" and config.interleaving.probability > 0 and prompted:
+        problems.append(
+            "model.interleaving.level=waveform cuts the audio, an acoustic_prompt describes all of it: use embedding"
+        )
     for group in config.parameter_groups:
         try:
             re.compile(group.pattern)

@@ -19,6 +19,7 @@ from nemo.collections.common.data.lhotse.cutset import read_cutset_from_config
 from nemo.collections.common.data.lhotse.text_adapters import AudioTurn, NeMoMultimodalConversation, TextTurn
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_mtbi.data.audio_windows import EARLIEST_SHARE
 from nemo_mtbi.data.cut_lines import Share
 from nemo_mtbi.data.messages import NOTHING_HEARD, user_message
 from nemo_mtbi.data.perturbation import SpeedPerturbation
@@ -41,7 +42,8 @@ class AcousticPositions:
     window_seconds: float = 30.0
 
     def __call__(self, seconds: float) -> int:
-        return math.ceil(seconds * self.per_second) + self.per_window * math.ceil(seconds / self.window_seconds)
+        windows = 1 if seconds <= self.window_seconds else math.ceil(seconds / (EARLIEST_SHARE * self.window_seconds))
+        return math.ceil(seconds * self.per_second) + self.per_window * windows
 
 
 @dataclass

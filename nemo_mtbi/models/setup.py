@@ -44,10 +44,7 @@ def setup_parts(model: Any, cfg: dict[str, Any], config: ModelConfig) -> None:
     model.cfg = salm_config(cfg, config)
     model.audio_locator_tag = config.audio_locator_tag
     llm_path = resolve_pretrained(config.pretrained_llm)
-    model.tokenizer = AutoTokenizer(
-        config.tokenizer_path or llm_path, use_fast=True, trust_remote_code=config.trust_remote_code
-    )
-    model.tokenizer.add_special_tokens({"additional_special_tokens": [model.audio_locator_tag]})
+    model.tokenizer = language_model_tokenizer(config)
     model.llm_weights = llm_path  # where a rank reads its shard
     setup_llm(model, llm_path, config)
     setup_perception(model)
@@ -61,6 +58,17 @@ def setup_parts(model: Any, cfg: dict[str, Any], config: ModelConfig) -> None:
     freeze(model.named_parameters(), config)
     check_trainable(model, config)
     model.prefixes = prefix_store(model, config)
+
+
+def language_model_tokenizer(config: ModelConfig) -> AutoTokenizer:
+    """The LLM's, with the tag that stands for audio."""
+    tokenizer = AutoTokenizer(
+        config.tokenizer_path or resolve_pretrained(config.pretrained_llm),
+        use_fast=True,
+        trust_remote_code=config.trust_remote_code,
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": [config.audio_locator_tag]})
+    return tokenizer
 
 
 def salm_config(cfg: dict[str, Any], config: ModelConfig) -> DictConfig:
@@ -90,6 +98,7 @@ def outline(cfg: dict[str, Any], config: ModelConfig) -> nn.Module:
     model: Any = nn.Module()
     model.cfg = salm_config(copy.deepcopy(cfg), config)
     model.cfg.pretrained_weights = False
+    model.tokenizer = language_model_tokenizer(config)
     path = resolve_pretrained(config.pretrained_llm)
     with torch.random.fork_rng(devices=[]):  # what is built afterwards draws the same numbers
         with torch.device("meta"):

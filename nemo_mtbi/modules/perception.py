@@ -58,7 +58,8 @@ def setup_perception(model: Any) -> None:
         if adapter._target_.startswith("nemo_mtbi."):
             adapter.output_dim = model.llm.config.hidden_size
             if adapter.get("acoustic_prompt") is not None and "acoustic_prompt_ids" not in adapter:
-                adapter.acoustic_prompt_ids = prompt_tokens(model.tokenizer.tokenizer, adapter.acoustic_prompt)
+                ids, _ = literal_encoding(model.tokenizer.tokenizer, str(adapter.acoustic_prompt))
+                adapter.acoustic_prompt_ids = ids
             if "feat_in" not in adapter:
                 taps = len(perception.encoder.get("taps", [])) if whisper else 0
                 width = perception.encoder.config.d_model if whisper else _nemo_config(name).encoder.d_model
@@ -86,21 +87,6 @@ def setup_perception(model: Any) -> None:
         setup_speech_encoder(model, pretrained_weights=cfg.pretrained_weights)
     model.perception.fusion = fusion_of(perception, context=context_of(model.llm.config))
     model.perception.window_seconds = window_seconds(perception)
-
-
-def prompt_tokens(tokenizer: Any, text: str) -> list[int]:
-    """The LLM's tokens of ``modality_adapter.acoustic_prompt``, none of which steers it.
-
-    Raises:
-        ConfigError: there are none.
-    """
-    ids = literal_encoding(tokenizer, str(text))[0]
-    if not ids:
-        raise ConfigError(
-            f"modality_adapter.acoustic_prompt={text!r} has no tokens: give a text, such as 'The gender is female.', "
-            "or null."
-        )
-    return ids
 
 
 def context_of(llm_config: Any) -> int | None:
@@ -146,12 +132,14 @@ def fusion_of(perception: Any, options: dict[str, Any] | None = None, context: i
     options = options or perception.get("fusion")
     if not options:
         return None
-    target = str((perception.get("modality_adapter") or {}).get("_target_", ""))
-    if not target.startswith("nemo_mtbi.") or target.endswith("WhisperDecoderConnector"):
+    adapter = perception.get("modality_adapter") or {}
+    target = str(adapter.get("_target_", ""))
+    texts = target.endswith("WhisperDecoderConnector") or adapter.get("acoustic_prompt") is not None
+    if texts or not target.startswith("nemo_mtbi."):
         raise ConfigError(
             f"perception.fusion merges positions of the connector; {target.rpartition('.')[2]} has none that can be "
-            "merged (a decoder writes the LLM's own tokens). Use a dense, CTC or two-channel connector, or leave "
-            "fusion out."
+            "merged (a decoder writes the LLM's own tokens, an acoustic_prompt is made of them). Use a dense, CTC or "
+            "two-channel connector, or leave fusion out."
         )
     try:
         fusion = Fusion(**OmegaConf.to_container(OmegaConf.create(options)))  # type: ignore[arg-type]

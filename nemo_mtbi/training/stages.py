@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from nemo_mtbi import console
 from nemo_mtbi.checkpoints.run_directory import ALIGNMENT, IMITATION, UNTRAINED, RunDirectory
+from nemo_mtbi.checkpoints.trained_state import CONNECTOR_PREFIX
 from nemo_mtbi.config import AUTO, ModelConfig, model_config, plain
 from nemo_mtbi.data.conversation import INPUT_TYPE, check_manifest, transcript
 from nemo_mtbi.errors import ConfigError
@@ -107,9 +108,23 @@ def train(cfg: DictConfig) -> RunDirectory:
         start, stage = RunDirectory.parse(cfg.init_from)
         start.load_weights(model, stage)
     if cfg.alignment_stage.enabled:
+        require_text_channel(model)
         run_stage(cfg, model, run, ALIGNMENT)
     run_stage(cfg, model, run, IMITATION)
     return run
+
+
+def require_text_channel(model: MTBISALM) -> None:
+    """
+    Raises:
+        ConfigError: the alignment stage would train nothing.
+    """
+    acoustic = f"{CONNECTOR_PREFIX}acoustic."
+    if all(name.startswith(acoustic) for name, p in model.named_parameters() if p.requires_grad):
+        raise ConfigError(
+            "model.freeze_params leaves the acoustic channel alone trainable, and the transcripts do not reach it: set "
+            "alignment_stage.enabled=false."
+        )
 
 
 def choose_types(cfg: DictConfig, config: ModelConfig) -> None:

@@ -10,12 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nemo_mtbi.errors import CheckpointError
 from nemo_mtbi.modules.connectors.base import NO_TOKEN, SpeechEmbeddings, frame_mask, uniform_centers
 from nemo_mtbi.modules.connectors.subsampling import ConvSubsampler
 
 WHOLE = torch.inf  # center of a position that belongs to its utterance as a whole
-PASSES_COUNTED = 200  # of training, whose utterances say what is usual
+PASSES_COUNTED = 200  # of training, whose windows say what is usual
 SMALLEST_DEVIATION = 1e-4  # of normalized features and their statistics
+FARTHEST = 10.0  # deviations from the mean: silence, or a few frames, would drown everything else
 
 
 class AcousticChannel(nn.Module):
@@ -60,7 +62,7 @@ class AcousticChannel(nn.Module):
 
 
 class DescriptionChannel(nn.Module):
-    """A text of P tokens, moved by statistics of the whole utterance: a description of an average voice at first.
+    """A text of P tokens, moved by statistics of the whole window: a description of an average voice at first.
 
     ::
 
@@ -89,7 +91,7 @@ class DescriptionChannel(nn.Module):
         self.project = nn.Linear(width, len(prompt_ids) * output_dim)
         nn.init.zeros_(self.project.weight)
         nn.init.zeros_(self.project.bias)
-        self.register_buffer("prompt_ids", torch.tensor(prompt_ids, dtype=torch.long), persistent=False)
+        self.register_buffer("prompt_ids", torch.tensor(prompt_ids, dtype=torch.long))
         self.positions_per_second, self.positions_per_window = 0.0, len(prompt_ids)
 
     def forward(
@@ -102,7 +104,17 @@ class DescriptionChannel(nn.Module):
         text = embed_tokens(self.prompt_ids).to(moved.dtype)
         embeddings = text + moved.unflatten(-1, text.shape)
         count = torch.full_like(lengths, len(text))
-        return SpeechEmbeddings(embeddings, count, embeddings.new_full(embeddings.shape[:2], WHOLE))
+        centers = torch.full(embeddings.shape[:2], WHOLE, device=embeddings.device)
+        return SpeechEmbeddings(embeddings, count, centers)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        given, own = state_dict.get(f"{prefix}prompt_ids"), self.prompt_ids
+        if given is not None and not own.is_meta and given.tolist() != own.tolist():
+            raise CheckpointError(
+                f"The acoustic channel was trained with another text (modality_adapter.acoustic_prompt): tokens "
+                f"{given.tolist()}, now {own.tolist()}. Give the one that it was trained with."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class LayersNorm(nn.Module):
@@ -118,10 +130,10 @@ class LayersNorm(nn.Module):
 
 
 class Standardization(nn.Module):
-    """Values less their mean, over their standard deviation, of the first ``PASSES_COUNTED`` passes of training.
+    """Values less their mean, over their standard deviation, of the first ``PASSES_COUNTED`` micro-batches of training.
 
-    In training as in use (batch normalization would differ); of all ranks together. Before the first of those passes it
-    changes nothing.
+    In training as in use (batch normalization would differ); of all ranks together. Before the first of them it only
+    clips, at ``FARTHEST``. Vectors that are not finite do not count.
 
     Args:
         size: F, of the vectors.
@@ -157,21 +169,23 @@ class Standardization(nn.Module):
             self._add(values)
         deviation = (self.squares / self.count.clamp_min(1)).sqrt()
         known = self.count > 1
-        return (values - self.mean) / torch.where(known, deviation.clamp_min(SMALLEST_DEVIATION), 1.0)
+        apart = (values - self.mean) / torch.where(known, deviation.clamp_min(SMALLEST_DEVIATION), 1.0)
+        return apart.clamp(-FARTHEST, FARTHEST)
 
     @torch.no_grad()
     def _add(self, values: Tensor) -> None:
         """Chan et al. 1979, with sums that are relative to the mean so far."""
         self._passes += 1
         self.passes.fill_(self._passes)
-        apart = (values - self.mean).double()
-        sums = torch.cat([apart.sum(0), apart.square().sum(0), apart.new_full((1,), len(apart))])
+        finite = values.isfinite().all(1, keepdim=True)
+        apart = torch.where(finite, values - self.mean, 0.0).double()
+        sums = torch.cat([apart.sum(0), apart.square().sum(0), finite.sum()[None].double()])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(sums)
         (first, second), added = sums[:-1].view(2, -1), sums[-1]
         total = self.count + added
-        self.squares += second - first.square() / total
-        self.mean += first / total
+        self.squares += second - first.square() / total.clamp_min(1)
+        self.mean += first / total.clamp_min(1)
         self.count.copy_(total)
 
 
@@ -204,4 +218,5 @@ def joined(first: SpeechEmbeddings, second: SpeechEmbeddings) -> SpeechEmbedding
         lengths,
         torch.cat([first.centers, second.centers.to(first.centers.dtype)], 1).gather(1, index),
         labels=torch.cat(labels, 1).gather(1, index),
+        nothing_heard=second.nothing_heard if first.nothing_heard is None else first.nothing_heard,
     )

@@ -22,8 +22,8 @@ class TwoChannelConnector(WhisperDecoderConnector):
 
     The acoustic positions enter with the first step of the imitation stage (:meth:`begin_imitation`): before, the LLM
     reads the text channel alone. (Positions that say nothing disturb the LLM, whatever they hold: see docs/results.md.)
-    Interleaving takes the positions of a span from both channels; those that describe a whole window stay with the last
-    speech of the utterance.
+    Interleaving takes the positions of a span from both channels; those that describe an utterance stay with its last
+    speech.
 
     Args:
         feat_in: K D; the last D are what the decoder reads (``perception.encoder_taps`` puts lower layers before it).
@@ -31,7 +31,7 @@ class TwoChannelConnector(WhisperDecoderConnector):
         decoder: fields of ``transformers.WhisperConfig``, with the width D.
         acoustic_strides: 50 / 2^strides acoustic positions a second; 3 gives 6.25.
         acoustic_prompt: text as whose positions the acoustic channel begins, for each window of the encoder, in place
-            of that stream (:class:`DescriptionChannel`). None: the stream.
+            of that stream and its strides (:class:`DescriptionChannel`). None: the stream.
         acoustic_prompt_ids: its tokens; filled in from the LLM.
         order: ``text_first`` or ``acoustic_first``.
         text: further arguments of :class:`WhisperDecoderConnector`.
@@ -63,8 +63,13 @@ class TwoChannelConnector(WhisperDecoderConnector):
         self.acoustic: AcousticChannel | DescriptionChannel
         if acoustic_prompt is None:
             self.acoustic = AcousticChannel(feat_in // width, width, output_dim, acoustic_strides)
+        elif acoustic_prompt_ids:
+            self.acoustic = DescriptionChannel(feat_in // width, width, output_dim, list(acoustic_prompt_ids))
         else:
-            self.acoustic = DescriptionChannel(feat_in // width, width, output_dim, list(acoustic_prompt_ids or []))
+            raise ConfigError(
+                f"acoustic_prompt={acoustic_prompt!r} has no tokens: give a text, such as 'The gender is female.', or "
+                "null."
+            )
         self.positions_per_second = self.acoustic.positions_per_second
         self.positions_per_window = self.acoustic.positions_per_window
         self.register_buffer("acoustic_open", torch.zeros((), dtype=torch.bool))

@@ -29,12 +29,14 @@ def whole_utterances(speech: SpeechEmbeddings, windows: Windows | None) -> Speec
         later = torch.tensor([not start for start in windows.starts], device=device)
         silent = speech.nothing_heard & (~nothing[owners] | later)  # type: ignore[operator]
         kept = kept & ~(silent[:, None] & (speech.labels != NO_TOKEN))
-    frames = torch.tensor(windows.begins, device=device)[:, None]
+    begins = torch.tensor(windows.begins, device=device)[:, None]
+    # What belongs to a window as a whole: at its end, or with the utterance's last speech.
+    following = [b if b > 0 else torch.inf for b in [*windows.begins[1:], 0]]
+    ends = torch.tensor(following, device=device, dtype=speech.centers.dtype)[:, None] - 1
+    centers = torch.where(speech.centers.isinf(), ends, speech.centers + begins)
     lengths = _lengths(kept, owners, count)
     sizes = lengths.tolist()
-    result = SpeechEmbeddings(
-        _joined(speech.embeddings, kept, sizes), lengths, _joined(speech.centers + frames, kept, sizes)
-    )
+    result = SpeechEmbeddings(_joined(speech.embeddings, kept, sizes), lengths, _joined(centers, kept, sizes))
     if speech.labels is not None:
         result.labels = _joined(speech.labels, kept, sizes)
     if speech.content is not None:

@@ -7,12 +7,13 @@ import torch
 
 from nemo_mtbi.data.conversation import AcousticPositions
 from nemo_mtbi.data.example import prompt_pieces
-from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.errors import CheckpointError, ConfigError
 from nemo_mtbi.models import MTBISALM
 from nemo_mtbi.models.layout import lay_out_batch
 from nemo_mtbi.models.speech import connect
 from nemo_mtbi.modules.connectors.acoustic import Standardization, statistics
 from nemo_mtbi.modules.connectors.base import NO_TOKEN
+from nemo_mtbi.training.stages import require_text_channel
 from tests.helpers import build, gradients, make_batch
 
 pytestmark = pytest.mark.unit
@@ -162,7 +163,10 @@ def test_each_window_of_a_long_recording_is_described(model):
     batch = {"audios": samples, "audio_lens": torch.tensor([samples.shape[1]])}
     speech = connect(model.perception, *_features(model, batch))
     own = speech.labels[0, : int(speech.lengths[0])] == NO_TOKEN
-    assert len(batch["windows"].owners) == 3 and int(own.sum()) == 3 * connector.positions_per_window
+    count, windows = connector.positions_per_window, batch["windows"]
+    assert len(windows.owners) == 3 and int(own.sum()) == 3 * count
+    expected = [begin - 1.0 for begin in windows.begins[1:]] + [torch.inf]  # with the end of its window, or of all
+    assert speech.centers[0, : len(own)][own].tolist() == [end for end in expected for _ in range(count)]
 
 
 def _features(model, batch):
@@ -173,7 +177,7 @@ def _features(model, batch):
 
 def test_positions_of_a_recording():
     assert AcousticPositions(6.25)(3.0) == 19
-    assert [AcousticPositions(0.0, 8, 30.0)(s) for s in (0.5, 30.0, 31.0)] == [8, 8, 16]
+    assert [AcousticPositions(0.0, 8, 30.0)(s) for s in (0.5, 30.0, 31.0, 61.0)] == [8, 8, 16, 32]  # of 20 s at least
 
 
 @torch.no_grad()
@@ -181,6 +185,57 @@ def test_an_export_reads_the_same(model, tmp_path):
     read = MTBISALM.restore_from(moved(model).save_to(tmp_path / "model.nemo"))
     batch = make_batch(model, 2)
     torch.testing.assert_close(read.student({**batch}, False).hidden, model.student({**batch}, False).hidden)
+
+
+@torch.no_grad()
+def test_words_keep_their_times_under_autocast(config):
+    config["perception"]["modality_adapter"]["order"] = "acoustic_first"
+    model = build(config).eval()
+    model.perception.modality_adapter.begin_imitation()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert heard(model, make_batch(model, 2)).centers.dtype == torch.float32
+
+
+def test_silence_is_known_as_such_with_the_channel_open(model):
+    connector = model.perception.modality_adapter
+    connector.no_speech_id, connector.no_speech_threshold = connector.eos_id, 1e-30  # whatever it hears
+    speech = connector.connect(torch.randn(2, 40, 64), torch.tensor([40, 30]))
+    assert speech.nothing_heard.tolist() == [True, True]
+
+
+def test_a_broken_row_does_not_count():
+    layer, whole = Standardization(3), torch.randn(5, 3)
+    layer(torch.cat([whole, torch.tensor([[1.0, torch.nan, torch.inf]])]))
+    other = Standardization(3)
+    other(whole)
+    torch.testing.assert_close(layer.eval()(whole), other.eval()(whole))
+
+
+def test_weights_for_another_text_are_refused(model, config):
+    state = model.perception.modality_adapter.state_dict()
+    config["perception"]["modality_adapter"]["acoustic_prompt"] = TEXT.replace("f", "m")
+    with pytest.raises(CheckpointError, match="acoustic_prompt"):
+        build(config).perception.modality_adapter.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "section, change, message",
+    [
+        ("perception", {"fusion": {"per_second": 2.0}}, "acoustic_prompt"),
+        ("interleaving", {"level": "waveform", "probability": 0.5}, "acoustic_prompt"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(config, section, change, message):
+    config[section] = {**config.get(section, {}), **change}
+    with pytest.raises(ConfigError, match=message):
+        build(config)
+
+
+def test_an_alignment_stage_that_would_train_nothing_is_refused(model, config):
+    require_text_channel(model)
+    frozen = [r"llm\..+", r"embed_tokens\..+", r"perception\.(encoder|modality_adapter\.(?!acoustic\.)).+"]
+    with pytest.raises(ConfigError, match="alignment_stage.enabled=false"):
+        require_text_channel(build(config, freeze_params=frozen))
 
 
 def test_a_text_without_tokens_is_refused(config):

@@ -25,6 +25,7 @@ ATTRIBUTES = Path(__file__).parents[1] / "conf" / "voice" / "attributes.yaml"
 VOICE_FIELD = "voice"
 UNKNOWN = ("", "?", "-", "unknown", "none", "null", "nan", "na", "n/a")
 OTHER = "other"  # group of ``by`` without cut points of its own
+ENOUGH, PLENTY = 3, 200  # utterances of a speaker, to say that a voice is not what it is said to be
 
 
 @dataclass
@@ -55,6 +56,8 @@ class Attribute:
         labels, cuts: of a number: one label more than ascending cut points; on a cut point it is the label above. A
             field that says a label has it.
         by: attributes; the first of them whose label has cut points of its own chooses (``other``: for all others).
+        plausible: of labels in ``by``, lowest and highest median of the measure over a speaker's utterances. A speaker
+            beyond them is not what the corpus says, so the attributes in ``by`` are left out.
     """
 
     name: str
@@ -64,13 +67,17 @@ class Attribute:
     labels: list[str] = dataclasses.field(default_factory=list)
     cuts: Any = None
     by: list[str] = dataclasses.field(default_factory=list)
+    plausible: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+
+    def group(self, known: dict[str, str]) -> str:
+        """The label of an attribute in ``by`` that chooses the cut points; ``other`` where none does."""
+        return next((known[name] for name in self.by if known.get(name) in self.cuts), OTHER)
 
     def points(self, known: dict[str, str]) -> list[float] | None:
         """Cut points for a voice of which other labels are known; None: there are none for it."""
         if not self.by:
             return list(self.cuts or [])
-        own = [self.cuts[known[name]] for name in self.by if known.get(name) in self.cuts]
-        return own[0] if own else self.cuts.get(OTHER)
+        return self.cuts.get(self.group(known))
 
     def label(self, value: Any, known: dict[str, str]) -> str | None:
         """The label of a value; None where it says nothing.
@@ -135,6 +142,12 @@ def _problem(rule: Attribute, rules: dict[str, Attribute]) -> str | None:
         return "a measure needs labels and cuts"
     if rule.by and not (set(rule.by) <= set(rules) and isinstance(rule.cuts, dict)):
         return f"by: {rule.by} needs those attributes, and cuts for their labels"
+    for label, bounds in rule.plausible.items():
+        numbers = isinstance(bounds, list) and all(isinstance(b, int | float) for b in bounds)
+        if rule.measure is None or label not in (rule.cuts or {}) or not rule.by:
+            return f"plausible: {label} needs a measure, by, and cuts of its own"
+        if not numbers or len(bounds) != 2 or bounds[0] >= bounds[1]:
+            return f"plausible: {label} needs a lowest and a highest number, not {bounds}"
     for points in (rule.cuts or {}).values() if rule.by else [rule.cuts or []]:
         if rule.labels and (len(points) != len(rule.labels) - 1 or sorted(points) != list(points)):
             return f"{len(rule.labels)} labels need {len(rule.labels) - 1} ascending cuts, not {points}"
@@ -187,7 +200,7 @@ class Describer:
                 found[name] = label
         return found
 
-    def rewrite(self, cut: dict[str, Any], contradicting: dict[str, set[str]], tally: "Tally") -> None:
+    def rewrite(self, cut: dict[str, Any], contradicting: dict[str, dict[str, str]], tally: "Tally") -> None:
         """Give a cut (as a manifest holds it) its descriptions.
 
         Args:
@@ -196,9 +209,9 @@ class Describer:
         """
         for supervision in cut["supervisions"]:
             labels = self.describe(supervision, tally.missing, tally.problems)
-            for name in sorted(contradicting.get(str(supervision.get("speaker")), ())):
+            for name, reason in sorted(contradicting.get(str(supervision.get("speaker")), {}).items()):
                 if labels.pop(name, None) is not None:
-                    tally.problems[f"{name}: speaker {supervision['speaker']} has several"] += 1
+                    tally.problems[f"{name}: speaker {supervision['speaker']} {reason}"] += 1
                     self._relabel(supervision, labels, name)
             supervision["custom"] = {**(supervision.get("custom") or {}), DESCRIPTION_FIELD: labels}
             for name, label in labels.items():
@@ -223,16 +236,34 @@ class Describer:
                 label = rule.label(measures.get(rule.measure), labels)
                 labels |= {name: label} if label is not None else {}
 
-    def contradictions(self, cuts: Iterable[dict[str, Any]]) -> dict[str, set[str]]:
-        """Attributes of which a speaker's utterances (and their labels) say different things."""
+    def contradictions(self, cuts: Iterable[dict[str, Any]]) -> dict[str, dict[str, str]]:
+        """By speaker, attributes that are left out of all utterances, and why.
+
+        A speaker's utterances (and their labels) say different things, or the voice is not what they say.
+        """
         said: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+        measured: dict[tuple[str, str, str], list[float]] = defaultdict(list)  # by speaker, rule and group
         constant = [r.name for r in self.rules.values() if r.field in ("gender", "accent")]
         for supervision in (s for cut in cuts for s in cut["supervisions"]):
-            if supervision.get("speaker") is not None:
-                labels = self.describe(supervision, Counter(), Counter())
-                for name in constant:
-                    said[str(supervision["speaker"])][name] |= {labels[name]} if name in labels else set()
-        found = {speaker: {n for n, labels in own.items() if len(labels) > 1} for speaker, own in said.items()}
+            if supervision.get("speaker") is None:
+                continue
+            speaker, labels = str(supervision["speaker"]), self.describe(supervision, Counter(), Counter())
+            for name in constant:
+                said[speaker][name] |= {labels[name]} if name in labels else set()
+            measures = (supervision.get("custom") or {}).get(VOICE_FIELD, {})
+            for rule in (r for r in self.rules.values() if r.plausible and r.measure in measures):
+                values = measured[speaker, rule.name, rule.group(labels)]
+                if len(values) < PLENTY:
+                    values.append(measures[rule.measure])
+        found: dict[str, dict[str, str]] = defaultdict(dict)
+        for speaker, own in said.items():
+            found[speaker] |= {name: "has several" for name, labels in own.items() if len(labels) > 1}
+        for (speaker, name, group), values in measured.items():
+            rule, median = self.rules[name], float(np.median(values))
+            low, high = rule.plausible.get(group, (-np.inf, np.inf))
+            if len(values) >= ENOUGH and not low <= median <= high:
+                reason = f"has a median {rule.measure} of {median:.0f}, which is not {group}"
+                found[speaker] = {attribute: reason for attribute in rule.by} | found[speaker]
         return {speaker: names for speaker, names in found.items() if names}
 
 

@@ -282,7 +282,7 @@ class Preparation:
     def _write(self, entries: list[Entry], journal: jsonl.Journal) -> dict[str, Path]:
         """Manifests and report, from one record at a time."""
         count, tally = Counts(), Tally()
-        contradicting: dict[str, set[str]] = {}
+        contradicting: dict[str, dict[str, str]] = {}
         if self.describer is not None:
             kept = (e.id for e in entries if not journal.places[e.id][1][0])
             contradicting = self.describer.contradictions(journal[name]["cut"] for name in kept)

@@ -105,6 +105,11 @@ def test_the_packages_rules():
         ("a: {measure: seconds, field: age, labels: [x]}", "give field or measure"),
         ("a: {field: age, labels: [x, y], by: [b], cuts: {c: [1]}}", "needs those attributes"),
         ("a: {colour: red}", "TypeError"),
+        ("a: {field: age, plausible: {x: [1, 2]}}", "x needs a measure"),
+        (
+            "a: {measure: seconds, labels: [s, l], by: [b], cuts: {x: [1]}, plausible: {x: [2, 1]}}\nb: {field: b}",
+            "x needs a lowest and a highest number",
+        ),
         (
             "a: {field: x, labels: [l], by: [b], cuts: {other: []}}\n"
             "b: {field: y, labels: [l], by: [a], cuts: {other: []}}",
@@ -150,6 +155,32 @@ def test_contradicting_and_odd_metadata_is_counted(tmp_path):
     problems = report["described"]["problems"]
     assert problems == {"gender: speaker a has several": 2, "age: 'twenty' is no number": 1}
     assert report["described"]["missing"]["gender"] == 1 and report["described"]["attributes"]["age"] == {"adult": 2}
+
+
+def test_a_voice_that_is_not_what_the_corpus_says_has_neither_age_nor_gender():
+    describer = Describer(DescribeConfig(enabled=True))
+
+    def cut(name, gender, age, hertz, speaker):
+        own = {"age": age, "voice": {"pitch_hz": hertz}}
+        return {
+            "id": name,
+            "supervisions": [
+                SupervisionSegment(name, name, 0, 1, text="x", speaker=speaker, gender=gender, custom=own).to_dict()
+            ],
+        }
+
+    cuts = [cut(f"a{i}", "m", 30, hertz, "a") for i, hertz in enumerate((230.0, 246.0, 100.0, 250.0))]
+    cuts += [cut(f"b{i}", "m", 8, 246.0, "b") for i in range(4)]  # a child
+    cuts += [cut(f"c{i}", "m", 30, 246.0, "c") for i in range(2)]  # too few to tell
+    cuts += [cut(f"d{i}", "f", 30, 200.0, "d") for i in range(4)]
+    tally, contradicting = Tally(), describer.contradictions(cuts)
+    assert set(contradicting) == {"a"} and set(contradicting["a"]) == {"age", "gender"}
+    for own in cuts:
+        describer.rewrite(own, contradicting, tally)
+    labels = {c["id"]: c["supervisions"][0]["custom"][DESCRIPTION_FIELD] for c in cuts}
+    assert labels["a0"] == {"pitch": "high"} and labels["c0"]["gender"] == "male" and labels["b0"]["age"] == "child"
+    reason = "speaker a has a median pitch_hz of 238, which is not male"
+    assert tally.problems == {f"age: {reason}": 4, f"gender: {reason}": 4}
 
 
 @pytest.fixture

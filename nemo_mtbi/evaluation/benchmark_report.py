@@ -33,7 +33,7 @@ TESTED = ("token_agreement", "kl_per_token", "rouge_l")
 
 
 def write_report(folder: Path, results: dict[str, Any], about: dict[str, Any], command: str) -> dict[str, Path]:
-    """Write benchmark.json, .md, .html and .png.
+    """Write benchmark.json, .md, .html and .png, and ``confusions.CORPUS.png`` of labelled choices.
 
     Args:
         folder: where to.
@@ -52,6 +52,11 @@ def write_report(folder: Path, results: dict[str, Any], about: dict[str, Any], c
     jsonl.write_text(paths["md"], markdown(sections, about, command, versions))
     figures = {name: plot(columns) for name, columns in results.items() if "labels" not in columns}
     save_picture(next(iter(figures.values())), paths["png"])
+    for name, columns in results.items():
+        if "labels" in columns and (figure := plot_confusions(columns["labels"])) is not None:
+            figures[f"{name}: what was answered for each label"] = figure
+            paths[f"confusions.{name}"] = folder / f"confusions.{name}.png"
+            save_picture(figure, paths[f"confusions.{name}"])
     write_page(
         paths["html"],
         _TEMPLATE,
@@ -84,10 +89,26 @@ def _sections(name: str, columns: dict[str, Any], baseline: str) -> list[tuple[s
             rows = [["system", *(f"{TITLES[m]}: difference" for m in shown)]]
             rows += [[s, *(_difference(systems[s]["against"].get(m)) for m in shown)] for s in tested]
             sections.append((f"{title}, paired difference to {baseline}", rows))
+        if any("tasks" in entry for entry in systems.values()):
+            sections += _by_attribute(title, kinds, systems)
+            continue
         measure = next(m for m in (*BY_TASK, *kinds) if m in kinds)
         tasks = sorted({t for s in systems.values() for t in s["by_task"]})
         rows = [["system", *tasks]]
         rows += [[s, *(_plain(e["by_task"].get(t, {}).get(measure)) for t in tasks)] for s, e in systems.items()]
+        sections.append((f"{title}, {TITLES[measure]} by task", rows))
+    return sections
+
+
+def _by_attribute(title: str, kinds: list[str], systems: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
+    """A table of each measure by the kind of question, with intervals."""
+    tasks = sorted({task for entry in systems.values() for task in entry["tasks"]})
+    sections = []
+    for measure in (m for m in kinds if not m.startswith("f1_")):
+        rows = [["system", *tasks]]
+        for system, entry in systems.items():
+            scores = [entry["tasks"].get(task, {}).get("scores", {}).get(measure) for task in tasks]
+            rows.append([system, *map(_with_interval, scores)])
         sections.append((f"{title}, {TITLES[measure]} by task", rows))
     return sections
 
@@ -128,6 +149,43 @@ def plot(columns: dict[str, Any]) -> Any:
     axis.set_ylabel("token agreement with the text LLM")
     axis.set_ylim(0, 1)
     axis.legend(fontsize=7, ncols=2, loc="lower right")
+    figure.tight_layout()
+    return figure
+
+
+def plot_confusions(systems: dict[str, Any], most: int = 12) -> Any:
+    """For each system and kind of question, the shares of the choices among the answers to each label.
+
+    None where nothing of up to ``most`` choices was asked.
+    """
+    found = {
+        (system, task): entry["confusion"]
+        for system, own in systems.items()
+        for task, entry in own.get("tasks", {}).items()
+        if 0 < len(entry.get("confusion", {})) <= most
+    }
+    if not found:
+        return None
+    rows, tasks = list(dict.fromkeys(s for s, _ in found)), sorted({t for _, t in found})
+    figure, axes = subplots(len(rows), len(tasks), figsize=(2.6 * len(tasks) + 1, 2.4 * len(rows)), squeeze=False)
+    for i, system in enumerate(rows):
+        for j, task in enumerate(tasks):
+            axis, counts = axes[i][j], found.get((system, task))
+            if counts is None:
+                axis.axis("off")
+                continue
+            choices = list(dict.fromkeys(choice for row in counts.values() for choice in row))
+            matrix = [[row.get(choice, 0) for choice in choices] for row in counts.values()]
+            axis.imshow([[n / max(1, sum(row)) for n in row] for row in matrix], vmin=0, vmax=1, cmap="Blues")
+            for y, row in enumerate(matrix):
+                for x, count in enumerate(row):
+                    dark = count > 0.6 * sum(row)
+                    axis.text(x, y, str(count), ha="center", va="center", fontsize=8, color="w" if dark else "k")
+            axis.set_xticks(range(len(choices)), choices, fontsize=7, rotation=30, ha="right")
+            axis.set_yticks(range(len(counts)), list(counts), fontsize=7)
+            axis.set_title(task if i == 0 else "", fontsize=9)
+            if j == 0:
+                axis.set_ylabel(system, fontsize=9)
     figure.tight_layout()
     return figure
 

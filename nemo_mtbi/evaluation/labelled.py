@@ -102,7 +102,7 @@ def _cut(cut_id: str, audio: Path, asked: list[Question], tokenizer: Any, end: i
         cut_id,
         audio,
         first.transcript or NOTHING_HEARD,
-        None,
+        first.speaker,
         first.language,
         {TARGETS_FIELD: targets, LABELS_FIELD: labels},
     )

@@ -105,10 +105,12 @@ class Predictions:
             target = conversation.target
             assert target is not None
             languages = [s.language for s in conversation.cut.supervisions if s.language]
+            speakers = [s.speaker for s in conversation.cut.supervisions if s.speaker]
             record = {
                 "id": record_id(conversation),
                 "key": self._key(conversation),
                 "utterance": conversation.source_id,
+                "speaker": speakers[0] if len(set(speakers)) == 1 else None,
                 "task": target.task,
                 "prompt_id": target.prompt_id,
                 "prompt": target.prompt,

@@ -26,6 +26,7 @@ class Question:
         others: further right answers (metric ``answer``).
         instructions: IFEval's instructions that the answer must follow, each {"id", "kwargs"}; checked beside any
             metric.
+        speaker: whose questions are resampled together for intervals; None: each recording by itself.
     """
 
     audio: Path
@@ -39,6 +40,7 @@ class Question:
     answer_language: str | None = None
     others: tuple[str, ...] = ()
     instructions: tuple[dict[str, Any], ...] = ()
+    speaker: str | None = None
 
 
 @dataclass

@@ -46,9 +46,35 @@ def summarize(
 
 
 def summarize_labels(records: dict[str, dict[str, dict[str, Any]]], baseline: str, resamples: int) -> dict[str, Any]:
-    """Scores against labels: ``[system][id]`` -> :func:`entries`."""
-    scored = {name: {i: (r, label_measures(r)) for i, r in rows.items()} for name, rows in records.items()}
-    return entries(scored, baseline, resamples)
+    """Scores against labels: ``[system][id]`` -> :func:`entries`, and for each system
+
+    ``tasks``: of each kind of question its ``scores`` and ``against``, and ``confusion``: how often each label was
+    answered by each choice. Intervals resample speakers where they are known, with all of their questions.
+    """
+    # A speaker's recordings have one voice: they are not independent.
+    told = {
+        n: {i: {**r, "utterance": r.get("speaker") or r["utterance"]} for i, r in o.items()} for n, o in records.items()
+    }
+    scored = {name: {i: (r, label_measures(r)) for i, r in rows.items()} for name, rows in told.items()}
+    result = entries(scored, baseline, resamples)
+    for task in sorted({r["task"] for rows in told.values() for r in rows.values()}):
+        own = {name: {i: o for i, o in rows.items() if o[0]["task"] == task} for name, rows in scored.items()}
+        for name, entry in entries({name: rows for name, rows in own.items() if rows}, baseline, resamples).items():
+            about = {key: entry[key] for key in ("answers", "scores", "against") if key in entry}
+            result[name].setdefault("tasks", {})[task] = about | confusion([r for r, _ in own[name].values()])
+    return result
+
+
+def confusion(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """``confusion``: ``[label][choice]`` -> count, of the most likely choices; empty where there are none."""
+    chosen = [r for r in records if r["choices"] and r["choice"] is not None]
+    if not chosen:
+        return {}
+    counts = {label: dict.fromkeys(chosen[0]["choices"], 0) for label in chosen[0]["choices"]}
+    for record in chosen:
+        row = counts.setdefault(record["reference"], {})
+        row[record["choice"]] = row.get(record["choice"], 0) + 1
+    return {"confusion": {label: row for label, row in counts.items() if any(row.values())}}
 
 
 def entries(scored: dict[str, Scored], baseline: str, resamples: int, others: Sequence[str] = ()) -> dict[str, Any]:

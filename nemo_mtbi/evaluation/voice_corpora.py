@@ -100,7 +100,8 @@ def read_voice(config: LabelledConfig, folder: Path) -> Iterator[Question]:
             wordings = task.select("held_out")
             wording = wordings[_number(cut.id) % len(wordings)]
             prompt = render_template(config.prompts.get(task.needs[0], wording.text), {"choices": task.choices})
-            yield Question(audio, task.needs[0], prompt, label, "accuracy", tuple(task.choices), text)
+            speaker = cut.supervisions[0].speaker
+            yield Question(audio, task.needs[0], prompt, label, "accuracy", tuple(task.choices), text, speaker=speaker)
 
 
 def _number(cut_id: str) -> int:
@@ -131,13 +132,17 @@ def _asked(config: LabelledConfig, known: tuple[str, ...]) -> list[str]:
 
 
 def _about(
-    config: LabelledConfig, audio: Path, labels: dict[str, tuple[str, tuple[str, ...]]], text: str | None = None
+    config: LabelledConfig,
+    audio: Path,
+    speaker: str,
+    labels: dict[str, tuple[str, tuple[str, ...]]],
+    text: str | None = None,
 ) -> Iterator[Question]:
     """Questions about one recording: of each attribute its label and choices."""
     for name in _asked(config, tuple(labels)):
         label, choices = labels[name]
         prompt = fill(config.prompts.get(name, PROMPTS[name]), choices=", ".join(choices))
-        yield Question(audio, name, prompt, label, "accuracy", choices, text)
+        yield Question(audio, name, prompt, label, "accuracy", choices, text, speaker=speaker)
 
 
 def _some(files: list[Path], where: str) -> list[Path]:
@@ -158,7 +163,7 @@ def read_cremad(config: LabelledConfig, folder: Path) -> Iterator[Question]:
         if emotion not in CREMAD_EMOTIONS or actor not in sexes:
             raise DataError(f"{file}: CREMA-D's names are ACTOR_SENTENCE_EMOTION_LEVEL.wav, with actors of the table.")
         labels = {"emotion": (CREMAD_EMOTIONS[emotion], emotions), "gender": (sexes[actor], GENDERS)}
-        yield from _about(config, file, labels, CREMAD_SENTENCES.get(sentence))
+        yield from _about(config, file, actor, labels, CREMAD_SENTENCES.get(sentence))
 
 
 def read_ravdess(config: LabelledConfig, folder: Path) -> Iterator[Question]:
@@ -176,7 +181,7 @@ def read_ravdess(config: LabelledConfig, folder: Path) -> Iterator[Question]:
         except (ValueError, IndexError):
             raise DataError(f"{file}: RAVDESS's names are seven numbers, such as 03-01-06-01-02-01-12.wav.") from None
         if channel == 1:
-            yield from _about(config, file, labels, text)
+            yield from _about(config, file, str(actor), labels, text)
 
 
 def read_iemocap(config: LabelledConfig, folder: Path) -> Iterator[Question]:
@@ -194,7 +199,8 @@ def read_iemocap(config: LabelledConfig, folder: Path) -> Iterator[Question]:
             gender = GENDERS[turn.rsplit("_", 1)[-1].startswith("F")]
             labels = {"emotion": (IEMOCAP_EMOTIONS[emotion], emotions), "gender": (gender, GENDERS)}
             audio = session / "sentences" / "wav" / dialog / f"{turn}.wav"
-            yield from _about(config, audio, labels, (texts.get(turn) or "").strip() or None)
+            speaker = f"{dialog[:5]}{turn.rsplit('_', 1)[-1][:1]}"  # a session has two: Ses01F, Ses01M
+            yield from _about(config, audio, speaker, labels, (texts.get(turn) or "").strip() or None)
 
 
 def read_voxceleb(config: LabelledConfig, folder: Path) -> Iterator[Question]:
@@ -217,7 +223,8 @@ def read_voxceleb(config: LabelledConfig, folder: Path) -> Iterator[Question]:
         gender = {"m": "male", "f": "female"}[own["gender"].casefold()]
         files = [f for root in roots for f in sorted((root / speaker).rglob("*")) if f.suffix in (".wav", ".m4a")]
         for file in files:
-            yield from _about(LabelledConfig("", "", prompts=config.prompts), file, {"gender": (gender, GENDERS)})
+            labels = {"gender": (gender, GENDERS)}
+            yield from _about(LabelledConfig("", "", prompts=config.prompts), file, speaker, labels)
 
 
 def read_air_bench(config: LabelledConfig, folder: Path) -> Iterator[Question]:

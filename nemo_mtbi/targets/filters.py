@@ -75,8 +75,21 @@ def unasked(c: Candidate) -> str | None:
 
 
 def misread(c: Candidate) -> str | None:
-    """An answer to a question about one attribute of the voice that is not what the text LLM has read of it."""
-    if c.described is None or len(c.task.needs) != 1 or not c.task.choices:
+    """An answer to a question about attributes of the voice that is not what the text LLM has read of them.
+
+    With several attributes, each label must be said; with one, no other choice may be.
+    """
+    if c.described is None or not c.task.needs:
+        return None
+    if len(c.task.needs) > 1:
+        words = f" {' '.join(_words(c.response))} "
+        unsaid = [
+            f"{name} {label}"
+            for name, label in c.described.labels
+            if name in c.task.needs and f" {' '.join(_words(label))} " not in words
+        ]
+        return f"does not say {', '.join(unsaid)}" if unsaid else None
+    if not c.task.choices:
         return None
     labels = [label.casefold() for name, label in c.described.labels if name in c.task.needs]
     if not set(labels) <= {choice.casefold() for choice in c.task.choices}:  # a task with words of its own

@@ -149,6 +149,20 @@ def test_answers_about_an_attribute_are_what_was_read(task, response, reason):
     assert misread(candidate(task, response, None)) is None
 
 
+@pytest.mark.parametrize(
+    "response, reason",
+    [
+        ("Gender: Female, Age: child, Speaking rate: fast", None),
+        ("A girl, female and a child, who speaks fast.", None),
+        ("Gender: male, Age: children, Speaking rate: fast", "does not say gender female, age child"),
+    ],
+)
+def test_an_answer_about_several_attributes_says_each(response, reason):
+    about = Description("x", (("gender", "female"), ("age", "child"), ("speaking rate", "fast"), ("pitch", "low")))
+    told = dataclasses.replace(candidate("voice_profile", response), described=about)
+    assert misread(told) == reason
+
+
 def test_tasks_with_words_of_their_own_are_not_misread():
     task = dataclasses.replace(load_library()["voice_gender"], choices=["Male", "Female"])
     told = dataclasses.replace(candidate("voice_gender", "FEMALE"), task=task)

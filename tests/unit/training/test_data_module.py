@@ -29,7 +29,7 @@ from nemo_mtbi.training import stages
 from nemo_mtbi.training.data_module import WindowedLoader, data_module, enough
 from nemo_mtbi.training.resume import LaterBatches
 from tests.helpers import assert_same, build, gradients, make_batch, split
-from tests.unit.data_helpers import TARGETS
+from tests.unit.data_helpers import BUCKETS, TARGETS, begun_twice, training_loader
 
 pytestmark = pytest.mark.unit
 CTC = {
@@ -77,25 +77,11 @@ def test_other_responses_leave_the_transcription_term_its_weight(model):
 
 
 def ids_of_batches(manifest, model, step, count, workers, iterable, rank=0, ranks=1):
-    """Ids of training batches from ``step`` on, as Lightning takes them: an iterator is made and dropped first."""
-    section = {
-        "input_cfg": [{"type": "mtbi", "cuts_path": str(manifest), "seed": 7}],
-        "shuffle": True,
-        "seed": 7,
-        "shard_seed": 7,
-        "num_workers": workers,
-        "use_multimodal_sampling": True,
-        "measure_total_length": True,
-        "batch_size": 2,
-        "force_iterable_dataset": iterable,
-        "shuffle_buffer_size": 60,
-    }
-    data = data_module(OmegaConf.create({"cached_features": False, "train_ds": section}), model, step)
-    data._get_dp_rank, data._get_world_size = lambda: rank, lambda: ranks
-    loader = data.train_dataloader()
-    dropped = iter(loader)
-    del dropped
-    return [[e.id for e in batch["examples"]] for batch in islice(iter(loader), count)]
+    """Ids of training batches from ``step`` on."""
+    section = {"num_workers": workers, "force_iterable_dataset": iterable, "shuffle_buffer_size": 60, "batch_size": 2}
+    entry = {"cuts_path": str(manifest), "seed": 7}
+    loader = training_loader(model, entry, step, rank, ranks, shard_seed=7, **section)
+    return [[e.id for e in batch["examples"]] for batch in islice(begun_twice(loader), count)]
 
 
 @pytest.mark.parametrize(("workers", "iterable"), [(0, False), (2, False), (2, True)])
@@ -109,25 +95,10 @@ def test_a_resumed_run_goes_on_with_the_next_batch(many, model, workers, iterabl
 def test_a_batch_holds_as_many_positions_as_it_may(many, tiny_config, buckets):
     """What the LLM computes, counted where it is laid out; no example is lost for being long."""
     model, most = build(tiny_config), 150
-    section = {
-        "input_cfg": [{"type": "mtbi", "cuts_path": str(many)}],
-        "shuffle": True,
-        "seed": 7,
-        "shard_seed": 7,
-        "num_workers": 0,
-        "use_multimodal_sampling": True,
-        "measure_total_length": True,
-        "batch_size": None,
-        "batch_tokens": most,
-        "use_bucketing": buckets,
-        "num_buckets": 2,
-        "bucket_buffer_size": 40,
-        "num_cuts_for_bins_estimate": 40,
-        "concurrent_bucketing": False,
-    }
-    data = data_module(OmegaConf.create({"cached_features": False, "train_ds": section}), model)
-    data._get_dp_rank, data._get_world_size = lambda: 0, lambda: 1
-    batches = list(islice(iter(data.train_dataloader()), 40))
+    section = {"bucket_buffer_size": 40, "num_cuts_for_bins_estimate": 40, **BUCKETS, "use_bucketing": buckets}
+    entry = {"cuts_path": str(many)}
+    loader = training_loader(model, entry, shard_seed=7, batch_size=None, batch_tokens=most, **section)
+    batches = list(islice(iter(loader), 40))
     with torch.no_grad():
         held = [sum(model.student(batch, interleave=False).layout.row_lengths) for batch in batches]
     assert max(held) <= most and sum(held) > 0.75 * most * len(held), held
@@ -152,18 +123,7 @@ def test_batches_are_drawn_without_tokenizing(many, tiny_llm, tiny_config, tmp_p
         for target in targets:
             target |= without
         written.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        section = {
-            "input_cfg": [{"type": "mtbi", "cuts_path": str(written)}],
-            "shuffle": True,
-            "num_workers": 0,
-            "use_multimodal_sampling": True,
-            "measure_total_length": True,
-            "batch_size": None,
-            "batch_tokens": 300,
-        }
-        data = data_module(OmegaConf.create({"cached_features": False, "train_ds": section}), model)
-        data._get_dp_rank, data._get_world_size = lambda: 0, lambda: 1
-        loader = data.train_dataloader()
+        loader = training_loader(model, {"cuts_path": str(written)}, batch_size=None, batch_tokens=300)
         lengths = [c.total_length for batch in islice(iter(loader._source.sampler), 8) for c in batch]
         return lengths, [batch["examples"] for batch in islice(iter(loader), 8)]
 

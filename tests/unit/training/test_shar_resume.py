@@ -19,7 +19,7 @@ from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.preparation.sources import utterance_cut
 from nemo_mtbi.training.data_module import data_module
 from tests.helpers import build
-from tests.unit.data_helpers import TARGETS
+from tests.unit.data_helpers import BUCKETS, TARGETS, begun_twice, training_loader
 
 pytestmark = pytest.mark.unit
 
@@ -41,29 +41,11 @@ def shars(tmp_path):
 
 
 def batches(model, shar_path, step, count, workers=0, rank=0, ranks=1, **entry):
-    """Ids and audio of training batches from ``step`` on, as Lightning takes them: an iterator is made and dropped
-    first."""
-    section = {
-        "input_cfg": [{"type": "mtbi", "shar_path": shar_path, "seed": 7, **entry}],
-        "shuffle": True,
-        "seed": 7,
-        "num_workers": workers,
-        "use_multimodal_sampling": True,
-        "measure_total_length": True,
-        "batch_size": 2,
-        "use_bucketing": True,
-        "num_buckets": 2,
-        "bucket_buffer_size": 24,
-        "shuffle_buffer_size": 12,
-        "num_cuts_for_bins_estimate": 20,
-        "concurrent_bucketing": False,
-    }
-    data = data_module(OmegaConf.create({"cached_features": False, "train_ds": section}), model, step)
-    data._get_dp_rank, data._get_world_size = lambda: rank, lambda: ranks
-    loader = data.train_dataloader()
-    dropped = iter(loader)
-    del dropped
-    return [([e.id for e in b["examples"]], b["audios"].double()) for b in islice(iter(loader), count)]
+    """Ids and audio of training batches from ``step`` on."""
+    buffers = {"bucket_buffer_size": 24, "shuffle_buffer_size": 12, "num_cuts_for_bins_estimate": 20}
+    entry = {"shar_path": shar_path, "seed": 7, **entry}
+    loader = training_loader(model, entry, step, rank, ranks, num_workers=workers, batch_size=2, **buffers, **BUCKETS)
+    return [([e.id for e in b["examples"]], b["audios"].double()) for b in islice(begun_twice(loader), count)]
 
 
 def same(got, expected):

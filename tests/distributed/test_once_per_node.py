@@ -54,6 +54,7 @@ def worker(rank, port, root, results):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks_of_a_node_share_what_its_first_one_unpacks(tmp_path):
     got = on_ranks(RANKS, worker, 29561, tmp_path)
     for rank, own in enumerate(got):

@@ -73,8 +73,7 @@ def described(parameters):
     return [(n, tuple(p.shape), p.requires_grad) for n, p in parameters]
 
 
-@pytest.mark.parametrize("name", CONNECTORS)
-@pytest.mark.parametrize("lora", [None, LORA])
+@pytest.mark.parametrize(("name", "lora"), [*((name, None) for name in CONNECTORS), ("TwoChannelConnector", LORA)])
 def test_the_outline_has_the_parameters_of_the_model_and_no_weights(tiny_config, name, lora):
     config = with_connector(copy.deepcopy(tiny_config), name, **({"lora": lora} if lora else {}))
     drawn = torch.get_rng_state()

@@ -232,6 +232,7 @@ def with_little_room(rank, own, results):
         results[rank] = str(error)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_the_run_continues(tmp_path, tiny_llm):
     """A limit on file sizes stands for the full disk: writing fails in the middle of a file."""
     cuts = write_cuts(tmp_path / "cuts.jsonl", 12)

@@ -223,8 +223,8 @@ def read_voxceleb(config: LabelledConfig, folder: Path) -> Iterator[Question]:
         gender = {"m": "male", "f": "female"}[own["gender"].casefold()]
         files = [f for root in roots for f in sorted((root / speaker).rglob("*")) if f.suffix in (".wav", ".m4a")]
         for file in files:
-            labels = {"gender": (gender, GENDERS)}
-            yield from _about(LabelledConfig("", "", prompts=config.prompts), file, speaker, labels)
+            own_config = LabelledConfig("", "", prompts=config.prompts)
+            yield from _about(own_config, file, speaker, {"gender": (gender, GENDERS)})
 
 
 def read_air_bench(config: LabelledConfig, folder: Path) -> Iterator[Question]:

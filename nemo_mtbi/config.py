@@ -206,12 +206,13 @@ def model_config(cfg: DictConfig | dict[str, Any]) -> ModelConfig:
         problems.append("model.imitation: w_risk weighs hypotheses by CE and KL, so w_ce or w_kl must be above 0")
     if config.imitation.w_ce == 0 and config.imitation.w_kl == 0 and not terms:
         problems.append("model.imitation: w_ce, w_kl, w_ctc and w_align are all 0, so nothing is trained")
-    if config.interleaving.level == "waveform" and config.interleaving.probability > 0 and terms:
+    cuts_audio = config.interleaving.level == "waveform" and config.interleaving.probability > 0
+    if cuts_audio and terms:
         problems.append(
             "model.interleaving.level=waveform cuts the audio, so imitation.w_ctc, w_align and w_risk must be 0"
         )
     prompted = (config.perception.get("modality_adapter") or {}).get("acoustic_prompt") is not None
-    if config.interleaving.level == "waveform" and config.interleaving.probability > 0 and prompted:
+    if cuts_audio and prompted:
         problems.append(
             "model.interleaving.level=waveform cuts the audio, an acoustic_prompt describes all of it: use embedding"
         )

@@ -89,3 +89,12 @@ def assert_same(got, expected, tolerance=1e-4):
     assert got.keys() == expected.keys()
     for name, gradient in expected.items():
         assert float((got[name] - gradient).norm()) <= tolerance * float(gradient.norm()), name
+
+
+def two_channel(config, **adapter):
+    """A copy of a configuration with a two-channel connector, on two layers of the encoder."""
+    target = "nemo_mtbi.modules.connectors.TwoChannelConnector"
+    perception = {"input_length": "own", "encoder_taps": [1]}
+    return copy.deepcopy(config) | {
+        "perception": perception | {"modality_adapter": {"_target_": target, "dropout": 0.0, **adapter}}
+    }

@@ -40,11 +40,11 @@ def setup_parts(model: Any, cfg: dict[str, Any], config: ModelConfig) -> None:
         ConfigError: parts that cannot be trained together.
     """
     require_fitting_encoder(config)
-    require_matching_groups(cfg, config)
+    model.tokenizer = language_model_tokenizer(config)
+    require_matching_groups(cfg, config, model.tokenizer)
     model.cfg = salm_config(cfg, config)
     model.audio_locator_tag = config.audio_locator_tag
     llm_path = resolve_pretrained(config.pretrained_llm)
-    model.tokenizer = language_model_tokenizer(config)
     model.llm_weights = llm_path  # where a rank reads its shard
     setup_llm(model, llm_path, config)
     setup_perception(model)
@@ -79,7 +79,7 @@ def salm_config(cfg: dict[str, Any], config: ModelConfig) -> DictConfig:
     return own
 
 
-def require_matching_groups(cfg: dict[str, Any], config: ModelConfig) -> None:
+def require_matching_groups(cfg: dict[str, Any], config: ModelConfig, tokenizer: AutoTokenizer) -> None:
     """Check, before any weight is loaded, that every parameter group has something to train.
 
     A finished model that is opened again (it describes its encoder) trains nothing, and its LoRA may be merged.
@@ -89,16 +89,16 @@ def require_matching_groups(cfg: dict[str, Any], config: ModelConfig) -> None:
     """
     described = "_target_" in (config.perception.get("encoder") or {})
     if config.parameter_groups and config.pretrained_weights and not described:
-        trained = [(name, p) for name, p in outline(cfg, config).named_parameters() if p.requires_grad]
+        trained = [(name, p) for name, p in outline(cfg, config, tokenizer).named_parameters() if p.requires_grad]
         parameter_groups(trained, config.parameter_groups)
 
 
-def outline(cfg: dict[str, Any], config: ModelConfig) -> nn.Module:
+def outline(cfg: dict[str, Any], config: ModelConfig, tokenizer: AutoTokenizer) -> nn.Module:
     """The parts of the model on the ``meta`` device: names and shapes of all parameters, frozen or not, no weights."""
     model: Any = nn.Module()
     model.cfg = salm_config(copy.deepcopy(cfg), config)
     model.cfg.pretrained_weights = False
-    model.tokenizer = language_model_tokenizer(config)
+    model.tokenizer = tokenizer
     path = resolve_pretrained(config.pretrained_llm)
     with torch.random.fork_rng(devices=[]):  # what is built afterwards draws the same numbers
         with torch.device("meta"):

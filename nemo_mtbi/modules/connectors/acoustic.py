@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nemo_mtbi.errors import CheckpointError
 from nemo_mtbi.modules.connectors.base import NO_TOKEN, SpeechEmbeddings, frame_mask, uniform_centers
+from nemo_mtbi.modules.connectors.dense import each_normalized
 from nemo_mtbi.modules.connectors.subsampling import ConvSubsampler
 
 WHOLE = torch.inf  # center of a position that belongs to its utterance as a whole
@@ -85,7 +86,7 @@ class DescriptionChannel(nn.Module):
 
     def __init__(self, encoder_layers: int, width: int, output_dim: int, prompt_ids: list[int]) -> None:
         super().__init__()
-        self.norm_in = LayersNorm(encoder_layers, width)
+        self.encoder_layers = encoder_layers
         self.standardized = Standardization(2 * encoder_layers * width)
         self.hidden = nn.Linear(2 * encoder_layers * width, width)
         self.project = nn.Linear(width, len(prompt_ids) * output_dim)
@@ -99,7 +100,7 @@ class DescriptionChannel(nn.Module):
     ) -> SpeechEmbeddings:
         """See :meth:`AcousticChannel.forward`."""
         with torch.autocast(features.device.type, enabled=False):
-            pooled = self.standardized(statistics(self.norm_in(features.float()), lengths))
+            pooled = self.standardized(statistics(each_normalized(features.float(), self.encoder_layers), lengths))
         moved = self.project(nn.functional.gelu(self.hidden(pooled.to(self.hidden.weight.dtype)))) * scale
         text = embed_tokens(self.prompt_ids).to(moved.dtype)
         embeddings = text + moved.unflatten(-1, text.shape)
@@ -115,18 +116,6 @@ class DescriptionChannel(nn.Module):
                 f"{given.tolist()}, now {own.tolist()}. Give the one that it was trained with."
             )
         super()._load_from_state_dict(state_dict, prefix, *rest)
-
-
-class LayersNorm(nn.Module):
-    """Each of K layers of width D side by side, (..., K D), with mean 0 and variance 1; they differ in scale by orders
-    of magnitude."""
-
-    def __init__(self, layers: int, width: int) -> None:
-        super().__init__()
-        self.shape = layers, width
-
-    def forward(self, features: Tensor) -> Tensor:
-        return nn.functional.layer_norm(features.unflatten(-1, self.shape), self.shape[1:]).flatten(-2)
 
 
 class Standardization(nn.Module):

@@ -15,8 +15,11 @@ def normalized(features: Tensor, layers: int) -> Tensor:
     A Whisper's last layer is three to four times as large as the lower ones, which know the voice. One layer stays as
     it is.
     """
-    if layers == 1:
-        return features
+    return features if layers == 1 else each_normalized(features, layers)
+
+
+def each_normalized(features: Tensor, layers: int) -> Tensor:
+    """:func:`normalized` of one layer too."""
     each = features.unflatten(-1, (layers, -1))
     return nn.functional.layer_norm(each, each.shape[-1:]).flatten(-2)
 

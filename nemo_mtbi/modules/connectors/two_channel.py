@@ -112,9 +112,7 @@ class TwoChannelConnector(WhisperDecoderConnector):
         return result
 
     def fusable(self, speech: SpeechEmbeddings) -> Tensor | None:
-        """The positions of the stream; the others are the LLM's own tokens, or a text that was moved."""
-        if isinstance(self.acoustic, DescriptionChannel):
-            return torch.zeros_like(speech.centers, dtype=torch.bool)
+        """The positions of the stream; the others are the LLM's own tokens. (An ``acoustic_prompt`` has no fusion.)"""
         return None if speech.labels is None else speech.labels == NO_TOKEN
 
     def word_centers(self, speech: SpeechEmbeddings, examples: list[Example], frame_seconds: float) -> Tensor:

@@ -1,7 +1,5 @@
 """The acoustic channel that begins as a text: what the LLM reads of it, and which speech it stays with."""
 
-import copy
-
 import pytest
 import torch
 
@@ -10,11 +8,11 @@ from nemo_mtbi.data.example import prompt_pieces
 from nemo_mtbi.errors import CheckpointError, ConfigError
 from nemo_mtbi.models import MTBISALM
 from nemo_mtbi.models.layout import lay_out_batch
-from nemo_mtbi.models.speech import connect
+from nemo_mtbi.models.speech import batch_features, connect
 from nemo_mtbi.modules.connectors.acoustic import Standardization, statistics
 from nemo_mtbi.modules.connectors.base import NO_TOKEN
 from nemo_mtbi.training.stages import require_text_channel
-from tests.helpers import build, gradients, make_batch
+from tests.helpers import build, gradients, make_batch, two_channel
 
 pytestmark = pytest.mark.unit
 TEXT = " The gender is female. <|im_end|>"
@@ -22,17 +20,7 @@ TEXT = " The gender is female. <|im_end|>"
 
 @pytest.fixture
 def config(tiny_config):
-    config = copy.deepcopy(tiny_config)
-    config["perception"] = {
-        "input_length": "own",
-        "encoder_taps": [1],
-        "modality_adapter": {
-            "_target_": "nemo_mtbi.modules.connectors.TwoChannelConnector",
-            "dropout": 0.0,
-            "acoustic_prompt": TEXT,
-        },
-    }
-    return config
+    return two_channel(tiny_config, acoustic_prompt=TEXT)
 
 
 @pytest.fixture
@@ -161,18 +149,12 @@ def test_each_window_of_a_long_recording_is_described(model):
     connector = moved(model).perception.modality_adapter
     samples = 0.1 * torch.randn(1, 70 * 16_000, generator=torch.Generator().manual_seed(0))
     batch = {"audios": samples, "audio_lens": torch.tensor([samples.shape[1]])}
-    speech = connect(model.perception, *_features(model, batch))
+    speech = connect(model.perception, *batch_features(model.perception, batch))
     own = speech.labels[0, : int(speech.lengths[0])] == NO_TOKEN
     count, windows = connector.positions_per_window, batch["windows"]
     assert len(windows.owners) == 3 and int(own.sum()) == 3 * count
     expected = [begin - 1.0 for begin in windows.begins[1:]] + [torch.inf]  # with the end of its window, or of all
     assert speech.centers[0, : len(own)][own].tolist() == [end for end in expected for _ in range(count)]
-
-
-def _features(model, batch):
-    from nemo_mtbi.models.speech import batch_features
-
-    return batch_features(model.perception, batch)
 
 
 def test_positions_of_a_recording():

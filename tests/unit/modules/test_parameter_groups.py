@@ -11,7 +11,7 @@ from nemo_mtbi.config import ParameterGroupConfig, model_config
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.models import MTBISALM, setup
 from nemo_mtbi.models.optimization import build_optimizer, continue_moments, moments_of
-from nemo_mtbi.models.setup import outline
+from nemo_mtbi.models.setup import language_model_tokenizer, outline
 from nemo_mtbi.modules.parameter_groups import parameter_groups
 from tests.helpers import build
 
@@ -69,6 +69,10 @@ def with_connector(config, name, **changes):
     return {**config, "perception": {"input_length": "own", "modality_adapter": adapter}, **changes}
 
 
+def outlined(config):
+    return outline(config, model_config(config), language_model_tokenizer(model_config(config)))
+
+
 def described(parameters):
     return [(n, tuple(p.shape), p.requires_grad) for n, p in parameters]
 
@@ -77,7 +81,7 @@ def described(parameters):
 def test_the_outline_has_the_parameters_of_the_model_and_no_weights(tiny_config, name, lora):
     config = with_connector(copy.deepcopy(tiny_config), name, **({"lora": lora} if lora else {}))
     drawn = torch.get_rng_state()
-    parts = outline(config, model_config(config))
+    parts = outlined(config)
     assert torch.equal(torch.get_rng_state(), drawn) and all(p.is_meta for p in parts.parameters())
     assert sorted(described(parts.named_parameters())) == sorted(described(build(config).named_parameters()))
 
@@ -85,7 +89,7 @@ def test_the_outline_has_the_parameters_of_the_model_and_no_weights(tiny_config,
 def test_the_outline_of_a_model_with_nemos_encoder(tiny_config, nemo_asr):
     config = with_connector(copy.deepcopy(tiny_config), "StackMLPConnector", pretrained_asr=nemo_asr)
     config["perception"].pop("input_length")
-    parts = outline(config, model_config(config))
+    parts = outlined(config)
     assert sorted(described(parts.named_parameters())) == sorted(described(build(config).named_parameters()))
 
 

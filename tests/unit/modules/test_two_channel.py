@@ -1,7 +1,5 @@
 """The two-channel connector: its text channel is the decoder connector's, its acoustic channel stands beside it."""
 
-import copy
-
 import pytest
 import torch
 
@@ -11,7 +9,7 @@ from nemo_mtbi.models import MTBISALM
 from nemo_mtbi.models.layout import lay_out_batch
 from nemo_mtbi.modules.connectors.acoustic import joined
 from nemo_mtbi.modules.connectors.base import NO_TOKEN, SpeechEmbeddings
-from tests.helpers import build, gradients, make_batch
+from tests.helpers import build, gradients, make_batch, two_channel
 
 pytestmark = pytest.mark.unit
 DECODER = "nemo_mtbi.modules.connectors.WhisperDecoderConnector"
@@ -20,13 +18,7 @@ TWO_CHANNEL = "nemo_mtbi.modules.connectors.TwoChannelConnector"
 
 @pytest.fixture
 def config(tiny_config):
-    config = copy.deepcopy(tiny_config)
-    config["perception"] = {
-        "input_length": "own",
-        "encoder_taps": [1],
-        "modality_adapter": {"_target_": TWO_CHANNEL, "dropout": 0.0, "acoustic_strides": 2},
-    }
-    return config
+    return two_channel(tiny_config, acoustic_strides=2)
 
 
 @pytest.fixture

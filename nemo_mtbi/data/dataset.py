@@ -12,7 +12,7 @@ from nemo_mtbi.data.audio import collate_waveforms, mono_samples
 from nemo_mtbi.data.audio_windows import Windows
 from nemo_mtbi.data.conversation import MTBIConversation, transcript
 from nemo_mtbi.data.example import Example
-from nemo_mtbi.data.feature_cache import FEATURES_FIELD, load_array, windows_of
+from nemo_mtbi.data.feature_cache import FEATURES_FIELD, load_array, windows_of, written_of
 from nemo_mtbi.data.interleaving import timeline
 from nemo_mtbi.data.rendering import PromptRenderer, Spoken
 from nemo_mtbi.data.target import TEACHER_IDS_FIELD, TEACHER_LOG_PROBS_FIELD, Target
@@ -28,6 +28,7 @@ class MTBIDataset(torch.utils.data.Dataset):
     - ``audios`` (B, S) float32, zero-padded, and ``audio_lens`` (B,) int64 samples; absent with cached features.
     - ``encoder_features`` (N, T, D) bfloat16, zero-padded, and ``encoder_feature_lens`` (N,); only with cached
       features. N is B, unless ``windows`` (:class:`nemo_mtbi.data.audio_windows.Windows`) says whose windows they are.
+    - ``written``: what the recognizer writes of each of the N rows; only where it was kept with all of them.
     - ``teacher_ids`` (R, K) int64 and ``teacher_log_probs`` (R, K) float32: the teacher's top-k of all R response
       tokens of the batch, in order; absent unless every example has them.
 
@@ -39,6 +40,7 @@ class MTBIDataset(torch.utils.data.Dataset):
         cached_features: read encoder features instead of audio.
         teacher_temperature: temperature that cached teacher log-probabilities must have; None to ignore them.
         encoder_key: hash of the encoder that cached features must come from.
+        writing_key: of the connector, whose kept texts are read with the features; None: of none.
         llm_key: fingerprint of the LLM whose answers the targets must be; empty to take any.
         sampling_rate: of the returned audio; other rates are resampled.
     """
@@ -51,6 +53,7 @@ class MTBIDataset(torch.utils.data.Dataset):
         cached_features: bool = False,
         teacher_temperature: float | None = None,
         encoder_key: str | None = None,
+        writing_key: str | None = None,
         llm_key: str = "",
         sampling_rate: int = 16_000,
     ) -> None:
@@ -59,6 +62,8 @@ class MTBIDataset(torch.utils.data.Dataset):
         self.cached_features = cached_features
         self.teacher_temperature = teacher_temperature
         self.encoder_key = encoder_key
+        self.writing_key = writing_key
+        self.told = False  # once, what is missing in the cache
         self.llm_key = llm_key
         self.sampling_rate = sampling_rate
 
@@ -85,11 +90,22 @@ class MTBIDataset(torch.utils.data.Dataset):
         rows: list[torch.Tensor] = []
         for item, own in zip(items, begins, strict=True):
             rows += load_array(item.cut, FEATURES_FIELD, self.encoder_key).tensor_split(own[1:])
-        return {
+        batch: dict[str, Any] = {
             "encoder_features": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
             "encoder_feature_lens": torch.tensor([len(row) for row in rows]),
             "windows": Windows.of(begins),
         }
+        if self.writing_key is not None:
+            written = [written_of(item.cut, self.writing_key) for item in items]
+            if None not in written:
+                batch["written"] = [tokens for own in written for tokens in own or []]
+            elif not self.told:
+                self.told = True
+                log.info(
+                    f"What the recognizer writes of {items[written.index(None)].id} is not in the feature cache, so it "
+                    "writes at every visit; cache_features.py adds it."
+                )
+        return batch
 
     def _readable(self, items: list[MTBIConversation]) -> tuple[list[MTBIConversation], list[np.ndarray]]:
         """The conversations whose audio can be read, and the audio (S,) of each."""

@@ -1,4 +1,5 @@
-"""Encoder features stored once with the cuts (``cut.encoder_features``), so that training never runs the encoder."""
+"""Encoder features stored once with the cuts (``cut.encoder_features``), so that training never runs the encoder, and
+beside them what a frozen recognizer writes of them."""
 
 import hashlib
 from pathlib import Path
@@ -15,12 +16,20 @@ from nemo_mtbi.io import array_storage as array_storage  # registers the storage
 FEATURES_FIELD = "encoder_features"
 KEY_FIELD = "encoder_features_key"
 AUDIO_FIELD = "encoder_features_audio"
-WINDOWS = "_windows"
+WINDOWS, WRITTEN = "_windows", "_written"  # fields beside a field of features
 
 
 def windows_field(field: str) -> str:
     """Field with the frames at which the windows of the features in ``field`` begin; absent of cuts up to 30 s."""
     return f"{field}{WINDOWS}"
+
+
+def written_field(field: str) -> str:
+    """Field with what a recognizer writes of the features in ``field``.
+
+    ``by``, its key (``Connector.writing_key``), and ``tokens``, a list for each window.
+    """
+    return f"{field}{WRITTEN}"
 
 
 def features_key(cut: Cut, encoder_key: str) -> str:
@@ -59,7 +68,22 @@ def audio_identity(cut: Cut) -> str | None:
 def is_features(field: str) -> bool:
     """Whether a custom field of cuts holds cached features, at some speed."""
     own = field == FEATURES_FIELD or field.startswith(f"{FEATURES_FIELD}_sp")
-    return own and not field.endswith(WINDOWS)
+    return own and not field.endswith((WINDOWS, WRITTEN))
+
+
+def describes_features(field: str) -> bool:
+    """Whether a custom field of cuts belongs to cached features, at some speed: they, their windows, what is written of
+    them.
+    """
+    return is_features(field.removesuffix(WINDOWS).removesuffix(WRITTEN))
+
+
+def written_of(cut: Cut, key: str) -> list[list[int]] | None:
+    """Tokens that the recognizer ``key`` writes of each window of the cut's features; None: they were not kept, or are
+    another recognizer's.
+    """
+    found = (cut.custom or {}).get(written_field(FEATURES_FIELD)) or {}
+    return found["tokens"] if found.get("by") == key else None
 
 
 def windows_of(cut: Cut) -> list[int]:

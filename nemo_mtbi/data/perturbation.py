@@ -6,7 +6,7 @@ from typing import Any
 
 from lhotse.cut import Cut
 
-from nemo_mtbi.data.feature_cache import FEATURES_FIELD, windows_field
+from nemo_mtbi.data.feature_cache import FEATURES_FIELD, windows_field, written_field
 from nemo_mtbi.errors import ConfigError
 
 
@@ -45,7 +45,8 @@ def perturbed(cut: Cut, factor: float) -> Cut:
     before = f"{FEATURES_FIELD}_sp{factor:g}"  # until November 2026
     if before in custom:
         custom[field] = custom.pop(before)
-    for name, own in ((FEATURES_FIELD, field), (windows_field(FEATURES_FIELD), windows_field(field))):
+    for part in (str, windows_field, written_field):
+        name, own = part(FEATURES_FIELD), part(field)
         custom.pop(name, None)
         if own in custom:
             custom[name] = custom.pop(own)

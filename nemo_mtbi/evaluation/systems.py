@@ -28,6 +28,7 @@ from nemo_mtbi.losses.objective import CROSS_ENTROPY, ImitationObjective
 from nemo_mtbi.models.language_model import teacher_hidden_states
 from nemo_mtbi.models.mtbi_salm import MTBISALM
 from nemo_mtbi.models.speech import batch_features, transcribe
+from nemo_mtbi.modules.perception import writing_key
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class EvaluationSet:
             model.cfg.prompt_format,
             cached_features=cached_features,
             encoder_key=model.encoder_key,
+            writing_key=writing_key(model.perception) if cached_features else None,
             llm_key=model.references["llm"],
             sampling_rate=model.sampling_rate,
         )

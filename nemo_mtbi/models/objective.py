@@ -127,7 +127,7 @@ def transcript_terms(
     if weights.w_ctc == 0 and weights.w_align == 0:
         return []
     examples: list[Example] = batch["examples"]
-    features, lengths, windows = batch_features(perception, batch)
+    features, lengths, windows, written = batch_features(perception, batch)
     connector = connector_of(perception) or Connector()
     terms = []
     if weights.w_ctc > 0:
@@ -137,7 +137,7 @@ def transcript_terms(
     if weights.w_align > 0:
         seconds = encoder_frame_seconds(perception)
         if speech is None:
-            speech = connect(perception, features, lengths, windows)
+            speech = connect(perception, features, lengths, windows, written)
             if speech.ctc_log_probs is None:  # CTC frames have times of their own
                 speech.centers = connector.word_centers(speech, examples, seconds)
         spoken, text = pooled_words(examples, speech, seconds, embed_tokens)
@@ -161,7 +161,7 @@ def risk_term(
         config: number and temperature of the samples.
         answer_losses: losses (B,) of the answers where the LLM reads a hypothesis.
     """
-    features, lengths, windows = batch_features(perception, batch)
+    features, lengths, windows, _ = batch_features(perception, batch)
     features, connector = connector_dtype(perception, features), connector_of(perception) or Connector()
     starts = windows_start(windows)
     readings = connector.hypotheses(features, lengths, config.risk_samples, config.risk_temperature, starts)

@@ -61,7 +61,7 @@ def speech_input(perception: Any, batch: dict[str, Any], pieces: list[list[Piece
             raise ConfigError("interleaving.level=waveform encodes pieces of the audio; set cached_features=false.")
         starts = [p.start_seconds <= 0 for row in pieces for p in row if isinstance(p, SpeechSpan)] or None
         pieces, batch, seconds = cut_speech_spans(pieces, batch, perception.preprocessor.featurizer.sample_rate)
-    embeddings = connect(perception, *batch_features(perception, batch), starts)
+    embeddings = connect(perception, *batch_features(perception, batch), starts=starts)
     connector = connector_of(perception)
     if level == "embedding" and connector is not None:
         embeddings.centers = connector.word_centers(embeddings, examples, encoder_frame_seconds(perception))
@@ -83,15 +83,18 @@ def frame_times(seconds: Iterable[float], frame_seconds: float) -> list[float]:
     return [second / frame_seconds - 0.5 for second in seconds]
 
 
-def batch_features(perception: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Windows | None]:
-    """Encoder features (N, T, D), lengths (N,) and whose windows they are (None: of one utterance each).
+def batch_features(
+    perception: Any, batch: dict[str, Any]
+) -> tuple[Tensor, Tensor, Windows | None, list[list[int]] | None]:
+    """Encoder features (N, T, D), lengths (N,), whose windows they are (None: of one utterance each), and what the
+    connector's recognizer writes of them, where that is known.
 
     The batch keeps them, if it does not bring them from the cache.
     """
     if "encoder_features" not in batch:
         audios, lengths, batch["windows"] = cut_windows(perception, batch["audios"], batch["audio_lens"])
         batch["encoder_features"], batch["encoder_feature_lens"] = encode(perception, audios, lengths)
-    return batch["encoder_features"], batch["encoder_feature_lens"], batch.get("windows")
+    return batch["encoder_features"], batch["encoder_feature_lens"], batch.get("windows"), batch.get("written")
 
 
 def first_examples(batch: dict[str, Any], count: int) -> dict[str, Any]:
@@ -99,7 +102,7 @@ def first_examples(batch: dict[str, Any], count: int) -> dict[str, Any]:
     windows: Windows | None = batch.get("windows")
     rows = count if windows is None else sum(owner < count for owner in windows.owners)
     few = {k: v[:count] for k, v in batch.items() if k in ("examples", "audios", "audio_lens")}
-    few |= {k: v[:rows] for k, v in batch.items() if k in ("encoder_features", "encoder_feature_lens")}
+    few |= {k: v[:rows] for k, v in batch.items() if k in ("encoder_features", "encoder_feature_lens", "written")}
     if windows is not None:
         few["windows"] = Windows(windows.owners[:rows], windows.begins[:rows])
     return few
@@ -148,6 +151,7 @@ def connect(
     features: Tensor,
     lengths: Tensor,
     windows: Windows | None = None,
+    written: list[list[int]] | None = None,
     starts: list[bool] | None = None,
 ) -> SpeechEmbeddings:
     """Connector. features (N, T, D), lengths (N,) -> :class:`SpeechEmbeddings` of B utterances in the connector's
@@ -155,9 +159,10 @@ def connect(
 
     Args:
         windows: whose windows the rows are; None: each its own utterance.
+        written: of each row, as for :meth:`TokenConnector.connect`.
         starts: whether each of the B begins its utterance (token connectors); None: all do.
     """
-    speech = connect_windows(perception, features, lengths, windows_start(windows, starts))
+    speech = connect_windows(perception, features, lengths, windows_start(windows, starts), written)
     return whole_utterances(speech, windows)
 
 
@@ -170,13 +175,17 @@ def windows_start(windows: Windows | None, starts: list[bool] | None = None) -> 
 
 
 def connect_windows(
-    perception: Any, features: Tensor, lengths: Tensor, starts: list[bool] | None = None
+    perception: Any,
+    features: Tensor,
+    lengths: Tensor,
+    starts: list[bool] | None = None,
+    written: list[list[int]] | None = None,
 ) -> SpeechEmbeddings:
     """:func:`connect` of N windows, each on its own."""
     features = connector_dtype(perception, features)
     connector = connector_of(perception)
     if isinstance(connector, TokenConnector):
-        return connector.connect(features, lengths, starts)
+        return connector.connect(features, lengths, starts, written)
     if connector is not None:
         return connector.connect(features, lengths)
     encoded, counts = perception.modality_adapter(audio_signal=features.transpose(1, 2), length=lengths)
@@ -210,12 +219,18 @@ def fused(
 
 
 @torch.no_grad()
-def transcribe(perception: Any, features: Tensor, lengths: Tensor, windows: Windows | None = None) -> list[str] | None:
+def transcribe(
+    perception: Any,
+    features: Tensor,
+    lengths: Tensor,
+    windows: Windows | None = None,
+    written: list[list[int]] | None = None,
+) -> list[str] | None:
     """features (N, T, D), lengths (N,) -> what the connector itself writes of B utterances; None for connectors without
     text.
     """
     connector = connector_of(perception)
-    texts = None if connector is None else connector.transcribe(connector_dtype(perception, features), lengths)
+    texts = None if connector is None else connector.transcribe(connector_dtype(perception, features), lengths, written)
     if texts is None or windows is None:
         return texts
     own: list[list[str]] = [[] for _ in windows.firsts]

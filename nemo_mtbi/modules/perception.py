@@ -3,6 +3,7 @@
 How it is built and identified. NeMo is imported where it builds something: a finished model is read without it.
 """
 
+import inspect
 import math
 import re
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ from nemo_mtbi.data.literal import literal_encoding
 from nemo_mtbi.errors import ConfigError, MTBIError
 from nemo_mtbi.modules.causal_lm import is_frozen
 from nemo_mtbi.modules.connectors.base import Connector
+from nemo_mtbi.modules.connectors.whisper_recognizer import WhisperRecognizer
 from nemo_mtbi.modules.connectors.whisper_weights import load_whisper_decoder, whisper_decoder_settings
 from nemo_mtbi.modules.fusion import Fusion
 from nemo_mtbi.modules.whisper import SUBSAMPLING, WINDOW_SECONDS
@@ -252,11 +254,41 @@ def _nemo_config(name: str) -> DictConfig:
 
 def freeze(parameters: Iterable[tuple[str, nn.Parameter]], config: ModelConfig) -> None:
     """Freeze what ``freeze_params`` matches and ``prevent_freeze_params`` does not; LoRA adapters stay trainable."""
-    frozen = [re.compile(p) for p in config.freeze_params]
-    kept = [re.compile(p) for p in config.prevent_freeze_params]
     for name, parameter in parameters:
-        if "lora_" not in name and any(p.match(name) for p in frozen) and not any(p.match(name) for p in kept):
+        if "lora_" not in name and is_frozen_by(config, name):
             parameter.requires_grad_(False)
+
+
+def is_frozen_by(config: ModelConfig, name: str) -> bool:
+    """Whether the configuration freezes the parameter of that name."""
+    frozen, kept = config.freeze_params, config.prevent_freeze_params
+    return any(re.match(p, name) for p in frozen) and not any(re.match(p, name) for p in kept)
+
+
+def frozen_recognizer(perception: DictConfig, config: ModelConfig) -> WhisperRecognizer | None:
+    """The recognizer of a configuration's connector with its pretrained weights, without an LLM; None where the
+    connector has none, or trains it.
+
+    Args:
+        perception: as in :func:`setup_perception`, before it, but for the encoder, which is built.
+        config: of the model.
+    """
+    adapter = config.perception.get("modality_adapter") or {}
+    prefix = "perception.modality_adapter"
+    if not str(adapter.get("_target_", "")).endswith(DECODER_TARGETS):
+        return None
+    if not is_frozen_by(config, f"{prefix}.decoder.layer_norm.weight"):
+        return None
+    from transformers import WhisperModel
+
+    name = resolve_pretrained(config.pretrained_asr)
+    known = inspect.signature(WhisperRecognizer).parameters
+    given = {key: value for key, value in adapter.items() if key in known}
+    settings = whisper_decoder_settings(name, adapter.get("language"), perception.encoder.get("layers"))
+    recognizer = WhisperRecognizer(**(given | settings))
+    load_whisper_decoder(recognizer, WhisperModel.from_pretrained(name), name)
+    freeze(recognizer.named_parameters(prefix=prefix), config)
+    return None if recognizer.writing_key() is None else recognizer.eval()
 
 
 def require_fixed_features(perception: "AudioPerceptionModule") -> None:
@@ -306,3 +338,9 @@ def connector_of(perception: Any) -> Connector | None:
     """Our connector, or None where the modality adapter is one of NeMo's own."""
     adapter = perception.modality_adapter
     return adapter if isinstance(adapter, Connector) else None
+
+
+def writing_key(perception: Any) -> str | None:
+    """:meth:`Connector.writing_key` of our connector."""
+    connector = connector_of(perception)
+    return None if connector is None else connector.writing_key()

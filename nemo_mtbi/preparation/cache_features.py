@@ -1,4 +1,5 @@
-"""Runs the frozen encoder once over a manifest and attaches its features to the cuts.
+"""Runs the frozen encoder once over a manifest and attaches its features to the cuts; with a frozen recognizer, also
+what it writes of them.
 
 In ``<manifest>.features`` each shard of the manifest has its ``.bin`` (Lhotse array storage, bfloat16) and
 ``.records.jsonl`` (progress). At the end the manifest's lines are rewritten with ``encoder_features``. A killed run
@@ -38,18 +39,24 @@ from nemo_mtbi.data.conversation import check_manifest
 from nemo_mtbi.data.feature_cache import (
     AUDIO_FIELD,
     KEY_FIELD,
-    WINDOWS,
     audio_identity,
+    describes_features,
     features_key,
-    is_features,
     windows_field,
+    written_field,
 )
 from nemo_mtbi.data.perturbation import features_field, perturbed, speed_factors
 from nemo_mtbi.errors import DataError
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.io.array_storage import RawChunkyWriter, place_of
 from nemo_mtbi.models.speech import cut_windows, encode
-from nemo_mtbi.modules.perception import encoder_key, freeze, require_fixed_features, setup_perception
+from nemo_mtbi.modules.perception import (
+    encoder_key,
+    freeze,
+    frozen_recognizer,
+    require_fixed_features,
+    setup_perception,
+)
 from nemo_mtbi.pretrained.fingerprint import fingerprint
 from nemo_mtbi.pretrained.offline import resolve_pretrained
 from nemo_mtbi.process import tune
@@ -60,10 +67,15 @@ log = logging.getLogger(__name__)
 
 
 class FrozenEncoder:
-    """Preprocessor and encoder alone, without the LLM: what fills the feature cache.
+    """Preprocessor and encoder, without the LLM, and the connector's recognizer where it is frozen: what fills the
+    feature cache.
+
+    Attributes:
+        key: of the features.
+        writing_key: of the recognizer; None without one.
 
     Args:
-        cfg: the ``model`` section of a configuration; its connector and LLM are not built.
+        cfg: the ``model`` section of a configuration.
     """
 
     def __init__(self, cfg: DictConfig) -> None:
@@ -85,10 +97,17 @@ class FrozenEncoder:
         self.key = encoder_key(
             self.cfg.perception, fingerprint(resolve_pretrained(config.pretrained_asr)), config.encoder_dtype
         )
+        recognizer = frozen_recognizer(self.cfg.perception, config)
+        self.recognizer = None if recognizer is None else recognizer.to(self.device)
+        self.writing_key = None if recognizer is None else recognizer.writing_key()
         self.sampling_rate: int = self.perception.preprocessor.featurizer.sample_rate
 
     def encode(self, audios: Tensor, audio_lens: Tensor) -> tuple[Tensor, Tensor]:
         return encode(self.perception, audios.to(self.device), audio_lens.to(self.device))
+
+    def write(self, features: Tensor, lengths: Tensor) -> list[list[int]] | None:
+        """features (N, T, D) as they are kept, lengths (N,) -> the recognizer's tokens of each window, if any."""
+        return None if self.recognizer is None else self.recognizer.write(features.float(), lengths)
 
 
 @dataclass(frozen=True)
@@ -162,7 +181,7 @@ class ShardEncoder:
                 with RawChunkyWriter(arrays, max_bytes=FILE_BYTES) as writer:
                     for batch in _batches(missing, self.batch_seconds):
                         kept = _readable(batch, self.encoder.sampling_rate, report)
-                        self._encode(kept, writer, journal, report)
+                        self._encode(kept, writer, journal, there, report)
                         self.advance(len(batch))
             finished = {v.key for _, own in versions for v in own} - {v.key for v in missing} | set(report.fresh)
             with jsonl.replacing(part_of(self.folder, shard, LINES), uuid.uuid4().hex) as out:
@@ -179,14 +198,25 @@ class ShardEncoder:
     def _known(self, version: Version, journal: jsonl.Journal, index: RecordIndex, there: "Arrays") -> bool:
         """Whether the journal has it; what another shard's has, since cuts have moved, is noted here too."""
         if version.key in journal and there.holds(journal[version.key]):
-            return True
+            return self._complete(journal[version.key])
         for record, _ in index.places(version.key):
             if there.holds(record):
                 journal.write(record)
-                return True
+                return self._complete(record)
         return False
 
-    def _encode(self, read: list["Read"], writer: RawChunkyWriter, journal: jsonl.Journal, report: CacheReport) -> None:
+    def _complete(self, record: dict[str, Any]) -> bool:
+        """Whether all that is kept now is in a record with features."""
+        return self.encoder.writing_key in (None, record.get("written", {}).get("by"))
+
+    def _encode(
+        self,
+        read: list["Read"],
+        writer: RawChunkyWriter,
+        journal: jsonl.Journal,
+        there: "Arrays",
+        report: CacheReport,
+    ) -> None:
         """Encode a batch; in halves where the memory does not suffice."""
         if not read:
             return
@@ -203,16 +233,22 @@ class ShardEncoder:
                 report.leave_out(read[0].version.cut, f"OutOfMemoryError: {problem[:200]}")
                 return
             for half in (read[: len(read) // 2], read[len(read) // 2 :]):
-                self._encode(half, writer, journal, report)
+                self._encode(half, writer, journal, there, report)
             return
-        for version, features, begins in encoded:
-            array = writer.store_array(version.cut.id, features)
-            writer.flush()
-            record = {"key": version.key, "array": array.to_dict()}
-            if len(begins) > 1 or version.cut.duration > WINDOW_SECONDS:
-                record["windows"] = begins
+        for one in encoded:
+            key, cut = one.version.key, one.version.cut
+            if key in journal and there.holds(journal[key]):  # the features are; what is written of them was missing
+                array = journal[key]["array"]
+            else:
+                array = writer.store_array(cut.id, one.features).to_dict()
+                writer.flush()
+            record = {"key": key, "array": array}
+            if len(one.begins) > 1 or cut.duration > WINDOW_SECONDS:
+                record["windows"] = one.begins
+            if one.written is not None:
+                record["written"] = {"by": self.encoder.writing_key, "tokens": one.written}
             journal.write(record)
-            report.fresh.append(version.key)
+            report.fresh.append(key)
             report.encoded += 1
 
 
@@ -379,11 +415,13 @@ def _with_features(
 ) -> dict[str, Any]:
     """The cut's line with the features of its versions, and without those that it had."""
     line = cut.to_dict()
-    custom = {k: v for k, v in line.get("custom", {}).items() if not is_features(k.removesuffix(WINDOWS))}
+    custom = {k: v for k, v in line.get("custom", {}).items() if not describes_features(k)}
     for speed, record in zip(speeds, records, strict=True):
         custom[features_field(speed)] = record["array"]
         if "windows" in record:
             custom[windows_field(features_field(speed))] = record["windows"]
+        if "written" in record:
+            custom[written_field(features_field(speed))] = record["written"]
     line["custom"] = custom | {KEY_FIELD: versions[0].key, AUDIO_FIELD: audio_identity(cut)}
     return line
 
@@ -418,15 +456,30 @@ def _readable(versions: list[Version], sampling_rate: int, report: CacheReport) 
     return found
 
 
-def _encode(encoder: FrozenEncoder, read: list[Read]) -> Iterator[tuple[Version, torch.Tensor, list[int]]]:
-    """Features (T, D) and the frames at which their windows begin, of each."""
+@dataclass(frozen=True)
+class Encoded:
+    """What is kept of a version of a cut: features (T, D), the frames at which their windows begin, and what the
+    recognizer writes of each window.
+    """
+
+    version: Version
+    features: Tensor
+    begins: list[int]
+    written: list[list[int]] | None
+
+
+def _encode(encoder: FrozenEncoder, read: list[Read]) -> Iterator[Encoded]:
     waveforms = [one.samples for one in read]
     audios, lengths, windows = cut_windows(encoder.perception, *collate_waveforms(waveforms))
     features, counts = encoder.encode(audios, lengths)
-    rows = [row[:count].to("cpu", torch.bfloat16) for row, count in zip(features, counts.tolist(), strict=True)]
+    features = features.to(torch.bfloat16)
+    written = encoder.write(features, counts)
+    rows = [row[:count] for row, count in zip(features.cpu(), counts.tolist(), strict=True)]
     owners = range(len(read)) if windows is None else windows.owners
-    parts: list[list[torch.Tensor]] = [[] for _ in read]
-    for owner, row in zip(owners, rows, strict=True):
+    parts: list[list[int]] = [[] for _ in read]
+    for row, owner in enumerate(owners):
         parts[owner].append(row)
     for one, own in zip(read, parts, strict=True):
-        yield one.version, torch.cat(own), [0, *np.cumsum([len(row) for row in own[:-1]]).tolist()]
+        begins = [0, *np.cumsum([len(rows[row]) for row in own[:-1]]).tolist()]
+        texts = None if written is None else [written[row] for row in own]
+        yield Encoded(one.version, torch.cat([rows[row] for row in own]), begins, texts)

@@ -25,7 +25,7 @@ from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.models.mtbi_salm import MTBISALM
 from nemo_mtbi.models.objective import WINDOW_COUNTS, term_counts
 from nemo_mtbi.modules.connectors.base import Connector
-from nemo_mtbi.modules.perception import connector_of
+from nemo_mtbi.modules.perception import connector_of, writing_key
 from nemo_mtbi.training.resume import Wrapped, skip_batches
 
 # In examples, of NeMo's samplers. Lhotse adds the second one to the first.
@@ -166,6 +166,7 @@ def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulate
         cached_features=cached,
         teacher_temperature=imitation.temperature if imitation.teacher == "cached" and imitation.w_kl > 0 else None,
         encoder_key=model.encoder_key,
+        writing_key=writing_key(model.perception) if cached else None,
         llm_key=model.references["llm"],
         sampling_rate=model.sampling_rate,
     )

@@ -156,8 +156,18 @@ class Connector(nn.Module):
         """
         raise NotImplementedError
 
-    def transcribe(self, features: Tensor, lengths: Tensor) -> list[str] | None:
-        """features (B, T, D), lengths (B,) -> what a connector that writes text heard; None for others."""
+    def writing_key(self) -> str | None:
+        """Identity of what a connector that writes text makes of given features, as long as no training changes it;
+        None for others.
+        """
+        return None
+
+    def transcribe(self, features: Tensor, lengths: Tensor, written: list[list[int]] | None = None) -> list[str] | None:
+        """features (B, T, D), lengths (B,) -> what a connector that writes text heard; None for others.
+
+        Args:
+            written: the tokens of each row, where they are known.
+        """
         return None
 
     def connect(self, features: Tensor, lengths: Tensor) -> SpeechEmbeddings:

@@ -133,7 +133,13 @@ class CTCCompressConnector(TokenConnector):
         self.table.copy_(embeddings.detach().to(self.table))
         self.table_rms.copy_(self.table.square().mean().sqrt().clamp_min(1e-6))
 
-    def connect(self, features: Tensor, lengths: Tensor, starts: list[bool] | None = None) -> SpeechEmbeddings:
+    def connect(
+        self,
+        features: Tensor,
+        lengths: Tensor,
+        starts: list[bool] | None = None,
+        written: list[list[int]] | None = None,
+    ) -> SpeechEmbeddings:
         with evaluation_mode(self):  # what the LLM reads in training is what it reads in use
             hidden, lengths = self._frames(features, lengths)
         log_probs = self._ctc_log_probs(hidden)

@@ -24,12 +24,20 @@ class TokenConnector(Connector):
 
     emits_tokens = True
 
-    def connect(self, features: Tensor, lengths: Tensor, starts: list[bool] | None = None) -> SpeechEmbeddings:
+    def connect(
+        self,
+        features: Tensor,
+        lengths: Tensor,
+        starts: list[bool] | None = None,
+        written: list[list[int]] | None = None,
+    ) -> SpeechEmbeddings:
         """See :meth:`Connector.connect`.
 
         Args:
             features, lengths: (B, T, D) and (B,) encoder frames.
             starts: whether each row begins its utterance; a row that does not is written after a space. None: all do.
+            written: what a connector with a :meth:`Connector.writing_key` is known to write of each row; None: it
+                writes now.
         """
         raise NotImplementedError
 

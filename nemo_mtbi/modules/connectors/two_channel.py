@@ -90,8 +90,14 @@ class TwoChannelConnector(WhisperDecoderConnector):
             state.update({f"{prefix}acoustic.{k}": v for k, v in self.acoustic.state_dict().items()})
             state[f"{prefix}acoustic_open"] = torch.zeros_like(self.acoustic_open)
 
-    def connect(self, features: Tensor, lengths: Tensor, starts: list[bool] | None = None) -> SpeechEmbeddings:
-        text = super().connect(features, lengths, starts)
+    def connect(
+        self,
+        features: Tensor,
+        lengths: Tensor,
+        starts: list[bool] | None = None,
+        written: list[list[int]] | None = None,
+    ) -> SpeechEmbeddings:
+        text = super().connect(features, lengths, starts, written)
         return self._with_acoustic(features, lengths, [text])[0]
 
     def _with_acoustic(

@@ -1,4 +1,4 @@
-"""What a :class:`WhisperDecoderConnector` takes from a pretrained Whisper: settings, weights, tokenizer."""
+"""What a :class:`WhisperRecognizer` takes from a pretrained Whisper: settings, weights, tokenizer."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nemo_mtbi.errors import ConfigError
-from nemo_mtbi.modules.connectors.whisper_decoder import FRAMES_PER_SECOND, WhisperDecoderConnector
+from nemo_mtbi.modules.connectors.whisper_recognizer import FRAMES_PER_SECOND, WhisperRecognizer
 from nemo_mtbi.modules.whisper import SAMPLE_RATE, WhisperPreprocessor
 
 # Whisper never writes these, but transcripts hold them, so a decoder that is trained on transcripts must be able to.
@@ -15,7 +15,7 @@ SILENCE_FRAMES = 10  # one is enough for tiny.en
 
 
 def whisper_decoder_settings(name: str, language: str | None, kept_layers: int | None = None) -> dict[str, Any]:
-    """What :class:`WhisperDecoderConnector` must know of a Whisper model.
+    """What :class:`WhisperRecognizer` must know of a Whisper model.
 
     Args:
         name: Whisper model (hub name or directory).
@@ -65,7 +65,7 @@ def whisper_decoder_settings(name: str, language: str | None, kept_layers: int |
     }
 
 
-def load_whisper_decoder(connector: WhisperDecoderConnector, whisper: Any, name: str) -> None:
+def load_whisper_decoder(connector: WhisperRecognizer, whisper: Any, name: str) -> None:
     """Take the decoder and the upper encoder layers of a ``transformers.WhisperModel``, and the tokenizer of that
     name.
     """

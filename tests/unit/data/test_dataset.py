@@ -18,6 +18,7 @@ from nemo_mtbi.io.array_storage import RawChunkyWriter
 from nemo_mtbi.preparation.cache_features import FrozenEncoder, cache_features
 from nemo_mtbi.targets.config import TargetsConfig
 from nemo_mtbi.targets.generate import TargetGenerator
+from tests.helpers import two_channel
 from tests.unit.data_helpers import conversations, target
 
 pytestmark = pytest.mark.unit
@@ -74,16 +75,16 @@ def test_targets_as_shar_give_the_same_batches(manifest, tiny_llm, tmp_path):
 
 def test_shar_holds_cached_features(manifest, tiny_config, tiny_llm, tmp_path):
     """At every speed, and as the manifest has them."""
-    config = OmegaConf.create({k: v for k, v in tiny_config.items() if k != "imitation"})
+    frozen = {"freeze_params": [r"^(llm|embed_tokens|perception)\..+$"]}
+    config = OmegaConf.create({k: v for k, v in two_channel(tiny_config).items() if k != "imitation"} | frozen)
     encoder = FrozenEncoder(config)
     cache_features(encoder, manifest, perturb_speed=[0.9])
     settings = {"dtype": "float32", "prompt_format": "chatml", "filters": ["empty"], "max_new_tokens": 4}
     folders = {"output_dir": str(tmp_path / "targets"), "shar_dir": str(tmp_path / "shar")}
     own = TargetsConfig({"train": str(manifest)}, llm=tiny_llm, task_names=["repeat"], **settings, **folders)
     written = TargetGenerator(own).run()["train"]
-    dataset = MTBIDataset(
-        AutoTokenizer(tiny_llm, use_fast=True), "chatml", cached_features=True, encoder_key=encoder.key
-    )
+    keys = {"encoder_key": encoder.key, "writing_key": encoder.writing_key}
+    dataset = MTBIDataset(AutoTokenizer(tiny_llm, use_fast=True), "chatml", cached_features=True, **keys)
 
     def batch(visit, **source):
         entry = {"audio_locator_tag": "<|audio|>", "perturb_speed": [0.9]}
@@ -95,6 +96,7 @@ def test_shar_holds_cached_features(manifest, tiny_config, tiny_llm, tmp_path):
         expected, found = batch(visit, cuts_path=str(written)), batch(visit, shar_path=str(tmp_path / "shar" / "train"))
         assert torch.equal(found["encoder_feature_lens"], expected["encoder_feature_lens"])
         assert torch.equal(found["encoder_features"], expected["encoder_features"])
+        assert found["written"] == expected["written"] and any(found["written"])
 
 
 def test_teacher_of_another_temperature_or_length_is_refused(manifest, smollm2, tmp_path):

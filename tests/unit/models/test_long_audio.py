@@ -125,7 +125,7 @@ def test_the_cache_holds_the_same_windows(tiny_config, audios, tmp_path):
     config["perception"] = {**config["perception"], "input_length": "own"}
     cache_features(FrozenEncoder(OmegaConf.create(config)), manifest, perturb_speed=[0.9])
     batch = {"audios": torch.from_numpy(audios[0])[None], "audio_lens": torch.tensor([len(audios[0])])}
-    rows, lengths, windows = batch_features(model.perception, batch)
+    rows, lengths, windows, _ = batch_features(model.perception, batch)
     stored = list(CutSet.from_file(manifest))
     assert windows_of(stored[0]) == windows.begins and windows_of(stored[1]) == [0] == windows_of(stored[2])
     found = load_array(stored[0], FEATURES_FIELD, None).tensor_split(windows.begins[1:])
@@ -166,7 +166,7 @@ def test_time_marks_stand_before_their_stretches(tiny_config, audios):
 def test_a_gradient_reaches_every_window(tiny_config, audios):
     model = long_model(tiny_config, "dense")
     batch = {"audios": torch.from_numpy(audios[0])[None], "audio_lens": torch.tensor([len(audios[0])])}
-    features, lengths, windows = batch_features(model.perception, batch)
+    features, lengths, windows, _ = batch_features(model.perception, batch)
     features = features.clone().requires_grad_()
     connect(model.perception, features, lengths, windows).embeddings.square().sum().backward()
     assert all(float(features.grad[row].abs().sum()) > 0 for row in range(len(features)))

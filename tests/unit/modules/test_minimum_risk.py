@@ -34,7 +34,7 @@ def model(tiny_llm, tiny_whisper):
 
 def readings(model, count=3, samples=3):
     connector = model.perception.modality_adapter
-    features, lengths, _ = batch_features(model.perception, make_batch(model, count))
+    features, lengths, _, _ = batch_features(model.perception, make_batch(model, count))
     torch.manual_seed(0)
     return connector, features, lengths, connector.hypotheses(features, lengths, samples, 1.0)
 

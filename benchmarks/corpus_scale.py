@@ -82,7 +82,7 @@ def cached(entries: int) -> None:
             key = features_key(fastcopy(cut, start=line["start"]), "encoder")
             journal.write(jsonl.dumps({"key": key, "array": array}) + "\n")
     baseline, begin = peak_gb(), time.time()
-    encoder: Any = SimpleNamespace(key="encoder")
+    encoder: Any = SimpleNamespace(key="encoder", writing_key=None)
     report = cache_features(encoder, folder / "cuts.jsonl")
     assert report.cached == entries and report.encoded == report.skipped == 0
     print(json.dumps({"peak_gb": peak_gb(), "baseline_gb": baseline, "seconds": round(time.time() - begin, 1)}))

@@ -85,7 +85,8 @@ def write_data(folder: Path, count: int, model: Any) -> dict[str, Path]:
 
 def with_features(cfg: dict[str, Any], manifest: Path, folder: Path) -> Path:
     """The manifest with the encoder's features of its recordings."""
-    from nemo_mtbi.preparation.cache_features import FrozenEncoder, cache_features
+    from nemo_mtbi.preparation.cache_features import cache_features
+    from nemo_mtbi.preparation.frozen_encoder import FrozenEncoder
 
     cuts = list(CutSet.from_file(manifest))
     CutSet(cuts[:RECORDINGS]).to_file(folder / "few.jsonl")

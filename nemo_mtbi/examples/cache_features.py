@@ -15,7 +15,8 @@ from nemo_mtbi.examples._launcher import announce, launcher, typed
 def main(cfg: DictConfig) -> None:
     from nemo_mtbi import registration  # noqa: F401  registers our classes as NeMo targets
     from nemo_mtbi.data.perturbation import speed_factors
-    from nemo_mtbi.preparation.cache_features import FrozenEncoder, cache_features
+    from nemo_mtbi.preparation.cache_features import cache_features
+    from nemo_mtbi.preparation.frozen_encoder import FrozenEncoder
 
     perturbed = cfg.manifests if cfg.perturbed_manifests is None else cfg.perturbed_manifests
     if unknown := set(perturbed) - set(cfg.manifests):

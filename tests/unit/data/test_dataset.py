@@ -15,7 +15,8 @@ from nemo_mtbi.data.conversation import read_mtbi
 from nemo_mtbi.data.dataset import MTBIDataset
 from nemo_mtbi.errors import DataError
 from nemo_mtbi.io.array_storage import RawChunkyWriter
-from nemo_mtbi.preparation.cache_features import FrozenEncoder, cache_features
+from nemo_mtbi.preparation.cache_features import cache_features
+from nemo_mtbi.preparation.frozen_encoder import FrozenEncoder
 from nemo_mtbi.targets.config import TargetsConfig
 from nemo_mtbi.targets.generate import TargetGenerator
 from tests.helpers import two_channel

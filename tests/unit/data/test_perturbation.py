@@ -18,7 +18,8 @@ from nemo_mtbi.data.cut_lines import Share
 from nemo_mtbi.data.dataset import MTBIDataset
 from nemo_mtbi.data.perturbation import SpeedPerturbation, perturbed, speed_factors
 from nemo_mtbi.errors import ConfigError, DataError
-from nemo_mtbi.preparation.cache_features import FrozenEncoder, cache_features
+from nemo_mtbi.preparation.cache_features import cache_features
+from nemo_mtbi.preparation.frozen_encoder import FrozenEncoder
 
 pytestmark = pytest.mark.unit
 FACTORS = [0.9, 1.1]

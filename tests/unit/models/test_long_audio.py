@@ -23,7 +23,8 @@ from nemo_mtbi.models.speech import batch_features, connect, first_examples
 from nemo_mtbi.modules.connectors.base import NO_TOKEN, SpeechEmbeddings
 from nemo_mtbi.modules.connectors.windows import concatenated, whole_utterances
 from nemo_mtbi.modules.fusion import Fusion
-from nemo_mtbi.preparation.cache_features import FrozenEncoder, cache_features
+from nemo_mtbi.preparation.cache_features import cache_features
+from nemo_mtbi.preparation.frozen_encoder import FrozenEncoder
 from tests.helpers import build
 
 pytestmark = pytest.mark.unit

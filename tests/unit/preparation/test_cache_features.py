@@ -18,7 +18,9 @@ from nemo_mtbi.data.dataset import MTBIDataset
 from nemo_mtbi.data.feature_cache import FEATURES_FIELD, load_array
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.preparation import cache_features as caching
-from nemo_mtbi.preparation.cache_features import FrozenEncoder, cache_features
+from nemo_mtbi.preparation import feature_shards
+from nemo_mtbi.preparation.cache_features import cache_features
+from nemo_mtbi.preparation.frozen_encoder import FrozenEncoder
 from tests.unit.data_helpers import conversations
 
 pytestmark = pytest.mark.unit
@@ -122,7 +124,7 @@ def test_a_killed_run_continues_and_compressed_manifests_stay_so(manifest, tiny_
     encoder = FrozenEncoder(encoder_config(tiny_config))
     packed = tmp_path / "packed.jsonl.gz"
     packed.write_bytes(gzip.compress(manifest.read_bytes()))
-    encode, calls = caching._encode, []
+    encode, calls = feature_shards._encode, []
 
     def killed(*arguments):
         calls.append(1)
@@ -130,7 +132,7 @@ def test_a_killed_run_continues_and_compressed_manifests_stay_so(manifest, tiny_
             raise KeyboardInterrupt
         return encode(*arguments)
 
-    monkeypatch.setattr(caching, "_encode", killed)
+    monkeypatch.setattr(feature_shards, "_encode", killed)
     before = packed.read_bytes()
     with pytest.raises(KeyboardInterrupt):
         cache_features(encoder, packed, batch_seconds=1.0)

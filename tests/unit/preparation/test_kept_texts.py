@@ -16,7 +16,8 @@ from nemo_mtbi.data.perturbation import perturbed
 from nemo_mtbi.evaluation.systems import EvaluationSet
 from nemo_mtbi.models.speech import batch_features, transcribe
 from nemo_mtbi.modules.perception import writing_key
-from nemo_mtbi.preparation.cache_features import FrozenEncoder, cache_features
+from nemo_mtbi.preparation.cache_features import cache_features
+from nemo_mtbi.preparation.frozen_encoder import FrozenEncoder
 from tests.helpers import assert_same, build, gradients, two_channel
 from tests.unit.data_helpers import conversations
 

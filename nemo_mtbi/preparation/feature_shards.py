@@ -1,0 +1,289 @@
+"""A shard of the feature cache: what of it is there, and what has to be encoded now."""
+
+import gc
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from lhotse.cut import Cut
+from torch import Tensor
+
+from nemo_mtbi.corpus.failures import explained
+from nemo_mtbi.corpus.index import RecordIndex
+from nemo_mtbi.corpus.shards import Shard
+from nemo_mtbi.data.audio import collate_waveforms, mono_samples
+from nemo_mtbi.data.audio_windows import WINDOW_SECONDS
+from nemo_mtbi.data.feature_cache import (
+    AUDIO_FIELD,
+    KEY_FIELD,
+    audio_identity,
+    describes_features,
+    features_key,
+    windows_field,
+    written_field,
+)
+from nemo_mtbi.data.perturbation import features_field, perturbed
+from nemo_mtbi.io import jsonl
+from nemo_mtbi.io.array_storage import RawChunkyWriter, place_of
+from nemo_mtbi.models.speech import cut_windows
+from nemo_mtbi.preparation.frozen_encoder import FrozenEncoder
+
+FILE_BYTES = 8 * 2**30  # about the size of a file of features
+LINES, LEFT_OUT = "cuts", "left_out"  # what a shard is finished with, until it is joined with the others'
+
+
+def part_of(folder: Path, shard: Shard, kind: str) -> Path:
+    return folder / f"{shard.label}.{kind}.jsonl"
+
+
+@dataclass(frozen=True)
+class Version:
+    """A cut at one speed, and the key of its features."""
+
+    cut: Cut
+    key: str
+
+
+@dataclass
+class CacheReport:
+    """What was done: utterances encoded now, found in the cache, left out; bytes and hours of speech in the cache."""
+
+    encoded: int = 0
+    cached: int = 0
+    skipped: int = 0
+    bytes: int = 0
+    hours: float = 0.0
+
+    def add(self, other: "CacheReport") -> None:
+        """Those of another shard."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+@dataclass
+class Known:
+    """What is known of a shard's versions.
+
+    Attributes:
+        journal: records (``key``, ``array``, ``windows``, ``written``) by the key of a version.
+        missing: versions to encode, because they have no record, no array, or not what the recognizer writes.
+        finished: keys of the others; in the end, of all that are not left out.
+        encoded: how many were missing, and are there now.
+        reasons: of cuts that are left out.
+    """
+
+    journal: jsonl.Journal
+    missing: list[Version] = field(default_factory=list)
+    finished: set[str] = field(default_factory=set)
+    encoded: int = 0
+    reasons: list[dict[str, str]] = field(default_factory=list)
+
+    def leave_out(self, cut: Cut, reason: str) -> None:
+        self.reasons.append({"id": cut.id, "reason": reason})
+
+
+@dataclass
+class ShardEncoder:
+    """What a worker does: encodes what a shard lacks, and writes the shard's lines with their features.
+
+    Attributes:
+        encoder: whose features.
+        folder: of the features.
+        speeds: at which every cut is encoded.
+        batch_seconds: audio encoded together.
+        advance: told how many versions of cuts are done.
+    """
+
+    encoder: FrozenEncoder
+    folder: Path
+    speeds: Sequence[float]
+    batch_seconds: float
+    advance: Callable[[int], Any] = lambda done: None
+
+    def __call__(self, shard: Shard) -> CacheReport:
+        stem = self.folder / shard.label
+        with explained(self.folder), FileLock(stem.with_suffix(".lock")):  # Ray may begin a lost shard again
+            return self._shard(shard, stem)
+
+    def _shard(self, shard: Shard, stem: Path) -> CacheReport:
+        report = CacheReport()
+        versions = [(cut, _versions(cut, self.speeds, self.encoder.key)) for cut in shard.cuts()]
+        with jsonl.Journal(stem.with_suffix(".records.jsonl"), lambda record: True, "key") as journal:
+            known, there = Known(journal), Arrays()
+            self._look_up([version for _, own in versions for version in own], known, there)
+            report.cached = sum(len(own) for _, own in versions) - len(known.missing)
+            self.advance(report.cached)
+            if known.missing:
+                with RawChunkyWriter(there.whole(stem.with_suffix(".bin"), journal), max_bytes=FILE_BYTES) as writer:
+                    for batch in _batches(known.missing, self.batch_seconds):
+                        self._encode(_readable(batch, self.encoder.sampling_rate, known), writer, known, there)
+                        self.advance(len(batch))
+            report.encoded, report.skipped = known.encoded, len(known.reasons)
+            with jsonl.replacing(part_of(self.folder, shard, LINES), uuid.uuid4().hex) as out:
+                for cut, own in versions:
+                    if all(version.key in known.finished for version in own):
+                        records = [journal[version.key] for version in own]
+                        report.bytes += sum(2 * int(np.prod(record["array"]["shape"])) for record in records)
+                        report.hours += sum(version.cut.duration for version in own) / 3600
+                        out.write(jsonl.dumps(_with_features(cut, self.speeds, own, records)) + "\n")
+        with jsonl.replacing(part_of(self.folder, shard, LEFT_OUT), uuid.uuid4().hex) as out:
+            out.writelines(jsonl.dumps(reason) + "\n" for reason in known.reasons)
+        return report
+
+    def _look_up(self, versions: list[Version], known: Known, there: "Arrays") -> None:
+        """Which versions are there; what another shard's journal has of them, since cuts have moved, is noted too."""
+        index = RecordIndex(self.folder, lambda: ())
+        for version in versions:
+            record = known.journal[version.key] if version.key in known.journal else None
+            if record is None or not there.holds(record):
+                record = next((r for r, _ in index.places(version.key) if there.holds(r)), None)
+                if record is not None:
+                    known.journal.write(record)
+            if record is None or self.encoder.writing_key not in (None, record.get("written", {}).get("by")):
+                known.missing.append(version)
+            else:
+                known.finished.add(version.key)
+
+    def _encode(self, read: list["Read"], writer: RawChunkyWriter, known: Known, there: "Arrays") -> None:
+        """Encode a batch; in halves where the memory does not suffice."""
+        if not read:
+            return
+        encoded, problem = None, ""
+        try:
+            encoded = list(_encode(self.encoder, read))
+        except torch.OutOfMemoryError as error:
+            problem = str(error)  # and not the error, which holds what the batch takes
+        if encoded is None:
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if len(read) == 1:
+                known.leave_out(read[0].version.cut, f"OutOfMemoryError: {problem[:200]}")
+                return
+            for half in (read[: len(read) // 2], read[len(read) // 2 :]):
+                self._encode(half, writer, known, there)
+            return
+        for one in encoded:
+            key, cut = one.version.key, one.version.cut
+            if key in known.journal and there.holds(known.journal[key]):  # without what is written of them
+                array = known.journal[key]["array"]
+            else:
+                array = writer.store_array(cut.id, one.features).to_dict()
+                writer.flush()
+            record = {"key": key, "array": array}
+            if len(one.begins) > 1 or cut.duration > WINDOW_SECONDS:
+                record["windows"] = one.begins
+            if one.written is not None:
+                record["written"] = {"by": self.encoder.writing_key, "tokens": one.written}
+            known.journal.write(record)
+            known.finished.add(key)
+            known.encoded += 1
+
+
+class Arrays:
+    """Whether the arrays that records point to are there; a file may have been deleted, or not copied."""
+
+    def __init__(self) -> None:
+        self.sizes: dict[str, int] = {}
+
+    def holds(self, record: dict[str, Any]) -> bool:
+        begin, dtype, sizes = place_of(record["array"]["storage_key"])
+        return begin + dtype.itemsize * int(np.prod(sizes)) <= self._size(record["array"]["storage_path"])
+
+    def whole(self, path: Path, journal: jsonl.Journal) -> Path:
+        """The file to append to: ``path``, unless it, or a file that follows it, has lost what the journal says it
+        holds, so that old records would point into new arrays; then another one."""
+        records = (journal[key] for key in journal.places)
+        if all(self.holds(r) for r in records if Path(r["array"]["storage_path"]).name.startswith(f"{path.stem}.")):
+            return path
+        return path.with_suffix(f".{uuid.uuid4().hex[:8]}{path.suffix}")
+
+    def _size(self, path: str) -> int:
+        if path not in self.sizes:
+            self.sizes[path] = Path(path).stat().st_size if Path(path).is_file() else -1
+        return self.sizes[path]
+
+
+def _versions(cut: Cut, speeds: Sequence[float], encoder_key: str) -> list[Version]:
+    own = [perturbed(cut, factor) for factor in speeds]
+    return [Version(version, features_key(version, encoder_key)) for version in own]
+
+
+def _with_features(
+    cut: Cut, speeds: Sequence[float], versions: list[Version], records: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The cut's line with the features of its versions, and without those that it had."""
+    line = cut.to_dict()
+    custom = {k: v for k, v in line.get("custom", {}).items() if not describes_features(k)}
+    for speed, record in zip(speeds, records, strict=True):
+        custom[features_field(speed)] = record["array"]
+        if "windows" in record:
+            custom[windows_field(features_field(speed))] = record["windows"]
+        if "written" in record:
+            custom[written_field(features_field(speed))] = record["written"]
+    line["custom"] = custom | {KEY_FIELD: versions[0].key, AUDIO_FIELD: audio_identity(cut)}
+    return line
+
+
+def _batches(versions: list[Version], seconds: float) -> Iterator[list[Version]]:
+    batch: list[Version] = []
+    for version in sorted(versions, key=lambda v: v.cut.duration):
+        if batch and version.cut.duration * (len(batch) + 1) > seconds:
+            yield batch
+            batch = []
+        batch.append(version)
+    if batch:
+        yield batch
+
+
+@dataclass(frozen=True)
+class Read:
+    """A version of a cut and its samples (S,)."""
+
+    version: Version
+    samples: np.ndarray
+
+
+def _readable(versions: list[Version], sampling_rate: int, known: Known) -> list[Read]:
+    """Those whose audio can be read: one broken recording must not stop the run."""
+    found = []
+    for version in versions:
+        try:
+            found.append(Read(version, mono_samples(version.cut, sampling_rate)))
+        except Exception as error:  # decoders raise their own types
+            known.leave_out(version.cut, f"{type(error).__name__}: {str(error)[:200]}")
+    return found
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What is kept of a version of a cut: features (T, D), the frames at which their windows begin, and what the
+    recognizer writes of each window.
+    """
+
+    version: Version
+    features: Tensor
+    begins: list[int]
+    written: list[list[int]] | None
+
+
+def _encode(encoder: FrozenEncoder, read: list[Read]) -> Iterator[Encoded]:
+    waveforms = [one.samples for one in read]
+    audios, lengths, windows = cut_windows(encoder.perception, *collate_waveforms(waveforms))
+    features, counts = encoder.encode(audios, lengths)
+    features = features.to(torch.bfloat16)
+    written = encoder.write(features, counts)
+    rows = [row[:count] for row, count in zip(features.cpu(), counts.tolist(), strict=True)]
+    owners = range(len(read)) if windows is None else windows.owners
+    parts: list[list[int]] = [[] for _ in read]
+    for row, owner in enumerate(owners):
+        parts[owner].append(row)
+    for one, own in zip(read, parts, strict=True):
+        begins = [0, *np.cumsum([len(rows[row]) for row in own[:-1]]).tolist()]
+        texts = None if written is None else [written[row] for row in own]
+        yield Encoded(one.version, torch.cat([rows[row] for row in own]), begins, texts)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,9 @@ class ShardWriter:
         config, drawer: what is asked.
         engine: makes the engine when the first answer is missing.
         index: answers of other shards and earlier runs.
+
+    Attributes:
+        advance: told how many cuts of a shard are answered; 0 when it is finished.
     """
 
     def __init__(self, config: TargetsConfig, drawer: PromptDrawer, engine: "LazyEngine", index: AnswerIndex) -> None:
@@ -97,6 +101,7 @@ class ShardWriter:
         self.filters = choose_filters(config.filters)
         self.folder = Path(config.output_dir)
         self.settings = settings_of(config, drawer)
+        self.advance: Callable[[float], Any] = lambda cuts: None
 
     def digest(self, shard: Shard) -> str:
         return hashlib.blake2b((shard.digest + self.settings).encode(), digest_size=12).hexdigest()
@@ -136,18 +141,20 @@ class ShardWriter:
             jobs = [job for cut in cuts for job in self.drawer.jobs(cut, shard.name, values)]
             requests = self._within_context([j.request for j in jobs if j.problem is None and j.answer is None])
             self._give(jobs, answers)
-            self._answer(requests, answers, f"{shard.name} {shard.label}")
+            self._answer(requests, answers, f"{shard.name} {shard.label}", len(cuts))
             paths["json"].unlink(missing_ok=True)  # from here on it does not describe what is there
             status = self._write(shard, cuts, jobs, answers)
         status.seconds = round(time.time() - start, 2)
         jsonl.write_json(paths["json"], asdict(status))
+        self.advance(0)
         return status
 
     def _within_context(self, requests: list[Request]) -> list[Request]:
         limit = self.engine.context_tokens
         return [r for r in requests if limit is None or len(r.prompt_ids) + r.max_new_tokens <= limit]
 
-    def _answer(self, requests: list[Request], answers: AnswerFile, title: str) -> None:
+    def _answer(self, requests: list[Request], answers: AnswerFile, title: str, cuts: int = 0) -> None:
+        """Answer what is missing; ``cuts`` have all these requests."""
         unique = sorted({r.key: r for r in requests}.values(), key=lambda r: (len(r.prompt_ids), r.key))
         missing = [r.key for r in unique if not answers.has(r.key)]
         if missing:
@@ -162,6 +169,7 @@ class ShardWriter:
             smoothing=0.1,
         )
         with bar:
+            ready = len(unique) - len(missing)
             # Chunks are cut from all requests: a continued run batches what is left as the first one did.
             for begin in range(0, len(unique), CHUNK):
                 chunk = [r for r in unique[begin : begin + CHUNK] if not answers.has(r.key)]
@@ -172,6 +180,8 @@ class ShardWriter:
                 for answer in engine.generate(chunk, self.config.top_k, self.config.temperature):
                     finished.append((answer, self.decode(answer.response_ids)))
                     bar.update()
+                    ready += 1
+                    self.advance(cuts * ready / len(unique))
                     if engine.independent:
                         answers.add(finished)
                         finished = []

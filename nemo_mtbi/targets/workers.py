@@ -3,7 +3,7 @@
 import multiprocessing.context
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -44,11 +44,14 @@ def run(config: TargetsConfig) -> dict[str, Path]:
         return generator.run()
     context = worker_context()
     alone = config.engine != "vllm"  # vLLM has processes of its own, which a daemon may not have
-    processes = [context.Process(target=work, args=(config, rank), daemon=alone) for rank in range(config.workers)]
+    answered: Any = context.Array("d", config.workers, lock=False)  # cuts of its shard that each has answered
+    processes = [
+        context.Process(target=work, args=(config, rank, answered), daemon=alone) for rank in range(config.workers)
+    ]
     try:
         for process in processes:
             process.start()
-        wait(processes, [(generator.writer, shard) for shards in generator.shards.values() for shard in shards])
+        wait(processes, generator, answered)
     finally:
         for process in processes:  # a process that is no daemon would be waited for
             if process.is_alive():
@@ -83,13 +86,22 @@ def answering(config: TargetsConfig, worker: int) -> Callable[[Shard], str]:
     return answer
 
 
-def wait(processes: list[Any], shards: list[tuple[Any, Any]]) -> None:
-    """Until all processes have ended; one bar counts the shards of all of them."""
-    with console.progress(total=len(shards), desc="targets", unit="shard") as bar:
+def wait(processes: list[Any], generator: Any, done: Sequence[float]) -> None:
+    """Until all processes have ended; one bar counts the cuts of all of them.
+
+    Args:
+        processes: that work.
+        generator: a :class:`nemo_mtbi.targets.generate.TargetGenerator` of their configuration.
+        done: cuts of the shard that each works on.
+    """
+    shards = [shard for own in generator.shards.values() for shard in own]
+    total, unfinished = sum(shard.lines for shard in shards), shards
+    with console.progress(total=total, desc="targets", unit="cut") as bar:
         while any(p.exitcode is None for p in processes):
-            unfinished = [(writer, shard) for writer, shard in shards if writer.status(shard) is None]
-            bar.update(len(shards) - len(unfinished))
-            shards = unfinished
+            begun = sum(done)  # before the shards: one that is finished in between would count twice
+            unfinished = [shard for shard in unfinished if generator.writer.status(shard) is None]
+            finished = total - sum(shard.lines for shard in unfinished)
+            bar.update(max(0, min(total, int(finished + begun)) - bar.n))
             for process in processes:
                 process.join(PAUSE_SECONDS / len(processes))
 
@@ -101,8 +113,8 @@ def worker_context() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def work(config: TargetsConfig, rank: int) -> None:
-    """One worker process."""
+def work(config: TargetsConfig, rank: int, done: Any = None) -> None:
+    """One worker process; ``done[rank]`` is where it says how many cuts of its shard are answered."""
     import torch
 
     from nemo_mtbi import registration  # noqa: F401  the prompt formats; start-up: imports NeMo
@@ -118,7 +130,10 @@ def work(config: TargetsConfig, rank: int) -> None:
     tune(max(1, (os.cpu_count() or 1) // config.workers))
     try:
         with explained(Path(config.output_dir)):
-            TargetGenerator(config).work()
+            generator = TargetGenerator(config)
+            if done is not None:
+                generator.writer.advance = partial(done.__setitem__, rank)
+            generator.work()
     except MTBIError as error:
         print(f"\nError in worker {rank}: {error}", file=sys.stderr)
         sys.exit(1)

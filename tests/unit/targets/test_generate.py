@@ -1,5 +1,6 @@
 """Target generation: resume after kills, bad input. The LLM is tiny, the code is all of it."""
 
+import io
 import json
 import random
 import resource
@@ -8,6 +9,7 @@ import time
 import pytest
 import torch
 from lhotse import CutSet
+from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from nemo_mtbi import registration as registration
@@ -19,7 +21,7 @@ from nemo_mtbi.targets.filters import (
     choose_filters,
 )
 from nemo_mtbi.targets.generate import TargetGenerator
-from nemo_mtbi.targets.workers import work
+from nemo_mtbi.targets.workers import wait, work
 from nemo_mtbi.tasks.library import load_library
 from tests.launching import CONTEXT, on_ranks
 from tests.unit.targets_helpers import config, write_cuts
@@ -78,6 +80,44 @@ def test_where_nothing_is_said_the_answer_is_fixed(tmp_path, tiny_llm):
     assert (log_probs[:, 0] == 0).all() and (log_probs[:, 1:] <= -100).all()
     manifest = json.loads((tmp_path / "targets" / "manifest.json").read_text())
     assert manifest["by_manifest"]["train"]["kept"] == 4 and len(manifest["targets_by_task_and_prompt"]) == 3
+
+
+def test_the_bar_of_several_workers_counts_cuts(tmp_path, tiny_llm, monkeypatch):
+    cuts, told, shown = write_cuts(tmp_path / "cuts.jsonl", 12), [], []
+    generator = TargetGenerator(config(tmp_path, tiny_llm, cuts, shard_cuts=6))
+    generator.writer.advance = told.append
+
+    class Bar(tqdm):
+        def update(self, n=1):
+            super().update(n)
+            shown.append(self.n)
+
+    class Worker:
+        """A process, as its parent sees it: it is at a shard's fourth cut, then done with that shard, then with all."""
+
+        exitcode = None
+
+        def join(self, seconds):
+            if answered[0] == 0:
+                answered[0] = 4
+            elif len(shown) == 2:
+                generator.take(first)
+                answered[0] = 0
+            else:
+                generator.take(second)
+                self.exitcode = 0
+
+    answered, (first, second) = [0.0], generator.shards["train"]
+
+    def bar(unit, **options):
+        return (Bar if unit == "cut" else tqdm)(file=io.StringIO(), unit=unit, **options)
+
+    monkeypatch.setattr("nemo_mtbi.console.progress", bar)
+    wait([Worker()], generator, answered)
+    assert shown == [0, 4, 6]
+    ends = [i for i, value in enumerate(told) if value == 0]
+    for part in (told[: ends[0]], told[ends[0] + 1 : ends[1]]):
+        assert part == sorted(part) and part[-1] == 6
 
 
 @pytest.mark.slow

@@ -114,7 +114,7 @@ def test_the_bar_of_several_workers_counts_cuts(tmp_path, tiny_llm, monkeypatch)
 
     monkeypatch.setattr("nemo_mtbi.console.progress", bar)
     wait([Worker()], generator, answered)
-    assert shown == [0, 4, 6]
+    assert shown == [0, 4, 6, 10]  # and the fourth of the next one
     ends = [i for i, value in enumerate(told) if value == 0]
     for part in (told[: ends[0]], told[ends[0] + 1 : ends[1]]):
         assert part == sorted(part) and part[-1] == 6

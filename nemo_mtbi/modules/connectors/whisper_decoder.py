@@ -72,11 +72,13 @@ class WhisperDecoderConnector(WhisperRecognizer):
         pieces = self.eos_id + 1 if alternatives else 0
         self.register_buffer("piece_embeddings", torch.zeros(pieces, output_dim), persistent=False)
         self._language_model: tuple[Any, Any] | None = None
+        self._text_alone = False  # the residual was zero when the LLM was bound
 
     @torch.no_grad()
     def bind_language_model(self, tokenizer: Any, embed_tokens: nn.Module) -> None:
         self._tokenizer = None  # the buffer may just have been loaded
         self._language_model = (tokenizer, embed_tokens)  # in a tuple: not a submodule
+        self._text_alone = all(not p.is_meta and not bool(p.any()) for p in self.residual.parameters())
         weight = next(embed_tokens.parameters())
         if weight.is_meta or not self.tokenizer_json.any():  # a shard, or our own weights, that are not read yet
             return
@@ -119,6 +121,8 @@ class WhisperDecoderConnector(WhisperRecognizer):
         starts: list[bool] | None = None,
         written: list[list[int]] | None = None,
     ) -> SpeechEmbeddings:
+        if written is not None and not self._reads_states():
+            return self._read(written, None, lengths, starts)
         with evaluation_mode(self):
             encoded, heard = self._encode(features, lengths)
             states = None
@@ -128,20 +132,25 @@ class WhisperDecoderConnector(WhisperRecognizer):
                 states = self._forced_states(encoded, heard, written)
         return self._read(written, states, lengths, starts)
 
+    def _reads_states(self) -> bool:
+        """Whether the LLM reads more than the text: a residual that is or was trained, the straight-through term."""
+        trained = any(p.requires_grad for part in (self.norm, self.residual) for p in part.parameters())
+        return self.alternatives > 0 or trained or not self._text_alone
+
     def _read(
-        self, tokens: list[list[int]], states: Tensor, lengths: Tensor, starts: list[bool] | None
+        self, tokens: list[list[int]], states: Tensor | None, lengths: Tensor, starts: list[bool] | None
     ) -> SpeechEmbeddings:
         """What the LLM reads of the text of B rows.
 
         Args:
             tokens: Whisper's, of each row.
-            states: (B, N + 1, D) that predicted them.
+            states: (B, N + 1, D) that predicted them; None: the text alone is read.
             lengths: (B,) frames.
             starts: as in :meth:`connect`.
         """
         assert self._language_model is not None
         tokenizer, embed_tokens = self._language_model
-        device = states.device
+        device = lengths.device
         rows: list[list[tuple[int, int, float]]] = []  # LLM token, place of the Whisper token, center
         for own, frames, start in zip(tokens, lengths.tolist(), starts or [True] * len(tokens), strict=True):
             written = self._language_model_tokens(tokenizer, own, start)
@@ -161,12 +170,18 @@ class WhisperDecoderConnector(WhisperRecognizer):
             whole = values.new_zeros(len(rows) * width, *values.shape[1:])
             return whole.index_copy(0, at, values).unflatten(0, (len(rows), width))
 
-        chosen = states[utterance, index]
-        extra = self.residual(self.norm(chosen)) * (self.residual_scale * self.embedding_rms)
-        if self.alternatives and torch.is_grad_enabled():
-            soft = self._likely_embeddings(chosen, index == 0)
-            extra = extra + (soft - soft.detach())
-        embeddings = padded(embed_tokens(token).to(extra.dtype) + extra)
+        embedded = embed_tokens(token)
+        if states is None:
+            autocast = torch.is_autocast_enabled(device.type)
+            embedded = embedded.to(torch.get_autocast_dtype(device.type) if autocast else self.residual.weight.dtype)
+        else:
+            chosen = states[utterance, index]
+            extra = self.residual(self.norm(chosen)) * (self.residual_scale * self.embedding_rms)
+            if self.alternatives and torch.is_grad_enabled():
+                soft = self._likely_embeddings(chosen, index == 0)
+                extra = extra + (soft - soft.detach())
+            embedded = embedded.to(extra.dtype) + extra
+        embeddings = padded(embedded)
         return SpeechEmbeddings(
             embeddings, counts.long(), padded(centers.float()), labels=padded(token), nothing_heard=nothing.bool()
         )

@@ -50,7 +50,12 @@ def read(model, manifest, key):
     return dataset[CutSet(conversations(manifest))]
 
 
-def test_training_reads_what_the_recognizer_writes(config, model, manifest, monkeypatch):
+@pytest.mark.parametrize("residual", [False, True])
+def test_training_reads_what_the_recognizer_writes(config, model, manifest, monkeypatch, residual):
+    """With the text alone the decoder does not run at all; a residual reads its states."""
+    if residual:
+        torch.nn.init.normal_(model.perception.modality_adapter.residual.weight)
+        model.bind_connector()
     encoder, _ = cached(config, manifest)
     key = writing_key(model.perception)
     assert key == encoder.writing_key is not None
@@ -63,7 +68,7 @@ def test_training_reads_what_the_recognizer_writes(config, model, manifest, monk
         model.perception, features, lengths
     )
     expected = gradients(model, [copy.deepcopy(plain)])
-    monkeypatch.setattr(type(connector), "_write", None)
+    monkeypatch.setattr(type(connector), "_write" if residual else "_encode", None)
     found = gradients(model, [kept])
     assert any("acoustic" in name for name in found)
     assert_same(found, expected)

@@ -20,6 +20,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from nemo.utils.get_rank import is_global_rank_zero
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -61,7 +62,9 @@ class RunDirectory:
         return self.stage(name) / "optimizer.safetensors"
 
     def finish_stage(self, model: TrainableCheckpoint, name: str, keep: str = "best") -> None:
-        """Keep the last weights, and give the stage the best ones (the last, where nothing was validated) or the last.
+        """Keep the last weights, and give the stage, and the model, the best ones or the last.
+
+        The best are the last where nothing was validated.
 
         All ranks call this.
         """
@@ -72,6 +75,10 @@ class RunDirectory:
             temporary = self.weights(name).with_name(f".{self.weights(name).name}.{os.getpid()}")
             shutil.copyfile(chosen, temporary)
             temporary.replace(self.weights(name))
+        if keep == "best":  # as where the next stage is begun by another process
+            if dist.is_initialized():
+                dist.barrier()
+            self.load_weights(model, name)
 
     def last_stage(self) -> str:
         """The furthest finished stage."""

@@ -31,9 +31,15 @@ class TrainableCheckpoint(LightningModule):
     strict_loading = False  # the frozen parts are not in the checkpoint
 
     def trainable_names(self) -> set[str]:
-        """State-dict names of trained parameters, and of the buffers of modules that hold any."""
+        """State-dict names of trained parameters, and of all that the connector holds."""
         names = {n for n, p in self.named_parameters() if p.requires_grad}
         return names | {n for n in self.state_dict() if n.startswith(CONNECTOR_PREFIX)}
+
+    def kept_names(self) -> set[str]:
+        """``trainable_names``, and the buffers of modules with a trained parameter (an encoder's BatchNorm, say)."""
+        trained = {n.rpartition(".")[0] for n, p in self.named_parameters() if p.requires_grad}
+        buffers = {n for n, _ in self.named_buffers() if n.rpartition(".")[0] in trained}
+        return self.trainable_names() | (buffers & self.state_dict().keys())
 
     def trained_parts(self) -> dict[str, Part]:
         """Trained parameters of which this rank holds a part (LoRA under tensor parallelism)."""
@@ -42,7 +48,7 @@ class TrainableCheckpoint(LightningModule):
 
     def trained_state(self) -> dict[str, Tensor]:
         """Trained tensors, whole, on the CPU. All ranks of a tensor-parallel group call this together."""
-        names = self.trainable_names()
+        names = self.kept_names()
         state = {k: v.detach() for k, v in self.state_dict().items() if k in names}
         return {k: v.cpu().contiguous() for k, v in self.whole_state(state).items()}
 
@@ -66,7 +72,7 @@ class TrainableCheckpoint(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Whole tensors, so that a checkpoint does not depend on the layout; that of the optimizer's states too."""
-        names = self.trainable_names()
+        names = self.kept_names()
         checkpoint["state_dict"] = self.whole_state({k: v for k, v in checkpoint["state_dict"].items() if k in names})
         group = self.vocabulary_shard.group
         self._convert_optimizer_states(checkpoint, lambda part, value: part.whole(value, group))

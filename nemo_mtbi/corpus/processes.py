@@ -74,7 +74,7 @@ def in_processes(
 def _begin(make: Callable[[int], Callable[[Any], Any]], items: Sequence[Any], numbers: Any) -> None:
     global _work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent kills them
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     number, work = numbers.get(), None
 
     def made_when_needed(places: range) -> list[Any]:  # so that what goes wrong there reaches the parent
@@ -85,10 +85,15 @@ def _begin(make: Callable[[int], Callable[[Any], Any]], items: Sequence[Any], nu
     _work = made_when_needed
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Let this process end at once when the one that started it does, however that ends."""
     parent = multiprocessing.parent_process()
-    assert parent is not None
-    multiprocessing.connection.wait([parent.sentinel])
+    if parent is not None:
+        threading.Thread(target=_end_after, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_after(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
     os._exit(1)
 
 

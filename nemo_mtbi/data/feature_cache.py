@@ -131,4 +131,9 @@ def load_array(cut: Cut, field: str, encoder_key: str | None) -> torch.Tensor:
             f"The cached features of {cut.id} are gone: there is no {error.filename}. A relative path begins in the "
             "folder in which cache_features.py ran; start there, or run it again."
         ) from None
+    return features_of(array)
+
+
+def features_of(array: np.ndarray) -> torch.Tensor:
+    """Features (T, D) as they are kept: bfloat16 comes as its bits, since NumPy has none."""
     return torch.from_numpy(array).view(torch.bfloat16) if array.dtype == np.int16 else torch.from_numpy(array)

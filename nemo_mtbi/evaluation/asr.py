@@ -84,7 +84,7 @@ class WhisperASR:
         """Model, feature extractor and tokenizer, loaded when they are first needed."""
         from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
 
-        model: Any = WhisperForConditionalGeneration.from_pretrained(self.path)
+        model: Any = WhisperForConditionalGeneration.from_pretrained(self.path, dtype=torch.float32)
         model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         extractor = WhisperFeatureExtractor.from_pretrained(self.path)
         return model, extractor, WhisperTokenizer.from_pretrained(self.path)

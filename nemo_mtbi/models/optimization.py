@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from nemo_mtbi.modules.parameter_groups import parameter_groups
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of Adam and its kin
+STEP = "step"
+MOMENTS = ("exp_avg", "exp_avg_sq", STEP)  # of Adam and its kin
 
 
 def build_optimizer(model: Any) -> dict[str, Any]:
@@ -30,23 +31,39 @@ def build_optimizer(model: Any) -> dict[str, Any]:
 def moments_of(optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
     """Adam's moments by parameter and kind: ``name/exp_avg``, on the CPU."""
     found: dict[str, Tensor] = {}
+    groups = groups_of(optimizer)
     for name, parameter in named:
-        state = optimizer.state.get(parameter, {})
-        for kind in MOMENTS:
-            if isinstance(state.get(kind), Tensor):
-                found[f"{name}/{kind}"] = state[kind].detach().cpu().clone()
+        state = optimizer.state.get(parameter)
+        if state:
+            counted = {STEP: torch.as_tensor(groups[parameter][STEP])} if STEP in groups[parameter] else {}
+            for kind, value in (counted | state).items():
+                if kind in MOMENTS and isinstance(value, Tensor):
+                    found[f"{name}/{kind}"] = value.detach().cpu().clone()
     return found
+
+
+def groups_of(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, dict[str, Any]]:
+    """The group of each parameter; apex's optimizers count steps there."""
+    return {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def continue_moments(
     optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]], moments: dict[str, Tensor]
 ) -> int:
     """Give an optimizer the moments of parameters that have the same name and shape. -> how many parameters."""
-    continued = 0
+    continued, groups = 0, groups_of(optimizer)
     for name, parameter in named:
         own = {kind: moments[f"{name}/{kind}"] for kind in MOMENTS if f"{name}/{kind}" in moments}
-        if "exp_avg" in own and own["exp_avg"].shape == parameter.shape:
-            on_device = {k: v.to(parameter.device) for k, v in own.items() if k != "step"}
-            optimizer.state[parameter] = on_device | {"step": own["step"]}
-            continued += 1
+        if "exp_avg" not in own or STEP not in own or own["exp_avg"].shape != parameter.shape:
+            continue
+        step, group = own.pop(STEP).float(), groups[parameter]
+        state = {kind: value.to(parameter.device) for kind, value in own.items()}
+        if type(optimizer).__module__.startswith("apex."):
+            group[STEP] = int(step)
+        elif group.get("fused") or group.get("capturable"):  # as torch.optim.Optimizer.load_state_dict does
+            state[STEP] = step.to(parameter.device)
+        else:
+            state[STEP] = step
+        optimizer.state[parameter] = state
+        continued += 1
     return continued

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
@@ -76,7 +77,7 @@ def setup_perception(model: Any) -> None:
         if cfg.pretrained_weights:
             from transformers import WhisperModel
 
-            pretrained = WhisperModel.from_pretrained(name)
+            pretrained = WhisperModel.from_pretrained(name, dtype=torch.float32)  # large ones are kept in float16
             state, own = pretrained.encoder.state_dict(), model.perception.encoder.whisper.state_dict()
             model.perception.encoder.whisper.load_state_dict({key: value for key, value in state.items() if key in own})
             if decoder:
@@ -286,7 +287,7 @@ def frozen_recognizer(perception: DictConfig, config: ModelConfig) -> WhisperRec
     given = {key: value for key, value in adapter.items() if key in known}
     settings = whisper_decoder_settings(name, adapter.get("language"), perception.encoder.get("layers"))
     recognizer = WhisperRecognizer(**(given | settings))
-    load_whisper_decoder(recognizer, WhisperModel.from_pretrained(name), name)
+    load_whisper_decoder(recognizer, WhisperModel.from_pretrained(name, dtype=torch.float32), name)
     freeze(recognizer.named_parameters(prefix=prefix), config)
     return None if recognizer.writing_key() is None else recognizer.eval()
 

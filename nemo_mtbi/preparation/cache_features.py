@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from filelock import FileLock, Timeout
@@ -125,7 +125,7 @@ def _join(manifest: Path, folder: Path, shards: list[Shard], before: tuple[int, 
         DataError: nothing is left, or the manifest has been changed meanwhile; it stays as it is.
     """
     left_out = folder / f"{LEFT_OUT}.jsonl"
-    _concatenate(left_out, [part_of(folder, shard, LEFT_OUT) for shard in shards])
+    _add(left_out, [part_of(folder, shard, LEFT_OUT) for shard in shards])
     lines = [part_of(folder, shard, LINES) for shard in shards]
     if not any(part.stat().st_size for part in lines):
         raise DataError(
@@ -137,11 +137,29 @@ def _join(manifest: Path, folder: Path, shards: list[Shard], before: tuple[int, 
     _concatenate(manifest, lines)
 
 
+def _add(left_out: Path, parts: list[Path]) -> None:
+    """What runs have left out, the lines of cuts included: the manifest has them no more. Of a cut, the last reason."""
+    now = {record["id"] for part in parts for record in jsonl.read(part)}
+    with jsonl.replacing(left_out, uuid.uuid4().hex) as out:
+        if left_out.is_file():
+            out.writelines(jsonl.dumps(r) + "\n" for r in jsonl.read(left_out) if r["id"] not in now)
+        _copy(parts, out)
+    _remove(parts)
+
+
 def _concatenate(path: Path, parts: list[Path]) -> None:
     with jsonl.replacing(path, uuid.uuid4().hex) as out:
-        for part in parts:
-            with open(part, encoding="utf-8") as lines:
-                out.writelines(lines)
+        _copy(parts, out)
+    _remove(parts)
+
+
+def _copy(parts: list[Path], out: TextIO) -> None:
+    for part in parts:
+        with open(part, encoding="utf-8") as lines:
+            out.writelines(lines)
+
+
+def _remove(parts: list[Path]) -> None:
     for part in parts:
         part.unlink()
 

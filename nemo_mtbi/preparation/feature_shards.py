@@ -2,14 +2,16 @@
 
 import gc
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from filelock import FileLock
+from lhotse.array import Array
 from lhotse.cut import Cut
 from torch import Tensor
 
@@ -24,6 +26,7 @@ from nemo_mtbi.data.feature_cache import (
     audio_identity,
     describes_features,
     features_key,
+    features_of,
     windows_field,
     written_field,
 )
@@ -33,6 +36,8 @@ from nemo_mtbi.io.array_storage import RawChunkyWriter, place_of
 from nemo_mtbi.models.speech import cut_windows
 from nemo_mtbi.preparation.frozen_encoder import FrozenEncoder
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 FILE_BYTES = 8 * 2**30  # about the size of a file of features
 LINES, LEFT_OUT = "cuts", "left_out"  # what a shard is finished with, until it is joined with the others'
 
@@ -71,7 +76,8 @@ class Known:
 
     Attributes:
         journal: records (``key``, ``array``, ``windows``, ``written``) by the key of a version.
-        missing: versions to encode, because they have no record, no array, or not what the recognizer writes.
+        missing: versions to encode, because they have no record, or no array.
+        unwritten: versions with features, of which it is not kept what the recognizer writes.
         finished: keys of the others; in the end, of all that are not left out.
         encoded: how many were missing, and are there now.
         reasons: of cuts that are left out.
@@ -79,12 +85,17 @@ class Known:
 
     journal: jsonl.Journal
     missing: list[Version] = field(default_factory=list)
+    unwritten: list[Version] = field(default_factory=list)
     finished: set[str] = field(default_factory=set)
     encoded: int = 0
-    reasons: list[dict[str, str]] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
 
-    def leave_out(self, cut: Cut, reason: str) -> None:
-        self.reasons.append({"id": cut.id, "reason": reason})
+    def leave_out(self, version: Version, reason: str) -> None:
+        self.reasons.setdefault(version.cut.id, reason)
+
+    def note(self, record: dict[str, Any]) -> None:
+        self.journal.write(record)
+        self.finished.add(record["key"])
 
 
 @dataclass
@@ -117,11 +128,14 @@ class ShardEncoder:
             known, there = Known(journal), Arrays()
             self._look_up([version for _, own in versions for version in own], known, there)
             report.cached = sum(len(own) for _, own in versions) - len(known.missing)
-            self.advance(report.cached)
+            self.advance(report.cached - len(known.unwritten))
+            for batch in _batches(known.unwritten, self.batch_seconds):
+                self._write(batch, known)
+                self.advance(len(batch))
             if known.missing:
                 with RawChunkyWriter(there.whole(stem.with_suffix(".bin"), journal), max_bytes=FILE_BYTES) as writer:
                     for batch in _batches(known.missing, self.batch_seconds):
-                        self._encode(_readable(batch, self.encoder.sampling_rate, known), writer, known, there)
+                        self._encode(_readable(batch, self.encoder.sampling_rate, known), writer, known)
                         self.advance(len(batch))
             report.encoded, report.skipped = known.encoded, len(known.reasons)
             with jsonl.replacing(part_of(self.folder, shard, LINES), uuid.uuid4().hex) as out:
@@ -132,7 +146,10 @@ class ShardEncoder:
                         report.hours += sum(version.cut.duration for version in own) / 3600
                         out.write(jsonl.dumps(_with_features(cut, self.speeds, own, records)) + "\n")
         with jsonl.replacing(part_of(self.folder, shard, LEFT_OUT), uuid.uuid4().hex) as out:
-            out.writelines(jsonl.dumps(reason) + "\n" for reason in known.reasons)
+            for cut, own in versions:
+                if not all(version.key in known.finished for version in own):
+                    reason = known.reasons.get(cut.id, "")
+                    out.write(jsonl.dumps({"id": cut.id, "reason": reason, "cut": cut.to_dict()}) + "\n")
         return report
 
     def _look_up(self, versions: list[Version], known: Known, there: "Arrays") -> None:
@@ -141,48 +158,71 @@ class ShardEncoder:
         for version in versions:
             record = known.journal[version.key] if version.key in known.journal else None
             if record is None or not there.holds(record):
-                record = next((r for r, _ in index.places(version.key) if there.holds(r)), None)
+                found = [record for record, _ in index.places(version.key) if there.holds(record)]
+                found.sort(key=self._complete)
+                record = found[-1] if found else None
                 if record is not None:
                     known.journal.write(record)
-            if record is None or self.encoder.writing_key not in (None, record.get("written", {}).get("by")):
+            if record is None:
                 known.missing.append(version)
+            elif not self._complete(record):
+                known.unwritten.append(version)
             else:
                 known.finished.add(version.key)
 
-    def _encode(self, read: list["Read"], writer: RawChunkyWriter, known: Known, there: "Arrays") -> None:
-        """Encode a batch; in halves where the memory does not suffice."""
-        if not read:
-            return
-        encoded, problem = None, ""
-        try:
-            encoded = list(_encode(self.encoder, read))
-        except torch.OutOfMemoryError as error:
-            problem = str(error)  # and not the error, which holds what the batch takes
-        if encoded is None:
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            if len(read) == 1:
-                known.leave_out(read[0].version.cut, f"OutOfMemoryError: {problem[:200]}")
-                return
-            for half in (read[: len(read) // 2], read[len(read) // 2 :]):
-                self._encode(half, writer, known, there)
-            return
-        for one in encoded:
-            key, cut = one.version.key, one.version.cut
-            if key in known.journal and there.holds(known.journal[key]):  # without what is written of them
-                array = known.journal[key]["array"]
-            else:
-                array = writer.store_array(cut.id, one.features).to_dict()
-                writer.flush()
-            record = {"key": key, "array": array}
-            if len(one.begins) > 1 or cut.duration > WINDOW_SECONDS:
+    def _complete(self, record: dict[str, Any]) -> bool:
+        """Whether a record with features has what the recognizer writes of them, if there is one."""
+        return self.encoder.writing_key in (None, record.get("written", {}).get("by"))
+
+    def _encode(self, read: list["Read"], writer: RawChunkyWriter, known: Known) -> None:
+        def gave_up(one: Read, reason: str) -> None:
+            known.leave_out(one.version, reason)
+
+        for one in in_parts(partial(_encode, self.encoder), read, gave_up):
+            array = writer.store_array(one.version.cut.id, one.features)
+            writer.flush()
+            record = {"key": one.version.key, "array": array.to_dict()}
+            if len(one.begins) > 1 or one.version.cut.duration > WINDOW_SECONDS:
                 record["windows"] = one.begins
             if one.written is not None:
                 record["written"] = {"by": self.encoder.writing_key, "tokens": one.written}
-            known.journal.write(record)
-            known.finished.add(key)
+            known.note(record)
             known.encoded += 1
+
+    def _write(self, versions: list[Version], known: Known) -> None:
+        """What the recognizer writes of features that are there; no audio is read."""
+        records = [known.journal[version.key] for version in versions]
+        for record, tokens in in_parts(partial(_written, self.encoder), records, lambda *_: None):
+            known.note(record | {"written": {"by": self.encoder.writing_key, "tokens": tokens}})
+        known.finished |= {version.key for version in versions}  # one too long to be written of keeps its features
+
+
+def in_parts(
+    work: Callable[[list[Item]], Iterable[Result]], items: list[Item], gave_up: Callable[[Item, str], Any]
+) -> Iterator[Result]:
+    """What ``work`` gives for a batch; of halves of it where the memory does not suffice.
+
+    Args:
+        gave_up: called with an item for which even alone it does not, and the reason.
+    """
+    if not items:
+        return
+    done, problem = None, ""
+    try:
+        done = list(work(items))
+    except torch.OutOfMemoryError as error:
+        problem = f"OutOfMemoryError: {str(error)[:200]}"  # and not the error, which holds what the batch takes
+    if done is not None:
+        yield from done
+        return
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if len(items) == 1:
+        gave_up(items[0], problem)
+        return
+    for half in (items[: len(items) // 2], items[len(items) // 2 :]):
+        yield from in_parts(work, half, gave_up)
 
 
 class Arrays:
@@ -256,7 +296,7 @@ def _readable(versions: list[Version], sampling_rate: int, known: Known) -> list
         try:
             found.append(Read(version, mono_samples(version.cut, sampling_rate)))
         except Exception as error:  # decoders raise their own types
-            known.leave_out(version.cut, f"{type(error).__name__}: {str(error)[:200]}")
+            known.leave_out(version, f"{type(error).__name__}: {str(error)[:200]}")
     return found
 
 
@@ -287,3 +327,17 @@ def _encode(encoder: FrozenEncoder, read: list[Read]) -> Iterator[Encoded]:
         begins = [0, *np.cumsum([len(rows[row]) for row in own[:-1]]).tolist()]
         texts = None if written is None else [written[row] for row in own]
         yield Encoded(one.version, torch.cat([rows[row] for row in own]), begins, texts)
+
+
+def _written(encoder: FrozenEncoder, records: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], list[list[int]]]]:
+    """Records, each with what the recognizer writes of the windows of its features."""
+    parts = [
+        features_of(Array.from_dict(record["array"]).load()).tensor_split(record.get("windows", [0])[1:])
+        for record in records
+    ]
+    rows = [row for own in parts for row in own]
+    lengths = torch.tensor([len(row) for row in rows])
+    features = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    written = iter(encoder.write(features.to(encoder.device), lengths.to(encoder.device)) or [])
+    for record, own in zip(records, parts, strict=True):
+        yield record, [next(written) for _ in own]

@@ -11,7 +11,6 @@ Files under ``output_dir``:
 
 import hashlib
 import json
-import multiprocessing
 import re
 import time
 from importlib.util import find_spec
@@ -85,8 +84,6 @@ class TargetGenerator:
         while waiting := [s for s in waiting if self.writer.status(s) is None]:
             took_one = False
             for shard in waiting:
-                if (parent := multiprocessing.parent_process()) is not None and not parent.is_alive():
-                    return  # the command was killed; another one may have other settings
                 took_one |= self.take(shard)
             if not took_one:
                 time.sleep(POLL_SECONDS)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -79,8 +80,9 @@ def merge_manifest(name: str, shards: list[Shard], writer: ShardWriter, config: 
                     f"{folder / 'shards' / name}/*.rejected.jsonl, then change the filters, the tasks or the LLM."
                 )
         current = {writer.arrays_path(s) for s in shards}
-        for old in (folder / "teacher").glob(f"{name}.[0-9]*-*.bin"):
-            if old not in current:
+        own = re.compile(re.escape(name) + r"\.\d{6}-[0-9a-f]{12}\.bin")  # and not those of an output "NAME.960"
+        for old in (folder / "teacher").glob(f"{name}.*.bin"):
+            if own.fullmatch(old.name) and old not in current:
                 old.unlink()
         if shar is not None:
             write_shar(output, shar, rejected, config)

@@ -12,6 +12,7 @@ from typing import Any
 from nemo_mtbi import console
 from nemo_mtbi.corpus.execution import RAY, spread
 from nemo_mtbi.corpus.failures import explained
+from nemo_mtbi.corpus.processes import end_with_parent
 from nemo_mtbi.corpus.shards import Shard
 from nemo_mtbi.errors import ConfigError, DataError, MTBIError
 from nemo_mtbi.targets.config import TargetsConfig
@@ -121,6 +122,7 @@ def work(config: TargetsConfig, rank: int, done: Any = None) -> None:
     from nemo_mtbi.process import tune
     from nemo_mtbi.targets.generate import TargetGenerator
 
+    end_with_parent()
     gpus = torch.cuda.device_count()
     if config.engine == "vllm":  # its processes use the GPUs that they see, from the first on
         os.environ |= visible_gpus(rank, config.vllm.tensor_parallel_size, gpus)

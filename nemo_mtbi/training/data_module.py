@@ -146,6 +146,8 @@ def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulate
                 if cfg[section].get(key):
                     cfg[section][key] = enough(cfg[section], cfg[section][key])
             alone = section == "train_ds" and drawing_workers > 0
+            if section == "validation_ds":  # all ranks draw the same, and each keeps its share
+                cfg[section].setdefault("shard_seed", order_seed(cfg[section]))
             if alone or reads_shar(cfg[section]):
                 cfg[section].shard_seed = "randomized"  # an integer would give every rank and worker the same data
             for entry in input_entries(cfg[section]):

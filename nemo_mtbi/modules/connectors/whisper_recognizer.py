@@ -185,9 +185,11 @@ class WhisperRecognizer(TokenConnector):
         weights = [parameter for part in parts for parameter in part.parameters()]
         if any(weight.requires_grad for weight in weights):
             return None
-        settings = (self.prompt_ids, self.max_tokens_per_second, self.no_speech_id, self.no_speech_threshold)
+        no_speech = (self.no_speech_id, self.no_speech_threshold)
+        # Not the values of the silence, which each processor computes a little differently.
+        settings = (self.prompt_ids, self.max_tokens_per_second, *no_speech, len(self.silence))
         digest = hashlib.blake2b(repr(settings).encode(), digest_size=12)
-        for tensor in (self.suppressed, self.silence, *weights):
+        for tensor in (self.suppressed, *weights):
             digest.update(tensor.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy().data)
         return digest.hexdigest()
 

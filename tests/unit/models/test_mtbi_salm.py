@@ -192,6 +192,47 @@ def test_only_the_connector_is_trained_and_checkpointed(tiny_config, tmp_path):
         other.on_load_checkpoint(checkpoint)
 
 
+@pytest.mark.parametrize(("keep", "expected"), [("best", 1.0), ("last", 2.0)])
+def test_the_next_stage_begins_where_another_process_would(tiny_config, tmp_path, keep, expected):
+    model, run = build(tiny_config), RunDirectory(tmp_path)
+    weight = next(p for p in model.parameters() if p.requires_grad)
+    torch.nn.init.constant_(weight, 1.0)
+    run.save_weights(model, "alignment", run.best_weights("alignment"))
+    torch.nn.init.constant_(weight, 2.0)
+    run.finish_stage(model, "alignment", keep)
+    assert float(weight.min()) == float(weight.max()) == expected
+    other = build(tiny_config)
+    run.load_weights(other, "alignment")
+    assert torch.equal(next(p for p in other.parameters() if p.requires_grad), weight)
+
+
+def test_statistics_of_a_trained_encoder_are_kept(tiny_config, nemo_asr):
+    adapter = {"_target_": "nemo_mtbi.modules.connectors.StackMLPConnector", "factor": 2, "hidden_dim": 8}
+    frozen = [r"^llm\..+$", r"^embed_tokens\..+$"]
+    config = tiny_config | {"pretrained_asr": nemo_asr, "perception": {"modality_adapter": adapter}}
+    model = build(config, freeze_params=frozen, encoder_dtype="float32")
+    kept = [name for name in model.trained_state() if name.endswith("running_mean")]
+    norms = [m for m in model.perception.encoder.modules() if isinstance(m, torch.nn.BatchNorm1d)]
+    assert len(kept) == len(norms) > 0
+    norms[0].running_mean.fill_(3.0)
+    other = build(config, freeze_params=frozen, encoder_dtype="float32")
+    other.load_trained_state(model.trained_state())
+    assert float(other.state_dict()[kept[0]].min()) == 3.0
+    assert not any("running_mean" in name for name in build(config).trained_state())
+    checkpoint = {"state_dict": model.state_dict()}
+    model.on_save_checkpoint(checkpoint)
+    assert set(kept) <= checkpoint["state_dict"].keys()
+
+
+@pytest.mark.parametrize(("part", "key"), [("llm", "llm_dtype"), ("perception.encoder", "encoder_dtype")])
+def test_weights_are_not_trained_in_bfloat16(tiny_config, part, key):
+    frozen = [rf"^{name}\..+$" for name in ("llm", "embed_tokens", "perception.encoder") if name != part]
+    changes = {"freeze_params": frozen, key: "bfloat16", "imitation": {"teacher": "cached"}}
+    with pytest.raises(ConfigError, match=f"Set model.{key}=float32"):
+        build(tiny_config, **changes)
+    build(tiny_config, **changes | {key: "float32"})
+
+
 def test_kept_prompt_beginnings_follow_the_model_to_another_type(tiny_config):
     """As to another device: what was kept for the old one is computed anew."""
     model = build(tiny_config)

@@ -114,6 +114,22 @@ def test_groups_of_a_finished_model_do_not_stop_it_from_opening(tiny_config, tmp
     assert MTBISALM.restore_from(save_directory(model, tmp_path / "merged")).config.parameter_groups
 
 
+def assert_counts_where_the_optimizer_does(parts, named, moments):
+    """Fused optimizers count on the parameters' device, apex's in their groups; elsewhere the count is on the CPU."""
+    count = moments["weight/step"]
+    for options, device in (({"fused": True}, "meta"), ({"capturable": True}, "meta"), ({}, "cpu")):
+        away = copy.deepcopy(parts).to("meta")
+        optimizer = torch.optim.AdamW(away.parameters(), 0.1)
+        optimizer.param_groups[0].update(options)
+        assert continue_moments(optimizer, list(away.named_parameters()), moments) == 2
+        state = optimizer.state[away.weight]
+        assert state["step"].device.type == device and state["exp_avg"].device.type == "meta"
+    apex = type("FusedAdam", (torch.optim.AdamW,), {"__module__": "apex.optimizers.fused_adam"})(parts.parameters())
+    assert continue_moments(apex, named, moments) == 2
+    assert "step" not in apex.state[parts.weight] and apex.param_groups[0]["step"] == int(count) > 0
+    assert moments_of(apex, named)["weight/step"] == count
+
+
 def test_moments_go_on_as_if_the_optimizer_had_not_changed():
     def start():
         torch.manual_seed(0)
@@ -137,6 +153,7 @@ def test_moments_go_on_as_if_the_optimizer_had_not_changed():
     for seed in range(2, 4):
         step(parts, second, seed)
     torch.testing.assert_close(parts.weight, whole.weight)
+    assert_counts_where_the_optimizer_does(parts, named, moments_of(first, named))
     other = torch.nn.Linear(5, 2)  # another shape: only the bias goes on
     fresh = torch.optim.AdamW(other.parameters(), 0.1)
     assert continue_moments(fresh, list(other.named_parameters()), moments_of(first, named)) == 1

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from nemo_mtbi.checkpoints.archive import save_nemo
 from nemo_mtbi.checkpoints.round_trip import max_abs_logit_difference
 from nemo_mtbi.data.audio_windows import Windows
 from nemo_mtbi.data.example import plan_batch
+from nemo_mtbi.evaluation.asr import WhisperASR
 from nemo_mtbi.evaluation.systems import text_hidden
 from nemo_mtbi.models import MTBISALM
 from nemo_mtbi.models.speech import connect, transcribe
@@ -73,6 +76,20 @@ def test_greedy_tokens_are_transformers(model, tiny_whisper):
         assert len(given) > 3 and own[: len(given)] == given
     forced = connector._forced_states(features, torch.tensor([1500, 1500]), tokens)
     torch.testing.assert_close(forced, states, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_weights_that_are_published_in_half_precision(config, tiny_whisper, tmp_path, model):
+    """As those of Whisper large-v3 are: connector and cascade compute in float32."""
+    WhisperForConditionalGeneration.from_pretrained(tiny_whisper, dtype=torch.float16).save_pretrained(tmp_path)
+    for file in Path(tiny_whisper).iterdir():
+        if not (tmp_path / file.name).exists() or file.name == "generation_config.json":
+            shutil.copy(file, tmp_path)
+    halved = MTBISALM(copy.deepcopy(config) | {"pretrained_asr": str(tmp_path)}).eval()
+    ours, other = model.perception.modality_adapter, halved.perception.modality_adapter
+    assert {p.dtype for p in halved.perception.parameters()} == {torch.float32}
+    torch.testing.assert_close(other.silence, ours.silence, atol=5e-2, rtol=0)
+    assert WhisperASR(str(tmp_path)).parts[0].dtype == torch.float32
 
 
 @torch.no_grad()

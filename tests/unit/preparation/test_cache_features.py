@@ -161,8 +161,11 @@ def test_what_is_left_out_has_a_reason_and_lost_arrays_are_made_again(manifest, 
     original, sound = manifest.read_bytes(), (tmp_path / "1.wav").read_bytes()
     (tmp_path / "1.wav").write_text("broken")
     assert cache_features(encoder, manifest).skipped == 1
-    reason = json.loads((folder / "left_out.jsonl").read_text())
-    assert reason["id"] == "utt1" and reason["reason"]
+    assert cache_features(encoder, manifest).skipped == 0  # the manifest has it no more
+    left_out = json.loads((folder / "left_out.jsonl").read_text())
+    assert left_out["id"] == "utt1" and left_out["reason"]
+    lines = [json.loads(line) for line in original.splitlines()]
+    assert left_out["cut"] in lines and len(manifest.read_text().splitlines()) == len(lines) - 1
     whole = (folder / "000000.bin").read_bytes()
     (folder / "000000.bin").write_bytes(whole[: len(whole) // 2])  # a copy that was cut off
     (tmp_path / "1.wav").write_bytes(sound)

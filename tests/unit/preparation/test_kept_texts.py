@@ -16,6 +16,7 @@ from nemo_mtbi.data.perturbation import perturbed
 from nemo_mtbi.evaluation.systems import EvaluationSet
 from nemo_mtbi.models.speech import batch_features, transcribe
 from nemo_mtbi.modules.perception import writing_key
+from nemo_mtbi.preparation import cache_features as caching
 from nemo_mtbi.preparation.cache_features import cache_features
 from nemo_mtbi.preparation.frozen_encoder import FrozenEncoder
 from tests.helpers import assert_same, build, gradients, two_channel
@@ -78,7 +79,7 @@ def test_training_reads_what_the_recognizer_writes(config, model, manifest, monk
         gradients(model, [plain])
 
 
-def test_texts_come_to_features_that_are_there(config, model, manifest, tmp_path, caplog):
+def test_texts_come_to_features_that_are_there(config, model, manifest, tmp_path, caplog, monkeypatch):
     trained = config | {"freeze_params": FROZEN[:3]}
     encoder, _ = cached(trained, manifest)
     assert encoder.writing_key is None and writing_key(build(trained).perception) is None
@@ -90,13 +91,22 @@ def test_texts_come_to_features_that_are_there(config, model, manifest, tmp_path
             assert "written" not in dataset[CutSet(conversations(manifest))]
     assert sum("is not in the feature cache" in r.message for r in caplog.records) == 1
     _, report = cached(config, manifest)
-    assert report.encoded == 3 and (tmp_path / "cuts.features" / "000000.bin").stat().st_size == size
+    assert (report.encoded, report.cached) == (0, 3) and (
+        tmp_path / "cuts.features" / "000000.bin"
+    ).stat().st_size == size
     assert len(dataset[CutSet(conversations(manifest))]["written"]) == 3
     _, report = cached(config, manifest)
     assert (report.encoded, report.cached) == (0, 3)
     before = manifest.read_bytes()
     cached(trained, manifest)  # keeps what is there
     assert manifest.read_bytes() == before
+    lines = before.splitlines(keepends=True)
+    manifest.write_bytes(b"".join(reversed(lines)))
+    monkeypatch.setattr(caching, "SHARD_CUTS", 1)  # each elsewhere, where the index knows of both records
+    monkeypatch.setattr(FrozenEncoder, "encode", None)
+    monkeypatch.setattr(FrozenEncoder, "write", None)
+    _, report = cached(config, manifest)
+    assert (report.cached, report.skipped) == (3, 0) and manifest.read_bytes() == b"".join(reversed(lines))
 
 
 def test_another_recognizers_texts_are_not_read(config, model, manifest):
@@ -109,7 +119,7 @@ def test_another_recognizers_texts_are_not_read(config, model, manifest):
         lambda c: setattr(c, "max_tokens_per_second", 3.0),
         lambda c: c.suppressed[0].fill_(-torch.inf),
         lambda c: c.decoder.layer_norm.weight.data.mul_(2),
-        lambda c: c.silence.mul_(2),
+        lambda c: setattr(c, "silence", c.silence[1:]),
     ):
         other = copy.deepcopy(connector)
         change(other)

@@ -82,6 +82,18 @@ def test_where_nothing_is_said_the_answer_is_fixed(tmp_path, tiny_llm):
     assert manifest["by_manifest"]["train"]["kept"] == 4 and len(manifest["targets_by_task_and_prompt"]) == 3
 
 
+def test_outputs_whose_names_begin_alike_keep_their_arrays(tmp_path, tiny_llm):
+    cuts = write_cuts(tmp_path / "cuts.jsonl", 2)
+    names = {"train": cuts, "train.960": cuts}
+    for budget in (5, 6):
+        settings = config(tmp_path, tiny_llm, cuts, max_new_tokens=budget)
+        settings.cuts, settings.tasks_per_cut = names, {}
+        written = TargetGenerator(settings).run()
+        for path in written.values():
+            assert all(len(cut.load_custom("teacher_ids")) for cut in CutSet.from_file(path))
+    assert len(list((tmp_path / "targets" / "teacher").iterdir())) == 2
+
+
 def test_the_bar_of_several_workers_counts_cuts(tmp_path, tiny_llm, monkeypatch):
     cuts, told, shown = write_cuts(tmp_path / "cuts.jsonl", 12), [], []
     generator = TargetGenerator(config(tmp_path, tiny_llm, cuts, shard_cuts=6))

@@ -14,7 +14,7 @@ python -m nemo_mtbi.examples.cache_features "manifests=[$D/cuts.train.jsonl, $D/
 python -m nemo_mtbi.examples.generate_targets output_dir="$D/targets" llm="$LLM" batch_size=256 top_k=32 \
   "cuts={train: $D/cuts.train.jsonl, held_out: $D/cuts.held_out.jsonl}"
 python -m nemo_mtbi.examples.train output_dir="$D/train" data.cached_features=true \
-  model.pretrained_llm="$LLM" model.pretrained_asr="$ASR" model.prompt_format=chat_template \
+  model.pretrained_llm="$LLM" model.pretrained_asr="$ASR" model.perception.modality_adapter.language=en model.prompt_format=chat_template \
   model.perception.input_length=trained model.encoder_dtype=bfloat16 model.imitation.teacher=cached \
   data.train_ds.input_cfg.0.cuts_path="$D/targets/train.jsonl" \
   data.validation_ds.datasets.held_out.input_cfg.0.cuts_path="$D/targets/held_out.jsonl" \

@@ -39,7 +39,10 @@ class WhisperASR:
     def __init__(self, name: str, batch_size: int = 16) -> None:
         self.path = resolve_pretrained(name)
         if not is_whisper(self.path):
-            raise ConfigError(f"The cascade needs a Whisper model, {name} is none; set cascade=false.")
+            raise ConfigError(
+                f"The cascade needs a Whisper model, {name} is none; set cascade=false (and, in "
+                "benchmark, baseline=text_topline)."
+            )
         self.batch_size = batch_size
         self.key = fingerprint(self.path)
 

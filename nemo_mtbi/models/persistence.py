@@ -1,12 +1,11 @@
 """A speech LLM from files and to files: exports, training runs, hubs, merged LoRA."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from huggingface_hub import snapshot_download
 from omegaconf import open_dict
 from safetensors import safe_open
-from typing_extensions import Self
 
 from nemo_mtbi.checkpoints.archive import save_nemo
 from nemo_mtbi.checkpoints.exported import (

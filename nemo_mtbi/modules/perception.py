@@ -49,6 +49,8 @@ def setup_perception(model: Any) -> None:
     with open_dict(cfg):
         adapter = perception.modality_adapter
         decoder = adapter._target_.endswith(DECODER_TARGETS)
+        if not decoder and adapter.get("language") is None:  # of the default connector's YAML, with another `_target_`
+            adapter.pop("language", None)
         if whisper:
             _configure_whisper(perception, name)
         if decoder and whisper:

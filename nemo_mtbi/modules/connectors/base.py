@@ -128,8 +128,9 @@ class Connector(nn.Module):
             ConfigError: the connector emits no tokens.
         """
         raise ConfigError(
-            f"w_ctc > 0 needs a connector that emits tokens as modality_adapter (CTCCompressConnector, "
-            f"WhisperDecoderConnector); {type(self).__name__} does not."
+            f"w_ctc > 0 (model.alignment_stage.w_ctc, model.imitation.w_ctc) needs a connector that emits tokens "
+            f"(CTCCompressConnector, WhisperDecoderConnector, TwoChannelConnector); {type(self).__name__} does not. "
+            "Set it to 0, or leave the alignment stage out: alignment_stage.enabled=false."
         )
 
     def hypotheses(

@@ -146,7 +146,7 @@ class InterleavingPolicy:
         mean = {True: min(text, 1e6), False: min(speech, 1e6)}
         is_text = rng.random() < self.text_share
         plan: list[bool] = []
-        remaining = self._span(rng, mean[is_text])
+        remaining = self._rest_of_span(rng, mean[is_text])
         for unit in units:
             while remaining <= 0:
                 is_text = not is_text
@@ -154,6 +154,14 @@ class InterleavingPolicy:
             plan.append(is_text)
             remaining -= unit.words
         return plan
+
+    def _rest_of_span(self, rng: random.Random, mean: float) -> int:
+        """What is left of the span in which an utterance begins: as if it stood anywhere in a long alternation."""
+        if self.span_distribution == "geometric":  # has no memory
+            return self._span(rng, mean)
+        longest = max(1, round(mean)) if self.span_distribution == "fixed" else max(1, round(2 * mean - 1))
+        lengths = [longest] if self.span_distribution == "fixed" else range(1, longest + 1)
+        return rng.randint(1, rng.choices(lengths, weights=lengths)[0])
 
     def _span(self, rng: random.Random, mean: float) -> int:
         if self.span_distribution == "fixed" or mean <= 1:

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from nemo_mtbi.evaluation.run_report import scalars
+from nemo_mtbi.evaluation.statistics import interval_text
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.io.html import save_picture, subplots
 
 TESTED = {"token_agreement": "agreement", "kl_per_token": "KL"}
+ENDS = ("value", "low", "high")
 MEASURES = ("token_agreement", "kl_per_token", "rouge_l", "form")
 
 
@@ -45,9 +47,9 @@ def _by_variant(columns: dict[str, Any], runs: dict[str, dict[int, Path]]) -> di
     return result
 
 
-def _spread(scores: list[dict[str, float]]) -> dict[str, float]:
+def _spread(scores: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean over seeds of value and interval, and the standard deviation of the values over seeds."""
-    means = {k: statistics.fmean(s[k] for s in scores) for k in ("value", "low", "high")}
+    means = {k: None if any(s[k] is None for s in scores) else statistics.fmean(s[k] for s in scores) for k in ENDS}
     return means | {"seed_deviation": statistics.stdev([s["value"] for s in scores]) if len(scores) > 1 else 0.0}
 
 
@@ -98,15 +100,15 @@ def comparison_table(rows: list[dict[str, Any]]) -> str:
     lines.append("| --- | --- | --- | --- | --- | ---: | ---: |")
     lines += [
         f"| {r['set']} | {r['column'].replace('_', ' ')} | {r['system']} | {r['reference']} | {TESTED[r['measure']]} "
-        f"| {r['difference']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}] | {r['p']:.3f} |"
+        f"| {r['difference']:+.3f}{interval_text(r, '+')} | {'-' if r['p'] is None else format(r['p'], '.3f')} |"
         for r in rows
     ]
     return "\n".join(lines) + "\n"
 
 
-def _cell(score: dict[str, float], seeds: int | None) -> str:
+def _cell(score: dict[str, Any], seeds: int | None) -> str:
     deviation = f" ± {score['seed_deviation']:.3f}" if (seeds or 1) > 1 else ""
-    return f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]{deviation}"
+    return f"{score['value']:.3f}{interval_text(score)}{deviation}"
 
 
 def plot(runs: dict[str, dict[int, Path]], path: Path) -> None:

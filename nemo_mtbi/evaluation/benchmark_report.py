@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_mtbi.evaluation.metrics import LIBRARIES
+from nemo_mtbi.evaluation.statistics import LEAST_UNITS, interval_text
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.io.html import picture, save_picture, subplots, write_page
 
@@ -104,7 +105,7 @@ def _by_attribute(title: str, kinds: list[str], systems: dict[str, Any]) -> list
     """A table of each measure by the kind of question, with intervals."""
     tasks = sorted({task for entry in systems.values() for task in entry["tasks"]})
     sections = []
-    for measure in (m for m in kinds if not m.startswith("f1_")):
+    for measure in kinds:
         rows = [["system", *tasks]]
         for system, entry in systems.items():
             scores = [entry["tasks"].get(task, {}).get("scores", {}).get(measure) for task in tasks]
@@ -119,7 +120,8 @@ def markdown(sections: list[tuple[str, list[list[str]]]], about: dict[str, Any],
         f"Command: `{command}`",
         "",
         f"Trained tasks: {', '.join(about['trained_tasks'])}. Unseen tasks: {', '.join(about['unseen_tasks'])}. "
-        f"Brackets: 95 % bootstrap intervals over utterances ({about['resamples']} resamples). Token agreement is the "
+        "Brackets: 95 % bootstrap intervals over utterances, of labelled corpora over speakers or sentences where they "
+        f"are known ({about['resamples']} resamples); none for fewer than {LEAST_UNITS}. Token agreement is the "
         "recovery of the text topline's behavior, whose own agreement is 1.",
         "",
         "Versions: " + ", ".join(f"{k} {v}" for k, v in versions.items()),
@@ -143,7 +145,8 @@ def plot(columns: dict[str, Any]) -> Any:
         scores = [columns[c][system]["scores"].get("token_agreement") for c in columns]
         places = [i + index * width for i, s in enumerate(scores) if s]
         values = [s["value"] for s in scores if s]
-        below, above = ([abs(s[k] - s["value"]) for s in scores if s] for k in ("low", "high"))
+        ends = [[s["value"] if s[k] is None else s[k] for s in scores if s] for k in ("low", "high")]
+        below, above = ([abs(e - v) for e, v in zip(own, values, strict=True)] for own in ends)
         axis.bar(places, values, width, label=system, yerr=[below, above], error_kw={"lw": 1})
     axis.set_xticks([i + 0.4 - width / 2 for i in range(len(columns))], [c.replace("_", " ") for c in columns])
     axis.set_ylabel("token agreement with the text LLM")
@@ -190,16 +193,17 @@ def plot_confusions(systems: dict[str, Any], most: int = 12) -> Any:
     return figure
 
 
-def _with_interval(score: dict[str, float] | None) -> str:
-    return "-" if score is None else f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
+def _with_interval(score: dict[str, Any] | None) -> str:
+    if score is None or score["value"] is None:
+        return "-"
+    return f"{score['value']:.3f}{interval_text(score)}"
 
 
-def _difference(test: dict[str, float] | None) -> str:
-    return (
-        "-"
-        if test is None
-        else f"{test['difference']:+.3f} [{test['low']:+.3f}, {test['high']:+.3f}], p {test['p']:.3f}"
-    )
+def _difference(test: dict[str, Any] | None) -> str:
+    if test is None or test["difference"] is None:
+        return "-"
+    p = "" if test["p"] is None else f", p {test['p']:.3f}"
+    return f"{test['difference']:+.3f}{interval_text(test, '+')}{p}"
 
 
 def _plain(value: float | None) -> str:

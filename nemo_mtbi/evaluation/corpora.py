@@ -49,9 +49,8 @@ def read_librispeech(config: LabelledConfig, folder: Path) -> Iterator[Question]
     for table in sorted(Path(config.path).rglob("*.trans.txt")):
         for _, line in numbered_lines(table):
             name, _, text = line.partition(" ")
-            yield Question(
-                table.parent / f"{name}.flac", "repeat", _prompt(config, "repeat"), text, "wer", transcript=text
-            )
+            audio, prompt, speaker = table.parent / f"{name}.flac", _prompt(config, "repeat"), name.split("-")[0]
+            yield Question(audio, "repeat", prompt, text, "wer", transcript=text, speaker=speaker)
 
 
 def read_slurp(config: LabelledConfig, folder: Path) -> Iterator[Question]:
@@ -64,9 +63,8 @@ def read_slurp(config: LabelledConfig, folder: Path) -> Iterator[Question]:
         for recording in row["recordings"]:
             for task, choices in tasks.items():
                 prompt = _prompt(config, task, choices=", ".join(choices))
-                yield Question(
-                    audio / recording["file"], task, prompt, words(row[task]), "accuracy", choices, row["sentence"]
-                )
+                file, said = audio / recording["file"], row["sentence"]
+                yield Question(file, task, prompt, words(row[task]), "accuracy", choices, said, group=said)
 
 
 def read_minds14(config: LabelledConfig, folder: Path) -> Iterator[Question]:

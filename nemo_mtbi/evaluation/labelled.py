@@ -96,7 +96,7 @@ def _cut(cut_id: str, audio: Path, asked: list[Question], tokenizer: Any, end: i
             "instructions": list(question.instructions),
             "answer_language": question.answer_language or question.language,
             "max_new_tokens": budget,
-        }
+        } | ({} if question.group is None else {"group": question.group})
     first = asked[0]
     return utterance_cut(
         cut_id,
@@ -143,11 +143,14 @@ def label_measures(record: dict[str, Any]) -> dict[str, Measure]:
         likely = record["choice"]
         if answer is not None:
             text = letter_of(answer, choices) if all(len(c) == 1 for c in choices) else choose(answer, choices)
-            result = {"accuracy_text": (float(text == label), 1.0), "f1_text": class_counts(label, text)}
+            result = {
+                "accuracy_text": (float(text == label), 1.0),
+                "f1_text": class_counts(label, text, record.get("task", "")),
+            }
         if likely is not None:
             result |= {
                 "accuracy_likelihood": (float(likely == label), 1.0),
-                "f1_likelihood": class_counts(label, likely),
+                "f1_likelihood": class_counts(label, likely, record.get("task", "")),
             }
     elif answer is None:
         return result

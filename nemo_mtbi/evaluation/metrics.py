@@ -83,8 +83,11 @@ def sums_of(measure: str, rows: dict[str, list[Measure]]) -> Sums:
     return Sums.of(added, SCORES.get(measure, ratio))  # type: ignore[arg-type]
 
 
-def class_counts(label: str, predicted: str | None) -> dict[str, float]:
-    """What one answer adds to true positives, false positives and false negatives of the classes."""
+def class_counts(label: str, predicted: str | None, task: str = "") -> dict[str, float]:
+    """What one answer adds to true positives, false positives and false negatives of the classes, which are the labels
+    of its kind of question: "medium" of a pitch is not that of a rate.
+    """
+    label, predicted = f"{task}/{label}", None if predicted is None else f"{task}/{predicted}"
     if predicted == label:
         return {f"{label}:tp": 1.0, f"{label}:fp": 0.0, f"{label}:fn": 0.0}
     missed = {f"{label}:tp": 0.0, f"{label}:fp": 0.0, f"{label}:fn": 1.0}

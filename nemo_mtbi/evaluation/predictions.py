@@ -99,7 +99,7 @@ class Predictions:
             forced = against_the_text_llm(model, system, reading, self.text_llm)
         answers: list[str] = []
         if self.generate:
-            answers = system.answers(reading, max(self.budget(c) for c in reading.conversations))
+            answers = system.answers(reading, [self.budget(c) for c in reading.conversations])
         chosen = self._choices(model, system, reading)
         for i, (conversation, example) in enumerate(zip(reading.conversations, reading.examples, strict=True)):
             target = conversation.target

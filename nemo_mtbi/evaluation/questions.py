@@ -27,6 +27,7 @@ class Question:
         instructions: IFEval's instructions that the answer must follow, each {"id", "kwargs"}; checked beside any
             metric.
         speaker: whose questions are resampled together for intervals; None: each recording by itself.
+        group: questions of one group are resampled together instead (recordings of one sentence, say).
     """
 
     audio: Path
@@ -41,6 +42,7 @@ class Question:
     others: tuple[str, ...] = ()
     instructions: tuple[dict[str, Any], ...] = ()
     speaker: str | None = None
+    group: str | None = None
 
 
 @dataclass

@@ -110,7 +110,7 @@ class Evaluation:
                 own[:] = own[0] + forced.agreed, own[1] + forced.kl, own[2] + forced.tokens
         repeat = [c for c in everything if c.target and c.target.task == REPEAT] if generate else []
         for reading in system_batches(system, self.questions, repeat, self.batch_size, f"{name}: repeat"):
-            answers = system.answers(reading, budget(reading.examples))
+            answers = system.answers(reading, [budget(reading.examples)] * len(reading.examples))
             for example, answer in zip(reading.examples, answers, strict=True):
                 wanted = decode(example.response_ids, skip_special_tokens=True)
                 scores.repeats.append((answer, wanted, example.transcript))

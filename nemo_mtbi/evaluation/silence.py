@@ -44,7 +44,7 @@ def nothing_heard(
         return None
     longest = len(system.model.nothing_heard_ids())
     batches = system_batches(system, questions, questions.conversations, batch_size, f"{title}: answer")
-    answers = [text for reading in batches for text in system.answers(reading, longest)]
+    answers = [text for reading in batches for text in system.answers(reading, [longest] * len(reading.examples))]
     return sum(text.strip() == answer for text in answers) / len(answers) if answers else None
 
 

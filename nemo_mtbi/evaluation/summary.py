@@ -1,5 +1,6 @@
 """Scores of the benchmark's predictions: intervals, by task, and paired tests against a baseline."""
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -49,20 +50,23 @@ def summarize_labels(records: dict[str, dict[str, dict[str, Any]]], baseline: st
     """Scores against labels: ``[system][id]`` -> :func:`entries`, and for each system
 
     ``tasks``: of each kind of question its ``scores`` and ``against``, and ``confusion``: how often each label was
-    answered by each choice. Intervals resample speakers where they are known, with all of their questions.
+    answered by each choice. Intervals resample speakers where they are known, with all of their questions, and
+    sentences where several recordings say the same.
     """
-    # A speaker's recordings have one voice: they are not independent.
-    told = {
-        n: {i: {**r, "utterance": r.get("speaker") or r["utterance"]} for i, r in o.items()} for n, o in records.items()
-    }
+    told = {n: {i: {**r, "utterance": unit_of(r)} for i, r in o.items()} for n, o in records.items()}
     scored = {name: {i: (r, label_measures(r)) for i, r in rows.items()} for name, rows in told.items()}
     result = entries(scored, baseline, resamples)
     for task in sorted({r["task"] for rows in told.values() for r in rows.values()}):
         own = {name: {i: o for i, o in rows.items() if o[0]["task"] == task} for name, rows in scored.items()}
         for name, entry in entries({name: rows for name, rows in own.items() if rows}, baseline, resamples).items():
-            about = {key: entry[key] for key in ("answers", "scores", "against") if key in entry}
+            about = {key: entry[key] for key in ("answers", "units", "scores", "against") if key in entry}
             result[name].setdefault("tasks", {})[task] = about | confusion([r for r, _ in own[name].values()])
     return result
+
+
+def unit_of(record: dict[str, Any]) -> str:
+    """What an answer is resampled with: a speaker's recordings have one voice, and copies of a sentence one meaning."""
+    return str(record.get("group") or record.get("speaker") or record["utterance"])
 
 
 def confusion(records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -81,8 +85,9 @@ def entries(scored: dict[str, Scored], baseline: str, resamples: int, others: Se
     """Scores of every system.
 
     Returns:
-        ``[system]`` -> ``answers``, ``missing`` (the audio could not be read), ``scores`` (value, low, high),
-        ``by_task``, and ``against`` the baseline, over the answers that both have.
+        ``[system]`` -> ``answers``, ``units`` (utterances, or what is resampled in their place), ``missing`` (the
+        audio could not be read), ``scores`` (value, low, high; None where there are too few units), ``by_task``, and
+        ``against`` the baseline, over the answers that both have.
     """
     asked = {i for rows in scored.values() for i in rows}
     utterances = {r["utterance"] for rows in scored.values() for r, _ in rows.values()}
@@ -94,9 +99,10 @@ def entries(scored: dict[str, Scored], baseline: str, resamples: int, others: Se
             by_task[record["task"]][key] = (record, values)
         result[name] = {
             "answers": len(rows),
+            "units": len({record["utterance"] for record, _ in rows.values()}),
             "missing": len(asked) - len(rows),
             "scores": {
-                m: dict(zip(("value", "low", "high"), (s.value, *bootstrap.interval(s)), strict=True))
+                m: known(dict(zip(("value", "low", "high"), (s.value, *bootstrap.interval(s)), strict=True)))
                 for m, s in totals(rows).items()
             },
             "by_task": {t: {m: s.value for m, s in totals(own).items()} for t, own in sorted(by_task.items())},
@@ -109,11 +115,16 @@ def entries(scored: dict[str, Scored], baseline: str, resamples: int, others: Se
     return result
 
 
-def paired(rows: Scored, reference: Scored, bootstrap: Bootstrap) -> dict[str, dict[str, float]]:
+def paired(rows: Scored, reference: Scored, bootstrap: Bootstrap) -> dict[str, dict[str, float | None]]:
     """Paired difference of each measure, over the answers that both systems have."""
     both = rows.keys() & reference.keys()
     ours, theirs = (totals({i: r for i, r in side.items() if i in both}) for side in (rows, reference))
-    return {m: bootstrap.compare(ours[m], theirs[m]) for m in ours if m in theirs}
+    return {m: known(bootstrap.compare(ours[m], theirs[m])) for m in ours if m in theirs}
+
+
+def known(values: dict[str, float]) -> dict[str, float | None]:
+    """NaN, which JSON does not have, as None."""
+    return {name: None if math.isnan(value) else value for name, value in values.items()}
 
 
 def totals(rows: Scored) -> dict[str, Sums]:

@@ -95,8 +95,8 @@ class System(Protocol):
     def hidden(self, reading: SystemBatch, responses: list[list[int]]) -> Tensor:
         """(R, H): states that predict the tokens of one response for each example, under teacher forcing."""
 
-    def answers(self, reading: SystemBatch, max_new_tokens: int) -> list[str]:
-        """Greedy answers."""
+    def answers(self, reading: SystemBatch, budgets: list[int]) -> list[str]:
+        """Greedy answers, each of at most so many tokens, whatever it is batched with."""
 
 
 class SpeechSystem:
@@ -120,8 +120,8 @@ class SpeechSystem:
         examples = [replace(e, response_ids=r) for e, r in zip(reading.examples, responses, strict=True)]
         return self.model.student({**reading.inputs, "examples": examples}, interleave=False).hidden
 
-    def answers(self, reading: SystemBatch, max_new_tokens: int) -> list[str]:
-        return decoded(self.model, self.model.answer(reading.inputs, max_new_tokens))
+    def answers(self, reading: SystemBatch, budgets: list[int]) -> list[str]:
+        return decoded(self.model.tokenizer.tokenizer, self.model.answer(reading.inputs, max(budgets)), budgets)
 
     def transcripts(self, reading: SystemBatch) -> list[str] | None:
         """What the connector itself writes; None for connectors without text."""
@@ -164,8 +164,8 @@ class TextSystem:
     def hidden(self, reading: SystemBatch, responses: list[list[int]]) -> Tensor:
         return text_hidden(self.model, reading.inputs, responses, reading.examples)
 
-    def answers(self, reading: SystemBatch, max_new_tokens: int) -> list[str]:
-        return decoded(self.model, self.model.answer_text(reading.inputs, max_new_tokens))
+    def answers(self, reading: SystemBatch, budgets: list[int]) -> list[str]:
+        return decoded(self.model.tokenizer.tokenizer, self.model.answer_text(reading.inputs, max(budgets)), budgets)
 
 
 class SALMSystem:
@@ -199,7 +199,7 @@ class SALMSystem:
     def hidden(self, reading: SystemBatch, responses: list[list[int]]) -> Tensor:
         raise NotImplementedError("NeMo's SALM gives no states for another model's head.")
 
-    def answers(self, reading: SystemBatch, max_new_tokens: int) -> list[str]:
+    def answers(self, reading: SystemBatch, budgets: list[int]) -> list[str]:
         audios, lengths = (t.to(self.model.device) for t in reading.inputs)
         tag = self.model.audio_locator_tag
         prompts = [
@@ -208,14 +208,15 @@ class SALMSystem:
             if c.target is not None
         ]
         rows = self.model.generate(
-            prompts=prompts, audios=audios, audio_lens=lengths, max_new_tokens=max_new_tokens, do_sample=False
+            prompts=prompts, audios=audios, audio_lens=lengths, max_new_tokens=max(budgets), do_sample=False
         )
-        return [self.model.tokenizer.tokenizer.decode(r, skip_special_tokens=True).strip() for r in rows]
+        return decoded(self.model.tokenizer.tokenizer, [list(map(int, row)) for row in rows], budgets)
 
 
-def decoded(model: MTBISALM, rows: list[list[int]]) -> list[str]:
-    """Answers as text."""
-    return [model.tokenizer.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+def decoded(tokenizer: Any, rows: list[list[int]], budgets: list[int]) -> list[str]:
+    """Answers as text, each cut at its own budget."""
+    cut = [row[:budget] for row, budget in zip(rows, budgets, strict=True)]
+    return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in cut]
 
 
 def text_hidden(

@@ -3,18 +3,22 @@
 Letters: R response tokens, V vocabulary (V_local on a tensor-parallel rank), K cached teacher entries.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nemo_mtbi.losses.divergence import DIVERGENCES, Divergence
+from nemo_mtbi.losses.divergence import DIVERGENCES, Divergence, reverse_kl
 from nemo_mtbi.losses.head import Head
 from nemo_mtbi.losses.objective import CachedTeacher, ImitationObjective
 from nemo_mtbi.losses.vocabulary import VocabularyShard
 
 # Log-probabilities of impossible entries (vocabulary padding, an empty rest bucket), finite so that 0 * log 0 is 0.
 LOG_P_FLOOR, LOG_Q_FLOOR = -100.0, -1e4
+# The least that a cached teacher's rest bucket has for the reverse KL, which would otherwise count 100 nats where
+# rounding to float16 has left it nothing.
+LOG_REST_FLOOR = math.log(1e-4)
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,8 @@ def _direct_cached(
     """-> log Z (rows,), divergence (rows,), gradient of both terms but for the target's own entry (rows, V_local)."""
     assert s.cached_teacher is not None
     shard, o = s.shard, s.objective
-    top_ids, log_p = _teacher_buckets(s.cached_teacher, part, logits.dtype)
+    divergence = DIVERGENCES[o.divergence]
+    top_ids, log_p = _teacher_buckets(s.cached_teacher, part, logits.dtype, divergence)
     top = shard.gather(logits, top_ids)
     columns, here = shard.local(top_ids, logits.shape[-1])
     e = logits.sub_(peak[:, None]).exp_()
@@ -122,7 +127,7 @@ def _direct_cached(
     z = rest + e_top.sum(-1)
     log_z = peak + z.log()
     log_q = torch.cat([top, (peak + rest.log())[:, None]], -1) - log_z[:, None]
-    terms, a = DIVERGENCES[o.divergence](log_p, log_q.clamp_min(LOG_Q_FLOOR))
+    terms, a = divergence(log_p, log_q.clamp_min(LOG_Q_FLOOR))
     through_z = (o.w_ce - o.w_kl * a.sum(-1)) / z
     e.mul_((weights * (o.w_kl * a[:, -1] / rest + through_z))[:, None])
     own = weights[:, None] * (o.w_kl * a[:, :-1] + through_z[:, None] * e_top)
@@ -151,12 +156,15 @@ def _direct_full(
     return log_z, kl, e
 
 
-def _teacher_buckets(cached: CachedTeacher, part: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _teacher_buckets(
+    cached: CachedTeacher, part: slice, dtype: torch.dtype, divergence: Divergence
+) -> tuple[Tensor, Tensor]:
     """Ids (rows, K) and log-probabilities (rows, K + 1) of the cached entries and the rest bucket."""
+    floor = LOG_REST_FLOOR if divergence is reverse_kl else LOG_P_FLOOR
     log_p = cached.log_probs[part].to(dtype)
     mass = log_p.exp().sum(-1, keepdim=True)
     log_p = log_p - mass.clamp_min(1).log()  # rounding to float16 may push the sum over one
-    rest = (1 - mass).clamp_min(0).log().clamp_min(LOG_P_FLOOR)  # an empty rest: no mass, but finite
+    rest = (1 - mass).clamp_min(0).log().clamp_min(floor)  # an empty rest: no mass, but finite
     return cached.token_ids[part], torch.cat([log_p, rest], -1)
 
 
@@ -183,7 +191,7 @@ def _cached_divergence(
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Divergence (rows,) over the K cached entries and the rest bucket, and its gradient (rows, V_local)."""
-    ids, log_p = _teacher_buckets(cached, part, student.dtype)
+    ids, log_p = _teacher_buckets(cached, part, student.dtype, divergence)
     columns, here = shard.local(ids, student.shape[-1])
     # "amin": ids of other shards are clamped onto local columns and must not undo a removal there.
     rest = student.scatter_reduce(-1, columns, torch.where(here, -torch.inf, torch.inf).to(student.dtype), "amin")

@@ -183,10 +183,16 @@ def mean_by_example(per_token: Tensor, counts: list[int]) -> Tensor:
 
 
 def term_counts(examples: list[Example], connector: Connector | None) -> dict[str, int]:
-    """What the terms of a micro-batch are divided by, by kind (words: those with times)."""
+    """What the terms of a micro-batch are divided by, by kind.
+
+    Transcript tokens: of the utterances that the transcription loss learns from. Words: those with times; one without a
+    position of its own adds nothing to the term.
+    """
+    connector = connector or Connector()
+    alone = [e.duration_seconds <= connector.window_seconds for e in examples]
     return {
         RESPONSE_TOKENS: sum(len(e.response_ids) for e in examples),
-        TRANSCRIPT_TOKENS: (connector or Connector()).transcript_tokens([e.transcript for e in examples]),
+        TRANSCRIPT_TOKENS: connector.transcript_tokens([e.transcript for e in examples], alone),
         WORDS: sum(u.token_end > u.token_begin for e in examples for u in e.units),
         UTTERANCES: len(examples),
     }

@@ -92,6 +92,8 @@ def setup_perception(model: Any) -> None:
         setup_speech_encoder(model, pretrained_weights=cfg.pretrained_weights)
     model.perception.fusion = fusion_of(perception, context=context_of(model.llm.config))
     model.perception.window_seconds = window_seconds(perception)
+    if (connector := connector_of(model.perception)) is not None:
+        connector.window_seconds = model.perception.window_seconds
 
 
 def context_of(llm_config: Any) -> int | None:

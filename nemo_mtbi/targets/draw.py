@@ -192,7 +192,8 @@ class PromptDrawer:
         for task in self.tasks_of(cut, name):
             if task.prepare or task.variables or task.choices:
                 continue
-            prompt = random.Random(f"{self.config.seed}/{cut.id}").choice(task.select(split, self.config.languages))
+            rng = random.Random(f"{self.config.seed}/{cut.id}/{task.name}")
+            prompt = rng.choice(task.select(split, self.config.languages))
             rendered = self.rendered(prompt.text, NOTHING_HEARD)
             request = given(self.request(rendered, task.max_new_tokens), answer)
             where = cut.id, "", NO_SPEECH, prompt.id, prompt.text

@@ -175,7 +175,7 @@ def named_choices(text: str, choices: list[str]) -> list[str]:
     """
     found = []
     for choice in sorted(choices, key=len, reverse=True):
-        text, count = re.subn(rf"\b{re.escape(choice)}\b", " ", text, flags=re.IGNORECASE)
+        text, count = re.subn(rf"(?<!\w){re.escape(choice)}(?!\w)", " ", text, flags=re.IGNORECASE)
         if count:
             found.append(choice)
     return [choice for choice in choices if choice in found]

@@ -151,6 +151,8 @@ def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulate
             if alone or reads_shar(cfg[section]):
                 cfg[section].shard_seed = "randomized"  # an integer would give every rank and worker the same data
             for entry in input_entries(cfg[section]):
+                if section == "train_ds":  # tasks, wordings and speeds of the visits
+                    entry.setdefault("seed", seed_of(cfg[section]))
                 entry.speech_position = model.config.speech_position
                 entry.shared_prefix = model.prefixes is not None
                 if connector is not None:
@@ -193,7 +195,12 @@ def order_lines(section: DictConfig) -> None:
 
 def order_seed(section: DictConfig) -> int:
     """Of the order of a manifest's lines, on which all ranks must agree."""
-    seeds = [section.get(key) for key in ("shard_seed", "seed")]
+    return seed_of(section, "shard_seed", "seed")
+
+
+def seed_of(section: DictConfig, *keys: str) -> int:
+    """The first of the section's ``keys`` (default: ``seed``) that is a number; 0 without one."""
+    seeds = (section.get(key) for key in keys or ("seed",))
     return next((seed for seed in seeds if isinstance(seed, int) and seed >= 0), 0)
 
 

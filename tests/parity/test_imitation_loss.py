@@ -2,6 +2,8 @@
 gradients.
 """
 
+import math
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, log_softmax
@@ -53,6 +55,18 @@ def make(dtype=torch.float64, seed=0):
     ids = torch.randint(V, (R,), generator=g)
     weights = torch.rand(R, generator=g, dtype=dtype) + 0.5
     return hidden, weight, bias, teacher, ids, weights
+
+
+def test_a_rest_that_rounding_has_emptied_costs_little():
+    """Of the reverse KL: a student with a hundredth in the rest pays for that, not a hundred nats."""
+    hidden, weight, _, _, ids, _ = make()
+    log_q = (hidden @ weight.t()).detach().log_softmax(-1)
+    top = log_q.topk(5).indices
+    cached = CachedTeacher(top, log_q.gather(-1, top).log_softmax(-1))  # all mass in five entries
+    objective = ImitationObjective(0.0, 1.0, 1.0, "reverse_kl")
+    loss = imitation_loss(hidden, Head(weight), ids, objective, cached_teacher=cached)
+    rest = -torch.expm1(log_q.gather(-1, top).logsumexp(-1))
+    assert float(loss.kl) < float((rest * (1 - math.log(1e-4))).sum()) < float(100 * rest.sum())
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon"])

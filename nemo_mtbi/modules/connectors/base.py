@@ -3,6 +3,7 @@
 Letters: B utterances, T encoder frames, D encoder width, P output positions, H LLM width.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,6 +67,7 @@ class Connector(nn.Module):
     emits_tokens = False  # see TokenConnector
     positions_per_second = 0.0  # beside the tokens, of a connector that emits them
     positions_per_window = 0  # of the encoder, likewise
+    window_seconds = math.inf  # longest audio that the encoder is given at once
     choice_group: Any = None  # process group that holds the LLM together (tensor parallelism)
 
     def agreed(self, choice: Tensor) -> Tensor:
@@ -104,8 +106,13 @@ class Connector(nn.Module):
         """(B, P) positions that :class:`nemo_mtbi.modules.fusion.Fusion` may merge; None: all."""
         return None
 
-    def transcript_tokens(self, transcripts: list[str]) -> int:
-        """Target tokens of the transcripts, the count of :meth:`transcription_loss`; 0 without tokens."""
+    def transcript_tokens(self, transcripts: list[str], alone: list[bool] | None = None) -> int:
+        """Target tokens of the transcripts, the count of :meth:`transcription_loss`; 0 without tokens.
+
+        Args:
+            transcripts: of utterances.
+            alone: whether each is one window of the encoder; None: all are.
+        """
         return 0
 
     def transcription_loss(

@@ -106,7 +106,7 @@ class CTCCompressConnector(TokenConnector):
     def labels_of(self, tokens: Iterable[int]) -> list[int]:
         return self.vocabulary.labels_of(tokens)
 
-    def transcript_tokens(self, transcripts: list[str]) -> int:
+    def transcript_tokens(self, transcripts: list[str], alone: list[bool] | None = None) -> int:
         return sum(len(self.vocabulary.encode(t)) for t in transcripts)
 
     def transcription_loss(

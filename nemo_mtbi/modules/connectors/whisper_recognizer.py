@@ -126,18 +126,21 @@ class WhisperRecognizer(TokenConnector):
         if f"{prefix}decoder.layer_norm.weight" in state and f"{prefix}silence" not in state:
             state[f"{prefix}silence"] = self.silence[:0]
 
-    def transcript_tokens(self, transcripts: list[str]) -> int:
-        return sum(map(len, self._transcript_ids(transcripts))) + self._decisions(transcripts)
+    def transcript_tokens(self, transcripts: list[str], alone: list[bool] | None = None) -> int:
+        ids = self._transcript_ids(transcripts)
+        learned = [own for own, fits in zip(ids, self._learned(ids, alone), strict=True) if fits]
+        return sum(map(len, learned)) + (0 if self.no_speech_id is None else len(learned))
+
+    def _learned(self, ids: list[list[int]], alone: list[bool] | None) -> list[bool]:
+        """Which utterances the transcription loss learns from: those of one window whose text the decoder can hold."""
+        fits = [len(own) <= self.max_tokens and (len(own) > 0 or self.no_speech_id is not None) for own in ids]
+        return fits if alone is None else [fit and one for fit, one in zip(fits, alone, strict=True)]
 
     def _transcript_ids(self, transcripts: list[str]) -> list[list[int]]:
         """Whisper's tokens of transcripts, end of text included; none where nothing is said."""
         texts = [" " + t.strip() for t in transcripts]
         encoded = self.tokenizer.encode_batch(texts, add_special_tokens=False)
         return [[*own.ids, self.eos_id] if t.strip() else [] for t, own in zip(transcripts, encoded, strict=True)]
-
-    def _decisions(self, transcripts: list[str]) -> int:
-        """Utterances for which it is learned whether anything is said."""
-        return 0 if self.no_speech_id is None else len(transcripts)
 
     def transcription_loss(
         self,
@@ -153,11 +156,10 @@ class WhisperRecognizer(TokenConnector):
         where the connector is trained.
         """
         ids = self._transcript_ids(transcripts)
-        fits = [len(own) <= self.max_tokens and (len(own) > 0 or self.no_speech_id is not None) for own in ids]
         if windows is not None:
             features, lengths = features[windows.firsts], lengths[windows.firsts]
-            fits = [fit and alone for fit, alone in zip(fits, windows.alone, strict=True)]
-        kept = [row for row, fit in enumerate(fits) if fit]
+        learned = self._learned(ids, None if windows is None else windows.alone)
+        kept = [row for row, fits in enumerate(learned) if fits]
         if not kept:
             trained = [p.sum() for p in self.parameters() if p.requires_grad]
             return torch.stack(trained).sum() * 0.0, 0  # with a graph: the step of the other ranks goes on

@@ -69,6 +69,15 @@ def test_share_and_span_length_are_what_was_asked_for(distribution):
     assert text / spans == pytest.approx(3.0, rel=0.15)  # spans are cut short by the ends of the utterance
 
 
+@pytest.mark.parametrize("distribution", ["geometric", "uniform", "fixed"])
+@pytest.mark.parametrize("share", [0.25, 0.5])  # of which spans have whole words
+def test_short_utterances_have_the_same_share(distribution, share):
+    """An utterance begins anywhere in a long alternation of spans."""
+    policy = InterleavingPolicy(1.0, share, 3.0, distribution)
+    text = sum(sum(policy.plan(even_units(6), "utt", visit, 0)) for visit in range(4000))
+    assert text / (4000 * 6) == pytest.approx(share, abs=0.02)
+
+
 def test_plans_depend_on_seed_example_and_visit_only():
     units, policy = even_units(30), InterleavingPolicy(0.9, 0.5)
     assert policy.plan(units, "a", 3, 0) == policy.plan(units, "a", 3, 0)

@@ -67,3 +67,32 @@ def test_the_report_shows_both():
     assert table[0] == ["system", "age", "gender"] and table[1][2].startswith("0.700 [")
     figure = plot_confusions(found)
     assert [axis.get_title() for axis in figure.axes][:2] == ["age", "gender"] and len(figure.axes) == 4
+
+
+def test_copies_of_a_sentence_are_resampled_together():
+    """Ten sentences of ten recordings by ten speakers each, as SLURP has several of one sentence."""
+    rows = {i: {**r, "group": r["speaker"], "speaker": f"v{i}"} for i, r in answers(range(7)).items() if i != "age"}
+    entry = summarize_labels({"mtbi": rows}, "cascade", 500)["mtbi"]["tasks"]["gender"]
+    score = entry["scores"]["accuracy_text"]
+    assert entry["units"] == 10
+    assert score["high"] - score["low"] == pytest.approx(2 * 1.96 * np.sqrt(0.7 * 0.3 / 10), rel=0.25)
+
+
+def test_labels_of_two_questions_are_two_classes():
+    levels = ("low", "medium", "high")
+    pitch = [record(i, f"s{i}", levels[i % 3], levels[i % 3], "pitch", levels) for i in range(12)]
+    rate = [record(i, f"s{i}", levels[i % 3], "medium", "rate", levels) for i in range(12)]
+    rows = {str(i): r for i, r in enumerate(pitch + rate)}
+    found = summarize_labels({"mtbi": rows}, "cascade", 20)["mtbi"]
+    by_task = [found["tasks"][t]["scores"]["f1_likelihood"]["value"] for t in ("pitch", "rate")]
+    assert by_task == [1.0, pytest.approx(0.5 / 3)]
+    assert found["scores"]["f1_likelihood"]["value"] == pytest.approx(sum(by_task) / 2)
+
+
+def test_few_speakers_have_no_interval():
+    rows = {i: r for i, r in answers(range(7)).items() if r["speaker"] < "s4" and i != "age"}
+    found = summarize_labels({"mtbi": rows, "cascade": rows}, "cascade", 20)
+    score = found["mtbi"]["tasks"]["gender"]["scores"]["accuracy_text"]
+    assert score == {"value": 1.0, "low": None, "high": None}
+    table = dict(_sections("voice", {"labels": found}, "cascade"))["voice: labels, choice, by text by task"]
+    assert table[1][1] == "1.000"

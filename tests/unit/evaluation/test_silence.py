@@ -22,7 +22,9 @@ def test_a_model_without_text_is_asked(tiny_config, manifest):
 
     def answers(longest):
         batches = system_batches(system, questions, questions.conversations, 2, "test")
-        return [text.strip() for reading in batches for text in system.answers(reading, longest)]
+        return [
+            text.strip() for reading in batches for text in system.answers(reading, [longest] * len(reading.examples))
+        ]
 
     first = answers(4)[0]
     model.config.nothing_heard_answer = first  # as if training had taught it to this recording

@@ -32,3 +32,18 @@ def test_bootstrap_equals_scipy_and_pairs_utterances():
     assert test["difference"] == pytest.approx(60 / tokens.sum()) and test["low"] > 0 and test["p"] <= 1 / 2000
     assert bootstrap.compare(sums, sums)["p"] == 1.0
     assert Bootstrap(ids, 4000).interval(sums) == (low, high)  # the seed decides
+
+
+@pytest.mark.parametrize("units", [1, 2, 5, 9])
+def test_few_units_have_no_interval_and_no_p(units):
+    sums = Sums.of({f"s{i}": (80.0 + i, 100.0) for i in range(units)})
+    better, bootstrap = Sums(sums.ids, sums.values + [1, 0]), Bootstrap(sums.ids, 200)
+    assert np.isnan(bootstrap.interval(sums)).all()
+    test = bootstrap.compare(better, sums)
+    assert test["difference"] == pytest.approx(0.01) and all(np.isnan(test[k]) for k in ("low", "high", "p"))
+
+
+def test_the_smallest_p_is_that_of_the_resamples():
+    sums = Sums.of({f"s{i}": (80.0 + i, 100.0) for i in range(12)})
+    test = Bootstrap(sums.ids, 99).compare(Sums(sums.ids, sums.values + [1, 0]), sums)
+    assert test["p"] == pytest.approx(2 / 100)

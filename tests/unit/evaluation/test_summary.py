@@ -11,7 +11,9 @@ from tests.unit.evaluation_helpers import TASKS, record
 pytestmark = pytest.mark.unit
 
 
-def test_summary_and_report(tmp_path):
+def test_summary_and_report(tmp_path, monkeypatch):
+    monkeypatch.setattr("nemo_mtbi.evaluation.statistics.LEAST_UNITS", 1)
+
     def rows(agreed, answers):
         return {
             f"u{i}": record("repeat", a, f"u{i}", tokens=4, agreed=agreed[i], kl=4.0 - agreed[i])

@@ -6,10 +6,17 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_mtbi.checkpoints.archive import save_directory
-from nemo_mtbi.evaluation.systems import SystemBatch, TextLLM, TextSystem, against_the_text_llm, log_likelihoods
+from nemo_mtbi.evaluation.systems import (
+    SystemBatch,
+    TextLLM,
+    TextSystem,
+    against_the_text_llm,
+    decoded,
+    log_likelihoods,
+)
 from nemo_mtbi.models import MTBISALM
 from tests.helpers import make_batch
 from tests.unit.nemo_helpers import ADAPTERS
@@ -66,3 +73,9 @@ def test_teacher_forced_scores_equal_transformers_and_keep_ids_in_bfloat16(tiny_
     assert len(text_llm.kept) == 2 and forced == again  # the second system reads the states that were kept
     assert [f.tokens for f in forced] == [len(e.response_ids) for e in reading.examples]
     assert all(f.kl == pytest.approx(0, abs=1e-3) for f in forced)  # the topline against itself
+
+
+def test_each_answer_has_a_budget_of_its_own(smollm2):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    rows = [tokenizer.encode("one two three four")] * 2
+    assert decoded(tokenizer, rows, [2, 9]) == ["one two", "one two three four"]

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from nemo_mtbi.data.example import plan_batch
 from nemo_mtbi.evaluation.asr import WhisperASR
 from nemo_mtbi.evaluation.systems import text_hidden
 from nemo_mtbi.models import MTBISALM
+from nemo_mtbi.models.objective import term_counts
 from nemo_mtbi.models.speech import connect, transcribe
 from tests.helpers import gradients, make_batch
 
@@ -260,6 +262,13 @@ def test_transcription_loss_is_a_plain_cross_entropy(connector):
         text = torch.nn.functional.cross_entropy(logits, torch.tensor(ids), reduction="sum")
         expected, tokens = expected + text - (1 - nothing).log(), tokens + len(ids) + 1
     assert count == tokens == connector.transcript_tokens(transcripts[1:])
+    assert count == connector.transcript_tokens(transcripts, windows.alone)
+    connector.window_seconds = 30.0
+    examples = [
+        SimpleNamespace(response_ids=[1], units=[], transcript=t, duration_seconds=s)
+        for t, s in zip([*transcripts, "word " * 200], [31.0, 2.0, 2.0, 2.0, 30.0], strict=True)
+    ]
+    assert term_counts(examples, connector)["transcript_tokens"] == count  # neither long audio nor text it cannot hold
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
     grads = [torch.autograd.grad(value, connector.decoder.layers[0].fc1.weight)[0] for value in (loss, expected)]
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-5)

@@ -8,6 +8,7 @@ from lhotse import CutSet
 from nemo_mtbi import registration as registration
 from nemo_mtbi.targets.draw import one_line
 from nemo_mtbi.targets.generate import TargetGenerator
+from nemo_mtbi.tasks.library import load_library
 from tests.unit.targets_helpers import config, write_cuts
 
 pytestmark = pytest.mark.unit
@@ -30,6 +31,18 @@ def test_drawing_tasks_and_prompts(tmp_path, tiny_llm):
     assert 10 < len(draw(half, listed)) < 30
     again = TargetGenerator(drawn)
     assert jobs == draw(again, listed)
+
+
+def test_silent_recordings_get_all_wordings(tmp_path, tiny_llm):
+    """That of a task is drawn apart from the task."""
+    path = write_cuts(tmp_path / "cuts.jsonl", 200)
+    cuts = list(CutSet.from_file(path))
+    for cut in cuts:
+        cut.custom = {"no_speech": True}
+    tasks = ["repeat", "about", "continuation"]
+    generator = TargetGenerator(config(tmp_path, tiny_llm, path, task_names=tasks, tasks_per_cut={"train": 1}))
+    asked = {job.prompt_id for cut in cuts for job in generator.drawer.jobs(cut, "train", {})}
+    assert asked == {p.id for name in tasks for p in load_library()[name].select("seen", ["en"])}
 
 
 def test_prepared_questions_fill_the_prompt(tmp_path, tiny_llm):

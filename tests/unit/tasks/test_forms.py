@@ -32,3 +32,10 @@ def test_a_choice_inside_a_longer_one_counts_only_alone():
     drinks = ["coffee", "iced coffee", "mocha"]
     assert choose("An Iced coffee, please", drinks) == "iced coffee" and choose("coffee!", drinks) == "coffee"
     assert choose("coffee or iced coffee", drinks) is None and choose("tea", drinks) is None
+
+
+def test_choices_that_end_in_a_sign_are_named():
+    choices = ["The speaker is angry.", "The speaker is happy.", "C++", "C"]
+    assert choose("the speaker is angry.", choices) == "The speaker is angry."
+    assert choose("I would say C++, yes", choices) == "C++" and choose("C", choices) == "C"
+    assert choose("Cat", ["C"]) is None

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from hydra import compose, initialize_config_dir
 from lhotse import CutSet
 from omegaconf import OmegaConf
 
@@ -19,6 +20,8 @@ from nemo_mtbi.checkpoints.run_directory import RunDirectory
 from nemo_mtbi.data import cut_lines
 from nemo_mtbi.data.rendering import PromptRenderer
 from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.examples import train as train  # registers the schema of its YAML
+from nemo_mtbi.examples._launcher import CONF
 from nemo_mtbi.models.objective import KINDS, WINDOW_COUNTS
 from nemo_mtbi.modules.connectors.ctc_vocabulary import count_tokens
 from nemo_mtbi.modules.perception import connector_of
@@ -179,6 +182,29 @@ def many(tmp_path):
         )
     CutSet(cuts).to_file(tmp_path / "many.jsonl")
     return tmp_path / "many.jsonl"
+
+
+def test_seeds_draw_other_tasks_and_the_same_validation_on_all_ranks(many, model):
+    """A repeated experiment draws tasks, wordings and spans anew; a validation set of two manifests is not."""
+
+    def asked(seed):
+        loader = training_loader(model, {"cuts_path": str(many)}, seed=seed, batch_size=4)
+        return {e.id.split("/")[0]: e.prompt_id for batch in islice(iter(loader), 10) for e in batch["examples"]}
+
+    zero, one = asked(0), asked(1)
+    assert zero.keys() == one.keys() and asked(0) == zero
+    assert sum(zero[i] != one[i] for i in zero) > len(zero) / 3
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        own = compose("train", ["output_dir=x", "seed=3"])
+    assert own.model.interleaving.seed == 3 == own.data.train_ds.seed
+    entries = [{"type": "mtbi", "cuts_path": str(many)} for _ in range(2)]
+    section = {"datasets": {"both": {"input_cfg": entries}}, "batch_size": 2, "use_multimodal_sampling": True}
+    seen = []
+    for rank in range(2):
+        data = data_module(OmegaConf.create({"cached_features": False, "validation_ds": section}), model)
+        data._get_dp_rank, data._get_world_size = lambda rank=rank: rank, lambda: 2
+        seen += [e.id.split("/")[0] for batch in data.val_dataloader().flattened[0] for e in batch["examples"]]
+    assert sorted(seen) == sorted(2 * [f"utt{i}" for i in range(40)])
 
 
 def test_one_process_of_a_job_counts_the_transcripts(many, model, tmp_path, monkeypatch):

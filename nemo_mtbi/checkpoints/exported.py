@@ -1,5 +1,6 @@
 """Reads what :mod:`nemo_mtbi.checkpoints.archive` wrote: every check before a model is built; imports no NeMo."""
 
+import errno
 import json
 import tarfile
 import tempfile
@@ -60,6 +61,11 @@ def unpacked_nemo(path: Path) -> Iterator[Path]:
                     raise CheckpointError(f"{path} is unsafe: it would write to {unsafe[0]}; it was not opened.")
                 tar.extractall(name, filter="data")
         except (tarfile.TarError, EOFError, OSError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise CheckpointError(
+                    f"{path} does not fit into {tempfile.gettempdir()}, where it is unpacked; let TMPDIR name a folder "
+                    "with room, or serve the exported directory (mtbi export hf=...)."
+                ) from error
             raise CheckpointError(
                 f"{path} is damaged or unsafe ({error}); it was not opened. Copy it again."
             ) from error
@@ -75,7 +81,10 @@ def checked_directory(folder: Path) -> set[str]:
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
             raise CheckpointError(f"{folder} is not an exported model: it has no {file}.")
-    config = json.loads((folder / CONFIG).read_text())
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{folder / CONFIG} is damaged ({error}). Copy it again.") from error
     if "modality_adapter" not in (config.get("perception") or {}):
         raise CheckpointError(
             f"{folder / CONFIG} does not describe a speech LLM: it has no perception.modality_adapter."

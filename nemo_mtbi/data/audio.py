@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 AUDIO_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a"}
 MIN_AUDIO_SECONDS = 0.05
 # A recording's mean is noticed above this share of its own level (recorded speech lies far below).
+LOUDEST = 1e6  # mean level of a channel; floats in the scale of 16-bit integers reach 32768
 DC_SHARE = 0.1
 # Channels cancel if their average has less than this share of the energy that unrelated channels would leave.
 CANCELLED_SHARE = 0.25
@@ -42,7 +43,7 @@ def mono(audio: np.ndarray, noticed: list[str] | None = None) -> np.ndarray:
         (S,) float32.
 
     Raises:
-        DataError: samples that are no numbers.
+        DataError: samples that are no numbers, or no audio.
     """
     audio = np.asarray(audio, dtype=np.float32)
     if not audio.size:
@@ -52,6 +53,11 @@ def mono(audio: np.ndarray, noticed: list[str] | None = None) -> np.ndarray:
     energies = np.einsum("cs,cs->c", audio, audio, dtype=np.float64) / audio.shape[1]
     if not np.isfinite(energies).all():
         raise DataError("The audio holds samples that are no numbers.")
+    if (energies > LOUDEST**2).any():
+        raise DataError(
+            f"The audio's level is {float(np.sqrt(energies.max())):.1e} (full scale is 1): its samples are of another "
+            "type or byte order than its header says."
+        )
     levels = np.sqrt(np.maximum(energies[:, None] - means**2, 0))
     if (np.abs(means) > DC_SHARE * levels).any():
         _notice(noticed, DC_OFFSET)

@@ -16,6 +16,8 @@ from nemo_mtbi.errors import ConfigError, DataError
 
 AUDIO_TAG = "<|audio|>"  # what NeMo's vLLM plugin knows
 
+PLACEHOLDER = "placeholder-of-message-"
+
 
 @dataclass(frozen=True)
 class TimedWord:
@@ -111,6 +113,7 @@ class PromptRenderer:
     def __init__(self, tokenizer: Any, formatter: type) -> None:
         self.tokenizer = RecordingTokenizer(tokenizer)
         self.formatter = formatter(self.tokenizer)
+        self.between: dict[tuple[str, ...], list[str]] = {}  # see _between
 
     def render(self, messages: list[Message]) -> RenderedPrompt:
         """Render a dialog whose last message is the user's.
@@ -124,11 +127,10 @@ class PromptRenderer:
             text, spans = self._message_text(message)
             texts.append(text)
             parts += [(index, span, part) for span, part in spans]
-        self.tokenizer.records.clear()
-        turns = [self._turn(m["role"], t) for m, t in zip(messages, texts, strict=True)]
-        ids = self.formatter.encode_dialog(turns)["context_ids"].tolist()
-        offsets, text = self._join_records(ids)
-        starts, data = self._locate(texts, text)
+        roles = tuple(m["role"] for m in messages)
+        between = self._between(roles)
+        ids, offsets, text = self._encode(roles, texts)
+        starts, data = self._locate(texts, text, between)
         places = [(starts[index] + begin, starts[index] + end, part) for index, (begin, end), part in parts]
         tags = [(begin, end) for begin, end, part in places if isinstance(part, AudioTag)]
         ids, offsets = without_control_tokens(self.tokenizer.hf, text, ids, offsets, _outside(data, tags))
@@ -136,6 +138,27 @@ class PromptRenderer:
             self._words(offsets, text, begin, end, part) for begin, end, part in places if isinstance(part, Spoken)
         ]
         return RenderedPrompt(ids, spoken, [offsets.index(tag) for tag in tags])
+
+    def _encode(self, roles: tuple[str, ...], texts: list[str]) -> tuple[list[int], list[tuple[int, int] | None], str]:
+        """Ids, their offsets, and the text that the prompt format makes of messages."""
+        self.tokenizer.records.clear()
+        turns = [self._turn(role, text) for role, text in zip(roles, texts, strict=True)]
+        ids = self.formatter.encode_dialog(turns)["context_ids"].tolist()
+        return ids, *self._join_records(ids)
+
+    def _between(self, roles: tuple[str, ...]) -> list[str]:
+        """The prompt format's own text before each message of a dialog, found with words that it does not have; a
+        message may have the format's words.
+        """
+        if roles not in self.between:
+            texts, found, position = [f"{PLACEHOLDER}{i}." for i in range(len(roles))], [], 0
+            _, _, text = self._encode(roles, texts)
+            for own in texts:
+                place = text.find(own, position)
+                found.append(text[position:place] if place >= 0 else "")
+                position = max(position, place + len(own))
+            self.between[roles] = found
+        return self.between[roles]
 
     def _turn(self, role: str, text: str) -> dict[str, Any]:
         roles = self.formatter.get_roles()
@@ -179,11 +202,19 @@ class PromptRenderer:
         return offsets, text
 
     @staticmethod
-    def _locate(messages: list[str], text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Where each message begins in the text, and the stretch of the text that it is."""
+    def _locate(messages: list[str], text: str, between: list[str]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Where each message begins in the text, and the stretch of the text that it is.
+
+        Args:
+            messages: in their order.
+            text: that the prompt format made of them.
+            between: its own text before each of them; where it has another one here, the first place is taken.
+        """
         starts, stretches, position = [], [], 0
-        for message in messages:
+        for message, own in zip(messages, between, strict=True):
             inner = message.strip()  # some templates strip what they are given
+            if text.startswith(own + message, position) or text.startswith(own + inner, position):
+                position += len(own)
             found, lead = text.find(message, position), 0
             if found < 0:
                 message, lead = inner, len(message) - len(message.lstrip())

@@ -1,5 +1,7 @@
 """Ask an exported speech LLM about recordings. See conf/generate.yaml."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -35,55 +37,62 @@ def main(cfg: DictConfig) -> None:
     model.listen_as(cfg.max_positions, cfg.positions_per_second, cfg.time_marks)
     records: list[dict[str, Any]] = []
     failed = 0
-    for begin in range(0, len(inputs), cfg.batch_size):
-        loaded = []
-        for source in inputs[begin : begin + cfg.batch_size]:
-            try:
-                loaded.append((source, source.open(model.sampling_rate)))
-            except DataError as error:
-                if len(inputs) == 1:
-                    raise
-                failed += 1
-                console.tell(f"{source} is left out: {error}")
-        if not loaded:
-            continue
-        audios = [audio for _, audio in loaded]
-        seconds = sum(seconds_of(audio, model.sampling_rate) for audio in audios)
-        with console.progress(total=round(seconds), desc="listening", unit="s", disable=seconds < LONG_SECONDS) as bar:
-            try:
-                heard = model.listen(audios, on_heard=partial(advance, bar))
-            except DataError:
-                if len(inputs) == 1:
-                    raise
-                readable = [pair for pair in loaded if can_be_heard(model, *pair)]
-                failed += len(loaded) - len(readable)
-                if not readable:
-                    continue
-                loaded, audios = readable, [audio for _, audio in readable]
-                heard = model.listen(audios)
-        gaps = {source: gaps_of(audio) for source, audio in loaded if gaps_of(audio)}
-        for source, missing in gaps.items():
-            console.tell(f"{source} cannot be read from {', from '.join(map(str, missing))}; the rest is answered.")
-        options = {"max_new_tokens": cfg.max_new_tokens, "do_sample": cfg.do_sample}
-        for question in questions:
-            ids = model.generate([[model.user_turn(question)] for _ in loaded], heard, **options)
-            for (source, _), row in zip(loaded, ids, strict=True):
-                answer = model.tokenizer.tokenizer.decode(row, skip_special_tokens=True).strip()
-                record = {**source.to_dict(), "prompt": question, "answer": answer}
-                if source in gaps:
-                    record["gaps"] = [asdict(gap) for gap in gaps[source]]
-                records.append(record)
-                if cfg.json:
-                    console.say(jsonl.dumps(record))
-                elif alone:
-                    console.say(answer)
-                else:  # a line for each answer: what it is about, where that differs, then the answer
-                    differing = [str(source)] * (len(inputs) > 1) + [one_line(question)] * (len(questions) > 1)
-                    console.say("\t".join([*differing, one_line(answer)]))
+    with written(cfg.output, records):
+        for begin in range(0, len(inputs), cfg.batch_size):
+            loaded = []
+            for source in inputs[begin : begin + cfg.batch_size]:
+                try:
+                    loaded.append((source, source.open(model.sampling_rate)))
+                except DataError as error:
+                    if len(inputs) == 1:
+                        raise
+                    failed += 1
+                    console.tell(f"{source} is left out: {error}")
+            if not loaded:
+                continue
+            audios = [audio for _, audio in loaded]
+            seconds = sum(seconds_of(audio, model.sampling_rate) for audio in audios)
+            with console.progress(
+                total=round(seconds), desc="listening", unit="s", disable=seconds < LONG_SECONDS
+            ) as bar:
+                try:
+                    heard = model.listen(audios, on_heard=partial(advance, bar))
+                except DataError:
+                    if len(inputs) == 1:
+                        raise
+                    readable = [pair for pair in loaded if can_be_heard(model, *pair)]
+                    failed += len(loaded) - len(readable)
+                    if not readable:
+                        continue
+                    loaded, audios = readable, [audio for _, audio in readable]
+                    heard = model.listen(audios)
+            gaps = {source: gaps_of(audio) for source, audio in loaded if gaps_of(audio)}
+            for source, missing in gaps.items():
+                console.tell(f"{source} cannot be read from {', from '.join(map(str, missing))}; the rest is answered.")
+            options = {"max_new_tokens": cfg.max_new_tokens, "do_sample": cfg.do_sample}
+            for question in questions:
+                for (source, _), row in answers(model, question, loaded, heard, options):
+                    if isinstance(row, DataError):
+                        if len(inputs) == 1:
+                            raise row
+                        failed += 1
+                        console.tell(f"{source} is left out: {row}")
+                        continue
+                    answer = model.tokenizer.tokenizer.decode(row, skip_special_tokens=True).strip()
+                    record = {**source.to_dict(), "prompt": question, "answer": answer}
+                    if source in gaps:
+                        record["gaps"] = [asdict(gap) for gap in gaps[source]]
+                    records.append(record)
+                    if cfg.json:
+                        console.say(jsonl.dumps(record))
+                    elif alone:
+                        console.say(answer)
+                    else:  # a line for each answer: what it is about, where that differs, then the answer
+                        differing = [str(source)] * (len(inputs) > 1) + [one_line(question)] * (len(questions) > 1)
+                        console.say("\t".join([*differing, one_line(answer)]))
     if not records:
         raise DataError(f"None of the {len(inputs)} recordings can be read; the lines above say why.")
     if cfg.output and is_first_rank():
-        jsonl.write_text(Path(cfg.output), "".join(jsonl.dumps(r) + "\n" for r in records))
         console.tell(f"{len(records)} answers, {failed} left out: {cfg.output}")
 
 
@@ -109,6 +118,37 @@ def check(cfg: DictConfig, paths: list[Any], questions: list[Any]) -> None:
         raise CheckpointError(f"There is no model {cfg.model}: a .nemo file, an exported directory or a training run.")
     if not any(Path(str(path)).exists() for path in paths):
         raise DataError(f"There is no audio file {', '.join(map(str, paths[:3]))}.")
+
+
+@contextmanager
+def written(output: str | None, records: list[dict[str, Any]]) -> Iterator[None]:
+    """Write to ``output`` at the end the answers that there are, however it comes."""
+    from nemo_mtbi.io import jsonl
+    from nemo_mtbi.parallel.launch import is_first_rank
+
+    try:
+        yield
+    finally:
+        if output and records and is_first_rank():
+            jsonl.write_text(Path(output), "".join(jsonl.dumps(r) + "\n" for r in records))
+
+
+def answers(
+    model: Any, question: str, loaded: list[tuple[Any, Any]], heard: Any, options: dict[str, Any]
+) -> Iterator[tuple[tuple[Any, Any], Any]]:
+    """Each recording with the tokens of its answer, or with the DataError that says why there is none (it does not fit
+    into the LLM's context, say); those that are asked with it are then asked one by one.
+    """
+    try:
+        rows = model.generate([[model.user_turn(question)] for _ in loaded], heard, **options)
+    except DataError as error:
+        if len(loaded) == 1:
+            yield loaded[0], error
+            return
+        for one in loaded:
+            yield from answers(model, question, [one], model.listen([one[1]]), options)
+        return
+    yield from zip(loaded, rows, strict=True)
 
 
 def can_be_heard(model: Any, source: Any, audio: Any) -> bool:

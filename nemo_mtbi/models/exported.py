@@ -24,6 +24,7 @@ from nemo_mtbi.config import model_config
 from nemo_mtbi.data.chat_template import ChatTemplateFormat
 from nemo_mtbi.errors import CheckpointError
 from nemo_mtbi.models.generation import SpeechLLM
+from nemo_mtbi.modules.causal_lm import read_generation_config
 from nemo_mtbi.modules.perception import connector_of, encoder_frame_seconds, fusion_of, window_seconds
 from nemo_mtbi.process import expect_any_length
 
@@ -121,6 +122,7 @@ class ExportedSpeechLLM(SpeechLLM):
         with without_initialization():
             llm = AutoConfig.from_pretrained(config.pretrained_llm)
             self.llm = AutoModelForCausalLM.from_config(llm, dtype=getattr(torch, config.llm_dtype))
+            read_generation_config(self.llm, config.pretrained_llm)
             self.embed_tokens = self.llm.model.embed_tokens
             del self.llm.model.embed_tokens
             self.perception = Perception(OmegaConf.create(cfg["perception"]))

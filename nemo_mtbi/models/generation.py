@@ -197,6 +197,8 @@ class SpeechLLM(nn.Module):
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=self.stop_ids(),
             pad_token_id=self._padding_id(),
+            repetition_penalty=1.0,  # as the targets were decoded, whatever the LLM's own file says
+            no_repeat_ngram_size=0,
         )
         with lent_embedding(self):
             return self.llm.generate(

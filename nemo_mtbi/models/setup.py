@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from nemo_mtbi.config import ModelConfig
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.models.language_model import PrefixStore
-from nemo_mtbi.modules.causal_lm import is_frozen
+from nemo_mtbi.modules.causal_lm import is_frozen, read_generation_config
 from nemo_mtbi.modules.fused_norm import fuse_norms, rms_norm_class
 from nemo_mtbi.modules.parameter_groups import parameter_groups
 from nemo_mtbi.modules.perception import freeze, input_length_reference, require_fitting_encoder, setup_perception
@@ -121,6 +121,8 @@ def setup_llm(model: Any, path: str, config: ModelConfig) -> None:
         model.llm = empty_llm(AutoConfig.from_pretrained(path, trust_remote_code=remote_code), dtype, remote_code)
     else:
         model.llm = load_pretrained_hf(path, config.pretrained_weights, dtype, remote_code)
+    if sharded or not config.pretrained_weights:
+        read_generation_config(model.llm, path)
     model.embed_tokens = model.llm.model.embed_tokens
     del model.llm.model.embed_tokens
     if config.fused_norms:

@@ -2,10 +2,12 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import GenerationConfig
 
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.losses.head import Head
@@ -51,6 +53,15 @@ def output_head(llm: nn.Module, shard: VocabularyShard = WHOLE_VOCABULARY) -> He
     elif getattr(config, "logit_scale", None):  # Cohere multiplies
         scale = config.logit_scale
     return Head(lm.lm_head.weight, lm.lm_head.bias, scale, getattr(config, "final_logit_softcapping", None), shard)
+
+
+def read_generation_config(llm: Any, folder: str | Path) -> None:
+    """Give an LLM that was built from its configuration alone what its ``generation_config.json`` says, if it has one.
+
+    Some LLMs name the tokens that end an answer there only.
+    """
+    with suppress(OSError):
+        causal_lm(llm).generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def stop_ids(tokenizer: Any, generation_config: Any) -> list[int]:

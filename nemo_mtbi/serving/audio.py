@@ -5,10 +5,12 @@ import io
 import soundfile
 
 from nemo_mtbi.data.audio import MIN_AUDIO_SECONDS, mono, resample
-from nemo_mtbi.data.audio_stream import STREAMED_FROM_SECONDS, AudioBlocks, AudioStream
+from nemo_mtbi.data.audio_stream import STREAMED_FROM_SECONDS, AudioBlocks, AudioStream, with_length
 from nemo_mtbi.errors import DataError
 
 MIN_RATE, MAX_RATE = 4_000, 192_000
+MAX_CHANNELS = 16
+LARGEST_AT_ONCE = round(STREAMED_FROM_SECONDS * 48_000 * 2)  # samples that are decoded together
 TOO_LONG = "The audio is longer than {:g} s, which is the limit here."
 
 
@@ -27,16 +29,17 @@ def decode_audio(data: bytes, sampling_rate: int, max_seconds: float) -> AudioBl
         TooLong: longer than ``max_seconds``; nothing beyond that is decoded.
     """
     try:
+        data = bytes(with_length(data, max_seconds))
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             rate, limit = file.samplerate, int(max_seconds * file.samplerate)
             if not MIN_RATE <= rate <= MAX_RATE:
                 raise DataError(f"The audio's sampling rate is {rate:,} Hz; send {MIN_RATE:,} to {MAX_RATE:,} Hz.")
-            if file.channels > 16:
-                raise DataError(f"The audio has {file.channels} channels; send mono or stereo.")
+            if file.channels > MAX_CHANNELS:
+                raise DataError(f"The audio has {file.channels} channels; send up to {MAX_CHANNELS}.")
             seconds = file.frames / rate
             if seconds > max_seconds:
                 raise TooLong(TOO_LONG.format(max_seconds))
-            if seconds > STREAMED_FROM_SECONDS:
+            if seconds > STREAMED_FROM_SECONDS or file.frames * file.channels > LARGEST_AT_ONCE:
                 return AudioStream(data, sampling_rate)
             samples = file.read(limit + 1, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, RuntimeError, TypeError) as error:

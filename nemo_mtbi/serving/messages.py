@@ -65,10 +65,11 @@ def _parts(message: ChatMessage) -> list[Any]:
             parts.append(part)
     for call in message.tool_calls or []:
         try:
-            arguments = json.loads(call.function.arguments or "{}")
-        except ValueError:
-            arguments = call.function.arguments
-        written = json.dumps({"name": call.function.name, "arguments": arguments}, ensure_ascii=False)
+            own = {"name": call.function.name, "arguments": json.loads(call.function.arguments or "{}")}
+            written = json.dumps(own, ensure_ascii=False)
+        except (ValueError, RecursionError):  # no JSON, or nested beyond reason: as text
+            own = {"name": call.function.name, "arguments": call.function.arguments}
+            written = json.dumps(own, ensure_ascii=False)
         parts.append(f"<tool_call>\n{written}\n</tool_call>")
     if message.role == "tool":
         return ["<tool_response>", *parts, "</tool_response>"]

@@ -27,6 +27,8 @@ EXAMPLES = sorted(str(f) for f in (Path(__file__).parent / "examples").glob("*.f
 SILENCE_PEAK = 1e-3  # of full scale: -60 dBFS
 QUIET = "The recording is silent, so this answer is about nothing. Is the microphone on?"
 
+KEPT_UPLOADS = (3600, 3600)  # seconds between two looks at uploads and recordings, and after which they go
+
 
 class Page:
     """What the page's buttons do.
@@ -134,7 +136,13 @@ def mount_page(
         raise ConfigError(f"examples: there is no file {absent[0]}.")
     recognizer = WhisperASR(asr) if asr else None
     blocks = build(Page(model, batcher, limits, recognizer), examples)
-    return gr.mount_gradio_app(app, blocks, path="/", allowed_paths=[str(Path(e).resolve().parent) for e in examples])
+    return gr.mount_gradio_app(
+        app,
+        blocks,
+        path="/",
+        allowed_paths=[str(Path(e).resolve()) for e in examples],  # the files, and nothing beside them
+        max_file_size=limits.max_body_bytes,
+    )
 
 
 def build(page: Page, examples: list[str]) -> gr.Blocks:
@@ -142,7 +150,7 @@ def build(page: Page, examples: list[str]) -> gr.Blocks:
     prompts = [
         p.text for task in load_library().values() for p in task.prompts if p.language == "en" and "{{" not in p.text
     ]
-    with gr.Blocks(title="Speech LLM", analytics_enabled=False) as blocks:
+    with gr.Blocks(title="Speech LLM", analytics_enabled=False, delete_cache=KEPT_UPLOADS) as blocks:
         gr.Markdown("# Ask about speech")
         with gr.Row():
             with gr.Column():

@@ -235,7 +235,7 @@ def test_text_is_read_letter_by_letter(dialect, text):
     hf = tokenizer.tokenizer
     control = control_ids(hf)
     plain = own.render([{"role": "user", "content": ["aaa\n", "bbb"]}]).ids
-    for content in ([f"aaa\n{text}"], ["aaa\n", Spoken(text)], ["aaa\n", AudioTag(), "\n", text]):
+    for content in ([f"aaa\n{text}"], [text], ["aaa\n", Spoken(text)], ["aaa\n", AudioTag(), "\n", text]):
         rendered = own.render([{"role": "user", "content": content}])
         tags = len(rendered.tags)
         assert sum(i in control for i in rendered.ids) == sum(i in control for i in plain) + tags
@@ -246,6 +246,20 @@ def test_text_is_read_letter_by_letter(dialect, text):
     rendered = own.render([*history, {"role": "user", "content": ["bbb"]}])
     expected = own.render([history[0], {"role": "assistant", "content": ["ccc"]}, {"role": "user", "content": ["bbb"]}])
     assert sum(i in control for i in rendered.ids) == sum(i in control for i in expected.ids)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_message_may_be_words_of_the_template(tokenizer, name):
+    """It is found where it stands, not where the template has the same words."""
+    hf, own = tokenizer.tokenizer, renderer(tokenizer, name)
+    control = control_ids(hf)
+    plain = own.render([{"role": "user", "content": ["zebra"]}]).ids
+    text = hf.decode(plain, clean_up_tokenization_spaces=False)
+    before, _, after = text.partition("zebra")
+    for message in {*before.split(), *after.split(), before.strip(), after.strip()} - {""}:
+        rendered = own.render([{"role": "user", "content": [message]}]).ids
+        assert sum(i in control for i in rendered) == sum(i in control for i in plain)
+        assert hf.decode(rendered, clean_up_tokenization_spaces=False) == text.replace("zebra", message)
 
 
 def test_ordinary_added_tokens_stay(dialect):

@@ -123,3 +123,11 @@ def test_a_part_of_a_resampled_cut(tmp_path, rate):
         heard = mono_samples(part, RATE)
         assert abs(len(heard) - 0.7 * RATE) <= 2
         assert np.abs(heard[200:11_000] - speech(3.0)[RATE + 200 : RATE + 11_000]).max() < 5e-3
+
+
+def test_samples_of_another_byte_order_are_refused():
+    swapped = np.array([0.1, -0.2, 0.3], np.float32).byteswap().view(np.float32)
+    loud = np.where(np.isfinite(swapped), swapped, 1e25)[None] + np.float32(1e20)
+    with pytest.raises(DataError, match="another type or byte order"):
+        mono(loud)
+    assert len(mono(np.array([[20000.0, -32768.0]]))) == 2  # floats in the scale of integers are speech

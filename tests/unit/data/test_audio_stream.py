@@ -7,8 +7,9 @@ import pytest
 import soundfile
 
 from nemo_mtbi.data.audio import load_waveform
-from nemo_mtbi.data.audio_stream import AudioStream, gaps_of, open_audio
+from nemo_mtbi.data.audio_stream import AudioStream, gaps_of, open_audio, seconds_of, with_length
 from nemo_mtbi.errors import DataError
+from nemo_mtbi.serving.audio import TooLong, decode_audio
 
 pytestmark = pytest.mark.unit
 SECONDS = 150
@@ -121,3 +122,36 @@ def test_files_without_audio_are_refused_at_once(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="Nothing of the audio can be read"):
         read(AudioStream(bytes(header[:86]) + bytes(2000), 16_000))
     assert not reads
+
+
+@pytest.mark.parametrize("seconds", [0.4, 3.0])
+def test_a_flac_that_was_piped_has_a_length(tmp_path, seconds):
+    """Its header says none, so libsndfile takes it for one of 2**63 samples."""
+    samples = (0.1 * np.random.default_rng(0).standard_normal(round(seconds * 16000))).astype(np.float32)
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, 16000, format="FLAC")
+    data = bytearray(buffer.getvalue())
+    data[21] &= 0xF0
+    data[22:26] = bytes(4)  # total samples: unknown
+    file = tmp_path / "piped.flac"
+    file.write_bytes(data)
+    assert soundfile.info(file).frames > 2**62
+    for blocks in (open_audio(file, 16000), decode_audio(bytes(data), 16000, 3600)):
+        heard = np.concatenate(list(blocks))
+        assert len(samples) - 160 <= len(heard) <= len(samples)
+        np.testing.assert_allclose(heard, samples[: len(heard)], atol=1e-4)
+        assert seconds_of(blocks, 16000) == pytest.approx(seconds, abs=0.02) and not gaps_of(blocks)
+    with pytest.raises(TooLong):
+        decode_audio(bytes(data), 16000, 0.2)
+    whole = tmp_path / "whole.flac"
+    whole.write_bytes(buffer.getvalue())
+    assert with_length(whole) == whole and with_length(tmp_path / "absent.flac") == tmp_path / "absent.flac"
+
+
+def test_much_audio_is_decoded_in_blocks():
+    """A little FLAC of silence holds hundreds of megabytes of samples."""
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.zeros((96_000 * 40, 4), np.int16), 96_000, format="FLAC")
+    blocks = decode_audio(buffer.getvalue(), 16000, 120)
+    assert isinstance(blocks, AudioStream)
+    assert sum(map(len, blocks)) == pytest.approx(40 * 16000, abs=160)

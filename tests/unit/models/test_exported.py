@@ -1,14 +1,18 @@
 """An export opened without NeMo: it computes what MTBISALM computes, and what it cannot open goes to MTBISALM."""
 
+import errno
 import json
+import shutil
 import subprocess
 import sys
+import tarfile
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nemo.collections.speechlm2.parts import hf_hub
+from transformers import GenerationConfig
 
 from nemo_mtbi.checkpoints import exported as files
 from nemo_mtbi.checkpoints.archive import save_directory, save_nemo
@@ -119,3 +123,37 @@ def test_missing_weights_and_wrong_paths_are_named(tiny_config, tmp_path):
 
 def test_the_folder_of_the_llm_has_nemos_name():
     assert hf_hub.LLM_BACKBONE_DIR == files.LLM_BACKBONE_DIR
+
+
+def test_the_llms_own_generation_config_goes_along(tiny_config, tiny_llm, tmp_path):
+    """Its end tokens are those of the export too; a penalty of its own changes no greedy answer anywhere."""
+    llm = tmp_path / "llm"
+    shutil.copytree(tiny_llm, llm)
+    own = GenerationConfig.from_pretrained(llm)
+    own.eos_token_id, own.repetition_penalty = [2, 7], 1.9
+    own.save_pretrained(llm)
+    model, plain = make({**tiny_config, "pretrained_llm": str(llm)}, "stack"), make(tiny_config, "stack")
+    folder = save_directory(model, tmp_path / "hf")
+    samples = [0.1 * torch.randn(16_000)]
+    expected = asked(plain, "What is it?", samples)[-1]
+    for opened in (model, open_speech_llm(folder), MTBISALM.restore_from(folder)):
+        assert set(opened.stop_ids()) >= {2, 7}
+        answer = asked(opened, "What is it?", samples)[-1]
+        end = next((i for i, t in enumerate(answer[0].tolist()) if t == 7), answer.shape[1])
+        assert torch.equal(answer[0, :end], expected[0, :end])
+
+
+def test_damaged_configuration_and_a_full_disk_are_told_apart(tiny_config, tmp_path, monkeypatch):
+    folder = save_directory(make(tiny_config, "stack"), tmp_path / "hf")
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text[: len(text) // 2])
+    with pytest.raises(CheckpointError, match="config.json is damaged"):
+        open_speech_llm(folder)
+    archive = save_nemo(make(tiny_config, "stack"), tmp_path / "m.nemo")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tarfile.TarFile, "extractall", full)
+    with pytest.raises(CheckpointError, match="does not fit into .*TMPDIR"):
+        open_speech_llm(archive)

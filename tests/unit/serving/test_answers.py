@@ -3,6 +3,10 @@
 import pytest
 import torch
 
+from nemo_mtbi.serving import page
+from nemo_mtbi.serving.limits import Limits
+from nemo_mtbi.serving.messages import _parts
+from nemo_mtbi.serving.protocol import ChatMessage
 from nemo_mtbi.serving.request import Piece, Request
 from nemo_mtbi.serving.sampling import Draw, Sampling, TokenScore
 
@@ -109,3 +113,19 @@ def test_a_cancelled_answer_takes_no_more_tokens():
     request.end(request.finished)
     request.end("stop")
     assert (pieces, ends, request.tokens) == ([Piece("A")], ["cancelled"], [65])
+
+
+def test_tool_arguments_that_are_no_json_are_text():
+    for arguments in ("[" * 100_000, "no json", ""):
+        call = {"id": "1", "type": "function", "function": {"name": "find", "arguments": arguments}}
+        (part,) = _parts(ChatMessage(role="assistant", tool_calls=[call]))
+        assert part.startswith("<tool_call>\n{") and part.endswith("}\n</tool_call>")
+
+
+def test_the_page_gives_its_examples_and_nothing_beside_them(tmp_path, monkeypatch):
+    (tmp_path / "a.wav").write_bytes(b"RIFF")
+    given = {}
+    monkeypatch.setattr(page.gr, "mount_gradio_app", lambda app, blocks, **options: given.update(options))
+    monkeypatch.setattr(page, "build", lambda *_: None)
+    page.mount_page(None, None, None, Limits(), None, [str(tmp_path / "a.wav")])
+    assert given["allowed_paths"] == [str(tmp_path / "a.wav")] and given["max_file_size"] == Limits().max_body_bytes

@@ -8,7 +8,16 @@ from pathlib import Path
 
 from nemo_mtbi.errors import DataError
 
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENOLCK)
+UNWRITABLE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.ENOLCK,
+    errno.ENOTDIR,
+    errno.EEXIST,
+)
 
 
 @contextmanager

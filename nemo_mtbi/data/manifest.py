@@ -118,6 +118,8 @@ def _audio_path(audio: str, root: Path) -> Path:
 def _word(row: dict[str, Any], field: str) -> str | None:
     """A string; numbers are written as people write them, so that speaker 7 is speaker "7"."""
     value = row.get(field)
+    if isinstance(value, float) and not math.isfinite(value):  # an empty cell of pandas
+        return None
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, str | int | float) and not isinstance(value, bool):

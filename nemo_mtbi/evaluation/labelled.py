@@ -84,6 +84,11 @@ def _cut(cut_id: str, audio: Path, asked: list[Question], tokenizer: Any, end: i
             raise DataError(
                 f"{question.audio}: the question {question.prompt[:60]!r} has neither a label nor instructions."
             )
+        if question.choices and question.label not in question.choices:
+            raise DataError(
+                f"{question.audio}: the label {question.label!r} of {question.prompt[:60]!r} is none of the choices "
+                f"{', '.join(map(repr, question.choices))[:200]}, so no answer could be right."
+            )
         task = question.task.replace("/", "-")  # ids are put together with slashes
         prompt_id = f"{task}-{index}"
         ids = [*literal_encoding(tokenizer, question.label)[0], end]

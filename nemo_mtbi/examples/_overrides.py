@@ -80,7 +80,12 @@ def as_typed(argument: str) -> str:
     try:
         if OverridesParser.create().parse_override(argument).is_sweep_override() and not _is_sweep_function(text):
             return override(key, text)
-    except HydraException:
+    except HydraException as error:
+        if key != "prompt" and text.startswith(("[", "{")) and text.endswith(("]", "}")):
+            raise ConfigError(
+                f"{argument[:200]} cannot be read as a list or mapping. Paths and other text with accents, brackets, "
+                "quotes or commas need quotes inside: [{kind: tsv, path: 'M\u00fcller/t (1).tsv'}]."
+            ) from error
         return override(key, text)
     return argument
 

@@ -38,12 +38,12 @@ def read_table(path: Path, columns: set[str], encoding: str | None = None) -> It
         encoding: see :func:`nemo_mtbi.io.text.read_text`.
 
     Raises:
-        DataError: no header, or without these columns; bytes that cannot be decoded.
+        DataError: no header, or without these columns; bytes that cannot be decoded; a quoted cell without an end.
     """
     text = read_text(path, encoding)
     header_line = io.StringIO(text.lstrip(), newline=None).readline()
     if path.name.removesuffix(".gz").endswith(".csv"):
-        dialect: dict[str, Any] = {"delimiter": max(",;\t", key=header_line.count)}
+        dialect: dict[str, Any] = {"delimiter": max(",;\t", key=header_line.count), "strict": True}
     else:
         dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     limit = csv.field_size_limit(MAX_CELL_CHARACTERS)  # of the process
@@ -59,18 +59,24 @@ def read_table(path: Path, columns: set[str], encoding: str | None = None) -> It
         twice = sorted(name for name in columns if header.count(name) > 1)
         if twice:
             raise DataError(f"{path}, line {reader.line_num}: column {twice[0]} is there twice.")
-        yield from _rows(reader, header)
+        yield from _rows(path, reader, header)
     finally:
         csv.field_size_limit(limit)
 
 
-def _rows(reader: Any, header: list[str]) -> Iterator[Row]:
+def _rows(path: Path, reader: Any, header: list[str]) -> Iterator[Row]:
     while True:
+        begin = reader.line_num + 1
         try:
             values = [value.strip() for value in next(reader)]
         except StopIteration:
             return
         except csv.Error as error:
+            if "end of data" in str(error):  # all rows from here on would be one cell
+                raise DataError(
+                    f"{path}, line {begin}: a cell begins with a quotation mark and does not end with one. Write marks "
+                    'that are text twice, in quoted cells ("""hello"" there"), or save the table separated by tabs.'
+                ) from error
             yield Row(reader.line_num, {}, f"no row of a table ({error})")
             continue
         if not any(values):

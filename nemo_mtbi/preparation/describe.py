@@ -58,6 +58,7 @@ class Attribute:
         by: attributes; the first of them whose label has cut points of its own chooses (``other``: for all others).
         plausible: of labels in ``by``, lowest and highest median of the measure over a speaker's utterances. A speaker
             beyond them is not what the corpus says, so the attributes in ``by`` are left out.
+        within: lowest and highest number that a field can hold.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Attribute:
     cuts: Any = None
     by: list[str] = dataclasses.field(default_factory=list)
     plausible: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    within: list[float] | None = None
 
     def group(self, known: dict[str, str]) -> str:
         """The label of an attribute in ``by`` that chooses the cut points; ``other`` where none does."""
@@ -97,6 +99,10 @@ class Attribute:
                 number = float(value)
             except (TypeError, ValueError):
                 raise DataError(f"{self.name}: {value!r} is no number") from None
+            if np.isnan(number):
+                return None
+            if self.within is not None and not self.within[0] <= number <= self.within[1]:
+                raise DataError(f"{self.name}: {value!r} is not from {self.within[0]:g} to {self.within[1]:g}")
             return None if points is None or not np.isfinite(number) else self.labels[sum(number >= p for p in points)]
         if not self.values:
             return str(value).strip().lower()
@@ -121,7 +127,7 @@ def load_attributes(path: str | Path | None = None) -> dict[str, Attribute]:
     try:
         raw = yaml.safe_load(file.read_text(encoding="utf-8"))
         rules = {name: Attribute(name, **options) for name, options in raw.items()}
-    except (OSError, yaml.YAMLError, TypeError, AttributeError) as error:
+    except (OSError, yaml.YAMLError, TypeError, AttributeError, UnicodeDecodeError) as error:
         raise ConfigError(f"describe.attributes={file}: {type(error).__name__}: {error}") from error
     for name, rule in rules.items():
         if problem := _problem(rule, rules):
@@ -134,6 +140,8 @@ def load_attributes(path: str | Path | None = None) -> dict[str, Attribute]:
 
 
 def _problem(rule: Attribute, rules: dict[str, Attribute]) -> str | None:
+    if problem := _type_problem(rule):
+        return problem
     if (rule.field is None) == (rule.measure is None):
         return "give field or measure"
     if rule.measure is not None and rule.measure not in MEASURES:
@@ -151,6 +159,30 @@ def _problem(rule: Attribute, rules: dict[str, Attribute]) -> str | None:
     for points in (rule.cuts or {}).values() if rule.by else [rule.cuts or []]:
         if rule.labels and (len(points) != len(rule.labels) - 1 or sorted(points) != list(points)):
             return f"{len(rule.labels)} labels need {len(rule.labels) - 1} ascending cuts, not {points}"
+    return None
+
+
+def _type_problem(rule: Attribute) -> str | None:
+    """What YAML has made of a value that was meant otherwise."""
+    for name, value in {"labels": rule.labels, "by": rule.by}.items():
+        if not isinstance(value, list) or not all(isinstance(own, str) for own in value):
+            return f"{name} is {value!r}; give a list of strings, with words such as yes and no in quotes"
+    if not isinstance(rule.values, dict):
+        return f"values is {rule.values!r}, no mapping of labels to lists of spellings"
+    for label, spellings in rule.values.items():
+        listed = isinstance(spellings, list) and all(type(own) in (str, int, float) for own in spellings)
+        if not isinstance(label, str) or not listed:
+            return (
+                f"values: {label!r} has {spellings!r}; give a list of spellings, and put yes, no, true, false in quotes"
+            )
+    if not isinstance(rule.plausible, dict):
+        return f"plausible is {rule.plausible!r}, no mapping of labels to a lowest and a highest number"
+    cuts = rule.cuts.values() if isinstance(rule.cuts, dict) else [rule.cuts or []]
+    for points in [*cuts, rule.within or []]:
+        if not isinstance(points, list) or not all(type(p) in (int, float) and np.isfinite(p) for p in points):
+            return f"cuts and within hold lists of numbers, not {points!r}"
+    if rule.within is not None and (len(rule.within) != 2 or rule.within[0] > rule.within[1]):
+        return f"within is {rule.within!r}; give a lowest and a highest number"
     return None
 
 
@@ -290,6 +322,8 @@ def read_speakers(path: str) -> dict[str, dict[str, str]]:
     """
     found: dict[str, dict[str, str]] = {}
     for row in read_table(Path(path), {"speaker"}, None):
+        if row.problem:
+            raise DataError(f"{path}, line {row.line}: {row.problem}.")
         speaker = row.cells.get("speaker", "")
         own = {k: v for k, v in row.cells.items() if k != "speaker" and v}
         if speaker and found.setdefault(speaker, own) != own:

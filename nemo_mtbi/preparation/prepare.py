@@ -19,11 +19,11 @@ from typing import Any, TextIO
 
 import numpy as np
 from lhotse.cut import Cut
-from lhotse.supervision import AlignmentItem
 from omegaconf import MISSING
 
 from nemo_mtbi import console
 from nemo_mtbi.corpus.execution import LOCAL, RAY, check_execution, spread
+from nemo_mtbi.corpus.failures import explained
 from nemo_mtbi.corpus.ray_data import RayConfig
 from nemo_mtbi.data.audio import mono_samples
 from nemo_mtbi.data.rendering import TimedWord
@@ -36,7 +36,14 @@ from nemo_mtbi.preparation.noisy import NoiseConfig, with_noise
 from nemo_mtbi.preparation.sentences import read_sentences
 from nemo_mtbi.preparation.sources import READERS, Entry, SourceConfig
 from nemo_mtbi.preparation.voice_report import write_voice_report
-from nemo_mtbi.preparation.word_times import ALIGNER_RATE, Aligner, Unalignable, build_aligner
+from nemo_mtbi.preparation.word_times import (
+    ALIGNER_RATE,
+    Aligner,
+    Unalignable,
+    build_aligner,
+    check_aligner,
+    give_words,
+)
 
 log = logging.getLogger(__name__)
 MADE = {"sentences": read_sentences, "no_speech": read_no_speech}  # by this step
@@ -133,12 +140,12 @@ class Preparation:
                 raise ConfigError(f"Unknown source kind {source.kind!r}. Known kinds: {', '.join(KINDS)}.")
         if config.unaligned not in ("keep", "skip"):
             raise ConfigError(f"unaligned={config.unaligned!r}: use keep or skip.")
-        if abs(sum((config.split.shares or DEFAULT_SHARES).values()) - 1) > 1e-6 or config.split.by not in (
-            "speaker",
-            "utterance",
-        ):
+        shares = (config.split.shares or DEFAULT_SHARES).values()
+        whole = all(0 <= share <= 1 for share in shares) and abs(sum(shares) - 1) <= 1e-6
+        if not whole or config.split.by not in ("speaker", "utterance"):
             raise ConfigError(
-                f"split: shares {config.split.shares} must sum to 1, and by must be speaker or utterance."
+                f"split: shares {config.split.shares} must be from 0 to 1 and sum to 1, and by must be speaker or "
+                "utterance."
             )
         config.noise.check()
         check_execution(config.executor, config.workers)
@@ -149,6 +156,8 @@ class Preparation:
         self.textgrids = (
             Path(config.aligner.removeprefix("textgrids:")) if config.aligner.startswith("textgrids:") else None
         )
+        if self.textgrids is None:
+            check_aligner(config.aligner)
         if self.textgrids is not None and not self.textgrids.is_dir():
             raise DataError(f"aligner: {self.textgrids} is not a folder of TextGrid files.")
 
@@ -166,13 +175,19 @@ class Preparation:
         """
         settings = self.settings
 
-        def kept(record: dict[str, Any]) -> tuple[bool, Any] | None:
-            """Whether it is skipped, and a hash of the transcript, of a record of these settings."""
+        def kept(record: dict[str, Any]) -> tuple[bool, Any, str | None] | None:
+            """Of a record of these settings: whether it is skipped, a hash of the transcript, what else it is of."""
             if record.get("settings") != settings:
                 return None
-            return "skipped" in record, hash(record.get("text"))
+            return "skipped" in record, hash(record.get("text")), record.get("of")
 
-        with jsonl.Journal(self.folder / "prepared.jsonl", kept) as journal:
+        def finished(entry: Entry) -> bool:
+            """A changed transcript or recording is prepared again, and a skipped utterance is tried again."""
+            _, known = journal.places.get(entry.id, (0, None))
+            same = known is not None and known[:2] == (False, hash(entry.text))
+            return same and known[2] in (None, entry.identity)  # older records do not say of what they are
+
+        with explained(self.folder), jsonl.Journal(self.folder / "prepared.jsonl", kept) as journal:
             entries = list(self._entries())
             duplicates = [i for i, n in Counter(e.id for e in entries).items() if n > 1]
             if duplicates:
@@ -181,8 +196,7 @@ class Preparation:
                     f"Utterance id {duplicates[0]} occurs twice ({len(duplicates)} such; {' and '.join(places[:2])}). "
                     "Give the sources names, or name every recording once."
                 )
-            # A changed transcript is prepared again, and a skipped utterance is tried again.
-            todo = [e for e in entries if journal.places.get(e.id, (0, None))[1] != (False, hash(e.text))]
+            todo = [e for e in entries if not finished(e)]
             c = self.config
             make = partial(recorder, c) if c.executor == RAY else lambda worker: self.record
             records = spread(make, todo, c.executor, c.workers, c.ray, chunk=CHUNKS[c.executor])
@@ -192,7 +206,7 @@ class Preparation:
 
     def record(self, entry: Entry) -> dict[str, Any]:
         """The journal's line about an utterance: its cut, or why it is skipped."""
-        record: dict[str, Any] = {"id": entry.id, "settings": self.settings, "text": entry.text}
+        record: dict[str, Any] = {"id": entry.id, "settings": self.settings, "text": entry.text, "of": entry.identity}
         try:
             noticed: list[str] = []
             cut, unaligned, samples = self._prepare(entry, noticed)
@@ -246,14 +260,7 @@ class Preparation:
             if c.unaligned == "skip":
                 raise Skip(f"unalignable: {reason}") from None
             return cut, str(reason), samples
-        supervision = cut.supervisions[0]
-        supervision.alignment = {
-            "word": [
-                AlignmentItem(w.text, w.start_seconds, round(w.end_seconds - w.start_seconds, 8))
-                for w in words
-                if w.start_seconds is not None and w.end_seconds is not None
-            ]
-        }
+        give_words(cut, words)
         return cut, None, samples
 
     def _on_disk(self, cut: Cut) -> Cut:

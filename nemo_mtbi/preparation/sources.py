@@ -1,6 +1,8 @@
 """Where utterances come from; every source is a stream of :class:`Entry`, read lazily."""
 
-from collections.abc import Callable, Iterator
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.resources import files
@@ -12,7 +14,7 @@ from lhotse.cut import Cut, MonoCut
 
 from nemo_mtbi.data.audio import AUDIO_SUFFIXES, audio_files, part_of
 from nemo_mtbi.data.manifest import ManifestLine, read_manifest
-from nemo_mtbi.errors import ConfigError, DataError
+from nemo_mtbi.errors import ConfigError, DataError, MTBIError
 from nemo_mtbi.io.tables import read_table
 from nemo_mtbi.io.text import read_text
 
@@ -31,6 +33,7 @@ class Entry:
         where: file and line (or file) that names it, for messages.
         problem: why the source cannot give it, or None.
         silent: nothing is said, so the transcript is empty.
+        about: audio, part and language, as far as the source names them; see ``identity``.
     """
 
     id: str
@@ -41,6 +44,15 @@ class Entry:
     where: str = ""
     problem: str | None = None
     silent: bool = False
+    about: tuple[Any, ...] = ()
+
+    @property
+    def identity(self) -> str:
+        """What an utterance depends on beside its transcript: under the same id, another recording or speaker is
+        prepared anew.
+        """
+        about = json.dumps([self.speaker, *map(str, self.about)])
+        return hashlib.blake2b(about.encode(errors="replace"), digest_size=6).hexdigest()
 
 
 @dataclass
@@ -139,10 +151,26 @@ def _require(path: str | None, kind: str) -> Path:
     return Path(path)
 
 
-def _cut_entries(cuts: CutSet) -> Iterator[Entry]:
-    for cut in cuts:
+def _cut_entries(cuts: Callable[[], Iterable[Cut]], name: str) -> Iterator[Entry]:
+    """Of Lhotse's cuts, which are opened here: what Lhotse says of another tool's file is said with its name."""
+    stream: Iterator[Cut] | None = None
+    while True:
+        try:
+            stream = iter(cuts()) if stream is None else stream
+            cut = next(stream)
+            texts = [s.text for s in cut.supervisions]
+        except StopIteration:
+            return
+        except (MTBIError, KeyboardInterrupt):
+            raise
+        except Exception as error:  # of any kind, from Lhotse and what it reads with
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise DataError(f"{name} cannot be read (any further) as Lhotse cuts ({said[:200]}).") from error
+        for supervision in cut.supervisions:
+            if supervision.text is not None and not isinstance(supervision.text, str):
+                supervision.text = str(supervision.text)
         supervision = cut.supervisions[0] if cut.supervisions else None
-        text = " ".join("" if s.text is None else str(s.text) for s in cut.supervisions).strip()
+        text = " ".join("" if own is None else str(own) for own in texts).strip()
         speaker = None if supervision is None or supervision.speaker is None else str(supervision.speaker)
         yield Entry(cut.id, lambda cut=cut: cut, speaker, text, where=f"cut {cut.id}")  # type: ignore[misc]
 
@@ -152,12 +180,13 @@ def read_cuts(config: SourceConfig) -> Iterator[Entry]:
     path = _require(config.path, config.kind)
     if path.stat().st_size == 0:
         raise DataError(f"The manifest {path} is empty.")
-    yield from _cut_entries(CutSet.from_file(path))
+    yield from _cut_entries(lambda: CutSet.from_file(path), str(path))
 
 
 def read_shar(config: SourceConfig) -> Iterator[Entry]:
     """A Lhotse Shar directory."""
-    yield from _cut_entries(CutSet.from_shar(in_dir=str(_require(config.path, config.kind))))
+    path = str(_require(config.path, config.kind))
+    yield from _cut_entries(lambda: CutSet.from_shar(in_dir=path), path)
 
 
 def read_nemo(config: SourceConfig) -> Iterator[Entry]:
@@ -177,7 +206,8 @@ def read_nemo(config: SourceConfig) -> Iterator[Entry]:
             return part
 
         problem = line.problem or ("there is no text" if line.text is None else None)
-        yield Entry(entry_id, load, line.speaker, line.text or "", where=line.where, problem=problem)
+        about = (line.audio, line.offset_seconds, line.duration_seconds, line.language or config.language)
+        yield Entry(entry_id, load, line.speaker, line.text or "", where=line.where, problem=problem, about=about)
 
 
 def read_tsv(config: SourceConfig) -> Iterator[Entry]:
@@ -185,6 +215,8 @@ def read_tsv(config: SourceConfig) -> Iterator[Entry]:
     path = _require(config.path, config.kind)
     root = Path(config.audio_root or path.parent)
     needed = {config.audio_column, config.text_column, *filter(None, [config.split_column]), *config.metadata}
+    if config.speaker_column not in (None, SourceConfig.speaker_column):  # the default one may be missing
+        needed.add(config.speaker_column)
     for row in read_table(path, needed, config.encoding):
         audio, text = row.cells.get(config.audio_column, ""), row.cells.get(config.text_column, "")
         speaker = row.cells.get(config.speaker_column) or None if config.speaker_column else None
@@ -210,6 +242,7 @@ def read_tsv(config: SourceConfig) -> Iterator[Entry]:
             row.cells.get(config.split_column) or None if config.split_column else None,
             f"{path}, line {row.line}",
             problem,
+            about=(root / audio, config.language),
         )
 
 
@@ -233,6 +266,7 @@ def read_folder(config: SourceConfig) -> Iterator[Entry]:
             text,
             where=str(file),
             problem=problem,
+            about=(file, config.language),
         )
 
 
@@ -244,10 +278,14 @@ def read_recipe(config: SourceConfig) -> Iterator[Entry]:
     if prepare is None:
         known = sorted(n.removeprefix("prepare_") for n in dir(recipes) if n.startswith("prepare_"))
         raise ConfigError(f"Lhotse has no recipe {config.name!r}. Some it has: {', '.join(known[:40])}, ...")
-    parts = prepare(_require(config.path, config.kind), **config.options)
-    parts = {"": parts} if "recordings" in parts else parts
-    for manifests in parts.values():
-        yield from _cut_entries(CutSet.from_manifests(**manifests).trim_to_supervisions())
+    path = _require(config.path, config.kind)
+
+    def cuts() -> Iterator[Cut]:
+        parts = prepare(path, **config.options)
+        for manifests in ({"": parts} if "recordings" in parts else parts).values():
+            yield from CutSet.from_manifests(**manifests).trim_to_supervisions()
+
+    yield from _cut_entries(cuts, f"{path}, by Lhotse's recipe {config.name} with options {config.options},")
 
 
 READERS: dict[str, Callable[[SourceConfig], Iterator[Entry]]] = {

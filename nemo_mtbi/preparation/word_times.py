@@ -4,9 +4,12 @@ An aligner gives one :class:`TimedWord` per word of the transcript, or says why 
 """
 
 import re
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from lhotse.cut import Cut
+from lhotse.supervision import AlignmentItem
 
 from nemo_mtbi.data.rendering import TimedWord
 from nemo_mtbi.errors import ConfigError
@@ -77,7 +80,12 @@ class NeMoCTCAligner:
     def __init__(self, model: str) -> None:
         from nemo.collections.asr.models import ASRModel
 
-        self.model = (ASRModel.restore_from if model.endswith(".nemo") else ASRModel.from_pretrained)(model).eval()
+        load = ASRModel.restore_from if model.endswith(".nemo") else ASRModel.from_pretrained
+        try:
+            self.model = load(model).eval()
+        except Exception as error:  # of NeMo, of a hub, of an archive
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ConfigError(f"aligner={model!r} cannot be loaded: {reason[:200]}.") from error
         self.seconds = self.model.cfg.preprocessor.window_stride * self.model.encoder.subsampling_factor
 
     def align(self, samples: np.ndarray, transcript: str) -> list[TimedWord]:
@@ -107,3 +115,36 @@ def build_aligner(name: str | None) -> Aligner | None:
         return PocketSphinxAligner()
     assert name is not None
     return NeMoCTCAligner(name)
+
+
+def check_aligner(name: str | None) -> None:
+    """
+    Raises:
+        ConfigError: no aligner has such a name.
+    """
+    if name in (None, "none", "pocketsphinx"):
+        return
+    assert name is not None
+    if name.endswith(".nemo") and not Path(name).is_file():
+        raise ConfigError(f"aligner={name!r}: there is no such file.")
+    if not name.endswith(".nemo") and "/" not in name and not name.startswith("stt_"):
+        raise ConfigError(
+            f"aligner={name!r}: use pocketsphinx, none, textgrids:FOLDER, or a NeMo CTC model (a name such as "
+            "nvidia/stt_de_conformer_ctc_large, or a .nemo file)."
+        )
+
+
+def give_words(cut: Cut, words: list[TimedWord]) -> None:
+    """The words of a cut's transcript to its supervisions, in their order; those that have words keep theirs."""
+    place = 0
+    several = len(cut.supervisions) > 1
+    for supervision in cut.supervisions:
+        count = len((supervision.text or "").split()) if several else len(words)
+        own, place = words[place : place + count], place + count
+        if not (supervision.alignment or {}).get("word"):
+            timed = [
+                AlignmentItem(w.text, w.start_seconds, round(w.end_seconds - w.start_seconds, 8))
+                for w in own
+                if w.start_seconds is not None and w.end_seconds is not None
+            ]
+            supervision.alignment = {"word": timed}

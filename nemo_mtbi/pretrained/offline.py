@@ -20,6 +20,7 @@ from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.pretrained.packages import INSTALL_RESEARCH, package_file, verified_file
 
 PREFIX = "offline:"
+LOCAL_PATHS = ("/", "./", "../", "~")  # beginnings that no hub name has
 LICENCES = {
     "offline:smollm2-135m-instruct": "Apache-2.0",
     "offline:whisper-tiny.en": "MIT",
@@ -56,10 +57,12 @@ def resolve_pretrained(name: str) -> str:
     """Turn ``offline:PART`` into the path of its Hugging Face directory; other names pass unchanged.
 
     Raises:
-        ConfigError: there is no such part, or its packages hold something else than is expected.
+        ConfigError: there is no such part or path, or its packages hold something else than is expected.
         DataError: the pip package that carries the part is not installed.
     """
     if not name.startswith(PREFIX):
+        if name.startswith(LOCAL_PATHS) and not Path(name).expanduser().exists():
+            raise ConfigError(f"There is no model {name}.")
         return name
     part = name.removeprefix(PREFIX)
     if part not in PARTS:

@@ -11,6 +11,7 @@ Files under ``output_dir``:
 
 import hashlib
 import json
+import math
 import re
 import time
 from importlib.util import find_spec
@@ -120,8 +121,13 @@ def check_values(config: TargetsConfig) -> None:
         if getattr(config, field) < least:
             problems.append(f"{field}={getattr(config, field)}: at least {least}")
     problems += check_vllm(config) if config.engine == "vllm" else []
-    if config.temperature <= 0:
+    if not 0 < config.temperature < math.inf:
         problems.append(f"temperature={config.temperature}: must be positive")
+    for name, count in config.tasks_per_cut.items():
+        if not 0 <= count < math.inf:
+            problems.append(f"tasks_per_cut.{name}={count}: at least 0")
+    if config.task_names is not None and len(set(config.task_names)) < max(1, len(config.task_names)):
+        problems.append(f"task_names={list(config.task_names)}: name at least one task, and each once")
     if config.description.share is not None and not 0 <= config.description.share <= 1:
         problems.append(f"description.share={config.description.share}: from 0 to 1")
     if config.dtype not in DTYPES:

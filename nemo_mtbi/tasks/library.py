@@ -92,8 +92,12 @@ def load_task(path: Path) -> Task:
         ConfigError: names the file and what is wrong with it.
     """
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
         wordings = raw.pop("prompts", {})
+        if unknown := set(wordings) - set(SPLITS):
+            raise ConfigError(
+                f"Task file {path}: prompts has no split {sorted(map(str, unknown))[0]!r}, only {SPLITS}."
+            )
         prompts = [
             Prompt(p["id"], p["text"], split, p.get("language", "en"))
             for split in SPLITS
@@ -101,8 +105,10 @@ def load_task(path: Path) -> Task:
         ]
         steps = [PrepareStep(**s) for s in raw.pop("prepare", [])]
         task = Task(prompts=prompts, prepare=steps, **raw)
-    except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+    except (yaml.YAMLError, TypeError, KeyError, AttributeError, UnicodeDecodeError) as error:
         raise ConfigError(f"Task file {path}: {type(error).__name__}: {error}") from error
+    if problem := _type_problem(task):
+        raise ConfigError(f"Task file {path}: {problem}.")
     if task.name != path.stem or task.group not in GROUPS or not task.prompts or task.form.get("kind") not in FORMS:
         raise ConfigError(
             f"Task file {path}: name must be {path.stem!r}, group one of {GROUPS}, form.kind one of {FORMS}, and there "
@@ -120,6 +126,37 @@ def load_task(path: Path) -> Task:
     return task
 
 
+def _type_problem(task: Task) -> str | None:
+    """What YAML has made of a value that was meant otherwise (an unquoted ``no`` is false)."""
+    lists = {"choices": task.choices, "needs": task.needs}
+    if isinstance(task.variables, dict):
+        lists |= {f"variables.{name}": values for name, values in task.variables.items()}
+        if empty := [name for name, values in task.variables.items() if values == []]:
+            return f"variables.{empty[0]} is empty"
+    else:
+        return f"variables is {task.variables!r}, no mapping of names to lists"
+    for name, values in lists.items():
+        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+            return f"{name} is {values!r}; give a list of strings, with words such as yes, no and numbers in quotes"
+    texts = [(f"prompt {p.id!r}: {key}", getattr(p, key)) for p in task.prompts for key in ("id", "text", "language")]
+    for name, text in [*texts, *((f"prepare {s.variable!r}", s.prompt) for s in task.prepare)]:
+        if not isinstance(text, str):
+            return f"{name} is {text!r}; put it in quotes"
+    counts = {"max_new_tokens": task.max_new_tokens, "utterances": task.utterances}
+    counts |= {f"max_new_tokens of {s.variable!r}": s.max_new_tokens for s in task.prepare}
+    for name, count in counts.items():
+        if type(count) is not int or count < 1:
+            return f"{name} is {count!r}; give a whole number of at least 1"
+    if not isinstance(task.form, dict):
+        return f"form is {task.form!r}; give a mapping with kind"
+    if task.form.get("kind") in ("max_words", "min_words") and type(task.form.get("value")) is not int:
+        return f"form {task.form['kind']} needs a value, a whole number of words"
+    if task.form.get("kind") == "choice" and not task.choices:
+        return "form choice needs choices"
+    twice = [p.id for p in task.prompts if sum(p.id == other.id for other in task.prompts) > 1]
+    return f"the prompt id {twice[0]!r} is there twice" if twice else None
+
+
 def load_library(folders: Sequence[str | Path] | None = None) -> dict[str, Task]:
     """The shipped tasks and those of further folders, by name.
 
@@ -131,6 +168,11 @@ def load_library(folders: Sequence[str | Path] | None = None) -> dict[str, Task]
         if not files:
             raise ConfigError(f"No task file (*.yaml) in {folder}.")
         library |= {task.name: task for task in map(load_task, files)}
+    owners: dict[str, str] = {}
+    for task in library.values():
+        for prompt in task.prompts:
+            if (other := owners.setdefault(prompt.id, task.name)) != task.name:
+                raise ConfigError(f"The prompt id {prompt.id!r} is that of the tasks {other} and {task.name}.")
     return library
 
 

@@ -43,6 +43,7 @@ def test_slots_are_asked_with_the_values_of_the_whole_table(labels, smollm2):
         ({"metric": "accuracy"}, "accuracy needs choices"),
         ({"colour": "red"}, "line 1: TypeError"),
         ({"audio": "absent.wav"}, "no audio file"),
+        ({"metric": "accuracy", "choices": ["yes", "no"], "label": "Yes"}, "'Yes' .* is none of the choices"),
     ],
 )
 def test_bad_labels_name_the_line(labels, smollm2, row, message):

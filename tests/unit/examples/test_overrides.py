@@ -103,3 +103,10 @@ def test_names_that_the_grammar_lacks_are_an_error():
     for text in ("a,b", "${absent}", "{a"):
         with pytest.raises(ConfigError, match="several values|cannot be read"):
             read(text)
+
+
+@pytest.mark.parametrize("argument", ["sources=[{kind: tsv, path: Müller/t.tsv}]", "cuts={train: a (1).jsonl}"])
+def test_lists_that_cannot_be_read_are_no_text(argument):
+    with pytest.raises(ConfigError, match="need quotes inside"):
+        as_typed(argument)
+    assert as_typed("prompt=[what (1]") == 'prompt="[what (1]"'

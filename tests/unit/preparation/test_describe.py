@@ -93,6 +93,10 @@ def test_the_packages_rules():
     assert age.label(" Adult ", {}) == "adult" and age.label("senior", {}) == "senior"  # as some columns have it
     with pytest.raises(DataError, match="age: 'old' is no number"):
         age.label("old", {})
+    for odd in (-1, 999, "1e9"):
+        with pytest.raises(DataError, match="is not from 0 to 120"):
+            age.label(odd, {})
+    assert age.label(float("nan"), {}) is None
 
 
 @pytest.mark.parametrize(
@@ -116,6 +120,14 @@ def test_the_packages_rules():
             "depend on each other",
         ),
         ("a: [", "while parsing"),
+        ("a: {field: x, values: {female: female}}", "'female' has 'female'; give a list of spellings"),
+        ("a: {field: x, values: {yes: [m]}}", "True has"),
+        ("a: {field: x, values: [male, female]}", "no mapping of labels"),
+        ("a: {measure: seconds, labels: low, cuts: [1]}", "labels is 'low'"),
+        ("a: {measure: seconds, labels: [x, y], cuts: ['5']}", "lists of numbers"),
+        ("a: {measure: seconds, labels: [x, y], cuts: 5}", "lists of numbers"),
+        ("a: {measure: seconds, labels: [x, y], cuts: [5], plausible: [60, 200]}", "plausible is"),
+        ("a: {field: age, labels: [x, y], cuts: [5], within: [9, 1]}", "within is"),
     ],
 )
 def test_impossible_rules_are_named(tmp_path, text, message):

@@ -1,11 +1,18 @@
 """Preparation continues, splits by speaker, and says what it left out."""
 
-import pytest
+import json
 
-from nemo_mtbi.errors import DataError
+import pytest
+from lhotse import SupervisionSegment
+from lhotse.supervision import AlignmentItem
+from lhotse.testing.dummies import dummy_cut
+
+from nemo_mtbi.data.rendering import TimedWord
+from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.preparation.prepare import Preparation, SplitConfig
 from nemo_mtbi.preparation.sources import Entry, SourceConfig
-from tests.unit.preparation_helpers import config, tone
+from nemo_mtbi.preparation.word_times import give_words
+from tests.unit.preparation_helpers import config, cuts_of, tone
 
 pytestmark = pytest.mark.unit
 
@@ -44,4 +51,59 @@ def test_nothing_left_is_an_error(tmp_path):
     (tmp_path / "in" / "a.wav").write_text("no audio")
     (tmp_path / "in" / "a.txt").write_text("words")
     with pytest.raises(DataError, match="No utterance is left.*unreadable"):
+        Preparation(config(tmp_path, SourceConfig("folder", str(tmp_path / "in")))).run()
+
+
+def test_another_recording_or_speaker_under_the_same_id_is_prepared_again(tmp_path):
+    """Ids of a NeMo manifest are line numbers, so a removed line gives its id to the next one."""
+    manifest = tmp_path / "m.jsonl"
+    files = {name: tone(tmp_path / f"{name}.wav", seconds) for name, seconds in (("a", 1.0), ("b", 1.5), ("c", 2.0))}
+    lines = [json.dumps({"audio_filepath": str(files[n]), "text": "yes", "speaker": n.upper()}) for n in "abc"]
+
+    def prepared(given, **source):
+        manifest.write_text("\n".join(given))
+        source = SourceConfig("nemo", str(manifest), **source)
+        split = SplitConfig(speakers={"A": "train", "B": "test", "C": "train"})
+        cuts = cuts_of(Preparation(config(tmp_path, source, split=split)).run())
+        return {(c.supervisions[0].speaker, round(c.duration, 1), c.supervisions[0].language) for c in cuts}
+
+    assert prepared(lines) == {("A", 1.0, None), ("B", 1.5, None), ("C", 2.0, None)}
+    assert prepared(lines[1:]) == {("B", 1.5, None), ("C", 2.0, None)}
+    assert prepared(lines[1:], language="de") == {("B", 1.5, "de"), ("C", 2.0, "de")}
+    journal = tmp_path / "out" / "prepared.jsonl"
+    before = journal.read_text()
+    assert prepared(lines[1:], language="de") and journal.read_text() == before
+    old = [json.dumps({k: v for k, v in json.loads(line).items() if k != "of"}) for line in before.splitlines()]
+    journal.write_text("\n".join(old) + "\n")  # of a version that did not say of what they are
+    assert prepared(lines[1:], language="de") and journal.read_text().count("\n") == len(old)
+
+
+def test_words_go_to_the_supervision_that_says_them():
+    texts, words = ["hello there", "good day to you"], [TimedWord(w, i, i + 0.5) for i, w in enumerate("abcdef")]
+    own = [SupervisionSegment(f"s{i}", "r", 0, 3, text=text) for i, text in enumerate(texts)]
+    cut = dummy_cut(0, supervisions=own)
+    cut.supervisions[0].alignment = {"word": [AlignmentItem("kept", 0.1, 0.2)]}
+    give_words(cut, words)
+    assert [w.symbol for w in cut.supervisions[0].alignment["word"]] == ["kept"]
+    assert [w.symbol for w in cut.supervisions[1].alignment["word"]] == list("cdef")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"aligner": "pocketsfinx"}, "use pocketsphinx, none"),
+        ({"aligner": "/missing/model.nemo"}, "no such file"),
+        ({"split": SplitConfig(shares={"train": -0.5, "held_out": 1.5})}, "from 0 to 1"),
+        ({"split": SplitConfig(shares={"train": float("nan")})}, "from 0 to 1"),
+    ],
+)
+def test_what_cannot_work_is_said_first(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        Preparation(config(tmp_path, SourceConfig("folder", str(tmp_path)), **changes))
+
+
+def test_an_output_that_is_a_file(tmp_path):
+    tone(tmp_path / "in" / "a.wav").with_suffix(".txt").write_text("one")
+    (tmp_path / "out").write_text("")
+    with pytest.raises(DataError, match="Cannot write under"):
         Preparation(config(tmp_path, SourceConfig("folder", str(tmp_path / "in")))).run()

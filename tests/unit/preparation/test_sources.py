@@ -218,6 +218,44 @@ def test_rows_of_a_table_that_cannot_be_used(tmp_path):
         Preparation(config(tmp_path, SourceConfig("tsv", str(tmp_path / "t.tsv"), "x"))).run()
 
 
+def test_a_quotation_mark_without_an_end_is_named(tmp_path):
+    """It would make one cell of all that follows."""
+    rows = ["path,transcript,speaker", 'a.wav,"""hello"" there",s1', 'b.wav,"good day,s2', "c.wav,fine,s3"]
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    with pytest.raises(DataError, match=r"t.csv, line 3: a cell begins with a quotation mark"):
+        list(read_tsv(SourceConfig("csv", str(tmp_path / "t.csv"))))
+    (tmp_path / "t.csv").write_text("\n".join([*rows[:2], 'b.wav,"good" day,s2', rows[3]]))
+    entries = list(read_tsv(SourceConfig("csv", str(tmp_path / "t.csv"))))
+    assert [e.text for e in entries if not e.problem] == ['"hello" there', "fine"] and len(entries) == 3
+
+
+def test_a_named_column_of_speakers_must_be_there(tmp_path):
+    (tmp_path / "t.tsv").write_text("path\ttranscript\tclient_id\na.wav\tone\tx\n")
+    assert [e.speaker for e in read_tsv(SourceConfig("tsv", str(tmp_path / "t.tsv")))] == [None]
+    with pytest.raises(DataError, match="no column clientid"):
+        list(read_tsv(SourceConfig("tsv", str(tmp_path / "t.tsv"), speaker_column="clientid")))
+
+
+def test_numbers_that_are_none(tmp_path):
+    """As pandas writes empty cells."""
+    tone(tmp_path / "a.wav")
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text(
+        '{"audio_filepath": "a.wav", "text": "one", "speaker": NaN}\n{"audio_filepath": "a.wav", "text": NaN}\n'
+    )
+    (cut,) = cuts_of(Preparation(config(tmp_path, SourceConfig("nemo", str(manifest)))).run())
+    assert cut.supervisions[0].speaker is None and report(tmp_path)["skipped"] == 1
+
+
+@pytest.mark.parametrize(
+    "content", ['{"audio_filepath": "a.wav", "text": "x"}\n', "no json\n", '{"id": "r"}\n', "\ufeff{}\n"]
+)
+def test_other_tools_manifests_are_named(tmp_path, content):
+    (tmp_path / "cuts.jsonl").write_text(content)
+    with pytest.raises(DataError, match="cuts.jsonl cannot be read"):
+        Preparation(config(tmp_path, SourceConfig("cuts", str(tmp_path / "cuts.jsonl")))).run()
+
+
 def test_repaired_audio_is_counted(tmp_path):
     t = 0.1 * np.sin(np.arange(16000) / 20)
     for name, channels in {"fine": [t, t], "phase": [t, -t], "offset": [t + 0.4, t]}.items():

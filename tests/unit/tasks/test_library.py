@@ -7,6 +7,7 @@ from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.tasks.library import FORMS, load_library, load_task, render_template, select_tasks
 
 pytestmark = pytest.mark.unit
+TASK = "name: t\ngroup: train\nprompts: {seen: [{id: a, text: b}]}\n"
 
 
 def test_the_shipped_library_is_complete():
@@ -37,6 +38,22 @@ def test_templates_are_sandboxed_and_strict(template):
         ("name: t\ngroup: train\nprompts: {seen: [{id: a}]}", "KeyError"),
         ("name: t\ngroup: train\ncolour: red\nprompts: {seen: [{id: a, text: b}]}", "colour"),
         ("name: [", "Error"),
+        (f"{TASK}choices: [yes, no]", r"choices is \[True, False\].*in quotes"),
+        (f"{TASK}choices: happy, sad", "give a list of strings"),
+        (f"{TASK}needs: gender", "needs is 'gender'"),
+        (f"{TASK}variables: {{style: in one word}}", "variables.style is 'in one word'"),
+        (f"{TASK}variables: {{style: []}}", "variables.style is empty"),
+        (f"{TASK}variables: [style]", "no mapping"),
+        (f"{TASK}max_new_tokens: 0", "at least 1"),
+        (f'{TASK}max_new_tokens: "8"', "whole number"),
+        (f"{TASK}utterances: two", "whole number"),
+        (f"{TASK}form: choice", "AttributeError|mapping with kind"),
+        (f"{TASK}form: {{kind: max_words}}", "needs a value"),
+        (f"{TASK}form: {{kind: choice}}", "needs choices"),
+        ("name: t\ngroup: train\nprompts: {heldout: [{id: a, text: b}]}", "no split 'heldout'"),
+        ("name: t\ngroup: train\nprompts: {seen: [{id: 5, text: b}]}", "prompt 5: id is 5"),
+        ("name: t\ngroup: train\nprompts: {seen: [{id: a, text: b, language: no}]}", "language is False"),
+        ("name: t\ngroup: train\nprompts: {seen: [{id: a, text: b}], held_out: [{id: a, text: c}]}", "there twice"),
     ],
 )
 def test_bad_task_files_name_the_file(tmp_path, text, message):
@@ -50,3 +67,12 @@ def test_bad_task_files_name_the_file(tmp_path, text, message):
 def test_unknown_tasks_are_refused():
     with pytest.raises(ConfigError, match=r"Unknown task sing.*repeat"):
         select_tasks(load_library(), ["sing"])
+
+
+def test_ids_and_encodings_of_task_files(tmp_path):
+    (tmp_path / "t.yaml").write_bytes("name: t\ngroup: train\nprompts: {seen: [{id: a, text: für}]}".encode("latin-1"))
+    with pytest.raises(ConfigError, match="UnicodeDecodeError"):
+        load_task(tmp_path / "t.yaml")
+    (tmp_path / "t.yaml").write_text(TASK.replace("id: a", "id: repeat-01"))
+    with pytest.raises(ConfigError, match="'repeat-01' is that of the tasks repeat and t"):
+        load_library([tmp_path])

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from nemo_mtbi import registration as registration
 from nemo_mtbi.data.target import Target
-from nemo_mtbi.errors import DataError, MTBIError
+from nemo_mtbi.errors import ConfigError, DataError, MTBIError
 from nemo_mtbi.targets.filters import (
     Candidate,
     NearDuplicates,
@@ -295,6 +295,22 @@ def test_a_full_disk_is_said_and_the_run_continues(tmp_path, tiny_llm):
     whole = config(tmp_path / "whole", tiny_llm, cuts)
     TargetGenerator(whole).run()
     assert everything(tmp_path / "targets") == everything(tmp_path / "whole" / "targets")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"tasks_per_cut": {"train": -1}}, "tasks_per_cut.train=-1"),
+        ({"task_names": ["repeat", "repeat"]}, "each once"),
+        ({"task_names": []}, "at least one task"),
+        ({"llm": "/missing/llm"}, "There is no model /missing/llm"),
+    ],
+)
+def test_values_that_cannot_work(tmp_path, tiny_llm, changes, message):
+    cuts = write_cuts(tmp_path / "cuts.jsonl", 1)
+    with pytest.raises(ConfigError, match=message):
+        TargetGenerator(config(tmp_path, tiny_llm, cuts, **changes))
 
 
 @pytest.mark.parametrize("path, message", [("absent.jsonl", "no manifest"), ("empty.jsonl", "is empty")])

@@ -8,20 +8,18 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from nemo_mtbi import console
-from nemo_mtbi.errors import ConfigError, MTBIError
+from nemo_mtbi.errors import MTBIError
 from nemo_mtbi.examples._overrides import as_typed, overrides
 from nemo_mtbi.examples._steps import run_launcher
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
-T = TypeVar("T")
 
 
 def launcher(
@@ -87,20 +85,6 @@ def open_dictionaries(node: DictConfig) -> DictConfig:
         else:
             open_dictionaries(node[key])
     return node
-
-
-def typed(schema: type[T], cfg: DictConfig) -> T:
-    """A configuration as an instance of a dataclass.
-
-    Raises:
-        ConfigError: unknown keys, missing values or wrong types.
-    """
-    try:
-        value = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), cfg))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{schema.__name__}: {str(error).splitlines()[0]} (key: {error.full_key})") from error
-    assert isinstance(value, schema)
-    return value
 
 
 def run_step(name: str, module: str, values: Mapping[str, Any]) -> float:

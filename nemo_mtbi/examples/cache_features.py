@@ -8,7 +8,8 @@ from nemo_mtbi.config import ModelConfig
 from nemo_mtbi.corpus.execution import LOCAL
 from nemo_mtbi.corpus.ray_data import RayConfig
 from nemo_mtbi.errors import ConfigError
-from nemo_mtbi.examples._launcher import announce, launcher, typed
+from nemo_mtbi.examples._launcher import announce, launcher
+from nemo_mtbi.io.typed import typed
 
 
 @launcher("cache_features", {"speech_llm/schema": ModelConfig})

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from nemo_mtbi.examples._launcher import announce, launcher, typed
+from nemo_mtbi.examples._launcher import announce, launcher
+from nemo_mtbi.io.typed import typed
 from nemo_mtbi.targets.config import TargetsConfig
 
 

@@ -19,11 +19,17 @@ def main(cfg: DictConfig) -> None:
 
     from nemo_mtbi.data.conversation import check_manifest, spoken_part
     from nemo_mtbi.data.target import TARGETS_FIELD, Target
-    from nemo_mtbi.errors import DataError
+    from nemo_mtbi.errors import ConfigError, DataError
 
     check_manifest(cfg.cuts)
-    cuts = CutSet.from_file(cfg.cuts)
-    chosen = [c for c in cuts if c.id == cfg.id] if cfg.id else list(islice(cuts, cfg.count))
+    if cfg.count < 1 or cfg.visits < 0:
+        raise ConfigError(f"count={cfg.count}, visits={cfg.visits}: at least 1 and 0.")
+    try:
+        cuts = CutSet.from_file(cfg.cuts)
+        chosen = [c for c in cuts if c.id == cfg.id] if cfg.id else list(islice(cuts, cfg.count))
+    except Exception as error:  # of any kind, from Lhotse and what it reads with
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise DataError(f"{cfg.cuts} cannot be read as a manifest of cuts ({said[:200]}).") from error
     if not chosen:
         raise DataError(f"{cfg.cuts} has no cut {cfg.id!r}.")
     for cut in chosen:
@@ -48,7 +54,7 @@ def interleaved_view(cut: Any, cfg: DictConfig, visit: int) -> str:
     from nemo_mtbi.data.conversation import spoken_part
     from nemo_mtbi.data.interleaving import SpeechSpan, Word, merge, timeline
     from nemo_mtbi.data.rendering import match_words
-    from nemo_mtbi.examples._launcher import typed
+    from nemo_mtbi.io.typed import typed
 
     spoken = spoken_part(cut)
     texts = spoken.transcript.split()

@@ -5,7 +5,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from nemo_mtbi import console
-from nemo_mtbi.examples._launcher import launcher, typed
+from nemo_mtbi.examples._launcher import launcher
+from nemo_mtbi.io.typed import typed
 from nemo_mtbi.parallel.plan_config import GB, PlanConfig
 
 BATCH_SHARE = 0.9  # of the positions that fit; the rest is for what the arithmetic leaves out

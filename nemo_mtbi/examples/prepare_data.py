@@ -2,7 +2,8 @@
 
 from omegaconf import DictConfig
 
-from nemo_mtbi.examples._launcher import announce, launcher, typed
+from nemo_mtbi.examples._launcher import announce, launcher
+from nemo_mtbi.io.typed import typed
 from nemo_mtbi.preparation.prepare import Preparation, PrepareConfig
 
 

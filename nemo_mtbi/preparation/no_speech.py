@@ -1,5 +1,6 @@
 """The ``no_speech`` source: recordings in which nothing is said, made on the spot, with empty transcripts."""
 
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from lhotse.cut import Cut
 
 from nemo_mtbi.data.target import NO_SPEECH
 from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.io.typed import typed
 from nemo_mtbi.preparation.sources import Entry, SourceConfig, utterance_cut
 
 RATE = 16_000
@@ -89,12 +91,9 @@ def read_no_speech(config: SourceConfig, output_dir: Path) -> Iterator[Entry]:
     Raises:
         ConfigError: unknown options.
     """
-    try:
-        options = NoSpeechOptions(**config.options)
-    except TypeError as error:
-        raise ConfigError(f"sources.options of kind no_speech: {error}") from None
-    shortest, longest = options.seconds
-    if not 0 < shortest <= longest:
+    options = typed(NoSpeechOptions, config.options)
+    shortest, longest = options.seconds if len(options.seconds) == 2 else (0.0, 0.0)
+    if not 0 < shortest <= longest < math.inf:
         raise ConfigError(f"sources.options of kind no_speech: seconds={options.seconds} must be [shortest, longest].")
     for split, count in options.counts.items():
         for index in range(count):

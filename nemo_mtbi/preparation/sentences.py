@@ -15,6 +15,7 @@ from lhotse.cut import Cut
 from nemo_mtbi import console
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.io.text import normalized, numbered_lines
+from nemo_mtbi.io.typed import typed
 from nemo_mtbi.preparation.everyday import everyday_sentences
 from nemo_mtbi.preparation.sources import Entry, SourceConfig, utterance_cut
 from nemo_mtbi.preparation.synthesis import Voice, parse_voice, synthesize
@@ -52,10 +53,13 @@ class SentenceOptions:
 
 def read_sentences(config: SourceConfig, output_dir: Path) -> Iterator[Entry]:
     """Synthesizes what is missing (with a progress bar), then yields the utterances."""
-    try:
-        options = SentenceOptions(**config.options)
-    except TypeError as error:
-        raise ConfigError(f"sources.options of kind sentences: {error}") from None
+    options = typed(SentenceOptions, config.options)
+    least = {"count": 1, "held_out": 0, "renditions": 1}
+    wrong = [f"{name}={getattr(options, name)}" for name, value in least.items() if getattr(options, name) < value]
+    wrong += [f"{name}=[]" for name in ("voices", "speeds", "snr_db") if not getattr(options, name)]
+    wrong += [f"speeds={options.speeds}" for speed in options.speeds if not 0.5 <= speed <= 2][:1]
+    if wrong:
+        raise ConfigError(f"sources.options of kind sentences: {wrong[0]} gives no sentences.")
     voices = [parse_voice(v) for v in options.voices]
     unseen = [parse_voice(v) for v in options.unseen_voices]
     sentences = _sentences(config, options)

@@ -86,7 +86,15 @@ def test_folder_and_cuts(tmp_path):
         (SourceConfig("wavs", "x"), "Unknown source kind"),
         (SourceConfig("lhotse_recipe", ".", "no_such_corpus"), "no recipe"),
         (SourceConfig("sentences", None, options={"voices": ["espeak:x"]}), "engines are"),
-        (SourceConfig("sentences", None, options={"voice": "x"}), "options"),
+        (SourceConfig("sentences", None, options={"voice": "x"}), "SentenceOptions: Key 'voice'"),
+        (SourceConfig("sentences", None, options={"count": "ten"}), "SentenceOptions: .*'ten'"),
+        (SourceConfig("sentences", None, options={"voices": []}), r"voices=\[\] gives no sentences"),
+        (SourceConfig("sentences", None, options={"renditions": 0}), "renditions=0"),
+        (SourceConfig("sentences", None, options={"held_out": -5}), "held_out=-5"),
+        (SourceConfig("sentences", None, options={"speeds": 1.1}), "SentenceOptions"),
+        (SourceConfig("no_speech", None, options={"counts": 30}), "NoSpeechOptions"),
+        (SourceConfig("no_speech", None, options={"seconds": [1, 2, 3]}), "shortest, longest"),
+        (SourceConfig("no_speech", None, options={"seconds": 5}), "NoSpeechOptions"),
     ],
 )
 def test_bad_sources_are_refused(tmp_path, source, message):

@@ -10,8 +10,8 @@ from nemo_mtbi.errors import ConfigError
 T = TypeVar("T")
 
 
-def typed(schema: type[T], cfg: DictConfig | dict[str, Any]) -> T:
-    """A configuration as an instance of a dataclass.
+def typed(schema: type[T], cfg: DictConfig | dict[str, Any], name: str | None = None) -> T:
+    """A configuration as an instance of a dataclass; ``name`` is what messages call it.
 
     Raises:
         ConfigError: unknown keys, missing values or wrong types.
@@ -19,6 +19,7 @@ def typed(schema: type[T], cfg: DictConfig | dict[str, Any]) -> T:
     try:
         value = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), cfg))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{schema.__name__}: {str(error).splitlines()[0]} (key: {error.full_key})") from error
+        said = str(error).splitlines()[0]
+        raise ConfigError(f"{name or schema.__name__}: {said} (key: {error.full_key})") from error
     assert isinstance(value, schema)
     return value

@@ -91,7 +91,7 @@ def read_no_speech(config: SourceConfig, output_dir: Path) -> Iterator[Entry]:
     Raises:
         ConfigError: unknown options.
     """
-    options = typed(NoSpeechOptions, config.options)
+    options = typed(NoSpeechOptions, config.options, "sources.options of kind no_speech")
     shortest, longest = options.seconds if len(options.seconds) == 2 else (0.0, 0.0)
     if not 0 < shortest <= longest < math.inf:
         raise ConfigError(f"sources.options of kind no_speech: seconds={options.seconds} must be [shortest, longest].")

@@ -53,7 +53,7 @@ class SentenceOptions:
 
 def read_sentences(config: SourceConfig, output_dir: Path) -> Iterator[Entry]:
     """Synthesizes what is missing (with a progress bar), then yields the utterances."""
-    options = typed(SentenceOptions, config.options)
+    options = typed(SentenceOptions, config.options, "sources.options of kind sentences")
     least = {"count": 1, "held_out": 0, "renditions": 1}
     wrong = [f"{name}={getattr(options, name)}" for name, value in least.items() if getattr(options, name) < value]
     wrong += [f"{name}=[]" for name in ("voices", "speeds", "snr_db") if not getattr(options, name)]

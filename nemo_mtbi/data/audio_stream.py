@@ -4,9 +4,7 @@ Letters: S samples.
 """
 
 import io
-import math
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,13 +13,13 @@ import soundfile
 import soxr
 
 from nemo_mtbi.data.audio import load_waveform, mono
+from nemo_mtbi.data.audio_length import with_length
 from nemo_mtbi.errors import DataError
 
 BLOCK_SECONDS, SMALL_BLOCK_SECONDS = 30.0, 1.0  # the second where the first cannot be decoded
 STREAMED_FROM_SECONDS = 120.0  # shorter recordings are read at once
 PART_TOLERANCE_SECONDS = 0.1  # by which a part may end after its file
 PROBES = 30
-TOTAL_SAMPLES, LOW_36_BITS = slice(18, 26), (1 << 36) - 1  # of a FLAC's STREAMINFO: the bytes whose low bits they are
 
 
 @dataclass(frozen=True)
@@ -168,34 +166,6 @@ def _is_long(stream: AudioStream) -> bool:
         return stream.seconds > STREAMED_FROM_SECONDS
     except DataError:  # of another format, or broken: Lhotse says what it is
         return False
-
-
-def with_length(source: Path | bytes, max_seconds: float = math.inf) -> Path | bytes:
-    """A recording, with its length in the header if it is a FLAC that was written to a pipe, which has none.
-
-    Args:
-        source: a file or its bytes; one that has a length, or is no FLAC, is returned as it is.
-        max_seconds: beyond which it is not counted.
-    """
-    start = source[: TOTAL_SAMPLES.stop] if isinstance(source, bytes) else _beginning(source)
-    if len(start) < TOTAL_SAMPLES.stop or start[:4] != b"fLaC" or int.from_bytes(start[TOTAL_SAMPLES]) & LOW_36_BITS:
-        return source
-    data = source if isinstance(source, bytes) else source.read_bytes()
-    frames = 0
-    with soundfile.SoundFile(io.BytesIO(data)) as file, suppress(soundfile.SoundFileError, RuntimeError):
-        size = file.samplerate // 100  # what is lost at most: libsndfile cannot seek behind the last block
-        while frames <= max_seconds * file.samplerate and (found := len(file.read(size, dtype="int16"))):
-            frames += found
-    field = int.from_bytes(data[TOTAL_SAMPLES]) | frames
-    return data[: TOTAL_SAMPLES.start] + field.to_bytes(8) + data[TOTAL_SAMPLES.stop :]
-
-
-def _beginning(path: Path) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read(TOTAL_SAMPLES.stop)
-    except OSError:  # who opens it says so
-        return b""
 
 
 def gaps_of(audio: AudioBlocks) -> list[Gap]:

@@ -5,7 +5,8 @@ import io
 import soundfile
 
 from nemo_mtbi.data.audio import MIN_AUDIO_SECONDS, mono, resample
-from nemo_mtbi.data.audio_stream import STREAMED_FROM_SECONDS, AudioBlocks, AudioStream, with_length
+from nemo_mtbi.data.audio_length import with_length
+from nemo_mtbi.data.audio_stream import STREAMED_FROM_SECONDS, AudioBlocks, AudioStream
 from nemo_mtbi.errors import DataError
 
 MIN_RATE, MAX_RATE = 4_000, 192_000

@@ -7,7 +7,8 @@ import pytest
 import soundfile
 
 from nemo_mtbi.data.audio import load_waveform
-from nemo_mtbi.data.audio_stream import AudioStream, gaps_of, open_audio, seconds_of, with_length
+from nemo_mtbi.data.audio_length import with_length
+from nemo_mtbi.data.audio_stream import AudioStream, gaps_of, open_audio, seconds_of
 from nemo_mtbi.errors import DataError
 from nemo_mtbi.serving.audio import TooLong, decode_audio
 
@@ -146,6 +147,32 @@ def test_a_flac_that_was_piped_has_a_length(tmp_path, seconds):
     whole = tmp_path / "whole.flac"
     whole.write_bytes(buffer.getvalue())
     assert with_length(whole) == whole and with_length(tmp_path / "absent.flac") == tmp_path / "absent.flac"
+
+
+def test_an_mp3_without_a_header_is_read_to_its_end(tmp_path):
+    """Of changing bit rates: by the first of them it would be taken for a fifth of what it is."""
+    seconds, rng = np.arange(90 * 16000) / 16000, np.random.default_rng(0)
+    loud = seconds % 20 >= 10
+    samples = 0.3 * np.sin(2 * np.pi * 300 * seconds) * ~loud + 0.2 * rng.standard_normal(len(seconds)) * loud
+    buffer = io.BytesIO()
+    options = {"subtype": "MPEG_LAYER_III", "bitrate_mode": "VARIABLE", "compression_level": 0.5}
+    soundfile.write(buffer, samples.astype(np.float32), 16000, format="MP3", **options)
+    data = buffer.getvalue()
+    cut = data[data.index(data[:2], 40) :]  # from its second frame on, as a stream is recorded
+    assert b"Xing" in data[:200] and b"Xing" not in cut
+    file = tmp_path / "a.mp3"
+    file.write_bytes(cut)
+    assert soundfile.info(file).duration < 60
+    tag = b"ID3\x03\x00\x00\x00\x00\x01\x02" + bytes(130)
+    for blocks in (open_audio(file, 16000), decode_audio(cut, 16000, 3600), decode_audio(tag + cut, 16000, 3600)):
+        assert sum(map(len, blocks)) == pytest.approx(90 * 16000, rel=0.01) and not gaps_of(blocks)
+    with pytest.raises(TooLong):
+        decode_audio(cut, 16000, 80)
+    file.write_bytes(data)
+    assert (
+        with_length(file) == file
+        and with_length(b"no audio at all, but some bytes") == b"no audio at all, but some bytes"
+    )
 
 
 def test_much_audio_is_decoded_in_blocks():

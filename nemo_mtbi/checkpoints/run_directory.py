@@ -20,7 +20,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from nemo.utils.get_rank import is_global_rank_zero
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -28,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from nemo_mtbi.checkpoints.trained_state import TrainableCheckpoint
 from nemo_mtbi.errors import CheckpointError, ConfigError
 from nemo_mtbi.io import jsonl
+from nemo_mtbi.parallel.launch import from_first_rank
 
 UNTRAINED, ALIGNMENT, IMITATION = "untrained", "alignment", "imitation"
 
@@ -75,10 +75,8 @@ class RunDirectory:
             temporary = self.weights(name).with_name(f".{self.weights(name).name}.{os.getpid()}")
             shutil.copyfile(chosen, temporary)
             temporary.replace(self.weights(name))
-        if keep == "best":  # as where the next stage is begun by another process
-            if dist.is_initialized():
-                dist.barrier()
-            self.load_weights(model, name)
+        if keep == "best":  # as where the next stage is begun by another process; others may not see the file
+            model.load_trained_state(from_first_rank(lambda: load_file(self.weights(name))))
 
     def last_stage(self) -> str:
         """The furthest finished stage."""

@@ -24,8 +24,8 @@ from nemo_mtbi.errors import DataError
 log = logging.getLogger(__name__)
 AUDIO_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a"}
 MIN_AUDIO_SECONDS = 0.05
-# A recording's mean is noticed above this share of its own level (recorded speech lies far below).
 LOUDEST = 1e6  # mean level of a channel; floats in the scale of 16-bit integers reach 32768
+# A recording's mean is noticed above this share of its own level (recorded speech lies far below).
 DC_SHARE = 0.1
 # Channels cancel if their average has less than this share of the energy that unrelated channels would leave.
 CANCELLED_SHARE = 0.25

@@ -61,7 +61,7 @@ def _part(source: Path | bytes, begin: int, end: int | None) -> bytes:
 def _counted(data: bytes, max_seconds: float) -> bytes:
     """A FLAC whose samples are counted."""
     frames = 0
-    with soundfile.SoundFile(io.BytesIO(data)) as file, suppress(soundfile.SoundFileError, RuntimeError):
+    with suppress(soundfile.SoundFileError, RuntimeError), soundfile.SoundFile(io.BytesIO(data)) as file:
         size = file.samplerate // 100  # what is lost at most: libsndfile cannot seek behind the last block
         while frames <= max_seconds * file.samplerate and (found := len(file.read(size, dtype="int16"))):
             frames += found
@@ -70,7 +70,7 @@ def _counted(data: bytes, max_seconds: float) -> bytes:
 
 
 def _decoded(data: bytes, max_seconds: float) -> bytes:
-    """What libsndfile reads of an MP3 that comes through a pipe, to its end, as FLAC; the bytes, if it reads nothing."""
+    """What libsndfile reads of an MP3 that comes through a pipe, as FLAC; the bytes, if it reads nothing."""
     buffer, out = io.BytesIO(), None
     with suppress(soundfile.SoundFileError, RuntimeError, OSError):
         for rate, block in _piped(data, max_seconds):

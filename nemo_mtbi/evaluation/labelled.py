@@ -33,6 +33,7 @@ from nemo_mtbi.evaluation.questions import LabelledConfig, Question
 from nemo_mtbi.preparation.sources import utterance_cut
 from nemo_mtbi.tasks.forms import choose
 
+GROUP = "group"  # of a label: what its question is resampled with
 LABELS_FIELD = "labels"
 
 
@@ -101,7 +102,7 @@ def _cut(cut_id: str, audio: Path, asked: list[Question], tokenizer: Any, end: i
             "instructions": list(question.instructions),
             "answer_language": question.answer_language or question.language,
             "max_new_tokens": budget,
-        } | ({} if question.group is None else {"group": question.group})
+        } | ({} if question.group is None else {GROUP: question.group})
     first = asked[0]
     return utterance_cut(
         cut_id,

@@ -11,7 +11,7 @@ import torch
 from nemo_mtbi.data.conversation import MTBIConversation, transcript
 from nemo_mtbi.data.feature_cache import features_key
 from nemo_mtbi.data.literal import literal_encoding
-from nemo_mtbi.evaluation.labelled import label_of
+from nemo_mtbi.evaluation.labelled import GROUP, label_of
 from nemo_mtbi.evaluation.systems import (
     EvaluationSet,
     System,
@@ -77,7 +77,7 @@ class Predictions:
                 for record in self._records(model, system, reading, imitation):
                     out.write(record)
                     done[record["id"]] = record
-        return {i: done[i] for i in wanted if i in done}
+        return {i: done[i] | resampled_with(c) for i, c in wanted.items() if i in done}
 
     def _key(self, conversation: MTBIConversation) -> str:
         """Of everything that decides a record.
@@ -86,7 +86,8 @@ class Predictions:
         """
         target = conversation.target
         assert target is not None
-        said = (transcript(conversation.cut), label_of(conversation))
+        label = {name: value for name, value in label_of(conversation).items() if name != GROUP}
+        said = (transcript(conversation.cut), label, self.budget(conversation) if self.generate else 0)
         return key_of(
             self.key, target.rendering, target.prompt, target.response, *said, features_key(conversation.cut, "")
         )
@@ -105,12 +106,10 @@ class Predictions:
             target = conversation.target
             assert target is not None
             languages = [s.language for s in conversation.cut.supervisions if s.language]
-            speakers = [s.speaker for s in conversation.cut.supervisions if s.speaker]
             record = {
                 "id": record_id(conversation),
                 "key": self._key(conversation),
                 "utterance": conversation.source_id,
-                "speaker": speakers[0] if len(set(speakers)) == 1 else None,
                 "task": target.task,
                 "prompt_id": target.prompt_id,
                 "prompt": target.prompt,
@@ -137,6 +136,12 @@ class Predictions:
             for row, choice, value in zip(scores, rows, log_likelihoods(model, system, reading, ids), strict=True):
                 row[choice] = value
         return [max(s, key=lambda c: s[c]) if o else None for s, o in zip(scores, options, strict=True)]
+
+
+def resampled_with(conversation: MTBIConversation) -> dict[str, Any]:
+    """Whose answers are resampled together with this one; said of records that are read, too."""
+    speakers = {s.speaker for s in conversation.cut.supervisions if s.speaker}
+    return {"speaker": speakers.pop() if len(speakers) == 1 else None, GROUP: label_of(conversation).get(GROUP)}
 
 
 def record_id(conversation: MTBIConversation) -> str:

@@ -71,13 +71,16 @@ def main(cfg: DictConfig) -> None:
                 console.tell(f"{source} cannot be read from {', from '.join(map(str, missing))}; the rest is answered.")
             options = {"max_new_tokens": cfg.max_new_tokens, "do_sample": cfg.do_sample}
             for question in questions:
-                for (source, _), row in answers(model, question, loaded, heard, options):
+                fitting = []
+                for one, row in answers(model, question, loaded, heard, options):
+                    source = one[0]
                     if isinstance(row, DataError):
                         if len(inputs) == 1:
                             raise row
                         failed += 1
                         console.tell(f"{source} is left out: {row}")
                         continue
+                    fitting.append(one)
                     answer = model.tokenizer.tokenizer.decode(row, skip_special_tokens=True).strip()
                     record = {**source.to_dict(), "prompt": question, "answer": answer}
                     if source in gaps:
@@ -90,6 +93,10 @@ def main(cfg: DictConfig) -> None:
                     else:  # a line for each answer: what it is about, where that differs, then the answer
                         differing = [str(source)] * (len(inputs) > 1) + [one_line(question)] * (len(questions) > 1)
                         console.say("\t".join([*differing, one_line(answer)]))
+                if not fitting:
+                    break
+                if len(fitting) < len(loaded):
+                    loaded, heard = fitting, model.listen([audio for _, audio in fitting])
     if not records:
         raise DataError(f"None of the {len(inputs)} recordings can be read; the lines above say why.")
     if cfg.output and is_first_rank():

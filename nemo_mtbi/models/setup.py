@@ -137,18 +137,8 @@ def check_trainable(model: Any, config: ModelConfig) -> None:
     """
     Raises:
         ConfigError: weights of the LLM itself are trained under tensor parallelism, or with the LLM as its own online
-            teacher; weights of LLM or encoder are trained in less than float32.
+            teacher.
     """
-    parts = {"llm_dtype": ("llm.", "embed_tokens."), "encoder_dtype": ("perception.encoder.",)}
-    for key, prefixes in parts.items():
-        for name, p in model.named_parameters():
-            coarse = p.requires_grad and p.dtype != torch.float32 and "lora_" not in name
-            if coarse and name.startswith(prefixes):
-                raise ConfigError(
-                    f"model.freeze_params leaves {name} trainable, and model.{key} keeps it in {p.dtype}, in which "
-                    f"most optimizer steps round to nothing. Set model.{key}=float32; trainer.precision says in which "
-                    "type it computes."
-                )
     llm_parts = ("llm.", "embed_tokens.")
     trained = [
         name

@@ -125,8 +125,8 @@ def _join(manifest: Path, folder: Path, shards: list[Shard], before: tuple[int, 
         DataError: nothing is left, or the manifest has been changed meanwhile; it stays as it is.
     """
     left_out = folder / f"{LEFT_OUT}.jsonl"
-    _add(left_out, [part_of(folder, shard, LEFT_OUT) for shard in shards])
     lines = [part_of(folder, shard, LINES) for shard in shards]
+    _add(left_out, [part_of(folder, shard, LEFT_OUT) for shard in shards], lines)
     if not any(part.stat().st_size for part in lines):
         raise DataError(
             f"Of {manifest} no cut could be encoded, so it stays as it was. The reasons: {left_out}; are the "
@@ -137,12 +137,15 @@ def _join(manifest: Path, folder: Path, shards: list[Shard], before: tuple[int, 
     _concatenate(manifest, lines)
 
 
-def _add(left_out: Path, parts: list[Path]) -> None:
-    """What runs have left out, the lines of cuts included: the manifest has them no more. Of a cut, the last reason."""
-    now = {record["id"] for part in parts for record in jsonl.read(part)}
+def _add(left_out: Path, parts: list[Path], lines: list[Path]) -> None:
+    """What runs have left out, the lines of cuts included, which the manifest has no more; but for those that it has
+    again.
+    """
+    earlier = list(jsonl.read(left_out)) if left_out.is_file() else []
+    names = {record["id"] for record in earlier}
+    now = {record["id"] for part in [*parts, *(lines if names else [])] for record in jsonl.read(part)} & names
     with jsonl.replacing(left_out, uuid.uuid4().hex) as out:
-        if left_out.is_file():
-            out.writelines(jsonl.dumps(r) + "\n" for r in jsonl.read(left_out) if r["id"] not in now)
+        out.writelines(jsonl.dumps(record) + "\n" for record in earlier if record["id"] not in now)
         _copy(parts, out)
     _remove(parts)
 

@@ -3,6 +3,7 @@
 An aligner gives one :class:`TimedWord` per word of the transcript, or says why not.
 """
 
+import difflib
 import re
 from pathlib import Path
 from typing import Any, Protocol
@@ -127,7 +128,7 @@ def check_aligner(name: str | None) -> None:
     assert name is not None
     if name.endswith(".nemo") and not Path(name).is_file():
         raise ConfigError(f"aligner={name!r}: there is no such file.")
-    if not name.endswith(".nemo") and "/" not in name and not name.startswith("stt_"):
+    if difflib.get_close_matches(name, ["pocketsphinx", "none", "textgrids"], 1, 0.75):
         raise ConfigError(
             f"aligner={name!r}: use pocketsphinx, none, textgrids:FOLDER, or a NeMo CTC model (a name such as "
             "nvidia/stt_de_conformer_ctc_large, or a .nemo file)."
@@ -136,10 +137,13 @@ def check_aligner(name: str | None) -> None:
 
 def give_words(cut: Cut, words: list[TimedWord]) -> None:
     """The words of a cut's transcript to its supervisions, in their order; those that have words keep theirs."""
+    counts = [len((supervision.text or "").split()) for supervision in cut.supervisions]
+    if len(counts) == 1 or sum(counts) != len(words):  # a TextGrid may have other words than the transcript
+        ends = [supervision.end for supervision in cut.supervisions[:-1]]
+        owners = [sum((w.end_seconds or 0.0) > end for end in ends) for w in words]
+        counts = [owners.count(index) for index in range(len(counts))]
     place = 0
-    several = len(cut.supervisions) > 1
-    for supervision in cut.supervisions:
-        count = len((supervision.text or "").split()) if several else len(words)
+    for supervision, count in zip(cut.supervisions, counts, strict=True):
         own, place = words[place : place + count], place + count
         if not (supervision.alignment or {}).get("word"):
             timed = [

@@ -96,6 +96,7 @@ def train(cfg: DictConfig) -> RunDirectory:
         model.set_ctc_vocabulary(tokens)
     if cfg.data.cached_features:
         require_fixed_features(model.perception)
+    require_fine_types(model)
     run.check_same_model(model)
     if is_global_rank_zero():
         run.save_config(model, {k: v for k, v in model_cfg.items() if k != "tensor_model_parallel_size"})
@@ -112,6 +113,23 @@ def train(cfg: DictConfig) -> RunDirectory:
         run_stage(cfg, model, run, ALIGNMENT)
     run_stage(cfg, model, run, IMITATION)
     return run
+
+
+def require_fine_types(model: MTBISALM) -> None:
+    """
+    Raises:
+        ConfigError: weights of LLM or encoder are trained in less than float32.
+    """
+    parts = {"llm_dtype": ("llm.", "embed_tokens."), "encoder_dtype": ("perception.encoder.",)}
+    for key, prefixes in parts.items():
+        for name, p in model.named_parameters():
+            coarse = p.requires_grad and p.dtype != torch.float32 and "lora_" not in name
+            if coarse and name.startswith(prefixes):
+                raise ConfigError(
+                    f"model.freeze_params leaves {name} trainable, and model.{key} keeps it in {p.dtype}, in which "
+                    f"most optimizer steps round to nothing. Set model.{key}=float32; trainer.precision says in which "
+                    "type it computes."
+                )
 
 
 def require_text_channel(model: MTBISALM) -> None:

@@ -144,6 +144,12 @@ def test_a_flac_that_was_piped_has_a_length(tmp_path, seconds):
         assert seconds_of(blocks, 16000) == pytest.approx(seconds, abs=0.02) and not gaps_of(blocks)
     with pytest.raises(TooLong):
         decode_audio(bytes(data), 16000, 0.2)
+    for size in (26, 30):  # of which nothing is left but the beginning of the header
+        file.write_bytes(data[:size])
+        with pytest.raises(DataError):
+            list(open_audio(file, 16000))
+        with pytest.raises(DataError):
+            decode_audio(bytes(data[:size]), 16000, 3600)
     whole = tmp_path / "whole.flac"
     whole.write_bytes(buffer.getvalue())
     assert with_length(whole) == whole and with_length(tmp_path / "absent.flac") == tmp_path / "absent.flac"

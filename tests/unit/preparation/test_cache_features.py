@@ -166,6 +166,9 @@ def test_what_is_left_out_has_a_reason_and_lost_arrays_are_made_again(manifest, 
     assert left_out["id"] == "utt1" and left_out["reason"]
     lines = [json.loads(line) for line in original.splitlines()]
     assert left_out["cut"] in lines and len(manifest.read_text().splitlines()) == len(lines) - 1
+    (tmp_path / "1.wav").write_bytes(sound)
+    manifest.write_bytes(original)
+    assert cache_features(encoder, manifest).skipped == 0 and not (folder / "left_out.jsonl").read_text()  # it is back
     whole = (folder / "000000.bin").read_bytes()
     (folder / "000000.bin").write_bytes(whole[: len(whole) // 2])  # a copy that was cut off
     (tmp_path / "1.wav").write_bytes(sound)

@@ -11,7 +11,7 @@ from nemo_mtbi.data.rendering import TimedWord
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.preparation.prepare import Preparation, SplitConfig
 from nemo_mtbi.preparation.sources import Entry, SourceConfig
-from nemo_mtbi.preparation.word_times import give_words
+from nemo_mtbi.preparation.word_times import check_aligner, give_words
 from tests.unit.preparation_helpers import config, cuts_of, tone
 
 pytestmark = pytest.mark.unit
@@ -86,6 +86,24 @@ def test_words_go_to_the_supervision_that_says_them():
     give_words(cut, words)
     assert [w.symbol for w in cut.supervisions[0].alignment["word"]] == ["kept"]
     assert [w.symbol for w in cut.supervisions[1].alignment["word"]] == list("cdef")
+
+
+def test_words_of_a_textgrid_go_by_time():
+    """Which may have other words than the transcript."""
+    words = [TimedWord(w, i, i + 0.5) for i, w in enumerate(["do", "n't", "go", "now", "please"])]
+    texts = ((0, 2.6, "don't go"), (2.8, 2.2, "now please"))
+    own = [SupervisionSegment(f"s{i}", "r", begin, length, text=t) for i, (begin, length, t) in enumerate(texts)]
+    cut = dummy_cut(0, supervisions=own)
+    give_words(cut, words)
+    found = [[w.symbol for w in s.alignment["word"]] for s in cut.supervisions]
+    assert found == [["do", "n't", "go"], ["now", "please"]]
+
+
+@pytest.mark.parametrize(
+    "name", [None, "none", "pocketsphinx", "QuartzNet15x5Base-En", "nvidia/stt_de_conformer_ctc_large"]
+)
+def test_names_of_aligners(name):
+    check_aligner(name)
 
 
 @pytest.mark.parametrize(

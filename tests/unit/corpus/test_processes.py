@@ -116,6 +116,7 @@ def until(true, seconds=30.0):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_prepare_gives_the_same_with_several_workers(tmp_path):
     rows = "path\ttranscript\n"
     for i in range(10):

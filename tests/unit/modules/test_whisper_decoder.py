@@ -348,7 +348,7 @@ def test_symbols_of_transcripts_can_be_written(model):
         assert len(ids) == 1 and torch.isfinite(connector.suppressed[1, ids[0]])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_a_step_under_autocast_stays_near_fp32(config, dtype):
     model = MTBISALM(copy.deepcopy(config) | {"imitation": {"teacher": "online", "w_ctc": 0.3}})
     batch = make_batch(model, 3)

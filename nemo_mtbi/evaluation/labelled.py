@@ -7,17 +7,19 @@ Without transcripts there is no text topline, so only the label is scored.
 
 import hashlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lhotse import CutSet
+from lhotse.audio import AudioLoadingError
 from lhotse.cut import Cut
 
 from nemo_mtbi.data.conversation import MTBIConversation
 from nemo_mtbi.data.literal import literal_encoding
 from nemo_mtbi.data.messages import NOTHING_HEARD
 from nemo_mtbi.data.target import TARGETS_FIELD, Target
-from nemo_mtbi.errors import ConfigError, DataError
+from nemo_mtbi.errors import ConfigError, DataError, MTBIError
 from nemo_mtbi.evaluation.corpora import READERS
 from nemo_mtbi.evaluation.metrics import (
     Measure,
@@ -53,16 +55,17 @@ def labelled_cuts(name: str, options: dict[str, Any], tokenizer: Any, end: int, 
     """
     try:
         config = LabelledConfig(**options)
-        reader = READERS[config.kind]
-    except (TypeError, KeyError) as error:
+    except TypeError as error:
         raise ConfigError(f"labelled.{name}: {error}. Kinds: {', '.join(READERS)}.") from error
+    if config.kind not in READERS:
+        raise ConfigError(f"labelled.{name}: there is no kind {config.kind!r}. Kinds: {', '.join(READERS)}.")
     if not Path(config.path).exists():
         raise DataError(f"labelled.{name}: there is no {config.path}.")
     stat = Path(config.path).stat()
     identity = f"{Path(config.path).resolve()}/{stat.st_size}/{stat.st_mtime_ns}"
     folder = folder / f"{name}-{hashlib.blake2b(identity.encode(), digest_size=6).hexdigest()}"
     questions: dict[Path, list[Question]] = {}
-    for question in reader(config, folder):
+    for question in _asked(name, config, folder):
         if config.utterances and question.audio not in questions and len(questions) >= config.utterances:
             break
         questions.setdefault(question.audio, []).append(question)
@@ -74,6 +77,24 @@ def labelled_cuts(name: str, options: dict[str, Any], tokenizer: Any, end: int, 
         for i, (audio, asked) in enumerate(questions.items())
     ]
     return CutSet.from_cuts(cuts), all(q.transcript for asked in questions.values() for q in asked)
+
+
+def _asked(name: str, config: LabelledConfig, folder: Path) -> Iterator[Question]:
+    """What a reader gives; what it finds otherwise than published is said with the corpus."""
+    questions = READERS[config.kind](config, folder)
+    while True:
+        try:
+            question = next(questions)
+        except StopIteration:
+            return
+        except MTBIError:
+            raise
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, AudioLoadingError) as error:
+            said = (str(error).splitlines() or [""])[0][:200]
+            raise DataError(
+                f"labelled.{name}: {config.path} has not the form of {config.kind} ({type(error).__name__}: {said})."
+            ) from error
+        yield question
 
 
 def _cut(cut_id: str, audio: Path, asked: list[Question], tokenizer: Any, end: int, limit: int | None) -> Cut:

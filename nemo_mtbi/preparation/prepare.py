@@ -29,7 +29,6 @@ from nemo_mtbi.data.audio import mono_samples
 from nemo_mtbi.data.rendering import TimedWord
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.io import jsonl
-from nemo_mtbi.io.text import read_text
 from nemo_mtbi.preparation.describe import DescribeConfig, Describer, Tally
 from nemo_mtbi.preparation.no_speech import read_no_speech
 from nemo_mtbi.preparation.noisy import NoiseConfig, with_noise
@@ -39,6 +38,7 @@ from nemo_mtbi.preparation.voice_report import write_voice_report
 from nemo_mtbi.preparation.word_times import (
     ALIGNER_RATE,
     Aligner,
+    TextGrids,
     Unalignable,
     build_aligner,
     check_aligner,
@@ -153,13 +153,11 @@ class Preparation:
         self.describer = Describer(config.describe) if config.describe.enabled else None
         self.folder = Path(config.output_dir)
         self._aligner: Aligner | None = None
-        self.textgrids = (
-            Path(config.aligner.removeprefix("textgrids:")) if config.aligner.startswith("textgrids:") else None
-        )
-        if self.textgrids is None:
+        self.textgrids: TextGrids | None = None
+        if config.aligner.startswith("textgrids:"):
+            self.textgrids = TextGrids(Path(config.aligner.removeprefix("textgrids:")))
+        else:
             check_aligner(config.aligner)
-        if self.textgrids is not None and not self.textgrids.is_dir():
-            raise DataError(f"aligner: {self.textgrids} is not a folder of TextGrid files.")
 
     @property
     def aligner(self) -> Aligner | None:
@@ -281,7 +279,7 @@ class Preparation:
 
     def _align(self, cut: Cut, entry: Entry, samples: np.ndarray) -> list[TimedWord]:
         if self.textgrids is not None:
-            return read_textgrid(self.textgrids, cut)
+            return self.textgrids.words(cut)
         if self.aligner is None:
             raise Unalignable("no aligner is configured")
         return self.aligner.align(samples, entry.text)
@@ -379,27 +377,6 @@ class Counts:
                 f"{sum(self.skipped.values())} of {entries} utterances are left out, most often "
                 f"{_first_place(self.skipped, self.places)}. All reasons: {report}."
             )
-
-
-def read_textgrid(folder: Path, cut: Cut) -> list[TimedWord]:
-    """Word tier of ``<cut id>.TextGrid`` or ``<audio stem>.TextGrid``, as the Montreal Forced Aligner writes it."""
-    import re
-
-    stems = [cut.id, Path(str(cut.recording.sources[0].source)).stem]
-    file = next((f for s in stems for f in folder.rglob(f"{s}.TextGrid")), None)
-    if file is None:
-        raise Unalignable(f"no TextGrid for {stems[0]}")
-    try:
-        text = read_text(file)
-    except DataError as error:
-        raise Unalignable(str(error)) from None
-    tier = re.search(r'name = "words".*?(?=\n\s*item \[|\Z)', text, re.DOTALL)
-    if tier is None:
-        raise Unalignable(f"{file.name} has no tier named words")
-    pattern = r'xmin = ([\d.]+)\s+xmax = ([\d.]+)\s+text = "([^"]*)"'
-    return [
-        TimedWord(w, float(a), float(b)) for a, b, w in re.findall(pattern, tier.group()) if w and not w.startswith("<")
-    ]
 
 
 def _first_place(skipped: Counter[str], places: dict[str, list[str]]) -> str:

@@ -5,6 +5,7 @@ An aligner gives one :class:`TimedWord` per word of the transcript, or says why 
 
 import difflib
 import re
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,8 +14,10 @@ from lhotse.cut import Cut
 from lhotse.supervision import AlignmentItem
 
 from nemo_mtbi.data.rendering import TimedWord
-from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.errors import ConfigError, DataError
+from nemo_mtbi.io.text import read_text
 
+BEYOND_SECONDS = 0.5  # by which the last word may end after the audio, as aligners round
 ALIGNER_RATE = 16_000
 
 
@@ -152,3 +155,47 @@ def give_words(cut: Cut, words: list[TimedWord]) -> None:
                 if w.start_seconds is not None and w.end_seconds is not None
             ]
             supervision.alignment = {"word": timed}
+
+
+class TextGrids:
+    """Word times from files as the Montreal Forced Aligner writes them: ``<cut id>.TextGrid`` or
+    ``<audio stem>.TextGrid``, anywhere in a folder, which is looked through once.
+
+    Raises:
+        DataError: it is no folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise DataError(f"aligner: {folder} is not a folder of TextGrid files.")
+        self.folder = folder
+
+    @cached_property
+    def files(self) -> dict[str, Path]:
+        """By path in the folder, and by name, both without the ending."""
+        found = sorted(self.folder.rglob("*.TextGrid"))
+        by_path = {file.relative_to(self.folder).with_suffix("").as_posix(): file for file in found}
+        return {file.stem: file for file in reversed(found)} | by_path
+
+    def words(self, cut: Cut) -> list[TimedWord]:
+        """
+        Raises:
+            Unalignable: there is no file, or it has no words, or ones beyond the audio.
+        """
+        names = [cut.id, Path(str(cut.recording.sources[0].source)).stem]
+        file = next((self.files[name] for name in names if name in self.files), None)
+        if file is None:
+            raise Unalignable("no TextGrid of the cut's or the audio's name")
+        try:
+            text = read_text(file)
+        except DataError as error:
+            raise Unalignable(str(error)) from None
+        tier = re.search(r'name = "words".*?(?=\n\s*item \[|\Z)', text, re.DOTALL)
+        pattern = r'xmin = ([\d.]+)\s+xmax = ([\d.]+)\s+text = "([^"]*)"'
+        found = [] if tier is None else re.findall(pattern, tier.group())
+        words = [TimedWord(w, float(a), float(b)) for a, b, w in found if w and not w.startswith("<")]
+        if not words:
+            raise Unalignable("a TextGrid without words in a tier named words")
+        if max(w.end_seconds or 0.0 for w in words) > cut.duration + BEYOND_SECONDS:
+            raise Unalignable("a TextGrid with words beyond the audio")
+        return words

@@ -37,6 +37,24 @@ def test_slots_are_asked_with_the_values_of_the_whole_table(labels, smollm2):
 
 
 @pytest.mark.parametrize(
+    ("kind", "name", "content"),
+    [
+        ("slots", "t.tsv", "path\tslots\na.wav\tno json\n"),
+        ("slurp", "test.jsonl", '{"sentence": "x"}\n'),
+        ("mmau", "m.json", '{"id": 1}'),
+        ("spoken_squad", "s.json", '{"data": [{"title": "x"}]}'),
+        ("voicebench", "v.parquet", "no parquet"),
+    ],
+)
+def test_corpora_of_another_form_are_named(labels, smollm2, kind, name, content):
+    (labels / name).write_text(content)
+    with pytest.raises(DataError, match=name):
+        labelled_cuts(
+            "mine", {"kind": kind, "path": str(labels / name)}, AutoTokenizer.from_pretrained(smollm2), 2, labels
+        )
+
+
+@pytest.mark.parametrize(
     "row, message",
     [
         ({"metric": "f1"}, "metrics are accuracy"),

@@ -1,12 +1,22 @@
 """Word times: NeMo, PocketSphinx, TextGrids."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from lhotse.testing.dummies import dummy_cut, dummy_recording
 
 from nemo_mtbi.data.rendering import match_words
+from nemo_mtbi.errors import DataError
 from nemo_mtbi.preparation.prepare import Preparation
 from nemo_mtbi.preparation.sources import SourceConfig
-from nemo_mtbi.preparation.word_times import NeMoCTCAligner, PocketSphinxAligner, Unalignable, build_aligner
+from nemo_mtbi.preparation.word_times import (
+    NeMoCTCAligner,
+    PocketSphinxAligner,
+    TextGrids,
+    Unalignable,
+    build_aligner,
+)
 from tests.unit.preparation_helpers import config, cuts_of, tone
 
 pytestmark = pytest.mark.unit
@@ -51,3 +61,29 @@ def test_textgrids(tmp_path):
 
 def test_match_words_on_empty_alignment():
     assert [w.start_seconds for w in match_words(["a", "b"], ())] == [None, None]
+
+
+def grid(*words):
+    tier = "".join(f'xmin = {a}\n xmax = {b}\n text = "{w}"\n' for w, a, b in words)
+    return f'item [1]:\n name = "words"\n{tier}item [2]:\n name = "phones"\n'
+
+
+def test_textgrids_are_found_by_name_whatever_it_holds(tmp_path, monkeypatch):
+    folder = tmp_path / "grids" / "s1"
+    folder.mkdir(parents=True)
+    (folder / "rec [1].TextGrid").write_text(grid(("hello", 0, 0.4), ("", 0.4, 0.5), ("there", 0.5, 0.9)))
+    (folder / "long.TextGrid").write_text(grid(("hello", 0, 1000)))
+    (folder / "none.TextGrid").write_text(grid())
+    grids = TextGrids(tmp_path / "grids")
+
+    def words(name):
+        return [w.text for w in grids.words(dummy_cut(0, recording=dummy_recording(0)).with_id(name))]
+
+    assert words("rec [1]") == words("s1/rec [1]") == ["hello", "there"]
+    monkeypatch.setattr(Path, "rglob", None)  # looked through once
+    assert words("rec [1]") == ["hello", "there"]
+    for name, message in (("long", "beyond the audio"), ("none", "without words"), ("a**b", "no TextGrid")):
+        with pytest.raises(Unalignable, match=message):
+            words(name)
+    with pytest.raises(DataError, match="not a folder"):
+        TextGrids(tmp_path / "absent")

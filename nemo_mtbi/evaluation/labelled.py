@@ -81,20 +81,15 @@ def labelled_cuts(name: str, options: dict[str, Any], tokenizer: Any, end: int, 
 
 def _asked(name: str, config: LabelledConfig, folder: Path) -> Iterator[Question]:
     """What a reader gives; what it finds otherwise than published is said with the corpus."""
-    questions = READERS[config.kind](config, folder)
-    while True:
-        try:
-            question = next(questions)
-        except StopIteration:
-            return
-        except MTBIError:
-            raise
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, AudioLoadingError) as error:
-            said = (str(error).splitlines() or [""])[0][:200]
-            raise DataError(
-                f"labelled.{name}: {config.path} has not the form of {config.kind} ({type(error).__name__}: {said})."
-            ) from error
-        yield question
+    try:
+        yield from READERS[config.kind](config, folder)
+    except MTBIError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, AudioLoadingError) as error:
+        said = (str(error).splitlines() or [""])[0][:200]
+        raise DataError(
+            f"labelled.{name}: {config.path} has not the form of {config.kind} ({type(error).__name__}: {said})."
+        ) from error
 
 
 def _cut(cut_id: str, audio: Path, asked: list[Question], tokenizer: Any, end: int, limit: int | None) -> Cut:

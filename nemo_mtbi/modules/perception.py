@@ -272,11 +272,11 @@ def is_frozen_by(config: ModelConfig, name: str) -> bool:
 
 def frozen_recognizer(perception: DictConfig, config: ModelConfig) -> WhisperRecognizer | None:
     """The recognizer of a configuration's connector with its pretrained weights, without an LLM; None where the
-    connector has none, or trains it.
+    connector has none, or trains its decoder. (Its ``writing_key`` is None where other parts of it are trained.)
 
     Args:
-        perception: as in :func:`setup_perception`, before it, but for the encoder, which is built.
-        config: of the model.
+        perception: whose encoder is configured (:func:`setup_perception`).
+        config: of the model, with the connector.
     """
     adapter = config.perception.get("modality_adapter") or {}
     prefix = "perception.modality_adapter"
@@ -293,7 +293,7 @@ def frozen_recognizer(perception: DictConfig, config: ModelConfig) -> WhisperRec
     recognizer = WhisperRecognizer(**(given | settings))
     load_whisper_decoder(recognizer, WhisperModel.from_pretrained(name, dtype=torch.float32), name)
     freeze(recognizer.named_parameters(prefix=prefix), config)
-    return None if recognizer.writing_key() is None else recognizer.eval()
+    return recognizer.eval()
 
 
 def require_fixed_features(perception: "AudioPerceptionModule") -> None:

@@ -53,8 +53,8 @@ class FrozenEncoder:
             self.cfg.perception, fingerprint(resolve_pretrained(config.pretrained_asr)), config.encoder_dtype
         )
         recognizer = frozen_recognizer(self.cfg.perception, config)
-        self.recognizer = None if recognizer is None else recognizer.to(self.device)
         self.writing_key = None if recognizer is None else recognizer.writing_key()
+        self.recognizer = None if recognizer is None or self.writing_key is None else recognizer.to(self.device)
         self.sampling_rate: int = self.perception.preprocessor.featurizer.sample_rate
 
     def encode(self, audios: Tensor, audio_lens: Tensor) -> tuple[Tensor, Tensor]:

@@ -153,26 +153,24 @@ def _require(path: str | None, kind: str) -> Path:
 
 def _cut_entries(cuts: Callable[[], Iterable[Cut]], name: str) -> Iterator[Entry]:
     """Of Lhotse's cuts, which are opened here: what Lhotse says of another tool's file is said with its name."""
-    stream: Iterator[Cut] | None = None
-    while True:
-        try:
-            stream = iter(cuts()) if stream is None else stream
-            cut = next(stream)
-            texts = [s.text for s in cut.supervisions]
-        except StopIteration:
-            return
-        except (MTBIError, KeyboardInterrupt):
-            raise
-        except Exception as error:  # of any kind, from Lhotse and what it reads with
-            said = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise DataError(f"{name} cannot be read (any further) as Lhotse cuts ({said[:200]}).") from error
-        for supervision in cut.supervisions:
-            if supervision.text is not None and not isinstance(supervision.text, str):
-                supervision.text = str(supervision.text)
-        supervision = cut.supervisions[0] if cut.supervisions else None
-        text = " ".join("" if own is None else str(own) for own in texts).strip()
-        speaker = None if supervision is None or supervision.speaker is None else str(supervision.speaker)
-        yield Entry(cut.id, lambda cut=cut: cut, speaker, text, where=f"cut {cut.id}")  # type: ignore[misc]
+    try:
+        for cut in cuts():
+            yield _cut_entry(cut)
+    except MTBIError:
+        raise
+    except Exception as error:  # of any kind, from Lhotse and what it reads with
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise DataError(f"{name} cannot be read (any further) as Lhotse cuts ({said[:200]}).") from error
+
+
+def _cut_entry(cut: Cut) -> Entry:
+    for supervision in cut.supervisions:
+        if supervision.text is not None and not isinstance(supervision.text, str):
+            supervision.text = str(supervision.text)
+    text = " ".join(supervision.text or "" for supervision in cut.supervisions).strip()
+    first = cut.supervisions[0] if cut.supervisions else None
+    speaker = None if first is None or first.speaker is None else str(first.speaker)
+    return Entry(cut.id, lambda: cut, speaker, text, where=f"cut {cut.id}")
 
 
 def read_cuts(config: SourceConfig) -> Iterator[Entry]:

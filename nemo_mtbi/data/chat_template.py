@@ -11,6 +11,9 @@ from nemo_mtbi.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from nemo.collections.common.prompts import PromptFormatter
 
+# Of LLMs that think before they answer (Qwen3, SmolLM3, GLM): not within the budget of a task, nor for a listener who
+# waits. Other templates do not look at it.
+WITHOUT_THINKING = {"enable_thinking": False}
 PROBES = (
     [("user", "What is it?")],
     [("user", "What is it?"), ("assistant", "A lamp."), ("user", "Which one?")],
@@ -55,6 +58,7 @@ class ChatTemplateFormat:
                 f"The tokenizer {hf.name_or_path!r} has no chat template. Use an instruction-tuned LLM, or set "
                 "prompt_format to one of NeMo's prompt formats."
             )
+        kwargs = WITHOUT_THINKING | kwargs
         messages = [{"role": t["role"], "content": t.get("content") or t["slots"]["message"]} for t in turns]
         answered = messages[-1]["role"] == self.OUTPUT_ROLE
         context = messages[:-1] if answered else messages
@@ -89,7 +93,9 @@ def chat_template(tokenizer: Any, formatter: "type[PromptFormatter]") -> str:
     """
     hf = tokenizer.tokenizer
     if formatter.NAME == ChatTemplateFormat.NAME:
-        return str(hf.chat_template)
+        own = str(hf.chat_template)
+        thinks = any(name in own for name in WITHOUT_THINKING)
+        return f"{{%- set enable_thinking = enable_thinking | default(false) -%}}{own}" if thinks else own
     start = hf.bos_token if formatter.INSERT_BOS else ""
     start += formatter.TEMPLATE.get("preamble", {}).get("template", "")
     branches = []

@@ -17,6 +17,7 @@ from nemo_mtbi.errors import ConfigError, DataError
 AUDIO_TAG = "<|audio|>"  # what NeMo's vLLM plugin knows
 
 PLACEHOLDER = "placeholder-of-message-"
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can say it, no tokenizer can read it
 
 
 @dataclass(frozen=True)
@@ -119,12 +120,14 @@ class PromptRenderer:
         """Render a dialog whose last message is the user's.
 
         Raises:
-            DataError: an empty transcript, a role that the format lacks, or a prompt whose text runs into the
-                transcript within one token.
+            DataError: an empty transcript, a role that the format lacks, a text that is no Unicode, or a prompt whose
+                text runs into the transcript within one token.
         """
         texts, parts = [], []
         for index, message in enumerate(messages):
             text, spans = self._message_text(message)
+            if lone := LONE_SURROGATE.search(text):
+                raise DataError(f"The text holds {lone.group()!r}, half of a character: {text[:60]!r}.")
             texts.append(text)
             parts += [(index, span, part) for span, part in spans]
         roles = tuple(m["role"] for m in messages)

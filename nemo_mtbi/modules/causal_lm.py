@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,16 @@ def read_generation_config(llm: Any, folder: str | Path) -> None:
 
     Some LLMs name the tokens that end an answer there only.
     """
-    with suppress(OSError):
-        causal_lm(llm).generation_config = GenerationConfig.from_pretrained(folder)
+    if (found := generation_config_of(folder)) is not None:
+        causal_lm(llm).generation_config = found
+
+
+def generation_config_of(folder: str | Path) -> GenerationConfig | None:
+    """``generation_config.json`` of an LLM; None without one."""
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except OSError:
+        return None
 
 
 def stop_ids(tokenizer: Any, generation_config: Any) -> list[int]:

@@ -11,7 +11,7 @@ from nemo_mtbi.data.description import TEMPLATE
 from nemo_mtbi.data.messages import NOTHING_HEARD_ANSWER
 
 ENGINES = ("hf", "openai", "vllm")
-DEFAULT_FILTERS = ("empty", "refusal", "truncated", "repetition", "unasked", "misread")
+DEFAULT_FILTERS = ("empty", "refusal", "truncated", "repetition", "too_long", "unasked", "misread")
 
 
 @dataclass
@@ -30,7 +30,8 @@ class OpenAIConfig:
         api_key_variable: environment variable that holds the key; the key itself is never a setting.
         context_tokens: longest prompt with answer that the server takes (``--max-model-len``), if less than the LLM's
             own.
-        send_token_ids: send token ids instead of text, for servers that take them (vLLM, SGLang, llama.cpp).
+        send_token_ids: send token ids instead of text, for servers that take them (vLLM, SGLang, llama.cpp). Prompts
+            that text cannot say (a transcript that holds the letters of a control token) are sent so at any rate.
     """
 
     base_url: str = "http://127.0.0.1:8000/v1"
@@ -104,7 +105,7 @@ class TargetsConfig:
         filters: names of :mod:`nemo_mtbi.targets.filters`.
         nothing_heard_answer: to recordings in which nothing is said (source ``no_speech``), whatever the prompt; their
             task is ``no_speech``.
-        max_total_tokens: prompt and response together, for the filter ``too_long``; set it to the training budget.
+        max_total_tokens: of prompt and response together, for the filter ``too_long``: the training budget.
         max_duplicates: equal answers to one wording that the filter ``near_duplicate`` lets through.
         shar_dir: where to write Lhotse Shar too, with audio (``shar_audio``: its format) and ``shar_size`` cuts a
             shard.
@@ -155,5 +156,5 @@ class TargetsConfig:
 def decoded_by(config: TargetsConfig) -> Any:
     """What decides a greedy answer beside the LLM and the prompt."""
     if config.engine == "openai":
-        return ["openai", config.name_on_server]
+        return ["openai", config.name_on_server, "no penalty"]  # earlier answers may have had the server's
     return config.dtype if config.engine == "hf" else [config.engine, config.dtype, dict(config.vllm.options)]

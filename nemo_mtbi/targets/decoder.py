@@ -51,7 +51,7 @@ class RefillDecoder:
     """Greedy decoding of many requests.
 
     Args:
-        llm: a Transformers causal LM with a ``DynamicCache`` (full attention).
+        llm: a Transformers causal LM with a ``DynamicCache`` of keys and values.
         stop_ids: tokens that end an answer.
         batch_size: B, rows decoded together.
         refill_share: share of the rows that must be free before new prompts are brought in.

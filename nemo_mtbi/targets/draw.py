@@ -11,7 +11,7 @@ from typing import Any
 from lhotse.cut import Cut
 from nemo.collections.common.prompts import PromptFormatter
 from nemo.collections.common.tokenizers import AutoTokenizer
-from transformers import GenerationConfig
+from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from nemo_mtbi import registration as registration  # the prompt formats
 from nemo_mtbi.data.conversation import transcript
@@ -20,7 +20,7 @@ from nemo_mtbi.data.messages import NOTHING_HEARD, user_message
 from nemo_mtbi.data.rendering import PromptRenderer, RenderedPrompt, Spoken
 from nemo_mtbi.data.target import NO_SPEECH, Target
 from nemo_mtbi.errors import ConfigError, DataError
-from nemo_mtbi.modules.causal_lm import end_of_turn
+from nemo_mtbi.modules.causal_lm import end_of_turn, generation_config_of
 from nemo_mtbi.pretrained.fingerprint import fingerprint
 from nemo_mtbi.pretrained.offline import resolve_pretrained
 from nemo_mtbi.targets.config import TargetsConfig, decoded_by
@@ -86,11 +86,7 @@ class PromptDrawer:
     @cached_property
     def end_of_turn(self) -> int:
         """The token that ends an answer."""
-        try:
-            generation: Any = GenerationConfig.from_pretrained(self.llm)
-        except OSError:
-            generation = None
-        return end_of_turn(self.tokenizer.tokenizer, generation)
+        return end_of_turn(self.tokenizer.tokenizer, generation_config_of(self.llm))
 
     def tasks_of(self, cut: Cut, name: str) -> list[Task]:
         """Tasks drawn for one cut, of those that it has enough utterances for."""
@@ -124,7 +120,9 @@ class PromptDrawer:
                 line = one_line(answers.get(request.key, ""))
                 values[cut.id, task.name][step.variable] = line
                 if not line:
-                    values[cut.id, task.name][PROBLEM] = f"the turn that prepares {step.variable!r} gave no text"
+                    values[cut.id, task.name][PROBLEM] = (
+                        f"the turn that prepares {step.variable!r} gave no text, or did not end"
+                    )
         return values
 
     def _prepared_request(self, cut: Cut, task: Task, step: PrepareStep, values: Values) -> Request:
@@ -143,7 +141,7 @@ class PromptDrawer:
             return []
         split = self.config.splits.get(name, self.config.prompt_split)
         limit = self.config.max_new_tokens or max(t.max_new_tokens for t in self.tasks)
-        spoken = [s.language.split("-")[0].lower() for s in cut.supervisions if s.language]
+        spoken = [language_code(s.language) for s in cut.supervisions if s.language]
         jobs = []
         for task in self.tasks_of(cut, name):
             prompts = task.select(split, self.config.languages)
@@ -214,6 +212,12 @@ def given(request: Request, answer: str) -> Request:
     """A request whose answer is not the LLM's: it counts in the key."""
     key = hashlib.blake2b(f"{request.key}/{answer}".encode(), digest_size=12).hexdigest()
     return Request(key, request.prompt_ids, request.max_new_tokens)
+
+
+def language_code(language: str) -> str:
+    """``zh`` of ``zh-CN``, ``zh_CN`` and ``Chinese``."""
+    code = language.replace("_", "-").split("-")[0].strip().lower()
+    return TO_LANGUAGE_CODE.get(code, code)
 
 
 def one_line(text: str) -> str:

@@ -5,9 +5,12 @@ from typing import Any, Protocol
 
 import torch
 
+from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.modules.causal_lm import stop_ids
 from nemo_mtbi.pretrained.offline import resolve_pretrained
 from nemo_mtbi.targets.decoder import Answer, RefillDecoder, Request
+
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 class Engine(Protocol):
@@ -31,14 +34,23 @@ class HFEngine:
         dtype: ``float32`` or ``bfloat16``.
         batch_size: rows decoded together.
         device: where to run; CUDA if there is one.
+
+    Raises:
+        ConfigError: an LLM with layers that are not attention.
     """
 
     independent = False
 
     def __init__(self, name: str, dtype: str = "bfloat16", batch_size: int = 128, device: str | None = None) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         path = resolve_pretrained(name)
+        config = AutoConfig.from_pretrained(path).get_text_config()
+        if other := set(getattr(config, "layer_types", None) or ()) - ATTENTION:
+            raise ConfigError(
+                f"engine=hf: {name} has layers that keep no keys and values ({', '.join(sorted(other))}). Use "
+                "engine=vllm or engine=openai."
+            )
         llm: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
         self.llm = llm.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval().requires_grad_(False)
         self.batch_size = batch_size

@@ -35,6 +35,7 @@ from nemo_mtbi.targets.report import write_report
 from nemo_mtbi.targets.shards import LazyEngine, ShardWriter, settings_of
 
 POLL_SECONDS = 0.5
+SHAR_AUDIO = ("flac", "mp3", "opus", "wav", "original")  # of Lhotse's audio writers
 
 
 class TargetGenerator:
@@ -107,7 +108,9 @@ class TargetGenerator:
         rejected = [self.folder / "rejected" / f"{name}.jsonl" for name in self.shards]
         with FileLock(self.folder / "shards" / "report.lock"):
             jsonl.write_json(self.folder / "manifest.json", manifest)
-            write_report(self.folder / "report.html", manifest, written, rejected)
+            report = self.folder / "report.html"
+            if not report.is_file() or report.stat().st_mtime < max(p.stat().st_mtime for p in written.values()):
+                write_report(report, manifest, written, rejected)  # it reads all of them
         return written
 
 
@@ -117,10 +120,20 @@ def check_values(config: TargetsConfig) -> None:
         ConfigError: lists every value that cannot work.
     """
     problems = []
-    for field, least in (("batch_size", 1), ("shard_cuts", 1), ("top_k", 0), ("prompts_per_task", 0)):
+    for field, least in (
+        ("batch_size", 1),
+        ("shard_cuts", 1),
+        ("top_k", 0),
+        ("prompts_per_task", 0),
+        ("max_duplicates", 1),
+        ("shar_size", 1),
+    ):
         if getattr(config, field) < least:
             problems.append(f"{field}={getattr(config, field)}: at least {least}")
+    if config.shar_audio not in SHAR_AUDIO:
+        problems.append(f"shar_audio={config.shar_audio!r}: use {', '.join(SHAR_AUDIO)}")
     problems += check_vllm(config) if config.engine == "vllm" else []
+    problems += check_openai(config) if config.engine == "openai" else []
     if not 0 < config.temperature < math.inf:
         problems.append(f"temperature={config.temperature}: must be positive")
     for name, count in config.tasks_per_cut.items():
@@ -144,6 +157,26 @@ def check_values(config: TargetsConfig) -> None:
             problems.append(f"the output {name}.jsonl would replace its own input; choose another output_dir or name")
     if problems:
         raise ConfigError("; ".join(problems) + ".")
+
+
+def check_openai(config: TargetsConfig) -> list[str]:
+    """What cannot work with ``engine=openai``."""
+    own, problems = config.openai, []
+    if find_spec("openai") is None:
+        problems.append("engine=openai: pip install 'nemo-mtbi[targets]'")
+    if config.top_k:
+        problems.append(
+            f"top_k={config.top_k}: the completions API gives no log-probabilities by token id; use engine=hf or vllm "
+            "for a cached teacher, or top_k=0 and model.imitation.teacher=online"
+        )
+    for field, least in (("concurrency", 1), ("max_retries", 0)):
+        if getattr(own, field) < least:
+            problems.append(f"openai.{field}={getattr(own, field)}: at least {least}")
+    for field in ("timeout_seconds", "requests_per_minute"):
+        value = getattr(own, field)
+        if value is not None and not 0 < value < math.inf:
+            problems.append(f"openai.{field}={value}: must be positive")
+    return problems
 
 
 def check_vllm(config: TargetsConfig) -> list[str]:

@@ -22,9 +22,10 @@ from nemo_mtbi.io import jsonl
 from nemo_mtbi.targets.config import TargetsConfig
 from nemo_mtbi.targets.draw import PromptDrawer
 from nemo_mtbi.targets.filters import NEAR_DUPLICATE, NearDuplicates
-from nemo_mtbi.targets.shards import ShardStatus, ShardWriter, rejected_record
+from nemo_mtbi.targets.shards import ShardStatus, ShardWriter, context_limit, rejected_record
 
 LIBRARIES = ("nemo_toolkit", "transformers", "torch", "lhotse", "megatron-core")
+AUDIO = "audio"  # why a cut is not in Shar
 BYTES_PER_ENTRY = 6  # int32 id and float16 log-probability
 
 
@@ -84,8 +85,8 @@ def merge_manifest(name: str, shards: list[Shard], writer: ShardWriter, config: 
         for old in (folder / "teacher").glob(f"{name}.*.bin"):
             if own.fullmatch(old.name) and old not in current:
                 old.unlink()
-        if shar is not None:
-            write_shar(output, shar, rejected, config)
+        if shar is not None and (lost := write_shar(output, shar, rejected, config)):
+            counts["rejected"][AUDIO] = lost
         jsonl.write_json(state, {"digest": digest.hexdigest(), "counts": counts})
     return counts
 
@@ -131,24 +132,34 @@ def _lines(path: Path) -> Iterator[str]:
         yield from stream
 
 
-def write_shar(manifest: Path, folder: Path, rejected: Path, config: TargetsConfig) -> None:
+def write_shar(manifest: Path, folder: Path, rejected: Path, config: TargetsConfig) -> int:
     """Lhotse Shar with audio, targets, the teacher's top-k and cached encoder features, for training on a cluster. Cuts
     without targets stay out.
 
     A recording that cannot be read is left out and recorded in the file ``rejected`` under ``audio``. The folder
     takes its name when it is complete.
+
+    Returns:
+        Recordings that cannot be read.
+
+    Raises:
+        DataError: none can be read.
     """
+    found: Counter[bool] = Counter()
 
     def usable(cut: Cut) -> bool:
         if not cut.custom[TARGETS_FIELD]:
             return False
         try:
             cut.load_audio()
-            return True
         except Exception as error:  # decoders raise their own types
+            why = (str(error).splitlines() or [type(error).__name__])[0]
             with jsonl.Appender(rejected) as side:
-                side.write(rejected_record(manifest.stem, cut.id, "", "", "audio", str(error).splitlines()[0], None))
+                side.write(rejected_record(manifest.stem, cut.id, "", "", AUDIO, why, None))
+            found[False] += 1
             return False
+        found[True] += 1
+        return True
 
     cuts = CutSet.from_file(manifest).filter(usable)
     fields = {"recording": config.shar_audio}
@@ -160,8 +171,11 @@ def write_shar(manifest: Path, folder: Path, rejected: Path, config: TargetsConf
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     cuts.to_shar(temporary, fields, shard_size=config.shar_size, verbose=True)
+    if not found[True]:
+        raise DataError(f"No recording of {manifest} can be read for Shar. Look at {rejected} for the reasons.")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.replace(folder)
+    return found[False]
 
 
 def run_manifest(config: TargetsConfig, drawer: PromptDrawer, counts: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -177,10 +191,14 @@ def run_manifest(config: TargetsConfig, drawer: PromptDrawer, counts: dict[str, 
             task, prompt = key.split("/")
             prompts.setdefault(task, {})[prompt] = prompts.get(task, {}).get(prompt, 0) + number
     engine: dict[str, Any] = {}
+    libraries = [*LIBRARIES, *([] if config.engine == "hf" else [config.engine])]
     if config.engine == "openai":
         engine = {"server": config.openai.base_url, "model": config.name_on_server}
     elif config.engine == "vllm":
-        engine = {"options": dict(config.vllm.options)}
+        own = config.vllm
+        engine = {"options": dict(own.options), "tensor_parallel_size": own.tensor_parallel_size}
+    if (limit := context_limit(config)) is not None:
+        engine["context_tokens"] = limit
     return {
         "teacher": {"name": config.llm, "fingerprint": drawer.teacher, "prompt_format": config.prompt_format},
         "tokenizer": {
@@ -204,7 +222,7 @@ def run_manifest(config: TargetsConfig, drawer: PromptDrawer, counts: dict[str, 
         "by_manifest": {name: {k: c[k] for k in ("kept", "response_tokens", "rejected")} for name, c in counts.items()},
         "rejected": dict(rejected),
         "worker_seconds": round(sum(c["seconds"] for c in counts.values()), 1),
-        "versions": {name: version(name) for name in LIBRARIES},
+        "versions": {name: version(name) for name in libraries},
     }
 
 

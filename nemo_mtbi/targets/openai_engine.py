@@ -4,18 +4,27 @@ The prompt is rendered here, as in training, and sent as text (or token ids); a 
 template.
 """
 
+import logging
 import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
 
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from nemo_mtbi.data.literal import literal_encoding
 from nemo_mtbi.errors import ConfigError, DataError
-from nemo_mtbi.modules.causal_lm import stop_ids
 from nemo_mtbi.targets.config import OpenAIConfig
 from nemo_mtbi.targets.decoder import Answer, Request
+
+log = logging.getLogger(__name__)
+# A server takes what is not sent from the LLM's generation_config.json, and some of those have a repetition penalty,
+# which counts the transcript too: "repeat" would not. vLLM knows it by this name; `transformers serve` refuses the
+# name, and takes the frequency penalty for it.
+PENALTY = "repetition_penalty"
+ENDS = {"stop": True, "length": False, "content_filter": False}  # finish_reason of a completion, and whether it ended
 
 
 class OpenAIEngine:
@@ -24,7 +33,7 @@ class OpenAIEngine:
     Args:
         config: the server.
         tokenizer: of the LLM that the server runs.
-        llm: path of that LLM here; its generation configuration says which tokens end a turn.
+        end_of_turn: the token that ends an answer, which the server leaves out of its text.
 
     Raises:
         ConfigError: the ``openai`` package is missing.
@@ -32,7 +41,7 @@ class OpenAIEngine:
 
     independent = True
 
-    def __init__(self, config: OpenAIConfig, tokenizer: PreTrainedTokenizerBase, llm: str) -> None:
+    def __init__(self, config: OpenAIConfig, tokenizer: PreTrainedTokenizerBase, end_of_turn: int) -> None:
         try:
             import openai
         except ImportError as error:
@@ -45,11 +54,8 @@ class OpenAIEngine:
             max_retries=config.max_retries,
             timeout=config.timeout_seconds,
         )
-        try:
-            generation_config = GenerationConfig.from_pretrained(llm)
-        except OSError:
-            generation_config = None
-        self.stop_ids = stop_ids(tokenizer, generation_config)
+        self.end_of_turn = end_of_turn
+        self.extra: dict[str, Any] = {PENALTY: 1.0}
         self._next_start = 0.0
         self._lock = threading.Lock()
 
@@ -57,7 +63,7 @@ class OpenAIEngine:
         """Answers as they come.
 
         Raises:
-            ConfigError: a top-k is asked for, the key or the model's name is wrong, or the tokenizers differ.
+            ConfigError: a top-k is asked for, the key or the model's name is wrong, or the server counts other tokens.
             DataError: the server cannot be reached or fails again after all retries.
         """
         if top_k:
@@ -75,15 +81,45 @@ class OpenAIEngine:
                     future.cancel()
 
     def _answer(self, request: Request) -> Answer:
+        """
+        Raises:
+            ConfigError, DataError: see :meth:`generate`.
+        """
+        where, ends = f"{self.config.base_url} (model {self.model})", list[str]()
+        while len(ends) <= self.config.max_retries:
+            reply = self._completion(request)
+            if not getattr(reply, "choices", None):
+                raise DataError(f"{where} sent no completion ({str(reply)[:200]!r}). Check openai.base_url.")
+            read = getattr(getattr(reply, "usage", None), "prompt_tokens", None)
+            if read is not None and read != len(request.prompt_ids):
+                raise ConfigError(
+                    f"{where} read {read} tokens where the prompt has {len(request.prompt_ids)}: it runs another LLM "
+                    "than llm names, or adds tokens of its own. Serve that LLM, or set openai.send_token_ids=true."
+                )
+            choice = reply.choices[0]
+            if choice.finish_reason in ENDS:
+                return self._read(request, choice.text, ENDS[choice.finish_reason])
+            ends.append(str(choice.finish_reason))  # the server gave it up
+        raise DataError(f"{where} gives up answers ({', '.join(ends)}). Look at its log; the same command continues.")
+
+    def _read(self, request: Request, text: str, finished: bool) -> Answer:
+        try:
+            ids, _ = literal_encoding(self.tokenizer, text)
+        except DataError:  # letters that this tokenizer cannot write: no answer to train on
+            return Answer(request.key, [], False)
+        return Answer(request.key, ids + [self.end_of_turn] * finished, finished)
+
+    def _completion(self, request: Request) -> Any:
         self._wait_for_turn()
-        e = self.errors
-        where = f"{self.config.base_url} (model {self.model})"
+        e, where, extra = self.errors, f"{self.config.base_url} (model {self.model})", self.extra
         try:
             reply = self.client.completions.create(
                 model=self.model,
                 prompt=request.prompt_ids if self.config.send_token_ids else self._text(request.prompt_ids),
                 max_tokens=request.max_new_tokens,
                 temperature=0.0,
+                frequency_penalty=0.0,
+                extra_body=extra,
             )
         except (e.AuthenticationError, e.PermissionDeniedError) as error:
             raise ConfigError(
@@ -91,7 +127,12 @@ class OpenAIEngine:
             ) from error
         except e.NotFoundError as error:
             raise ConfigError(f"{where}: {error}. Check openai.model and openai.base_url (it ends in /v1).") from error
-        except e.BadRequestError as error:
+        except (e.BadRequestError, e.UnprocessableEntityError) as error:
+            if PENALTY in extra and PENALTY in str(error):
+                if self.extra:
+                    log.warning("%s takes no %s: that of the LLM's generation_config.json holds.", where, PENALTY)
+                self.extra = {}
+                return self._completion(request)
             raise ConfigError(
                 f"{where} refuses a prompt of {len(request.prompt_ids)} tokens with {request.max_new_tokens} new ones: "
                 f"{error.message}. If it is too long, set openai.context_tokens; such prompts are then rejected "
@@ -118,28 +159,19 @@ class OpenAIEngine:
             raise DataError(
                 f"{where} sent something that is no completion ({error}). Check openai.base_url."
             ) from error
-        if not getattr(reply, "choices", None):
-            raise DataError(f"{where} sent no completion ({str(reply)[:200]!r}). Check openai.base_url.")
-        choice = reply.choices[0]
-        ids = self.tokenizer(choice.text, add_special_tokens=False)["input_ids"]
-        finished = choice.finish_reason == "stop"
-        return Answer(request.key, ids + [self._end_of_turn(request)] * finished, finished)
+        return reply
 
-    def _text(self, ids: list[int]) -> str:
-        """The prompt as text that the server's tokenizer, which adds its special tokens, turns back into ``ids``."""
+    def _text(self, ids: list[int]) -> str | list[int]:
+        """The prompt as text that the server's tokenizer, which adds its special tokens, turns back into ``ids``; the
+        ids where no text does (a transcript holds the letters of a control token).
+        """
         for begin in (0, 1):  # a server adds the first token itself where the tokenizer has one
             text = str(
                 self.tokenizer.decode(ids[begin:], skip_special_tokens=False, clean_up_tokenization_spaces=False)
             )
             if self.tokenizer(text)["input_ids"] == ids:
                 return text
-        raise ConfigError(
-            "The prompt's tokens do not survive being sent as text with this tokenizer. Use openai.send_token_ids=true."
-        )
-
-    def _end_of_turn(self, request: Request) -> int:
-        """The stop token that ends the user's turn in the prompt, too; else the LLM's first one."""
-        return next((i for i in reversed(request.prompt_ids) if i in self.stop_ids), self.stop_ids[0])
+        return ids
 
     def _wait_for_turn(self) -> None:
         if self.config.requests_per_minute is None:

@@ -1,6 +1,7 @@
 """One self-contained HTML page about a run of target generation: counts, lengths, examples, rejected answers."""
 
 import json
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -23,10 +24,10 @@ def write_report(path: Path, manifest: dict[str, Any], written: dict[str, Path],
         written: manifests with targets.
         rejected: side files of rejected answers.
     """
-    lengths: dict[str, list[int]] = {}
+    lengths: defaultdict[str, Counter[int]] = defaultdict(Counter)
     shown: dict[str, list[dict[str, str]]] = {}
     for transcript, target in _targets(written):
-        lengths.setdefault(target["task"], []).append(len(target["response_ids"]))
+        lengths[target["task"]][len(target["response_ids"])] += 1
         examples = shown.setdefault(target["task"], [])
         if len(examples) < EXAMPLES:
             examples.append({k: target[k] for k in ("task", "prompt", "response")} | {"transcript": transcript})
@@ -52,10 +53,11 @@ def _targets(written: dict[str, Path]) -> Iterator[tuple[str, dict[str, Any]]]:
                     yield transcript, target
 
 
-def _histogram(lengths: dict[str, list[int]]) -> str:
+def _histogram(lengths: dict[str, Counter[int]]) -> str:
     figure, axis = subplots(figsize=(8, 3))
     names = sorted(lengths)
-    axis.hist([lengths[n] for n in names], bins=24, stacked=True, label=names)
+    values, weights = [list(lengths[n]) for n in names], [list(lengths[n].values()) for n in names]
+    axis.hist(values, weights=weights, bins=24, stacked=True, label=names)
     axis.set_xlabel("response tokens")
     axis.set_ylabel("answers")
     axis.legend(fontsize=7, ncols=2)

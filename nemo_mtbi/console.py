@@ -102,7 +102,8 @@ class OurWarnings(logging.Handler):
 
 @contextmanager
 def redirected(log: Path | None) -> Iterator[None]:
-    """Send what is printed to ``log`` (None: a temporary file that stays only if the run fails).
+    """Send what is printed to ``log`` (None: a temporary file that stays only if the run fails, or has
+    more to say than is shown).
 
     The redirection outlasts a run that ends well, since libraries print when the process ends too; an exception undoes
     it, so that its traceback is seen.
@@ -128,7 +129,10 @@ def redirected(log: Path | None) -> Iterator[None]:
     failed = False
     try:
         yield
-    except SystemExit:  # its message is shown already
+    except SystemExit as error:  # its message is shown already, or is in the log
+        failed = error.code not in (None, 0)
+        if temporary and failed:
+            tell(f"Log: {path}")
         raise
     except BaseException as error:
         failed = True
@@ -143,7 +147,7 @@ def redirected(log: Path | None) -> Iterator[None]:
             tell(f"Log: {path}")
         raise
     finally:
-        if temporary and path is not None and not failed:
+        if temporary and path is not None and not failed and handler.count <= SHOWN_WARNINGS:
             path.unlink(missing_ok=True)
 
 

@@ -56,8 +56,13 @@ def save_directory(model: Any, folder: Path, card: str | None = None) -> Path:
         card: text of README.md; by default one without the run's records.
 
     Raises:
-        CheckpointError: the folder is in use.
+        CheckpointError: the folder is in use, or the model is one rank's part of it.
     """
+    if model.vocabulary_shard.group is not None:
+        raise CheckpointError(
+            "The model is spread over tensor-parallel ranks, and none has all of its weights: export it with "
+            "`mtbi export`, or open it with tensor_model_parallel_size=1 first."
+        )
     with _new_folder(folder) as temporary:
         # torch_dtype etc. of SALM are left alone: weights are stored in the type that each part computes in.
         model.save_pretrained(temporary, config=exported_config(model))

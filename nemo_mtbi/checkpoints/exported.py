@@ -106,8 +106,10 @@ def require_every_weight(model: Any, folder: Path, names: set[str]) -> None:
         CheckpointError: the model has tensors that are not among the ``names`` in ``folder``.
     """
     tie = causal_lm(model.llm).config.tie_word_embeddings
-    tied = {n for n in model.state_dict() if tie and n.endswith("lm_head.weight")}
-    own = {n for n in model.state_dict() if not n.endswith("_extra_state")}  # Megatron's layers name one that is empty
+    state = model.state_dict()
+    tied = {n for n in state if tie and n.endswith("lm_head.weight")}
+    own = {n for n in state if not n.endswith("_extra_state")}  # Megatron's layers name one that is empty
+    own -= {n for n in own if state[n].numel() == 0}  # as what an earlier version did not have yet
     missing = own - names - tied
     if missing:
         raise CheckpointError(

@@ -4,19 +4,38 @@ from typing import Any
 
 import torch
 
+from nemo_mtbi.errors import CheckpointError
+
 PROBE_SECONDS = 1.5
+TOLERANCE = 0.01  # of the largest logit
 
 
 @torch.no_grad()
-def max_abs_logit_difference(model: Any, other: Any) -> float:
-    """Largest absolute difference of the next-token logits of two models on a seeded noise probe with a text prompt."""
+def probe_logits(model: Any) -> torch.Tensor:
+    """Next-token logits (1, V) of a model on a seeded noise probe with a text prompt."""
     generator = torch.Generator().manual_seed(0)
     samples = round(PROBE_SECONDS * model.sampling_rate)
     audio, length = 0.1 * torch.randn(1, samples, generator=generator), torch.tensor([samples])
-    logits = []
-    for each in (model.eval(), other.eval()):
-        pieces, _ = each.prompt_pieces([[each.user_turn("What is this about?")]])
-        inputs, _ = each.generation_inputs(pieces, audio, length)
-        hidden = each.hidden(inputs)
-        logits.append(each.head().logits(hidden[:, -1]))
-    return float((logits[0] - logits[1]).abs().max())
+    pieces, _ = model.eval().prompt_pieces([[model.user_turn("What is this about?")]])
+    inputs, _ = model.generation_inputs(pieces, audio, length)
+    return model.head().logits(model.hidden(inputs)[:, -1])
+
+
+def max_abs_logit_difference(model: Any, other: Any) -> float:
+    """Largest absolute difference of the :func:`probe_logits` of two models."""
+    return float((probe_logits(model) - probe_logits(other)).abs().max())
+
+
+def require_same_logits(own: torch.Tensor, other: torch.Tensor, what: str) -> float:
+    """The largest absolute difference of two models' logits.
+
+    Raises:
+        CheckpointError: it is no number, or above ``TOLERANCE`` of the largest logit.
+    """
+    difference, largest = float((own - other).abs().max()), float(own.abs().max())
+    if not difference <= TOLERANCE * largest:  # neither where one is not a number
+        raise CheckpointError(
+            f"{what}: the logits differ by {difference:.3g}, where the largest is {largest:.3g}. Do not use it; look "
+            "at the weights (not finite?) and at the types (model.llm_dtype)."
+        )
+    return difference

@@ -4,6 +4,7 @@ import functools
 import gc
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -15,10 +16,11 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_mtbi import console
-from nemo_mtbi.errors import MTBIError
+from nemo_mtbi.errors import ConfigError, MTBIError
 from nemo_mtbi.examples._overrides import as_typed, overrides
 from nemo_mtbi.examples._steps import run_launcher
 
+FOLDERS = ("output_dir", "run")  # keys; a log goes into the first
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
@@ -42,8 +44,12 @@ def launcher(
 
     def decorate(function: Callable[[DictConfig], Any]) -> Callable[[], None]:
         def guarded(cfg: DictConfig) -> None:
+            for key in FOLDERS:
+                if isinstance(name := OmegaConf.select(cfg, key, throw_on_missing=False), int | float):
+                    cfg[key] = str(name)  # a folder may be called 2026
             with console.redirected(log_path(cfg, config_name)):
                 try:
+                    require_values(cfg, config_name)
                     function(cfg)
                 except MTBIError as error:
                     console.tell(f"\nError: {error}")
@@ -57,14 +63,35 @@ def launcher(
 
         @functools.wraps(function)
         def entry() -> None:
-            sys.argv[1:] = arguments(without_verbose(sys.argv[1:]))
-            if not {"-m", "--multirun"} & set(sys.argv[1:]):
-                sys.argv[1:] = map(as_typed, sys.argv[1:])
+            try:
+                sys.argv[1:] = arguments(without_verbose(sys.argv[1:]))
+                if not {"-m", "--multirun"} & set(sys.argv[1:]):
+                    sys.argv[1:] = map(as_typed, sys.argv[1:])
+            except MTBIError as error:
+                console.tell(f"Error: {error}")
+                sys.exit(1)
             composed()
 
         return entry
 
     return decorate
+
+
+def require_values(cfg: DictConfig, name: str) -> None:
+    """
+    Raises:
+        ConfigError: keys that the YAML leaves to the caller have no value.
+    """
+    if missing := _missing(OmegaConf.to_container(cfg, resolve=False)):
+        raise ConfigError(f"{', '.join(missing)}: no value given. What they are: {CONF / name}.yaml.")
+
+
+def _missing(node: Any, key: str = "") -> list[str]:
+    """Keys under a configuration that are ``???``."""
+    if node == "???":
+        return [key]
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    return [found for name, child in children for found in _missing(child, f"{key}.{name}".lstrip("."))]
 
 
 def without_verbose(arguments: list[str]) -> list[str]:
@@ -101,7 +128,12 @@ def run_step(name: str, module: str, values: Mapping[str, Any]) -> float:
     begin = time.time()
     arguments = overrides(values)
     console.say(f"=== {name}\n$ python -m nemo_mtbi.examples.{module} {shlex.join(arguments)}")
-    if run_launcher(module, arguments) != 0:
+    code = run_launcher(module, arguments)
+    if code < 0:
+        how = signal.Signals(-code).name
+        memory = " (out of memory?)" if how == "SIGKILL" else ""
+        raise MTBIError(f"The step {name!r} was ended by {how}{memory}. The same command continues from here.")
+    if code:
         raise MTBIError(f"The step {name!r} failed; its message is above. The same command continues from here.")
     return time.time() - begin
 
@@ -116,7 +148,7 @@ def announce(title: str, paths: dict[str, Path | str]) -> None:
 
 def log_path(cfg: DictConfig, name: str) -> Path | None:
     """The log of a run, in the folder that it writes to or reads; None without one."""
-    for key in ("output_dir", "run"):
+    for key in FOLDERS:
         folder = OmegaConf.select(cfg, key, throw_on_missing=False)
         if folder is not None and (key == "output_dir" or Path(folder).is_dir()):
             return Path(folder) / "logs" / f"{name}.log"

@@ -84,7 +84,7 @@ def as_typed(argument: str) -> str:
         if key != "prompt" and text.startswith(("[", "{")) and text.endswith(("]", "}")):
             raise ConfigError(
                 f"{argument[:200]} cannot be read as a list or mapping. Paths and other text with accents, brackets, "
-                "quotes or commas need quotes inside: [{kind: tsv, path: 'M\u00fcller/t (1).tsv'}]."
+                "quotes, commas, =, ~, # or & need quotes inside: [{kind: tsv, path: 'M\u00fcller/t (1).tsv'}]."
             ) from error
         return override(key, text)
     return argument

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import resource
 import sys
+from contextlib import suppress
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,7 +28,8 @@ _peaks: list[float] = []
 
 
 def run_launcher(module: str, arguments: list[str]) -> int:
-    """Run a launcher, with the terminal that this process was started with; its exit code.
+    """Run a launcher, with the terminal that this process was started with; its exit code, or less the signal that
+    ended it.
 
     Args:
         module: under ``nemo_mtbi.examples``.
@@ -45,7 +47,7 @@ def run_launcher(module: str, arguments: list[str]) -> int:
     process.start()
     sending.close()
     process.join()
-    if receiving.poll():
+    with suppress(EOFError):  # it was killed
         _peaks.append(receiving.recv())
     assert process.exitcode is not None
     return process.exitcode

@@ -1,5 +1,6 @@
 """A web page and an OpenAI-compatible endpoint for an exported speech LLM. See conf/serve.yaml."""
 
+import socket
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -20,6 +21,7 @@ def main(cfg: DictConfig) -> None:
     missing = [n for n in needed if find_spec(n) is None]
     if missing:
         raise ConfigError(f"{', '.join(missing)} is not installed: pip install 'nemo_mtbi[serve]', or set page=false.")
+    listening = bound(cfg.host, cfg.port)
     from nemo_mtbi.process import expect_any_length, tune
 
     expect_any_length()  # before the libraries below have threads
@@ -41,7 +43,7 @@ def main(cfg: DictConfig) -> None:
         max_tokens=cfg.max_tokens, max_audio_seconds=cfg.max_audio_seconds, max_body_bytes=cfg.max_body_bytes
     )
     app = create_app(model, name, batcher, limits)
-    url = f"http://{cfg.host}:{cfg.port}"
+    url = f"http://{cfg.host}:{listening.getsockname()[1]}"
     if cfg.page:
         from nemo_mtbi.serving.page import EXAMPLES, mount_page
 
@@ -51,7 +53,27 @@ def main(cfg: DictConfig) -> None:
     console.say(f"Endpoint: {url}/v1/chat/completions (model {name!r})")
     if cfg.host not in LOOPBACK:
         console.say("Everybody who reaches this address can use it: there is no login.")
-    uvicorn.run(app, host=cfg.host, port=cfg.port, log_level="warning")
+    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket of that address that does not listen yet.
+
+    Raises:
+        ConfigError: the address is in use, or not of this machine.
+    """
+    from nemo_mtbi.errors import ConfigError
+
+    if not 0 <= port < 2**16:
+        raise ConfigError(f"port={port}: from 0 (a free one) to {2**16 - 1}.")
+    try:
+        [(family, kind, protocol, _, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        own = socket.socket(family, kind, protocol)
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        own.bind(address)
+    except OSError as error:
+        raise ConfigError(f"host={host} port={port}: {error}. Choose another port, or 0 for a free one.") from error
+    return own
 
 
 if __name__ == "__main__":

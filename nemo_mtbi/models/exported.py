@@ -117,10 +117,11 @@ class ExportedSpeechLLM(SpeechLLM):
         self.config = config = model_config(cfg)
         self.audio_locator_tag = config.audio_locator_tag
         # ``.tokenizer``, as in NeMo's AutoTokenizer
-        self.tokenizer = SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(folder, use_fast=True))
+        own = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
+        self.tokenizer = SimpleNamespace(tokenizer=own)
         self.tokenizer.tokenizer.add_special_tokens({"additional_special_tokens": [self.audio_locator_tag]})
         with without_initialization():
-            llm = AutoConfig.from_pretrained(config.pretrained_llm)
+            llm = AutoConfig.from_pretrained(config.pretrained_llm, trust_remote_code=False)
             self.llm = AutoModelForCausalLM.from_config(llm, dtype=getattr(torch, config.llm_dtype))
             read_generation_config(self.llm, config.pretrained_llm)
             self.embed_tokens = self.llm.model.embed_tokens

@@ -17,7 +17,7 @@ from nemo_mtbi.checkpoints.exported import (
 )
 from nemo_mtbi.checkpoints.fast_loading import fill, without_initialization
 from nemo_mtbi.checkpoints.run_directory import RunDirectory
-from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.errors import CheckpointError, ConfigError
 from nemo_mtbi.modules.causal_lm import lent_embedding
 from nemo_mtbi.parallel.launch import once_per_node
 
@@ -28,7 +28,13 @@ class PersistenceMixin:
     """Mixin for :class:`nemo_mtbi.models.MTBISALM`."""
 
     @classmethod
-    def restore_from(cls, path: str | Path, map_location: str = "cpu", tensor_model_parallel_size: int = 1) -> Self:
+    def restore_from(
+        cls,
+        path: str | Path,
+        map_location: str = "cpu",
+        tensor_model_parallel_size: int = 1,
+        trust_remote_code: bool = False,
+    ) -> Self:
         """Open a ``.nemo`` file or a directory that ``export.py`` wrote; nothing else is needed.
 
         A training run, or an export of what was trained alone, is opened too; that needs the LLM and the encoder by
@@ -37,6 +43,7 @@ class PersistenceMixin:
         Args:
             tensor_model_parallel_size: ranks that hold the LLM together, in a job that
                 :func:`nemo_mtbi.parallel.launch.join_ranks` has joined.
+            trust_remote_code: of a training run, whether it may run code that its LLM brings.
 
         Raises:
             CheckpointError: missing, damaged, hostile, or another kind of model.
@@ -44,6 +51,11 @@ class PersistenceMixin:
         path = Path(path)
         if (path / "model.json").is_file():
             run = RunDirectory(path)
+            if run.model_config().get("trust_remote_code") and not trust_remote_code:
+                raise CheckpointError(
+                    f"{path / 'model.json'} asks to run code that comes with its LLM. If you trust who made it: "
+                    "MTBISALM.restore_from(path, trust_remote_code=True)."
+                )
             model = cls.from_run(run, tensor_model_parallel_size=tensor_model_parallel_size)
             return model.to(map_location)  # type: ignore[attr-defined]
         together = tensor_model_parallel_size > 1
@@ -90,7 +102,7 @@ class PersistenceMixin:
     @classmethod
     def _from_export(cls, folder: Path, map_location: str, ranks: int = 1) -> Self:
         names = checked_directory(folder)
-        model = cls._sharded(folder, ranks) if ranks > 1 else cls._whole(folder, map_location)
+        model = cls._sharded(folder, map_location, ranks) if ranks > 1 else cls._whole(folder, map_location)
         require_every_weight(model, folder, names)
         return model.eval()
 
@@ -102,7 +114,7 @@ class PersistenceMixin:
         return model.to(map_location)
 
     @classmethod
-    def _sharded(cls, folder: Path, ranks: int) -> Any:
+    def _sharded(cls, folder: Path, map_location: str, ranks: int) -> Any:
         cfg = local_config(folder) | {"tensor_model_parallel_size": ranks}
         model: Any = cls(cfg)  # type: ignore[call-arg]
         model.llm_weights = folder
@@ -110,7 +122,7 @@ class PersistenceMixin:
         with safe_open(folder / WEIGHTS, "pt") as weights:
             rest = [n for n in weights.keys() if "lora_" in n or not n.startswith(("llm.", "embed_tokens."))]
             model.load_trained_state({name: weights.get_tensor(name) for name in rest})
-        return model
+        return model.to(map_location)
 
     def save_to(self, path: str | Path) -> Path:
         """Write one self-contained ``.nemo`` file."""

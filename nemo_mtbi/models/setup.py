@@ -10,6 +10,7 @@ from nemo.collections.common.tokenizers import AutoTokenizer
 from nemo.collections.speechlm2.parts.lora import maybe_install_lora
 from nemo.collections.speechlm2.parts.pretrained import load_pretrained_hf
 from omegaconf import DictConfig
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig
 
@@ -129,8 +130,12 @@ def setup_llm(model: Any, path: str, config: ModelConfig) -> None:
         count = fuse_norms(model.llm)
         log.info(f"{count} norms of the LLM are {rms_norm_class().__module__}'s")
     maybe_install_lora(model)
+    if any(isinstance(m, LoraLayer) and n.endswith("lm_head") for n, m in model.llm.named_modules()):
+        raise ConfigError(
+            "model.lora adapts lm_head, which the objective reads as it is: leave it out of lora.target_modules."
+        )
     if sharded:
-        materialize_adapters(model.llm)
+        materialize_adapters(model.llm, (config.lora or {}).get("init_lora_weights", True))
 
 
 def check_trainable(model: Any, config: ModelConfig) -> None:

@@ -13,6 +13,9 @@ from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.modules.causal_lm import causal_lm
 from nemo_mtbi.parallel.parts import part_of
 
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+FLOATS = ("F64", "F32", "F16", "BF16")
+
 
 def empty_llm(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
     """A ``...ForCausalLM`` whose parameters take no memory yet (``meta``); buffers are real.
@@ -28,17 +31,20 @@ def empty_llm(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) 
     return llm
 
 
-def materialize_adapters(llm: nn.Module) -> None:
+def materialize_adapters(llm: nn.Module, init: bool | str = True) -> None:
     """Initialize the LoRA matrices of a model whose own weights are still ``meta``.
 
     They are whole until it is sharded.
+
+    Args:
+        init: PEFT's ``init_lora_weights``, of those that leave the LLM's own weights alone.
     """
     for layer in llm.modules():
         if isinstance(layer, LoraLayer):
             for name in layer.lora_A:
                 for matrix in (layer.lora_A[name], layer.lora_B[name]):
                     matrix.to_empty(device="cpu")
-                layer.reset_lora_parameters(name, init_lora_weights=True)
+                layer.reset_lora_parameters(name, init_lora_weights=init)
 
 
 def load_shards(llm: nn.Module, folder: str | Path, device: torch.device) -> None:
@@ -51,7 +57,7 @@ def load_shards(llm: nn.Module, folder: str | Path, device: torch.device) -> Non
         folder: of the LLM (or its hub name), or of an exported speech LLM.
 
     Raises:
-        ConfigError: the directory has no safetensors, a weight is missing there, or it cannot be had.
+        ConfigError: the directory has no safetensors, a weight is missing or quantized there, or it cannot be had.
     """
     files = _weight_files(local_snapshot(str(folder)))
     loaded: dict[int, nn.Parameter] = {}  # tied parameters stay one
@@ -78,7 +84,11 @@ def local_snapshot(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.safetensors.index.json"]))
+        folder = Path(snapshot_download(name, allow_patterns=[INDEX]))
+        index = folder / INDEX
+        # What the index names: some repositories hold the weights in a second form too.
+        files = sorted(set(weight_map(index).values())) if index.is_file() else [SINGLE]
+        return Path(snapshot_download(name, allow_patterns=[INDEX, *files]))
     except Exception as error:  # of the hub, the network, or a name that is none
         raise ConfigError(
             f"{name} is no folder, and its weights cannot be taken from the hub ({type(error).__name__}: "
@@ -86,13 +96,18 @@ def local_snapshot(name: str) -> Path:
         ) from error
 
 
+def weight_map(index: Path) -> dict[str, str]:
+    """Name of each weight -> its file, of ``model.safetensors.index.json``."""
+    return json.loads(index.read_text())["weight_map"]
+
+
 def _weight_files(folder: Path) -> dict[str, tuple[Path, str]]:
     """Name of a weight in the LLM -> the file that holds it, and its name there."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
-        files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        files = {name: folder / file for name, file in weight_map(index).items()}
     else:
-        single = folder / "model.safetensors"
+        single = folder / SINGLE
         if not single.is_file():
             raise ConfigError(f"{folder} has no safetensors weights; tensor parallelism reads no other format.")
         with safe_open(single, "pt") as file:
@@ -113,11 +128,13 @@ def _read(files: dict[str, tuple[Path, str]], name: str, parameter: nn.Parameter
     part = part_of(parameter)
     path, stored = files[name]
     with safe_open(path, "pt") as file:
-        if part is None:
-            value = file.get_tensor(stored)
-        else:
-            whole = file.get_slice(stored)
-            value = part.of(whole, whole.get_shape()[part.dim])
+        whole = file.get_slice(stored)
+        if whole.get_dtype() not in FLOATS:
+            raise ConfigError(
+                f"The LLM's files hold {stored} as {whole.get_dtype()}: a quantized LLM, which tensor parallelism does "
+                "not read. Take its unquantized weights, or tensor_model_parallel_size=1."
+            )
+        value = file.get_tensor(stored) if part is None else part.of(whole, whole.get_shape()[part.dim])
         # A part is a view of the mapped file, which would keep more of its pages in memory than are this rank's.
         value = value.to(device, parameter.dtype, copy=part is not None, memory_format=torch.contiguous_format)
     new = nn.Parameter(value, requires_grad=parameter.requires_grad)

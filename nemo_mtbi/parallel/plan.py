@@ -22,7 +22,9 @@ from nemo_mtbi.parallel.sharding import check_divisible, shard_llm
 
 LOGIT_BYTES = 0.5 * GB  # chunks of logits and their gradients, see losses/chunk.py
 ADAM_BYTES = 16  # float32 weight, gradient and two moments
-SAVED_BYTES = 34  # of activations for each position, unit of width and layer (Korthikanti et al., arXiv 2205.05198)
+# Of activations for each position, unit of width and layer (Korthikanti et al., arXiv 2205.05198, without attention
+# scores): what the ranks share, and what each keeps whole unless the sequence is spread too (the inputs of both norms).
+SHARED_BYTES, WHOLE_BYTES = 26, 8
 CONTEXT_BYTES = 1.5 * GB  # CUDA, NCCL, libraries
 
 
@@ -75,7 +77,7 @@ def plan(config: PlanConfig, llm_config: Any) -> Plan:
         "CUDA and libraries": CONTEXT_BYTES,
     }
     layers, width = llm_config.num_hidden_layers, llm_config.hidden_size
-    one_layer = SAVED_BYTES * width / n
+    one_layer = width * (SHARED_BYTES / n + WHOLE_BYTES / (n if config.sequence_parallel else 1))
     per_position = one_layer * layers if not config.activation_checkpointing else 2 * width * layers + one_layer
     length = where.prompt + round(where.per_second * config.utterance_seconds) + where.response
     left = config.gpu_memory_gb * GB - sum(parts.values())

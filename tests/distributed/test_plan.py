@@ -43,6 +43,14 @@ def test_what_fits_and_how_long_it_takes():
     assert plan(config, LLAMA).longest_batch > found.longest_batch
 
 
+def test_activations_that_stay_whole_on_every_rank():
+    """Both norms keep an input and a normalized value in float32 (measured on a layer of Llama-70B cut for 8 ranks)."""
+    whole = PlanConfig(llm="", gpus=4, tensor_model_parallel_size=4)
+    assert plan(whole, LLAMA).bytes_per_position == 3 * 64 * (26 / 4 + 8)
+    whole.sequence_parallel = True
+    assert plan(whole, LLAMA).bytes_per_position == 3 * 64 * 34 / 4
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,12 +20,16 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from nemo_mtbi.errors import ConfigError
@@ -35,6 +40,7 @@ from nemo_mtbi.modules.causal_lm import checkpoint_activations, output_head
 from nemo_mtbi.parallel.launch import initialize
 from nemo_mtbi.parallel.loading import empty_llm, load_shards, local_snapshot
 from nemo_mtbi.parallel.parts import gradient_norm, part_of, reduce_gradients
+from nemo_mtbi.parallel.plan import pretended_ranks
 from nemo_mtbi.parallel.sharding import check_divisible, shard_llm
 from tests.launching import on_ranks
 
@@ -58,9 +64,11 @@ MODELS = {
     "llama": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": False}),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"tie_word_embeddings": False}),
+    "olmo2": (Olmo2ForCausalLM, Olmo2Config, {"tie_word_embeddings": False}),
     "phi3": (Phi3ForCausalLM, Phi3Config, {"tie_word_embeddings": False}),
     "gemma2": (Gemma2ForCausalLM, Gemma2Config, {"final_logit_softcapping": 20.0, "query_pre_attn_scalar": 8}),
 }
+WHOLE_ATTENTION = "olmo2"  # its norms see all heads
 LORA = {2: ("llama", "qwen3", "phi3"), 4: ("llama",)}  # at 4, two ranks share a key/value head
 
 
@@ -149,6 +157,10 @@ def worker(rank, size, port, results):
     for name in MODELS:
         for sequence_parallel in (False, True):
             llm = build(name)
+            if sequence_parallel and name == WHOLE_ATTENTION:
+                with pytest.raises(ConfigError, match="stays whole on every rank"):
+                    shard_llm(llm, sequence_parallel)
+                continue
             shard = shard_llm(llm, sequence_parallel)
             out[name, sequence_parallel] = (*measure(llm, shard), sum(p.numel() for p in llm.parameters()))
     for sequence_parallel in (False, True):
@@ -169,10 +181,12 @@ def test_sharded_equals_whole(size):
         expected = measure(whole)
         count = sum(p.numel() for p in whole.parameters())
         for rank in range(size):
-            for sequence_parallel in (False, True):
+            for sequence_parallel in (False, True)[: 1 if name == WHOLE_ATTENTION else 2]:
                 *values, own = got[rank][name, sequence_parallel]
                 assert_same_values(values, expected, name)
-                assert own < count * (1 / size + 0.15)  # norms, and key/value heads fewer than ranks, are on every rank
+                assert name == WHOLE_ATTENTION or own < count * (
+                    1 / size + 0.15
+                )  # norms, few key/value heads on every rank
     for key in [("recomputed", False), ("recomputed", True)]:
         for rank in range(size):
             close(got[rank][key], recomputed_gradient(), key)
@@ -206,6 +220,27 @@ def test_sizes_that_do_not_divide_are_named():
     check_divisible(config, 3)
     with pytest.raises(ConfigError, match=r"9 attention heads, 3 key/value heads.*Sizes that do: 1, 3"):
         check_divisible(config, 2)
+
+
+def test_a_mixture_of_experts_is_refused():
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+    llm = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZE, **experts))
+    with pretended_ranks(2), pytest.raises(ConfigError, match="experts.*which is no linear layer"):
+        shard_llm(llm)
+
+
+def test_a_quantized_llm_is_named(tmp_path):
+    llm = build("llama")
+    llm.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    weights[name] = weights[name].to(torch.float8_e4m3fn)
+    save_file(weights, tmp_path / "model.safetensors")
+    empty = empty_llm(llm.config, torch.bfloat16)
+    with pretended_ranks(2):
+        shard_llm(empty)
+        with pytest.raises(ConfigError, match="as F8_E4M3: a quantized LLM"):
+            load_shards(empty, tmp_path, torch.device("cpu"))
 
 
 def generate(llm, tokenizer, **options):

@@ -31,3 +31,19 @@ def test_exit_codes(capsys):
     assert main(["sing"]) == 2 and "Commands: prepare" in capsys.readouterr().err
     run = Started("cli", ["evaluate", "run=/nowhere", "cuts={a: /nowhere.jsonl}"])
     assert "There is no manifest /nowhere.jsonl" in run.communicate()[0] and run.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "output_dir, trainer.max_steps"),
+        (["benchmark"], "no value given. What they are: "),
+        (["report", "2026"], "2026 is not a training run"),
+        (["report", "runs/lr=1e-4"], "runs/lr=1e-4 is not a training run"),
+        (["prepare", "output_dir=x", "sources=[{kind: tsv, path: M\u00fcller/t (1).tsv}]"], "need quotes inside"),
+    ],
+)
+def test_what_strangers_type_first_is_answered_in_a_line(arguments, message, tmp_path):
+    run = Started("cli", arguments, cwd=tmp_path)
+    said = run.communicate()[0]
+    assert run.returncode == 1 and message in said and "Traceback" not in said

@@ -16,9 +16,11 @@ from pathlib import Path
 from nemo_mtbi import console
 with console.redirected(None if sys.argv[1] == "-" else Path(sys.argv[1])):
     print("theirs"); warnings.warn("theirs"); os.system("echo theirs"); os.system("echo theirs >&2")
-    for i in range(20):
+    for i in range(int(os.environ.get("WARNINGS", 20))):
         logging.getLogger("nemo_mtbi.data").warning(f"ours {i}")
     console.say("answer")
+    if sys.argv[2:] == ["exit"]:
+        sys.exit(3)
     if sys.argv[2:]:
         raise RuntimeError("broken")
 """
@@ -46,8 +48,13 @@ def test_only_our_lines_are_shown(tmp_path):
     assert "RuntimeError: broken" in err and f"Log: {log}" in err
 
 
-def test_a_temporary_log_stays_only_after_a_failure(tmp_path):
-    console_run("-", TMPDIR=str(tmp_path))
+def test_a_temporary_log_stays_only_with_something_to_say(tmp_path):
+    console_run("-", TMPDIR=str(tmp_path), WARNINGS="2")
     assert not list(tmp_path.iterdir())
-    _, err = console_run("-", "fail", TMPDIR=str(tmp_path))
-    assert f"Log: {next(tmp_path.iterdir())}" in err
+    for way in ("fail", "exit"):
+        _, err = console_run("-", way, TMPDIR=str(tmp_path), WARNINGS="2")
+        [log] = tmp_path.iterdir()
+        assert f"Log: {log}" in err and "theirs" in log.read_text()
+        log.unlink()
+    _, err = console_run("-", TMPDIR=str(tmp_path))  # more than is shown
+    assert f"more of them are in {next(tmp_path.iterdir())}" in err

@@ -113,6 +113,9 @@ def test_training_takes_the_targets_of_the_same_page(page):
     for module, cfg in composed("\n".join(found)):
         if module == "generate_targets":
             given[cfg.output_dir] = cfg
+        elif module == "cache_features":  # targets are copies of the cuts: features that come later are not in them
+            for name in given:
+                assert not set(given[name].cuts.values()) & set(cfg.manifests), f"{name} was made before the features"
         elif module == "train":
             targets = given.get(str(Path(cfg.data.train_ds.input_cfg[0].get("cuts_path", "")).parent))
             if targets is not None:

@@ -5,10 +5,12 @@ import json
 import tarfile
 
 import pytest
+import torch
 
 from nemo_mtbi.checkpoints.archive import save_directory
-from nemo_mtbi.checkpoints.round_trip import max_abs_logit_difference
+from nemo_mtbi.checkpoints.round_trip import max_abs_logit_difference, require_same_logits
 from nemo_mtbi.errors import CheckpointError
+from nemo_mtbi.losses.vocabulary import VocabularyShard
 from nemo_mtbi.models import MTBISALM
 
 pytestmark = pytest.mark.unit
@@ -71,3 +73,19 @@ def test_an_export_cannot_ask_for_remote_code(exported, tmp_path):
     (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "trust_remote_code": True}))
     with pytest.raises(CheckpointError, match="trust_remote_code"):
         MTBISALM.restore_from(tmp_path / "hf")
+
+
+def test_a_difference_of_logits_fails_and_so_does_what_is_no_number():
+    own = torch.tensor([[1.0, -20.0, 3.0]])
+    assert require_same_logits(own, own + 0.1, "it") == pytest.approx(0.1, rel=1e-4)
+    for other in (own + 0.3, own * torch.nan):
+        with pytest.raises(CheckpointError, match="it: the logits differ by"):
+            require_same_logits(own, other, "it")
+
+
+def test_a_rank_has_no_whole_model_to_save(exported, tmp_path, monkeypatch):
+    model, _, _ = exported
+    monkeypatch.setattr(model, "vocabulary_shard", VocabularyShard(0, 8, object()))
+    with pytest.raises(CheckpointError, match="spread over tensor-parallel ranks"):
+        model.save_to(tmp_path / "part.nemo")
+    assert not (tmp_path / "part.nemo").exists()

@@ -12,9 +12,10 @@ from nemo.collections.speechlm2.models.salm import SALM
 from nemo_mtbi.checkpoints.archive import save_directory, save_nemo, save_trainable
 from nemo_mtbi.checkpoints.round_trip import max_abs_logit_difference
 from nemo_mtbi.checkpoints.run_directory import RunDirectory
-from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.errors import CheckpointError, ConfigError
 from nemo_mtbi.models import MTBISALM
-from tests.helpers import gradients, make_batch
+from nemo_mtbi.models.exported import open_speech_llm
+from tests.helpers import build, gradients, make_batch
 from tests.unit.nemo_helpers import ADAPTERS
 
 pytestmark = pytest.mark.unit
@@ -124,9 +125,27 @@ def test_lora_trains_teaches_without_itself_and_exports_whole_alone_or_merged(ti
         "trained.safetensors",
     ]
     assert max_abs_logit_difference(model, MTBISALM.restore_from(trainable)) < 1e-5
+    record = json.loads((trainable / "model.json").read_text())
+    record["model"]["trust_remote_code"] = True
+    (trainable / "model.json").write_text(json.dumps(record))
+    for opened in (MTBISALM.restore_from, open_speech_llm):
+        with pytest.raises(CheckpointError, match="asks to run code"):
+            opened(trainable)
     model.merge_lora()
     merged = MTBISALM.restore_from(save_directory(model, tmp_path / "merged"))
     assert not any("lora" in n for n in merged.state_dict())
     assert max_abs_logit_difference(again, merged) < 1e-4  # one product instead of two: rounding
     with pytest.raises(ConfigError, match="no LoRA"):
         merged.merge_lora()
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "loftq"])
+def test_lora_that_would_change_the_teacher_is_refused(tiny_config, init):
+    lora = {"task_type": "CAUSAL_LM", "r": 2, "target_modules": ["q_proj"], "init_lora_weights": init}
+    with pytest.raises(ConfigError, match=f"init_lora_weights='{init}' changes the LLM's own weights"):
+        build(tiny_config, lora=lora)
+
+
+def test_lora_of_the_output_layer_is_refused(tiny_config):
+    with pytest.raises(ConfigError, match="model.lora adapts lm_head"):
+        build(tiny_config, lora={"task_type": "CAUSAL_LM", "r": 2, "target_modules": ["q_proj", "lm_head"]})

@@ -44,6 +44,14 @@ def test_auto_becomes_a_type(tiny_config, monkeypatch, fast, dtype, precision):
     assert cfg.trainer.precision == cfg.alignment_stage.trainer.precision == precision and cfg.model.llm_dtype == dtype
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_trained_weights_stay_in_float32(tiny_config, precision):
+    for own, alignment in (({"precision": precision}, {}), ({}, {"trainer": {"precision": precision}})):
+        cfg = OmegaConf.create({"model": tiny_config, "trainer": own, "alignment_stage": alignment})
+        with pytest.raises(ConfigError, match=f"trainer.precision={precision} keeps the trained weights in half"):
+            stages.choose_types(cfg, configuration.model_config(cfg.model))
+
+
 def test_other_words_are_refused(tiny_config):
     with pytest.raises(ConfigError, match="llm_dtype='half': use float32, bfloat16 or auto"):
         configuration.model_config(tiny_config | {"llm_dtype": "half"})

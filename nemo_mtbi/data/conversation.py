@@ -15,15 +15,17 @@ from typing import Any
 
 from lhotse import CutSet
 from lhotse.cut import Cut
+from lhotse.cut.data import DataCut
 from nemo.collections.common.data.lhotse.cutset import read_cutset_from_config
 from nemo.collections.common.data.lhotse.text_adapters import AudioTurn, NeMoMultimodalConversation, TextTurn
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_mtbi.data.alignments import utterances
 from nemo_mtbi.data.audio_windows import EARLIEST_SHARE
 from nemo_mtbi.data.cut_lines import Share
 from nemo_mtbi.data.messages import NOTHING_HEARD, user_message
 from nemo_mtbi.data.perturbation import SpeedPerturbation
-from nemo_mtbi.data.rendering import Message, RenderedPrompt, Spoken, TimedWord
+from nemo_mtbi.data.rendering import Message, RenderedPrompt, Spoken, TimedWord, match_words
 from nemo_mtbi.data.shar import PROMISE_FIELD, PromisedCut, promise_of, with_visits
 from nemo_mtbi.data.target import TARGETS_FIELD, Target
 from nemo_mtbi.errors import ConfigError, DataError
@@ -122,7 +124,7 @@ def without_targets(cut: Cut) -> Cut:
     """The cut without all that it may be asked, which would travel to the loader's workers with it."""
     if not {TARGETS_FIELD, PROMISE_FIELD} & (cut.custom or {}).keys():
         return cut
-    cut = copy.copy(cut)
+    cut = copy.copy(cut) if isinstance(cut, DataCut) else copy.deepcopy(cut)  # of a mixed one, the first track has it
     cut.custom = {key: value for key, value in (cut.custom or {}).items() if key not in (TARGETS_FIELD, PROMISE_FIELD)}
     return cut
 
@@ -134,11 +136,9 @@ def transcript(cut: Cut) -> str:
 
 def spoken_part(cut: Cut) -> Spoken:
     """Transcript, word times (relative to the cut) and duration of a cut."""
-    words = []
-    for supervision in sorted(cut.supervisions, key=lambda s: s.start):
-        for item in (supervision.alignment or {}).get("word", []):
-            # Lhotse shifts alignments with their supervision, so times are relative to the cut.
-            words.append(TimedWord(item.symbol, item.start, item.end))
+    words: list[TimedWord] = []
+    for supervision, timed in utterances(cut):  # a word is looked for among those of its own utterance
+        words += match_words((supervision.text or "").split(), tuple(timed))
     return Spoken(transcript(cut) or NOTHING_HEARD, tuple(words), cut.duration)
 
 

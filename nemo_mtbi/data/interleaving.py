@@ -9,9 +9,11 @@ import math
 import random
 from bisect import bisect_right
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from nemo_mtbi.errors import ConfigError
+
+OVERLAP_SECONDS = 0.2  # of two words that follow each other, as aligners round
 
 
 @dataclass(frozen=True)
@@ -45,16 +47,22 @@ class Unit:
 def timeline(words: list[Word], duration_seconds: float) -> list[Unit]:
     """Cut an utterance of ``duration_seconds`` into the smallest units that are known in both time and tokens.
 
-    The boundary between two words lies halfway between the end of one and the start of the next, which settles gaps and
-    overlaps; boundaries outside the audio or out of order are dropped. The first unit starts at 0, the last ends with
-    the audio.
+    The boundary between two words lies halfway between the end of all before it and the start of all after it, which
+    settles gaps and small overlaps. There is none where the speech of both sides lies mixed (people who talk at once, a
+    word that an aligner misplaced), nor outside the audio. The first unit starts at 0, the last ends with the audio.
     """
     if not words:
         return []
     units: list[Unit] = []
     first, start = 0, 0.0
+    ends = list(accumulate((-math.inf if w.end_seconds is None else w.end_seconds for w in words), max))
+    backwards = (math.inf if w.start_seconds is None else w.start_seconds for w in reversed(words))
+    starts = list(accumulate(backwards, min))[::-1]
     for index, (word, following) in enumerate(pairwise(words)):
-        known = [t for t in (word.end_seconds, following.start_seconds) if t is not None]
+        if ends[index] > starts[index + 1] + OVERLAP_SECONDS:
+            continue
+        known = [ends[index]] if word.end_seconds is not None else []
+        known += [starts[index + 1]] if following.start_seconds is not None else []
         if not known or word.splits_token or word.token_end != following.token_begin:
             continue
         boundary = sum(known) / len(known)

@@ -37,8 +37,9 @@ def main(cfg: DictConfig) -> None:
         spoken = spoken_part(cut)
         console.say(f"\n=== {cut.id}  {cut.duration:.2f} s  {source}")
         console.say(spoken.transcript)
-        if spoken.words:
-            console.say("  " + "  ".join(f"{w.text} {w.start_seconds:.2f}-{w.end_seconds:.2f}" for w in spoken.words))
+        timed = [w for w in spoken.words if w.start_seconds is not None]
+        if timed:
+            console.say("  " + "  ".join(f"{w.text} {w.start_seconds:.2f}-{w.end_seconds:.2f}" for w in timed))
         for target in (Target(**t) for t in (cut.custom or {}).get(TARGETS_FIELD, [])):
             console.say(
                 f"  [{target.task}] {target.prompt}\n    -> "

@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 from lhotse.cut import Cut
 
+from nemo_mtbi.data.alignments import utterances
 from nemo_mtbi.data.description import DESCRIPTION_FIELD
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.io.tables import read_table
@@ -200,9 +201,13 @@ class Describer:
 
     def measure(self, cut: Cut, samples: np.ndarray, rate: int) -> None:
         """Note the measures of each supervision of a cut, whose samples (S,) these are."""
-        for supervision in cut.supervisions:
+        for supervision, timed in utterances(cut):
             begin, end = max(0.0, supervision.start), min(supervision.end, cut.duration)
-            words = [(w.start - begin, w.end - begin) for w in (supervision.alignment or {}).get("word", [])]
+            words = [
+                (w.start_seconds - begin, w.end_seconds - begin)
+                for w in timed
+                if w.start_seconds is not None and w.end_seconds is not None
+            ]
             part = samples[round(begin * rate) : round(end * rate)]
             found = measure(part, rate, words, supervision.text or "") if len(part) else {}
             supervision.custom = {**(supervision.custom or {}), VOICE_FIELD: found}

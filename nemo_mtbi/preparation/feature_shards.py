@@ -13,6 +13,7 @@ import torch
 from filelock import FileLock
 from lhotse.array import Array
 from lhotse.cut import Cut
+from lhotse.cut.data import DataCut
 from torch import Tensor
 
 from nemo_mtbi.corpus.failures import explained
@@ -31,6 +32,7 @@ from nemo_mtbi.data.feature_cache import (
     written_field,
 )
 from nemo_mtbi.data.perturbation import features_field, perturbed
+from nemo_mtbi.errors import DataError
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.io.array_storage import RawChunkyWriter, place_of
 from nemo_mtbi.models.speech import cut_windows
@@ -123,7 +125,13 @@ class ShardEncoder:
 
     def _shard(self, shard: Shard, stem: Path) -> CacheReport:
         report = CacheReport()
-        versions = [(cut, _versions(cut, self.speeds, self.encoder.key)) for cut in shard.cuts()]
+        cuts = list(shard.cuts())
+        if mixed := next((cut for cut in cuts if not isinstance(cut, DataCut)), None):
+            raise DataError(
+                f"{shard.path} holds a {type(mixed).__name__}, {mixed.id}; features need MonoCut or MultiCut. Save "
+                "mixed cuts as recordings first (CutSet.save_audios)."
+            )
+        versions = [(cut, _versions(cut, self.speeds, self.encoder.key)) for cut in cuts]
         with jsonl.Journal(stem.with_suffix(".records.jsonl"), lambda record: True, "key") as journal:
             known, there = Known(journal), Arrays()
             self._look_up([version for _, own in versions for version in own], known, there)

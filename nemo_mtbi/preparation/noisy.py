@@ -9,6 +9,7 @@ from lhotse import Recording
 from lhotse.cut import Cut, MonoCut
 from lhotse.utils import fastcopy
 
+from nemo_mtbi.data.alignments import from_its_beginning
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.preparation.no_speech import noise, write_flac
 
@@ -59,7 +60,7 @@ def with_noise(cut: Cut, samples: np.ndarray, rate: int, config: NoiseConfig, fo
     mixed /= max(1.0, float(np.abs(mixed).max()))
     path = folder / f"{hashlib.blake2b(cut.id.encode(), digest_size=12).hexdigest()}.flac"
     write_flac(path, mixed, rate)
-    recording = Recording.from_file(path, recording_id=cut.id)
+    cut, recording = from_its_beginning(cut), Recording.from_file(path, recording_id=cut.id)
     own = [fastcopy(s, recording_id=cut.id, channel=0) for s in cut.supervisions]
     noted = {**(cut.custom or {}), NOISE_FIELD: round(snr, 2)}
     return MonoCut(cut.id, 0.0, recording.duration, 0, recording=recording, supervisions=own, custom=noted), mixed

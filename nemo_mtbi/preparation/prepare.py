@@ -19,12 +19,14 @@ from typing import Any, TextIO
 
 import numpy as np
 from lhotse.cut import Cut
+from lhotse.cut.data import DataCut
 from omegaconf import MISSING
 
 from nemo_mtbi import console
 from nemo_mtbi.corpus.execution import LOCAL, RAY, check_execution, spread
 from nemo_mtbi.corpus.failures import explained
 from nemo_mtbi.corpus.ray_data import RayConfig
+from nemo_mtbi.data.alignments import from_its_beginning
 from nemo_mtbi.data.audio import mono_samples
 from nemo_mtbi.data.rendering import TimedWord
 from nemo_mtbi.errors import ConfigError, DataError
@@ -245,6 +247,8 @@ class Preparation:
             raise Skip(f"duration outside [{c.min_seconds}, {c.max_seconds}] s")
         if len(entry.text.split()) / cut.duration > c.max_words_per_second:
             raise Skip(f"more than {c.max_words_per_second} words a second: transcript and audio cannot match")
+        if not isinstance(cut, DataCut):
+            raise Skip("a mixed cut: save it as a recording first (CutSet.save_audios)")
         try:
             cut = self._on_disk(cut)
             samples = self._samples(cut, noticed)
@@ -266,7 +270,7 @@ class Preparation:
         if any(source.type in ("memory", "shar") for source in cut.recording.sources):
             path = self.folder / "audio" / f"{cut.id.replace('/', '-')}.flac"
             path.parent.mkdir(parents=True, exist_ok=True)
-            cut = cut.save_audio(str(path))
+            cut = from_its_beginning(cut).save_audio(str(path))
             # Shar notes where a cut came from as a Path, which is no JSON.
             cut.custom = {k: str(v) if isinstance(v, Path) else v for k, v in (cut.custom or {}).items()}
         return cut

@@ -11,13 +11,12 @@ from typing import Any, Protocol
 
 import numpy as np
 from lhotse.cut import Cut
-from lhotse.supervision import AlignmentItem
 
+from nemo_mtbi.data.alignments import BEYOND_SECONDS, WORDS, set_words
 from nemo_mtbi.data.rendering import TimedWord
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.io.text import read_text
 
-BEYOND_SECONDS = 0.5  # by which the last word may end after the audio, as aligners round
 ALIGNER_RATE = 16_000
 
 
@@ -148,13 +147,8 @@ def give_words(cut: Cut, words: list[TimedWord]) -> None:
     place = 0
     for supervision, count in zip(cut.supervisions, counts, strict=True):
         own, place = words[place : place + count], place + count
-        if not (supervision.alignment or {}).get("word"):
-            timed = [
-                AlignmentItem(w.text, w.start_seconds, round(w.end_seconds - w.start_seconds, 8))
-                for w in own
-                if w.start_seconds is not None and w.end_seconds is not None
-            ]
-            supervision.alignment = {"word": timed}
+        if not (supervision.alignment or {}).get(WORDS):
+            set_words(supervision, own, cut.start)
 
 
 class TextGrids:
@@ -182,8 +176,8 @@ class TextGrids:
         Raises:
             Unalignable: there is no file, or it has no words, or ones beyond the audio.
         """
-        names = [cut.id, Path(str(cut.recording.sources[0].source)).stem]
-        file = next((self.files[name] for name in names if name in self.files), None)
+        of_cut, of_audio = (self.files.get(n) for n in (cut.id, Path(str(cut.recording.sources[0].source)).stem))
+        file = of_cut or of_audio
         if file is None:
             raise Unalignable("no TextGrid of the cut's or the audio's name")
         try:
@@ -193,9 +187,12 @@ class TextGrids:
         tier = re.search(r'name = "words".*?(?=\n\s*item \[|\Z)', text, re.DOTALL)
         pattern = r'xmin = ([\d.]+)\s+xmax = ([\d.]+)\s+text = "([^"]*)"'
         found = [] if tier is None else re.findall(pattern, tier.group())
-        words = [TimedWord(w, float(a), float(b)) for a, b, w in found if w and not w.startswith("<")]
+        words = [(w, float(a), float(b)) for a, b, w in found if w and not w.startswith("<")]
         if not words:
             raise Unalignable("a TextGrid without words in a tier named words")
-        if max(w.end_seconds or 0.0 for w in words) > cut.duration + BEYOND_SECONDS:
+        if of_cut is None:  # its times are those of the recording, of which the cut may be a part
+            own = [(w, a - cut.start, b - cut.start) for w, a, b in words]
+            words = [word for word in own if word[2] > 0 and word[1] < cut.duration] if cut.start else own
+        if not words or max(b for _, _, b in words) > cut.duration + BEYOND_SECONDS:
             raise Unalignable("a TextGrid with words beyond the audio")
-        return words
+        return [TimedWord(*word) for word in words]

@@ -15,6 +15,7 @@ from lhotse import CutSet
 from lhotse.cut import Cut
 
 from nemo_mtbi.corpus.shards import Shard
+from nemo_mtbi.data.alignments import from_its_beginning
 from nemo_mtbi.data.feature_cache import is_features
 from nemo_mtbi.data.target import TARGETS_FIELD, TEACHER_IDS_FIELD, TEACHER_LOG_PROBS_FIELD
 from nemo_mtbi.errors import DataError
@@ -161,7 +162,7 @@ def write_shar(manifest: Path, folder: Path, rejected: Path, config: TargetsConf
         found[True] += 1
         return True
 
-    cuts = CutSet.from_file(manifest).filter(usable)
+    cuts = CutSet.from_file(manifest).filter(usable).map(from_its_beginning)  # as which Shar keeps the audio
     fields = {"recording": config.shar_audio}
     if config.top_k:
         fields |= {TEACHER_IDS_FIELD: "numpy", TEACHER_LOG_PROBS_FIELD: "numpy"}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_mtbi.data.interleaving import InterleavingPolicy, Schedule, SpeechSpan, Word, merge, timeline
+from nemo_mtbi.data.interleaving import OVERLAP_SECONDS, InterleavingPolicy, Schedule, SpeechSpan, Word, merge, timeline
 from nemo_mtbi.errors import ConfigError
 
 pytestmark = pytest.mark.unit
@@ -43,6 +43,11 @@ def test_every_word_and_moment_exactly_once(utterance, share, span, seed):
     for before, after in zip(units, units[1:], strict=False):
         assert before.token_end == after.token_begin and before.end_seconds == after.start_seconds
         assert before.start_seconds < before.end_seconds
+    owner = iter(unit for unit in units for _ in range(unit.words))
+    for word, unit in zip(words, owner, strict=True):
+        if word.start_seconds is not None and 0 <= word.start_seconds and word.end_seconds <= duration:
+            assert unit.start_seconds - OVERLAP_SECONDS <= word.start_seconds + 1e-9
+            assert word.end_seconds <= unit.end_seconds + OVERLAP_SECONDS + 1e-9
     plan = InterleavingPolicy(1.0, share, span, seed=seed).plan(units, "key", 0, 0)
     tokens, time = [], 0.0
     for piece in merge(units, plan, audio=0):
@@ -54,6 +59,27 @@ def test_every_word_and_moment_exactly_once(utterance, share, span, seed):
     spoken = [t for u, text in zip(units, plan, strict=True) if not text for t in range(u.token_begin, u.token_end)]
     assert sorted(tokens + spoken) == list(range(words[0].token_begin, words[-1].token_end))
     assert tokens == sorted(tokens)
+
+
+def test_a_misplaced_word_costs_its_own_neighbours_alone():
+    words = [Word(i, i + 1, float(i), i + 0.9) for i in range(10)]
+    words[3] = Word(3, 4, 6.2, 6.7)
+    assert [(u.words, u.start_seconds) for u in timeline(words, 10.0)] == [
+        (1, 0.0),
+        (1, pytest.approx(0.95)),
+        (1, pytest.approx(1.95)),
+        (4, pytest.approx(3.45)),
+        (1, pytest.approx(6.95)),
+        (1, pytest.approx(7.95)),
+        (1, pytest.approx(8.95)),
+    ]
+
+
+def test_people_who_talk_at_once_are_one_unit():
+    first = [Word(i, i + 1, float(i), i + 0.9) for i in range(6)]
+    second = [Word(6 + i, 7 + i, 3.5 + i, 4.4 + i) for i in range(5)]
+    units = timeline(first + second, 9.0)
+    assert [u.words for u in units] == [1, 1, 1, 6, 1, 1]  # from 3.5 s, where the second begins, to the end of the first
 
 
 @pytest.mark.parametrize("distribution", ["geometric", "uniform", "fixed"])

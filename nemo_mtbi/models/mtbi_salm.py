@@ -162,7 +162,7 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
             student = self.student(batch, interleave=True)
             teacher = self.unfused_hidden(batch, student) if unfused else teacher
             loss = self.imitation(batch, student, teacher)
-            step = step_loss(batch, student, loss, self.further_terms(batch, student.spoken.embeddings, teacher))
+            step = step_loss(batch, student, loss, self.further_terms(batch, student.spoken.unfused, teacher))
         self.count_tokens(step.count)
         self.seen.add(batch["examples"], self.stage)
         size = len(batch["examples"])
@@ -229,7 +229,10 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
     def further_terms(
         self, batch: dict[str, Any], spoken: SpeechEmbeddings, teacher: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]] | None:
-        """The terms beside CE and KL, in units of response tokens; None without such."""
+        """The terms beside CE and KL, in units of response tokens; None without such.
+
+        ``spoken``: what the connector gave, before any fusion.
+        """
         weights = self.config.imitation
         terms = transcript_terms(batch, spoken, self.perception, self.embed_tokens, weights)
         if weights.w_risk > 0:

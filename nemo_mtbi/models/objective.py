@@ -3,6 +3,7 @@
 Letters: R response tokens, W words with a time, B utterances, P connector positions, H LLM width.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from nemo_mtbi.config import ImitationConfig
 from nemo_mtbi.data.example import Example
+from nemo_mtbi.data.interleaving import Unit
 from nemo_mtbi.errors import DataError
 from nemo_mtbi.io.transfer import to_device
 from nemo_mtbi.losses.alignment import word_alignment_loss
@@ -21,7 +23,7 @@ from nemo_mtbi.losses.imitation import ImitationLoss, imitation_loss
 from nemo_mtbi.losses.objective import CachedTeacher
 from nemo_mtbi.models.layout import BatchLayout
 from nemo_mtbi.models.speech import SpeechInput, batch_features, connect, connector_dtype, windows_start
-from nemo_mtbi.modules.connectors.base import Connector, SpeechEmbeddings
+from nemo_mtbi.modules.connectors.base import Connector, SpeechEmbeddings, frame_mask
 from nemo_mtbi.modules.connectors.windows import whole_utterances
 from nemo_mtbi.modules.perception import connector_of, encoder_frame_seconds
 from nemo_mtbi.parallel.ranks import summed
@@ -193,9 +195,14 @@ def term_counts(examples: list[Example], connector: Connector | None) -> dict[st
     return {
         RESPONSE_TOKENS: sum(len(e.response_ids) for e in examples),
         TRANSCRIPT_TOKENS: connector.transcript_tokens([e.transcript for e in examples], alone),
-        WORDS: sum(u.token_end > u.token_begin for e in examples for u in e.units),
+        WORDS: sum(has_word(e, u) for e in examples for u in e.units),
         UTTERANCES: len(examples),
     }
+
+
+def has_word(example: Example, unit: Unit) -> bool:
+    """Whether a unit has tokens, and a time of its own."""
+    return unit.token_end > unit.token_begin and (len(example.units) > 1 or unit.words == 1)
 
 
 def embedding_energy(embed_tokens: nn.Module) -> float:
@@ -219,22 +226,38 @@ def embedding_energy(embed_tokens: nn.Module) -> float:
 def pooled_words(
     examples: list[Example], speech: SpeechEmbeddings, frame_seconds: float, embed_tokens: nn.Module
 ) -> tuple[Tensor, Tensor]:
-    """Mean speech embedding and mean token embedding of every unit that has both. -> (W, H), (W, H)."""
-    spoken, text = [], []
-    centers = (speech.centers + 0.5) * frame_seconds
-    device = centers.device
-    valid = torch.arange(centers.shape[1], device=device) < speech.lengths[:, None]
+    """Mean speech embedding and mean token embedding of every unit. -> (W, H), (W, H).
+
+    Both are zero for a unit without a position, without tokens, or without a time of its own.
+    """
+    device, width = speech.centers.device, max(len(e.units) for e in examples)
+    rows, ends = len(examples) * width, torch.full((len(examples), width), math.inf)
     for row, example in enumerate(examples):
-        for unit in example.units:
-            inside = valid[row] & (centers[row] >= unit.start_seconds) & (centers[row] < unit.end_seconds)
-            if unit.token_end > unit.token_begin and inside.any():
-                spoken.append(speech.embeddings[row, inside].mean(0))
-                ids = torch.tensor(example.prompt_ids[unit.token_begin : unit.token_end], device=device)
-                text.append(embed_tokens(ids).detach().to(speech.embeddings.dtype).mean(0))
-    if not text:
-        empty = speech.embeddings.new_zeros(0, speech.embeddings.shape[-1])
-        return empty, empty
-    return torch.stack(spoken), torch.stack(text)
+        ends[row, : len(example.units)] = torch.tensor([unit.end_seconds for unit in example.units])
+    words = [
+        (row * width + place, example.prompt_ids[unit.token_begin : unit.token_end])
+        for row, example in enumerate(examples)
+        for place, unit in enumerate(example.units)
+        if has_word(example, unit)
+    ]
+    ids = to_device([token for _, own in words for token in own], device, torch.long)
+    owners = to_device([place for place, own in words for _ in own], device, torch.long)
+
+    def mean(values: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+        """Of (N, H) values by their unit (N,), ``rows`` for those of none; and which units have any."""
+        sums = values.new_zeros(rows + 1, values.shape[-1]).index_add(0, owner, values)[:rows]
+        counts = values.new_zeros(rows + 1).index_add(0, owner, torch.ones_like(owner, dtype=values.dtype))[:rows]
+        return sums / counts.clamp_min(1)[:, None], counts[:, None] > 0
+
+    text, asked = mean(embed_tokens(ids).detach().to(speech.embeddings.dtype), owners)
+    seconds = ((speech.centers + 0.5) * frame_seconds).to(ends.dtype).contiguous()
+    place = torch.searchsorted(to_device(ends, device), seconds, right=True)  # units follow each other without gaps
+    inside = frame_mask(speech.lengths, place.shape[1]) & (place < width)
+    place = place + width * torch.arange(len(examples), device=device)[:, None]
+    place = torch.where(inside, place, rows)
+    spoken, heard = mean(speech.embeddings.flatten(0, 1), place.flatten())
+    both = asked & heard
+    return torch.where(both, spoken, 0.0), torch.where(both, text, 0.0)
 
 
 def batch_counts(

@@ -79,7 +79,14 @@ def test_people_who_talk_at_once_are_one_unit():
     first = [Word(i, i + 1, float(i), i + 0.9) for i in range(6)]
     second = [Word(6 + i, 7 + i, 3.5 + i, 4.4 + i) for i in range(5)]
     units = timeline(first + second, 9.0)
-    assert [u.words for u in units] == [1, 1, 1, 6, 1, 1]  # from 3.5 s, where the second begins, to the end of the first
+    assert [u.words for u in units] == [
+        1,
+        1,
+        1,
+        6,
+        1,
+        1,
+    ]  # from 3.5 s on, where the second begins
 
 
 @pytest.mark.parametrize("distribution", ["geometric", "uniform", "fixed"])

@@ -284,6 +284,7 @@ KNOWN_KEYS = {
     "world_size",
     "order_seed",
     "dealt",
+    "by_worker",
 }
 
 
@@ -302,6 +303,12 @@ def read_mtbi(config: DictConfig) -> tuple[CutSet, bool]:
     path = config.get("cuts_path") or config.get("shar_path")
     if path is None:
         raise ConfigError("An input_cfg entry of type mtbi needs cuts_path or shar_path.")
+    weighted = weighted_shars(config)
+    if weighted and not config.get("force_finite"):  # shares of the examples, as NeMo means them; one visit has all
+        parts = [read_mtbi(OmegaConf.merge(config, {"shar_path": own}))[0] for own, _ in weighted]  # type: ignore[arg-type]
+        return CutSet.mux(
+            *parts, weights=[weight for _, weight in weighted], seed=config.get("shard_seed", "trng")
+        ), True
     check_manifest(path)
     reader.force_finite = True  # we repeat by ourselves, to count the visits
     cuts, is_tarred = read_cutset_from_config(reader)
@@ -313,9 +320,16 @@ def read_mtbi(config: DictConfig) -> tuple[CutSet, bool]:
     selection = TargetSelection(
         tasks, config.get("task_temperature", 1.0), config.get("every_target", False), config.get("seed", 0)
     )
-    own = {key: config.get(key) for key in ("rank", "world_size", "dealt") if config.get(key) is not None}
+    own = {key: config.get(key) for key in ("rank", "world_size", "dealt", "by_worker") if config.get(key) is not None}
     share = Share(cuts, path, **own, seed=config.get("order_seed"), shars=shars)
     return CutSet(ConversationIterator(share, selection, config)), is_tarred
+
+
+def weighted_shars(config: DictConfig) -> list[tuple[str, float]]:
+    """Several Shars with a weight each: ``shar_path: [[FOLDER, WEIGHT], ...]``; empty for other forms."""
+    path = config.get("shar_path")
+    pairs = OmegaConf.is_list(path) and len(path) > 1 and all(OmegaConf.is_list(own) and len(own) == 2 for own in path)
+    return [(str(own[0]), float(own[1])) for own in path] if pairs else []
 
 
 def check_manifest(path: Any) -> None:

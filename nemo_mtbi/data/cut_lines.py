@@ -19,6 +19,7 @@ from lhotse import CutSet
 from lhotse.cut import Cut
 from lhotse.serialization import deserialize_item
 from nemo.collections.common.data.lhotse.cutset import resolve_relative_paths
+from torch.utils.data import get_worker_info
 
 from nemo_mtbi.errors import DataError
 from nemo_mtbi.io import jsonl
@@ -65,6 +66,7 @@ class Share:
         dealt: lines that go to a rank together. With those of a batch, the batches of n ranks are those of one rank
             in n micro-batches.
         shars: readers in the cuts, whose ``visit`` is set.
+        by_worker: a rank's loader workers draw, each from a part of its own.
     """
 
     def __init__(
@@ -76,19 +78,28 @@ class Share:
         seed: int | None = None,
         dealt: int = 1,
         shars: Sequence[Any] = (),
+        by_worker: bool = False,
     ) -> None:
-        self.shars = shars
-        self.cuts, self.rank, self.world_size, self.seed, self.dealt = cuts, rank, world_size, seed, dealt
-        alone = world_size == 1 and seed is None
+        self.shars, self.by_worker = shars, by_worker
+        self.cuts, self.ranks, self.seed, self.dealt = cuts, (rank, world_size), seed, dealt
+        alone = world_size == 1 and seed is None and not by_worker
         self.path = Path(path) if has_lines(path) and not alone else None
         self.starts: np.ndarray | None = None
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Of this process among those that draw, and their number."""
+        rank, count = self.ranks
+        worker = get_worker_info() if self.by_worker else None
+        return (rank, count) if worker is None else (rank * worker.num_workers + worker.id, count * worker.num_workers)
 
     def visit(self, number: int) -> Iterator[Cut]:
         """The cuts of one pass. Without an order of its own a pass gives every rank the next one's share."""
         for shar in self.shars:
             shar.visit = number
         if self.path is None:
-            return islice(readable(self.cuts), (self.rank + number) % self.world_size, None, self.world_size)
+            rank, count = self.place
+            return islice(readable(self.cuts), (rank + number) % count, None, count)
         return self._lines(self.path, number)
 
     def _lines(self, path: Path, visit: int) -> Iterator[Cut]:
@@ -109,11 +120,12 @@ class Share:
 
     def _own(self, order: np.ndarray, visit: int) -> np.ndarray:
         """Of fewer lines than ranks every rank reads all, each from another one on."""
-        rank = self.rank if self.seed is not None else (self.rank + visit) % self.world_size
-        if len(order) < self.world_size:
+        rank, count = self.place
+        rank = rank if self.seed is not None else (rank + visit) % count
+        if len(order) < count:
             return np.roll(order, -rank)
-        dealt = self.dealt if len(order) >= self.dealt * self.world_size else 1
-        return order[np.arange(len(order)) // dealt % self.world_size == rank]
+        dealt = self.dealt if len(order) >= self.dealt * count else 1
+        return order[np.arange(len(order)) // dealt % count == rank]
 
 
 def has_lines(path: Any) -> bool:

@@ -66,10 +66,10 @@ def read_manifest(
 
 def _rows(path: Path, encoding: str | None) -> Iterator[tuple[int, str, Any]]:
     """Number, place, and what stands there: a parsed value, or the error that it gave."""
-    text = read_text(path, encoding)
-    if text.lstrip().startswith("["):
+    _, first = next(numbered_lines(path, encoding), (0, ""))
+    if first.lstrip().startswith("["):
         try:
-            for number, row in enumerate(json.loads(text), 1):
+            for number, row in enumerate(json.loads(read_text(path, encoding)), 1):
                 yield number, f"{path}, element {number}", row
             return
         except ValueError:

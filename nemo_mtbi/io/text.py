@@ -4,7 +4,7 @@ import codecs
 import gzip
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from nemo_mtbi.errors import ConfigError, DataError
@@ -16,6 +16,10 @@ MARKS = (
     (codecs.BOM_UTF32_BE, "utf-32-be"),
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+# Thai, Lao, Burmese, Khmer, kana, Han, and the signs that are written with them.
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]"
 )
 LOOKED_AT_BYTES = 4096  # of a file without a mark, to tell UTF-16 from UTF-8
 
@@ -51,11 +55,27 @@ def read_text(path: Path, encoding: str | None = None) -> str:
 
 
 def numbered_lines(path: Path, encoding: str | None = None) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank, with their numbers in the file, from 1; see :func:`read_text`."""
-    # Not str.splitlines, which also splits at U+2028 and other characters that a line may hold.
-    for number, line in enumerate(io.StringIO(read_text(path, encoding), newline=None), 1):
-        if line.strip():
-            yield number, line.rstrip("\n")
+    """Lines that are not blank, with their numbers in the file, from 1; see :func:`read_text`. One is in memory."""
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as raw:
+            name = encoding or guess_encoding(raw.peek(LOOKED_AT_BYTES))[0]
+            # Not str.splitlines, which also splits at U+2028 and other characters that a line may hold.
+            for number, line in enumerate(io.TextIOWrapper(raw, name, newline=None), 1):
+                line = line.removeprefix("\ufeff") if number == 1 else line
+                if line.strip():
+                    yield number, line.rstrip("\n")
+    except (LookupError, UnicodeError, OSError, EOFError):
+        read_text(path, encoding)  # says what is wrong, and where
+        raise
+
+
+def in_one(parts: Iterable[str]) -> str:
+    """Pieces of one text, with a space between them where its script has spaces."""
+    text = ""
+    for part in filter(None, parts):
+        together = UNSPACED.match(text[-1:]) and UNSPACED.match(part)
+        text += part if together or not text else f" {part}"
+    return text
 
 
 def guess_encoding(data: bytes) -> tuple[str, str]:

@@ -7,6 +7,7 @@ tokens, H LLM width.
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -92,15 +93,17 @@ def lay_out_batch(
         offsets.append(offsets[-1] + len(centers))
     text_ids: list[int] = []
     rows: list[list[int]] = []  # text: token position; speech: -1 - speech row
+    audios = [
+        Places(own[:length], seconds, frame_seconds)
+        for own, length, seconds in zip(speech_centers, speech_lengths, speech_seconds, strict=True)
+    ]
     empty = 0
     for example, response in zip(pieces, responses, strict=True):
         row: list[int] = []
         last = {piece.audio: piece for piece in example if isinstance(piece, SpeechSpan)}
         for piece in [*example, response[:-1]]:
             if isinstance(piece, SpeechSpan):
-                a = piece.audio
-                centers, whole = speech_centers[a][: speech_lengths[a]], piece is last[a]
-                chosen = _positions(piece, centers, speech_seconds[a], frame_seconds, whole)
+                chosen = audios[piece.audio].of(piece, whole=piece is last[piece.audio])
                 empty += not chosen
                 row += [-1 - offsets[piece.audio] - c for c in chosen]
             else:
@@ -125,15 +128,31 @@ def lay_out_batch(
     return BatchLayout(text, index, lengths, row_lengths, predicting, ids, counts, empty)
 
 
-def _positions(
-    span: SpeechSpan, centers: list[float], audio_seconds: float, frame_seconds: float, whole: bool
-) -> list[int]:
-    """Positions whose center lies in the span, in their order (of two channels, one after the other).
+class Places:
+    """The positions of an audio by time.
 
-    Spans that meet share no position, and together they skip none. ``whole``: the span takes the positions too that
-    belong to the utterance as a whole (center inf).
+    Args:
+        centers: of the positions, in encoder frames.
+        audio_seconds: duration of the audio.
+        frame_seconds: of an encoder frame.
     """
-    begin = -math.inf if span.start_seconds <= 0 else span.start_seconds
-    end = math.inf if span.end_seconds >= audio_seconds else span.end_seconds
-    times = ((c + 0.5) * frame_seconds for c in centers)
-    return [i for i, t in enumerate(times) if (whole if t == math.inf else begin <= t < end)]
+
+    def __init__(self, centers: list[float], audio_seconds: float, frame_seconds: float) -> None:
+        times, self.seconds = (np.array(centers, np.float64) + 0.5) * frame_seconds, audio_seconds
+        self.order = times.argsort(kind="stable")
+        self.times = times[self.order]
+        self.timed = int(np.searchsorted(self.times, math.inf))  # those after belong to the utterance as a whole
+
+    def of(self, span: SpeechSpan, whole: bool) -> list[int]:
+        """Positions whose center lies in a span, in their order (of two channels, one after the other).
+
+        Spans that meet share no position, and together they skip none. ``whole``: the span takes the positions too that
+        belong to the utterance as a whole (center inf).
+        """
+        begin = -math.inf if span.start_seconds <= 0 else span.start_seconds
+        end = math.inf if span.end_seconds >= self.seconds else span.end_seconds
+        first, last = np.searchsorted(self.times, [begin, end])
+        chosen = self.order[first:last]
+        if whole and last < len(self.order):
+            chosen = np.concatenate([chosen, self.order[self.timed :]])
+        return np.sort(chosen).tolist()

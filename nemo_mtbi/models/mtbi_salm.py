@@ -173,7 +173,7 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
     def student(self, batch: dict[str, Any], interleave: bool) -> StudentOutput:
         """The speech LLM on a batch, without logits."""
         examples: list[Example] = batch["examples"]
-        policy = self.interleaving if interleave else None
+        policy = self.interleaving if interleave and self.interleaving.probability > 0 else None
         pieces = plan_batch(examples, policy, self.global_step if self._trainer is not None else 0)
         level = policy.level if policy else None
         return self.answering(examples, speech.speech_input(self.perception, batch, pieces, level))

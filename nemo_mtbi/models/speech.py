@@ -18,6 +18,7 @@ from nemo_mtbi.data.audio_windows import Windows, audio_windows
 from nemo_mtbi.data.example import Example, Piece
 from nemo_mtbi.data.interleaving import SpeechSpan
 from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.io.text import in_one
 from nemo_mtbi.modules.causal_lm import is_frozen
 from nemo_mtbi.modules.connectors.base import SpeechEmbeddings, uniform_centers
 from nemo_mtbi.modules.connectors.token import TokenConnector
@@ -66,7 +67,21 @@ def speech_input(perception: Any, batch: dict[str, Any], pieces: list[list[Piece
     if level == "embedding" and connector is not None:
         embeddings.centers = connector.word_centers(embeddings, examples, encoder_frame_seconds(perception))
     cuts = span_cuts(pieces, seconds, encoder_frame_seconds(perception)) if level == "embedding" else None
-    return SpeechInput(pieces, fused(perception, embeddings, seconds, cuts), seconds, embeddings)
+    budgets = None if starts is None else shared_budgets(perception, examples, pieces)
+    return SpeechInput(pieces, fused(perception, embeddings, seconds, cuts, budgets), seconds, embeddings)
+
+
+def shared_budgets(perception: Any, examples: list[Example], pieces: list[list[Piece]]) -> list[int | None] | None:
+    """The budget of each utterance for its pieces that are audios of their own, by their durations."""
+    if (fusion := getattr(perception, "fusion", None)) is None:
+        return None
+    whole = [e.duration_seconds for e in examples]
+    return [
+        None if budget is None else max(1, round(budget * piece.end_seconds / seconds))
+        for row, budget, seconds in zip(pieces, fusion.budgets(whole), whole, strict=True)
+        for piece in row
+        if isinstance(piece, SpeechSpan)
+    ]
 
 
 def span_cuts(pieces: list[list[Piece]], seconds: list[float], frame_seconds: float) -> list[list[float]]:
@@ -236,7 +251,7 @@ def transcribe(
     own: list[list[str]] = [[] for _ in windows.firsts]
     for owner, text in zip(windows.owners, texts, strict=True):
         own[owner] += [text] * bool(text)
-    return [" ".join(parts) for parts in own]
+    return [in_one(parts) for parts in own]
 
 
 def connector_dtype(perception: Any, features: Tensor) -> Tensor:

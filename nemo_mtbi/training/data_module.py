@@ -98,6 +98,10 @@ class ResumableData(DataModule):
     def train_dataloader(self) -> Any:
         if self.drawing_workers and not self.cfg.train_ds.get("num_workers"):  # "randomized" is every rank's there
             self.cfg.train_ds.shard_seed = self.seed + SEEDS_APART * self._get_dp_rank()
+        if self.drawing_workers:  # NeMo lets them all read a manifest from its first line
+            for entry in input_entries(self.cfg.train_ds):
+                if "shar_path" not in entry:
+                    entry.rank, entry.world_size, entry.by_worker = self._get_dp_rank(), self._get_world_size(), True
         with without_data():  # from which NeMo estimates the buckets
             loader = self._own_share() if self.shared else super().train_dataloader()
         loader = skip_batches(loader, self.skip, self.drawing_workers)
@@ -131,7 +135,7 @@ def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulate
     drawing_workers = workers_that_draw(cfg.get("train_ds"))
     shared = drawing_workers == 0
     seed = order_seed(cfg.get("train_ds") or OmegaConf.create())
-    if shared and "train_ds" in cfg and cfg.train_ds.get("shuffle"):
+    if "train_ds" in cfg and cfg.train_ds.get("shuffle") and not reads_shar(cfg.train_ds):
         order_lines(cfg.train_ds)
     for section in ("train_ds", "validation_ds"):
         if section in cfg:
@@ -145,10 +149,9 @@ def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulate
             for key in BUFFERS:
                 if cfg[section].get(key):
                     cfg[section][key] = enough(cfg[section], cfg[section][key])
-            alone = section == "train_ds" and drawing_workers > 0
             if section == "validation_ds":  # all ranks draw the same, and each keeps its share
                 cfg[section].setdefault("shard_seed", order_seed(cfg[section]))
-            if alone or reads_shar(cfg[section]):
+            elif drawing_workers > 0:
                 cfg[section].shard_seed = "randomized"  # an integer would give every rank and worker the same data
             for entry in input_entries(cfg[section]):
                 if section == "train_ds":  # tasks, wordings and speeds of the visits

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nemo_mtbi.data.literal import literal_encoding
 from nemo_mtbi.data.messages import NOTHING_HEARD
 from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.io.text import UNSPACED
 from nemo_mtbi.io.transfer import all_to_device
 from nemo_mtbi.modules.connectors.base import Hypotheses, SpeechEmbeddings, evaluation_mode
 from nemo_mtbi.modules.connectors.whisper_recognizer import WhisperRecognizer
@@ -239,8 +240,9 @@ class WhisperDecoderConnector(WhisperRecognizer):
         for token in tokens:
             position += len(self.tokenizer.id_to_token(token))
             ends.append(position)
-        joint = text if first else " " + text  # a further window of the same utterance
-        shift = lead - (0 if first else 1)
+        space = "" if first or UNSPACED.match(text) else " "  # a further window of the same utterance
+        joint = space + text
+        shift = lead - len(space)
         result = []
         for token, (_, end) in zip(*literal_encoding(tokenizer, joint), strict=True):
             byte = len(joint[:end].encode()) + shift

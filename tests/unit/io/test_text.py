@@ -6,7 +6,7 @@ import pytest
 
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.io.tables import read_table
-from nemo_mtbi.io.text import numbered_lines, read_text
+from nemo_mtbi.io.text import in_one, numbered_lines, read_text
 
 pytestmark = pytest.mark.unit
 WORDS = "naïve café, 東京"
@@ -97,3 +97,29 @@ def test_headers_that_do_not_fit(tmp_path, text, message):
     (tmp_path / "t.tsv").write_text(text)
     with pytest.raises(DataError, match=message):
         list(read_table(tmp_path / "t.tsv", {"path"}))
+
+
+@pytest.mark.parametrize(
+    "parts, text",
+    [
+        (["one", "", "two"], "one two"),
+        (["\u4eca\u65e5\u306f", "\u6674\u308c"], "\u4eca\u65e5\u306f\u6674\u308c"),
+        (
+            ["\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35", "hello", "\u0e04\u0e23\u0e31\u0e1a"],
+            "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 hello \u0e04\u0e23\u0e31\u0e1a",
+        ),
+        (["\uc548\ub155", "\ud558\uc138\uc694"], "\uc548\ub155 \ud558\uc138\uc694"),
+    ],
+)
+def test_a_space_where_a_script_has_spaces(parts, text):
+    assert in_one(parts) == text
+
+
+def test_lines_are_read_as_they_are_asked_for(tmp_path):
+    """A byte of another encoding far behind is found when it is reached, with its line."""
+    file = tmp_path / "lines.jsonl"
+    file.write_bytes(b"\xef\xbb\xbfone\r\n\r\ntwo\n" + b"more\n" * 20_000 + b"\xff\n")
+    lines = numbered_lines(file)
+    assert [next(lines), next(lines)] == [(1, "one"), (3, "two")]
+    with pytest.raises(DataError, match="line 20004: byte 0xff"):
+        list(lines)

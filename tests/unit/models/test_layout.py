@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_mtbi.data.interleaving import SpeechSpan
 from nemo_mtbi.io.transfer import all_to_device
-from nemo_mtbi.models.layout import lay_out_batch
+from nemo_mtbi.models.layout import Places, lay_out_batch
 
 pytestmark = pytest.mark.unit
 
@@ -19,6 +19,22 @@ def test_positions_are_partitioned_by_adjacent_spans():
     layout = lay_out_batch([together], [[7]], [30], [centers], [2.4], 0.02)
     assert layout.index[0].tolist() == list(range(30))
     assert layout.response_rows.tolist() == [29] and layout.response_ids.tolist() == [7]
+
+
+def test_positions_by_time_are_those_of_a_search():
+    """Two channels one after the other, and positions of the utterance as a whole, which its last speech takes."""
+    g = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        first, second = (torch.rand(n, generator=g).sort()[0] * 100 for n in (7, 12))
+        centers = [*first.tolist(), *second.tolist(), torch.inf, torch.inf]
+        places = Places(centers, 2.0, 0.02)
+        for _ in range(10):
+            start, end = sorted((torch.rand(2, generator=g) * 2.2 - 0.1).tolist())
+            for whole in (False, True):
+                low, high = -torch.inf if start <= 0 else start, torch.inf if end >= 2.0 else end
+                times = [(c + 0.5) * 0.02 for c in centers]
+                expected = [i for i, t in enumerate(times) if (whole if t == torch.inf else low <= t < high)]
+                assert places.of(SpeechSpan(0, start, end), whole) == expected
 
 
 def test_a_layout_goes_to_its_device_in_one_transfer():

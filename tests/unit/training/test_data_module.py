@@ -94,6 +94,17 @@ def test_a_resumed_run_goes_on_with_the_next_batch(many, model, workers, iterabl
     assert ids_of_batches(many, model, 3, 6, workers, iterable) == whole[3:]
 
 
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_workers_that_draw_have_parts_of_their_own(many, model, shuffle):
+    """All workers of all ranks once walked through the same lines."""
+    drawn = []
+    for rank in range(2):
+        section = {"num_workers": 2, "force_iterable_dataset": True, "batch_size": 2, "shuffle": shuffle}
+        loader = training_loader(model, {"cuts_path": str(many)}, 0, rank, 2, shard_seed=7, **section)
+        drawn += [e.id.split("/")[0] for batch in islice(iter(loader), 10) for e in batch["examples"]]
+    assert len(drawn) == 40 == len(set(drawn))
+
+
 @pytest.mark.parametrize("buckets", [False, True])
 def test_a_batch_holds_as_many_positions_as_it_may(many, tiny_config, buckets):
     """What the LLM computes, counted where it is laid out; no example is lost for being long."""

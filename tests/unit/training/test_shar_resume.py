@@ -63,6 +63,15 @@ def test_a_resumed_run_goes_on_with_the_next_batch(shars, tiny_config, workers, 
         assert same(batches(model, path, step, 40 - step, workers, perturb_speed=[0.9]), whole[step:])
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_weights_of_shars_are_shares(shars, tiny_config, workers):
+    """Not the order within a pass, as where each is read once."""
+    path = [[str(shars / "shar0"), 1.0], [str(shars / "shar1"), 4.0]]
+    drawn = [i for ids, _ in batches(build(tiny_config), path, 0, 100, workers) for i in ids]
+    share = sum(i.startswith("s1") for i in drawn) / len(drawn)
+    assert share == pytest.approx(0.8, abs=0.08)
+
+
 def test_ranks_without_workers_draw_differently(shars, tiny_config):
     model = build(tiny_config)
     first, second = (batches(model, str(shars / "shar0"), 0, 5, rank=rank, ranks=2) for rank in range(2))

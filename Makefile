@@ -11,8 +11,8 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # PyTorch for Linux comes from PyPI with 4 GB of CUDA; without a GPU, and unless pip has sources of its own, take the build for CPUs.
-TORCH_ARGS ?= $(shell test "$$(uname -s)" = Linux -a ! -e /dev/nvidiactl && ! $(PYTHON) -m pip config list 2>/dev/null | grep -qE "index-url|find-links" \
-  && echo --index-url https://download.pytorch.org/whl/cpu)
+TORCH_ARGS ?= $(shell test "$$(uname -s)" = Linux && ! ls /dev/nvidiactl /dev/dxg /dev/kfd /dev/nvmap >/dev/null 2>&1 && \
+  ! $(PYTHON) -m pip config list 2>/dev/null | grep -qE "index-url|find-links" && echo --index-url https://download.pytorch.org/whl/cpu)
 PIP_INSTALL := $(BIN)/python -m pip install --no-compile  # one process would compile 27,000 files; compileall takes all cores
 
 .PHONY: install research-parts quickstart test test-all test-next test-vllm lint clean
@@ -23,6 +23,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt requirements/offline_parts.tx
 	  (echo "$(PYTHON) is $$($(PYTHON) --version 2>&1): Python 3.11 to 3.13 is needed; make PYTHON=python3.11 ..." && exit 1)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  ($(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip)
+	@case "$(TORCH_ARGS)" in *whl/cpu*) echo "No GPU here: PyTorch for CPUs. For another one: make install TORCH_ARGS=";; esac
 	$(BIN)/python -m pip install --upgrade pip setuptools wheel
 	$(PIP_INSTALL) -c constraints.txt torch $(TORCH_ARGS)
 	$(PIP_INSTALL) -c constraints.txt -e '.[demo,align,targets,serve,test,dev]'

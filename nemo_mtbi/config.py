@@ -14,7 +14,6 @@ from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.losses.imitation import ImitationObjective
 from nemo_mtbi.process import fast_bfloat16
 
-LORA_INITIALIZATIONS = (True, False, "gaussian")  # of PEFT's, those that leave the LLM's own weights alone
 DTYPES = ("float32", "bfloat16")
 AUTO = "auto"  # bfloat16 where this machine computes faster in it, else float32
 TEACHERS = ("online", "cached", "unfused", "none")
@@ -216,12 +215,6 @@ def model_config(cfg: DictConfig | dict[str, Any]) -> ModelConfig:
     if cuts_audio and prompted:
         problems.append(
             "model.interleaving.level=waveform cuts the audio, an acoustic_prompt describes all of it: use embedding"
-        )
-    init = (config.lora or {}).get("init_lora_weights", True)
-    if init not in LORA_INITIALIZATIONS:
-        problems.append(
-            f"model.lora.init_lora_weights={init!r} changes the LLM's own weights, and the teacher is the LLM without "
-            f"LoRA: use {', '.join(map(str, LORA_INITIALIZATIONS))}"
         )
     for group in config.parameter_groups:
         try:

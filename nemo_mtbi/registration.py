@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_mtbi.data.chat_template import ChatTemplateFormat
+from nemo_mtbi.data.chat_template import ChatTemplateFormat, dialect
 from nemo_mtbi.process import collection_paused
 
 with collection_paused():
@@ -57,7 +57,7 @@ def tokenize_mtbi_conversation(example: MTBIConversation, prompt: PromptFormatte
     target = example.target
     assert target is not None
     known = example.positions and target.rendering.startswith(
-        Target.rendering_of(prompt.NAME, example.speech_position, "")
+        Target.rendering_of(dialect(prompt.NAME, prompt.tokenizer.tokenizer), example.speech_position, "")
     )
     if known and not example.with_ids:
         return {}

@@ -8,6 +8,7 @@ from nemo_mtbi.errors import CheckpointError
 
 PROBE_SECONDS = 1.5
 TOLERANCE = 0.01  # of the largest logit
+MERGED = {torch.bfloat16: 0.05}  # where weights that are added up are rounded to fewer bits
 
 
 @torch.no_grad()
@@ -26,14 +27,14 @@ def max_abs_logit_difference(model: Any, other: Any) -> float:
     return float((probe_logits(model) - probe_logits(other)).abs().max())
 
 
-def require_same_logits(own: torch.Tensor, other: torch.Tensor, what: str) -> float:
+def require_same_logits(own: torch.Tensor, other: torch.Tensor, what: str, tolerance: float = TOLERANCE) -> float:
     """The largest absolute difference of two models' logits.
 
     Raises:
-        CheckpointError: it is no number, or above ``TOLERANCE`` of the largest logit.
+        CheckpointError: it is no number, or above ``tolerance`` of the largest logit.
     """
     difference, largest = float((own - other).abs().max()), float(own.abs().max())
-    if not difference <= TOLERANCE * largest:  # neither where one is not a number
+    if not difference <= tolerance * largest:  # neither where one is not a number
         raise CheckpointError(
             f"{what}: the logits differ by {difference:.3g}, where the largest is {largest:.3g}. Do not use it; look "
             "at the weights (not finite?) and at the types (model.llm_dtype)."

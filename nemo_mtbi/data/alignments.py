@@ -82,10 +82,12 @@ def from_its_beginning(cut: Cut) -> Cut:
     """A cut whose audio is about to become a recording of its own: words count from its beginning."""
     if not cut.start:
         return cut
-    cut.supervisions = [replace(s, alignment=dict(s.alignment or {}) or None) for s in cut.supervisions]
+    moved = []
     for supervision in cut.supervisions:
-        if supervision.alignment:
-            supervision.alignment = {
-                kind: [item.with_offset(-cut.start) for item in items] for kind, items in supervision.alignment.items()
-            }
+        alignment = {}
+        for kind, items in (supervision.alignment or {}).items():
+            origin = _origin(items, supervision, cut.start)
+            alignment[kind] = [item.with_offset(-origin) for item in items]
+        moved.append(replace(supervision, alignment=alignment or None))
+    cut.supervisions = moved
     return cut

@@ -81,6 +81,13 @@ class ChatTemplateFormat:
         return {"input_ids": input_ids, "context_ids": context_ids, "answer_ids": answer_ids, "mask": mask}
 
 
+def dialect(prompt_format: str, tokenizer: Any) -> str:
+    """A prompt format's name, with what else decides what it writes for a Hugging Face ``tokenizer``."""
+    template = str(getattr(tokenizer, "chat_template", None))
+    thinks = prompt_format == ChatTemplateFormat.NAME and any(name in template for name in WITHOUT_THINKING)
+    return f"{prompt_format} without thinking" if thinks else prompt_format
+
+
 def chat_template(tokenizer: Any, formatter: "type[PromptFormatter]") -> str:
     """The chat template of a prompt format: the tokenizer's own, or a NeMo format's templates as Jinja.
 

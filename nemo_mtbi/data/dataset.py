@@ -10,6 +10,7 @@ from nemo.collections.common.prompts import PromptFormatter
 
 from nemo_mtbi.data.audio import collate_waveforms, mono_samples
 from nemo_mtbi.data.audio_windows import Windows
+from nemo_mtbi.data.chat_template import dialect
 from nemo_mtbi.data.conversation import MTBIConversation, transcript
 from nemo_mtbi.data.example import Example
 from nemo_mtbi.data.feature_cache import FEATURES_FIELD, load_array, windows_of, written_of
@@ -58,7 +59,7 @@ class MTBIDataset(torch.utils.data.Dataset):
         sampling_rate: int = 16_000,
     ) -> None:
         self.renderer = PromptRenderer(tokenizer, PromptFormatter.resolve(prompt_format))
-        self.prompt_format = prompt_format
+        self.dialect = dialect(prompt_format, tokenizer.tokenizer)
         self.cached_features = cached_features
         self.teacher_temperature = teacher_temperature
         self.encoder_key = encoder_key
@@ -86,14 +87,14 @@ class MTBIDataset(torch.utils.data.Dataset):
 
     def _features(self, items: list[MTBIConversation]) -> dict[str, Any]:
         """Encoder features from the cache."""
-        begins = [windows_of(item.cut) for item in items]
+        places = [windows_of(item.cut) for item in items]
         rows: list[torch.Tensor] = []
-        for item, own in zip(items, begins, strict=True):
-            rows += load_array(item.cut, FEATURES_FIELD, self.encoder_key).tensor_split(own[1:])
+        for item, own in zip(items, places, strict=True):
+            rows += load_array(item.cut, FEATURES_FIELD, self.encoder_key).tensor_split(own.rows[1:])
         batch: dict[str, Any] = {
             "encoder_features": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
             "encoder_feature_lens": torch.tensor([len(row) for row in rows]),
-            "windows": Windows.of(begins),
+            "windows": Windows.of([own.frames for own in places]),
         }
         if self.writing_key is not None:
             written = [written_of(item.cut, self.writing_key) for item in items]
@@ -121,7 +122,7 @@ class MTBIDataset(torch.utils.data.Dataset):
     def _example(self, conversation: MTBIConversation) -> Example:
         target = conversation.target
         assert target is not None
-        own = Target.rendering_of(self.prompt_format, conversation.speech_position, self.llm_key)
+        own = Target.rendering_of(self.dialect, conversation.speech_position, self.llm_key)
         if self.llm_key and target.rendering and target.rendering != own:
             raise DataError(
                 f"The answer of {conversation.id} was given under {target.rendering} (prompt format / speech "

@@ -2,6 +2,8 @@
 beside them what a frozen recognizer writes of them."""
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,9 @@ WINDOWS, WRITTEN = "_windows", "_written"  # fields beside a field of features
 
 
 def windows_field(field: str) -> str:
-    """Field with the frames at which the windows of the features in ``field`` begin; absent of cuts up to 30 s."""
+    """Field with the places at which the windows of the features in ``field`` begin (:class:`WindowPlaces`); absent of
+    cuts up to 30 s.
+    """
     return f"{field}{WINDOWS}"
 
 
@@ -86,8 +90,31 @@ def written_of(cut: Cut, key: str) -> list[list[int]] | None:
     return found["tokens"] if found.get("by") == key else None
 
 
-def windows_of(cut: Cut) -> list[int]:
-    """Frames at which the windows of the cut's cached features begin.
+@dataclass(frozen=True)
+class WindowPlaces:
+    """Where the windows of an audio begin.
+
+    Attributes:
+        rows: of the cached features (T, D).
+        frames: of the audio. An encoder with causal convolutions gives a frame more than it has time for, of each
+            window.
+    """
+
+    rows: list[int]
+    frames: list[int]
+
+    @classmethod
+    def of(cls, field: Sequence[int | Sequence[int]] | None) -> "WindowPlaces":
+        """From a field: one number for each window, or two where row and frame differ; None: one window."""
+        pairs = [(own, own) if isinstance(own, int) else (own[0], own[1]) for own in field or [0]]
+        return cls([row for row, _ in pairs], [frame for _, frame in pairs])
+
+    def field(self) -> list[int | list[int]]:
+        return [row if row == frame else [row, frame] for row, frame in zip(self.rows, self.frames, strict=True)]
+
+
+def windows_of(cut: Cut) -> WindowPlaces:
+    """Where the windows of the cut's cached features begin.
 
     Raises:
         DataError: the features of a long cut are older than this record.
@@ -98,7 +125,7 @@ def windows_of(cut: Cut) -> list[int]:
             f"The cached features of {cut.id} ({cut.duration:.1f} s) were made before long audio was cut at pauses. "
             "Run cache_features.py again."
         )
-    return list(begins or [0])
+    return WindowPlaces.of(begins)
 
 
 def load_array(cut: Cut, field: str, encoder_key: str | None) -> torch.Tensor:

@@ -18,6 +18,7 @@ from lhotse import Recording, SupervisionSegment
 from lhotse.cut import Cut
 
 from nemo_mtbi.data.audio import mono_samples
+from nemo_mtbi.data.chat_template import dialect
 from nemo_mtbi.data.conversation import transcript
 from nemo_mtbi.data.rendering import Message, PromptRenderer
 from nemo_mtbi.data.target import TARGETS_FIELD, Target
@@ -100,7 +101,8 @@ def questions_on(recordings: list[LongRecording], model: MTBISALM, asking: Task,
     questions = [_text(model, ids) for ids in _answers(model, about, asking.max_new_tokens)]
     turns = [model.text_turn(q, recording.transcript) for q, (recording, _) in zip(questions, places, strict=True)]
     answers = _answers(model, turns, max_new_tokens)
-    rendering = Target.rendering_of(model.cfg.prompt_format, model.config.speech_position, model.references["llm"])
+    written = dialect(model.cfg.prompt_format, model.tokenizer.tokenizer)
+    rendering = Target.rendering_of(written, model.config.speech_position, model.references["llm"])
     cuts = []
     for recording in recordings:
         own = [

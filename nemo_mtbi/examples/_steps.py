@@ -47,8 +47,9 @@ def run_launcher(module: str, arguments: list[str]) -> int:
     process.start()
     sending.close()
     process.join()
-    with suppress(EOFError):  # it was killed
-        _peaks.append(receiving.recv())
+    if receiving.poll():  # not waited for: a process that a killed one has left behind may hold the other end
+        with suppress(EOFError):
+            _peaks.append(receiving.recv())
     assert process.exitcode is not None
     return process.exitcode
 

@@ -15,7 +15,7 @@ from nemo_mtbi.examples._launcher import announce, launcher
 def main(cfg: DictConfig) -> None:
     from nemo_mtbi.checkpoints.archive import save_directory, save_nemo, save_trainable
     from nemo_mtbi.checkpoints.card import model_card
-    from nemo_mtbi.checkpoints.round_trip import probe_logits, require_same_logits
+    from nemo_mtbi.checkpoints.round_trip import MERGED, TOLERANCE, probe_logits, require_same_logits
     from nemo_mtbi.checkpoints.run_directory import RunDirectory
     from nemo_mtbi.errors import ConfigError
     from nemo_mtbi.io import jsonl
@@ -33,11 +33,11 @@ def main(cfg: DictConfig) -> None:
     def card(whole: bool) -> str:
         return model_card(model, run.root, cfg.card.data, cfg.card.licence, whole)
 
-    def check(name: str, what: str, other: Callable[[], MTBISALM]) -> None:
+    def check(name: str, what: str, other: Callable[[], MTBISALM], tolerance: float = TOLERANCE) -> None:
         nonlocal logits
         if logits is not None:
             read = probe_logits(other())
-            differences[name] = max(differences.get(name, 0.0), require_same_logits(logits, read, what))
+            differences[name] = max(differences.get(name, 0.0), require_same_logits(logits, read, what, tolerance))
             logits = read
 
     def read_back(path: Path) -> None:
@@ -48,7 +48,8 @@ def main(cfg: DictConfig) -> None:
         read_back(written["trainable_only"])
     if cfg.merge_lora:
         model.merge_lora()
-        check("merge_lora_max_abs_diff", "The model with its LoRA merged", lambda: model)
+        tolerance = MERGED.get(model.llm.dtype, TOLERANCE)
+        check("merge_lora_max_abs_diff", "The model with its LoRA merged", lambda: model, tolerance)
     if cfg.nemo:
         written["nemo"] = save_nemo(model, Path(cfg.nemo), card(whole=True))
         read_back(written["nemo"])

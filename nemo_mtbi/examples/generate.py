@@ -33,7 +33,7 @@ def main(cfg: DictConfig) -> None:
     alone = len(inputs) == len(questions) == 1
     size = cfg.tensor_model_parallel_size
     device = chosen_device(str(cfg.device), size, "generate")
-    model = open_speech_llm(cfg.model, tensor_model_parallel_size=size).to(device)
+    model = open_speech_llm(cfg.model, size, cfg.trust_remote_code).to(device)
     model.listen_as(cfg.max_positions, cfg.positions_per_second, cfg.time_marks)
     records: list[dict[str, Any]] = []
     failed = 0

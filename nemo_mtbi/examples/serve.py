@@ -1,6 +1,8 @@
 """A web page and an OpenAI-compatible endpoint for an exported speech LLM. See conf/serve.yaml."""
 
 import socket
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -35,7 +37,7 @@ def main(cfg: DictConfig) -> None:
 
     tune(cfg.threads)
     device = chosen_device(str(cfg.device), 1, "serve")
-    model = open_speech_llm(cfg.model).to(device)
+    model = open_speech_llm(cfg.model, trust_remote_code=cfg.trust_remote_code).to(device)
     model.listen_as(cfg.max_positions, cfg.positions_per_second, cfg.time_marks)
     name = cfg.name or Path(cfg.model).stem
     batcher = Batcher(model, cfg.max_batch, cfg.max_waiting, cfg.max_waiting_bytes)
@@ -43,7 +45,7 @@ def main(cfg: DictConfig) -> None:
         max_tokens=cfg.max_tokens, max_audio_seconds=cfg.max_audio_seconds, max_body_bytes=cfg.max_body_bytes
     )
     app = create_app(model, name, batcher, limits)
-    url = f"http://{cfg.host}:{listening.getsockname()[1]}"
+    url = f"http://{cfg.host}:{listening[0].getsockname()[1]}"
     if cfg.page:
         from nemo_mtbi.serving.page import EXAMPLES, mount_page
 
@@ -53,27 +55,37 @@ def main(cfg: DictConfig) -> None:
     console.say(f"Endpoint: {url}/v1/chat/completions (model {name!r})")
     if cfg.host not in LOOPBACK:
         console.say("Everybody who reaches this address can use it: there is no login.")
-    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    with suppress(KeyboardInterrupt):
+        server.run(sockets=listening)
+    if not server.started:
+        sys.exit(3)
 
 
-def bound(host: str, port: int) -> socket.socket:
-    """A socket of that address that does not listen yet.
+def bound(host: str, port: int) -> list[socket.socket]:
+    """Sockets of all addresses of a host, which do not listen yet.
 
     Raises:
-        ConfigError: the address is in use, or not of this machine.
+        ConfigError: an address is in use, or not of this machine.
     """
     from nemo_mtbi.errors import ConfigError
 
     if not 0 <= port < 2**16:
         raise ConfigError(f"port={port}: from 0 (a free one) to {2**16 - 1}.")
+    found: list[socket.socket] = []
     try:
-        [(family, kind, protocol, _, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        own = socket.socket(family, kind, protocol)
-        own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        own.bind(address)
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            own = socket.socket(family, kind, protocol)
+            found.append(own)
+            own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                own.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            own.bind((address[0], found[0].getsockname()[1] or port, *address[2:]))
     except OSError as error:
+        for own in found:
+            own.close()
         raise ConfigError(f"host={host} port={port}: {error}. Choose another port, or 0 for a free one.") from error
-    return own
+    return found
 
 
 if __name__ == "__main__":

@@ -31,13 +31,16 @@ from nemo_mtbi.process import expect_any_length
 OWN_PARTS = "nemo_mtbi.modules."
 
 
-def open_speech_llm(path: str | Path, tensor_model_parallel_size: int = 1) -> SpeechLLM:
+def open_speech_llm(
+    path: str | Path, tensor_model_parallel_size: int = 1, trust_remote_code: bool = False
+) -> SpeechLLM:
     """Open what answers, with as little as it needs: see :class:`ExportedSpeechLLM`; everything else through
     :meth:`nemo_mtbi.models.MTBISALM.restore_from`, which gives the same answers.
 
     Args:
         path: ``.nemo`` file, exported directory, or training run.
         tensor_model_parallel_size: ranks that hold the LLM together.
+        trust_remote_code: of a training run, whether it may run code that its LLM brings.
 
     Raises:
         CheckpointError: missing, damaged, hostile, or another kind of model.
@@ -47,7 +50,7 @@ def open_speech_llm(path: str | Path, tensor_model_parallel_size: int = 1) -> Sp
     if tensor_model_parallel_size > 1 or (path / "model.json").is_file():
         from nemo_mtbi.models import MTBISALM  # start-up: NeMo
 
-        return MTBISALM.restore_from(path, tensor_model_parallel_size=tensor_model_parallel_size)
+        return MTBISALM.restore_from(path, "cpu", tensor_model_parallel_size, trust_remote_code)
     with export_folder(path) as folder:  # a .nemo file is unpacked once, whatever opens it
         names = checked_directory(folder)
         if not needs_no_nemo(json.loads((folder / CONFIG).read_text())):

@@ -173,9 +173,11 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
     def student(self, batch: dict[str, Any], interleave: bool) -> StudentOutput:
         """The speech LLM on a batch, without logits."""
         examples: list[Example] = batch["examples"]
-        policy = self.interleaving if interleave and self.interleaving.probability > 0 else None
+        policy = self.interleaving if interleave else None
         pieces = plan_batch(examples, policy, self.global_step if self._trainer is not None else 0)
         level = policy.level if policy else None
+        if level == "waveform" and self.interleaving.probability == 0:  # nothing is cut
+            level = None
         return self.answering(examples, speech.speech_input(self.perception, batch, pieces, level))
 
     def answering(self, examples: list[Example], spoken: speech.SpeechInput) -> StudentOutput:

@@ -245,9 +245,10 @@ def pooled_words(
 
     def mean(values: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
         """Of (N, H) values by their unit (N,), ``rows`` for those of none; and which units have any."""
-        sums = values.new_zeros(rows + 1, values.shape[-1]).index_add(0, owner, values)[:rows]
-        counts = values.new_zeros(rows + 1).index_add(0, owner, torch.ones_like(owner, dtype=values.dtype))[:rows]
-        return sums / counts.clamp_min(1)[:, None], counts[:, None] > 0
+        wide = torch.promote_types(values.dtype, torch.float32)  # sums of many positions
+        sums = values.new_zeros(rows + 1, values.shape[-1], dtype=wide).index_add(0, owner, values.to(wide))[:rows]
+        counts = sums.new_zeros(rows + 1).index_add(0, owner, torch.ones_like(owner, dtype=wide))[:rows]
+        return (sums / counts.clamp_min(1)[:, None]).to(values.dtype), counts[:, None] > 0
 
     text, asked = mean(embed_tokens(ids).detach().to(speech.embeddings.dtype), owners)
     seconds = ((speech.centers + 0.5) * frame_seconds).to(ends.dtype).contiguous()

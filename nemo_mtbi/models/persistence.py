@@ -54,7 +54,7 @@ class PersistenceMixin:
             if run.model_config().get("trust_remote_code") and not trust_remote_code:
                 raise CheckpointError(
                     f"{path / 'model.json'} asks to run code that comes with its LLM. If you trust who made it: "
-                    "MTBISALM.restore_from(path, trust_remote_code=True)."
+                    "trust_remote_code=true (in Python restore_from(path, trust_remote_code=True))."
                 )
             model = cls.from_run(run, tensor_model_parallel_size=tensor_model_parallel_size)
             return model.to(map_location)  # type: ignore[attr-defined]

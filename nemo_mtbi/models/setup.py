@@ -26,6 +26,7 @@ from nemo_mtbi.pretrained.fingerprint import fingerprint
 from nemo_mtbi.pretrained.offline import resolve_pretrained
 
 log = logging.getLogger(__name__)
+LORA_INITIALIZATIONS = (True, False, "gaussian")  # of PEFT's
 
 # Fields of SALM's configuration that NeMo reads from ``model.cfg``.
 SALM_KEYS = ("pretrained_weights", "audio_locator_tag", "prompt_format", "freeze_params", "prevent_freeze_params")
@@ -115,7 +116,17 @@ def outline(cfg: dict[str, Any], config: ModelConfig, tokenizer: AutoTokenizer) 
 
 
 def setup_llm(model: Any, path: str, config: ModelConfig) -> None:
-    """LLM and token embedding apart, as SALM has them; LoRA adapters and fused norms where they are asked for."""
+    """LLM and token embedding apart, as SALM has them; LoRA adapters and fused norms where they are asked for.
+
+    Raises:
+        ConfigError: LoRA that would change the teacher, or is never read.
+    """
+    init = (config.lora or {}).get("init_lora_weights", True)
+    if config.pretrained_weights and init not in LORA_INITIALIZATIONS:
+        raise ConfigError(
+            f"model.lora.init_lora_weights={init!r}: use {', '.join(map(str, LORA_INITIALIZATIONS))}. Others change "
+            "the LLM's own weights, and the teacher is the LLM without LoRA, or begin with data."
+        )
     dtype, remote_code = getattr(torch, config.llm_dtype), config.trust_remote_code
     sharded = config.tensor_model_parallel_size > 1
     if sharded:  # read in configure_model, when the ranks know each other
@@ -135,7 +146,7 @@ def setup_llm(model: Any, path: str, config: ModelConfig) -> None:
             "model.lora adapts lm_head, which the objective reads as it is: leave it out of lora.target_modules."
         )
     if sharded:
-        materialize_adapters(model.llm, (config.lora or {}).get("init_lora_weights", True))
+        materialize_adapters(model.llm, init)
 
 
 def check_trainable(model: Any, config: ModelConfig) -> None:

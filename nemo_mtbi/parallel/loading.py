@@ -44,7 +44,11 @@ def materialize_adapters(llm: nn.Module, init: bool | str = True) -> None:
             for name in layer.lora_A:
                 for matrix in (layer.lora_A[name], layer.lora_B[name]):
                     matrix.to_empty(device="cpu")
-                layer.reset_lora_parameters(name, init_lora_weights=init)
+                if init is False:
+                    for matrix in (layer.lora_A[name], layer.lora_B[name]):
+                        matrix.reset_parameters()  # type: ignore[operator]
+                else:
+                    layer.reset_lora_parameters(name, init_lora_weights=init)
 
 
 def load_shards(llm: nn.Module, folder: str | Path, device: torch.device) -> None:

@@ -24,6 +24,7 @@ from nemo_mtbi.data.audio_windows import WINDOW_SECONDS
 from nemo_mtbi.data.feature_cache import (
     AUDIO_FIELD,
     KEY_FIELD,
+    WindowPlaces,
     audio_identity,
     describes_features,
     features_key,
@@ -190,8 +191,8 @@ class ShardEncoder:
             array = writer.store_array(one.version.cut.id, one.features)
             writer.flush()
             record = {"key": one.version.key, "array": array.to_dict()}
-            if len(one.begins) > 1 or one.version.cut.duration > WINDOW_SECONDS:
-                record["windows"] = one.begins
+            if len(one.places.rows) > 1 or one.version.cut.duration > WINDOW_SECONDS:
+                record["windows"] = one.places.field()
             if one.written is not None:
                 record["written"] = {"by": self.encoder.writing_key, "tokens": one.written}
             known.note(record)
@@ -310,13 +311,13 @@ def _readable(versions: list[Version], sampling_rate: int, known: Known) -> list
 
 @dataclass(frozen=True)
 class Encoded:
-    """What is kept of a version of a cut: features (T, D), the frames at which their windows begin, and what the
-    recognizer writes of each window.
+    """What is kept of a version of a cut: features (T, D), where their windows begin, and what the recognizer writes of
+    each window.
     """
 
     version: Version
     features: Tensor
-    begins: list[int]
+    places: WindowPlaces
     written: list[list[int]] | None
 
 
@@ -333,14 +334,17 @@ def _encode(encoder: FrozenEncoder, read: list[Read]) -> Iterator[Encoded]:
         parts[owner].append(row)
     for one, own in zip(read, parts, strict=True):
         begins = [0, *np.cumsum([len(rows[row]) for row in own[:-1]]).tolist()]
+        places = WindowPlaces(begins, begins if windows is None else [windows.begins[row] for row in own])
         texts = None if written is None else [written[row] for row in own]
-        yield Encoded(one.version, torch.cat([rows[row] for row in own]), begins, texts)
+        yield Encoded(one.version, torch.cat([rows[row] for row in own]), places, texts)
 
 
 def _written(encoder: FrozenEncoder, records: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], list[list[int]]]]:
     """Records, each with what the recognizer writes of the windows of its features."""
     parts = [
-        features_of(Array.from_dict(record["array"]).load()).tensor_split(record.get("windows", [0])[1:])
+        features_of(Array.from_dict(record["array"]).load()).tensor_split(
+            WindowPlaces.of(record.get("windows")).rows[1:]
+        )
         for record in records
     ]
     rows = [row for own in parts for row in own]

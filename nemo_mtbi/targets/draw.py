@@ -14,6 +14,7 @@ from nemo.collections.common.tokenizers import AutoTokenizer
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from nemo_mtbi import registration as registration  # the prompt formats
+from nemo_mtbi.data.chat_template import dialect
 from nemo_mtbi.data.conversation import transcript
 from nemo_mtbi.data.description import DescribedText, Description
 from nemo_mtbi.data.messages import NOTHING_HEARD, user_message
@@ -69,8 +70,9 @@ class PromptDrawer:
             )
         self.llm = resolve_pretrained(config.llm)
         self.teacher = fingerprint(self.llm)
-        self.rendering = Target.rendering_of(config.prompt_format, config.speech_position, self.teacher)
         self.tokenizer = AutoTokenizer(self.llm, use_fast=True)
+        self.dialect = dialect(config.prompt_format, self.tokenizer.tokenizer)
+        self.rendering = Target.rendering_of(self.dialect, config.speech_position, self.teacher)
         self.renderer = PromptRenderer(self.tokenizer, PromptFormatter.resolve(config.prompt_format))
         splits = {config.prompt_split, *config.splits.values()}
         for task in self.tasks:

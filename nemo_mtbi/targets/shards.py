@@ -72,11 +72,10 @@ def settings_of(config: TargetsConfig, drawer: PromptDrawer) -> str:
     settings = {k: v for k, v in asdict(config).items() if k not in OPERATIONAL}
     tasks = [{k: v for k, v in asdict(t).items() if k != "answer" or v is not None} for t in drawer.tasks]
     template = str(drawer.tokenizer.tokenizer.chat_template)
-    by: Any = config.engine == "openai" and config.name_on_server  # as it was before there was vllm
-    if config.engine == "vllm":
-        by = decoded_by(config)
-    limit = context_limit(config)
-    return json.dumps([settings, tasks, drawer.teacher, template, by, *([] if limit is None else [limit])])
+    by: Any = config.engine != "hf" and decoded_by(config)  # False: as it was before there were others
+    further: list[Any] = [own for own in (context_limit(config),) if own is not None]
+    further += [drawer.dialect] if drawer.dialect != config.prompt_format else []
+    return json.dumps([settings, tasks, drawer.teacher, template, by, *further])
 
 
 def context_limit(config: TargetsConfig) -> int | None:

@@ -6,6 +6,7 @@ from nemo.collections.common.prompts import PromptFormatter
 from nemo.collections.common.tokenizers import AutoTokenizer
 
 from nemo_mtbi import registration as registration
+from nemo_mtbi.data import chat_template as templates
 from nemo_mtbi.data.chat_template import chat_template
 from nemo_mtbi.data.example import Example, plan_batch
 from nemo_mtbi.data.interleaving import InterleavingPolicy, SpeechSpan, timeline
@@ -298,6 +299,7 @@ def test_an_llm_that_thinks_is_asked_not_to(smollm2):
     tokenizer.tokenizer.chat_template = THINKING
     ids = renderer(tokenizer, "chat_template").render([user_message("Repeat this.", spoken(), "after")]).ids
     assert tokenizer.tokenizer.decode(ids).endswith("<think>\n\n</think>\n\n")
+    assert templates.dialect("chat_template", tokenizer.tokenizer) != templates.dialect("chat_template", None)
     messages = [{"role": "user", "content": "a"}]
     exported = chat_template(tokenizer, PromptFormatter.resolve("chat_template"))
     for wish, expected in ({}, False), ({"enable_thinking": True}, True):

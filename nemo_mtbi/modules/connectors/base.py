@@ -68,6 +68,7 @@ class Connector(nn.Module):
     positions_per_second = 0.0  # beside the tokens, of a connector that emits them
     positions_per_window = 0  # of the encoder, likewise
     window_seconds = math.inf  # longest audio that the encoder is given at once
+    added_later: tuple[str, ...] = ()  # beginnings of state that earlier versions lack, which upgrade_state adds
     choice_group: Any = None  # process group that holds the LLM together (tensor parallelism)
 
     def agreed(self, choice: Tensor) -> Tensor:

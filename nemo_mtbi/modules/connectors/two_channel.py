@@ -6,7 +6,7 @@ Letters: B utterances, T encoder frames, K encoder layers, D their width, P outp
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nemo_mtbi.data.example import Example
 from nemo_mtbi.errors import ConfigError
@@ -41,6 +41,7 @@ class TwoChannelConnector(WhisperDecoderConnector):
     """
 
     acoustic_open: Tensor
+    added_later = (*WhisperDecoderConnector.added_later, "acoustic.tempo")
 
     def __init__(
         self,
@@ -86,6 +87,11 @@ class TwoChannelConnector(WhisperDecoderConnector):
     def upgrade_state(self, state: dict[str, Any], prefix: str) -> None:
         """Weights of a :class:`WhisperDecoderConnector` serve as the text channel of a new connector."""
         super().upgrade_state(state, prefix)
+        own, place = self.acoustic.state_dict(), f"{prefix}acoustic."
+        if f"{place}hidden.weight" in state and f"{place}tempo.weight" not in state:  # before it heard the tempo
+            state |= {f"{place}{name}": value for name, value in own.items() if name.startswith("tempo")}
+            more = own["project.weight"].shape[1] - state[f"{place}project.weight"].shape[1]
+            state[f"{place}project.weight"] = nn.functional.pad(state[f"{place}project.weight"], (0, more))
         if f"{prefix}decoder.layer_norm.weight" in state and f"{prefix}acoustic_open" not in state:
             state.update({f"{prefix}acoustic.{k}": v for k, v in self.acoustic.state_dict().items()})
             state[f"{prefix}acoustic_open"] = torch.zeros_like(self.acoustic_open)

@@ -76,6 +76,14 @@ def test_audio_that_becomes_a_recording_of_its_own(tmp_path):
     assert np.allclose(read.load_audio(), audio, atol=1e-3)
 
 
+def test_earlier_versions_times_in_a_recording_of_its_own():
+    own = cut(start=5.0, duration=4.0, times=(0.0, 1.0, 2.0))
+    expected = timed(own)
+    own = from_its_beginning(own)
+    own.start = 0.0
+    assert timed(own) == expected
+
+
 def test_a_word_is_looked_for_among_those_of_its_own_utterance():
     """The first utterance has no times, and a word of the second."""
     own = cut(duration=10.0, times=())

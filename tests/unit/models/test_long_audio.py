@@ -1,6 +1,7 @@
 """Audio beyond the encoder's window: the same positions in training, from the cache, in use and in an export."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from omegaconf import OmegaConf
 
 from nemo_mtbi.checkpoints.archive import save_directory
 from nemo_mtbi.data.audio_windows import Windows
+from nemo_mtbi.data.dataset import MTBIDataset
 from nemo_mtbi.data.feature_cache import FEATURES_FIELD, load_array, windows_of
 from nemo_mtbi.data.interleaving import SpeechSpan
 from nemo_mtbi.data.perturbation import perturbed
@@ -128,7 +130,7 @@ def test_the_cache_holds_the_same_windows(tiny_config, audios, tmp_path):
     batch = {"audios": torch.from_numpy(audios[0])[None], "audio_lens": torch.tensor([len(audios[0])])}
     rows, lengths, windows, _ = batch_features(model.perception, batch)
     stored = list(CutSet.from_file(manifest))
-    assert windows_of(stored[0]) == windows.begins and windows_of(stored[1]) == [0] == windows_of(stored[2])
+    assert [windows_of(cut).frames for cut in stored] == [windows.begins, [0], [0]]
     found = load_array(stored[0], FEATURES_FIELD, None).tensor_split(windows.begins[1:])
     assert [len(f) for f in found] == lengths.tolist()
     for row, size, own in zip(rows, lengths, found, strict=True):
@@ -137,10 +139,38 @@ def test_the_cache_holds_the_same_windows(tiny_config, audios, tmp_path):
     with pytest.raises(DataError, match="made before long audio was cut at pauses"):
         windows_of(old)
     slow = perturbed(stored[0], 0.9)
-    starts = windows_of(slow)
+    starts = windows_of(slow).rows
     assert len(starts) >= 3 and starts != windows.begins
     sizes = [len(part) for part in load_array(slow, FEATURES_FIELD, None).tensor_split(starts[1:])]
     assert max(sizes) <= 1500 and sum(sizes) == pytest.approx(50 * SECONDS[0] / 0.9, abs=3)
+
+
+@torch.no_grad()
+def test_cached_windows_begin_when_they_begin(tiny_config, audios, tmp_path, monkeypatch):
+    """Of an encoder that gives a frame more than a window has time for, as those with causal convolutions do."""
+    soundfile.write(tmp_path / "long.wav", audios[0], 16_000, subtype="FLOAT")
+    manifest = tmp_path / "cuts.jsonl"
+    CutSet.from_cuts([Recording.from_file(tmp_path / "long.wav").to_cut()]).to_file(manifest)
+    config = {k: v for k, v in tiny_config.items() if k != "imitation"}
+    encoder, encode = FrozenEncoder(OmegaConf.create(config)), FrozenEncoder.encode
+
+    def one_more(self, audios, lengths):
+        features, counts = encode(self, audios, lengths)
+        return torch.nn.functional.pad(features, (0, 0, 0, 1)), counts + 1
+
+    monkeypatch.setattr(FrozenEncoder, "encode", one_more)
+    cache_features(encoder, manifest)
+    [stored] = CutSet.from_file(manifest)
+    batch = {"audios": torch.from_numpy(audios[0])[None], "audio_lens": torch.tensor([len(audios[0])])}
+    _, lengths, windows, _ = batch_features(encoder.perception, batch)
+    places = windows_of(stored)
+    assert places.frames == windows.begins and places.rows == [b + i for i, b in enumerate(windows.begins)]
+    rows = load_array(stored, FEATURES_FIELD, None).tensor_split(places.rows[1:])
+    assert [len(row) for row in rows] == [size + 1 for size in lengths.tolist()]
+    tokenizer = SimpleNamespace(tokenizer=None)
+    dataset = SimpleNamespace(encoder_key=None, writing_key=None, tokenizer=tokenizer)
+    batch = MTBIDataset._features(dataset, [SimpleNamespace(cut=stored)])
+    assert batch["windows"].begins == windows.begins and len(batch["encoder_features"]) == len(rows)
 
 
 @torch.no_grad()

@@ -44,6 +44,17 @@ def test_means_are_those_of_a_loop():
     assert term_counts(examples, None)[WORDS] == sum(len(e.units) for e in examples) - 1
 
 
+@torch.no_grad()
+def test_many_positions_of_a_word_in_half_precision():
+    embed = torch.nn.Embedding(5000, 8)
+    [example] = make_batch(type("Model", (), {})(), 1)["examples"]
+    speech = SpeechEmbeddings(
+        torch.ones(1, 900, 8, dtype=torch.bfloat16), torch.tensor([900]), torch.arange(900.0)[None] / 10
+    )
+    spoken, _ = pooled_words([example], speech, 0.02, embed)
+    torch.testing.assert_close(spoken.float(), torch.ones_like(spoken).float())
+
+
 def test_the_term_reads_what_was_not_fused(tiny_config, monkeypatch):
     tiny_config["perception"]["fusion"] = {"max_positions": 2}
     model = build(tiny_config, imitation={"w_align": 1.0, "w_ctc": 0.0}).train()

@@ -9,7 +9,7 @@ from nemo_mtbi.errors import CheckpointError, ConfigError
 from nemo_mtbi.models import MTBISALM
 from nemo_mtbi.models.layout import lay_out_batch
 from nemo_mtbi.models.speech import batch_features, connect
-from nemo_mtbi.modules.connectors.acoustic import Standardization, statistics, tempo
+from nemo_mtbi.modules.connectors.acoustic import TEMPO_UNITS, Standardization, statistics, tempo
 from nemo_mtbi.modules.connectors.base import NO_TOKEN
 from nemo_mtbi.training.stages import require_text_channel
 from tests.helpers import build, gradients, make_batch, two_channel
@@ -230,6 +230,22 @@ def test_what_it_cannot_do_is_refused(config, section, change, message):
     config[section] = {**config.get(section, {}), **change}
     with pytest.raises(ConfigError, match=message):
         build(config)
+
+
+@torch.no_grad()
+def test_weights_from_before_the_tempo_hear_the_same(model):
+    connector = moved(model).perception.modality_adapter
+    connector.acoustic.project.weight[:, -TEMPO_UNITS:] = 0
+    features, lengths = torch.randn(2, 90, 64), torch.tensor([90, 70])
+    expected = connector.connect(features, lengths).embeddings
+    state = {f"perception.modality_adapter.{name}": value.clone() for name, value in connector.state_dict().items()}
+    place = "perception.modality_adapter.acoustic."
+    state = {name: value for name, value in state.items() if not name.startswith(f"{place}tempo")}
+    state[f"{place}project.weight"] = state[f"{place}project.weight"][:, :-TEMPO_UNITS].clone()
+    for parameter in connector.acoustic.parameters():
+        parameter.add_(1.0)
+    model.load_state_dict(state, strict=False)
+    torch.testing.assert_close(connector.connect(features, lengths).embeddings, expected)
 
 
 def test_an_alignment_stage_that_would_train_nothing_is_refused(model, config):

@@ -143,7 +143,7 @@ def test_each_speed_and_window_has_its_own(config, model, tmp_path):
     for cut, windows in zip(CutSet.from_file(tmp_path / "cuts.jsonl"), (2, 1), strict=True):
         for speed in (1.0, 0.9):
             own = perturbed(cut, speed)
-            rows = load_array(own, FEATURES_FIELD, encoder.key).float().tensor_split(windows_of(own)[1:])
+            rows = load_array(own, FEATURES_FIELD, encoder.key).float().tensor_split(windows_of(own).rows[1:])
             assert len(rows) == windows
             expected = [connector.write(row[None], torch.tensor([len(row)]))[0] for row in rows]
             assert written_of(own, encoder.writing_key) == expected and all(expected)

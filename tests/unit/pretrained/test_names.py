@@ -57,7 +57,8 @@ def test_a_missing_reader_is_named_with_its_extra(monkeypatch, tmp_path):
 
 
 def test_an_address_in_use_is_said_before_a_model_is_loaded():
-    with bound("127.0.0.1", 0) as own:
+    [own] = bound("127.0.0.1", 0)
+    with own:
         own.listen()
         with pytest.raises(ConfigError, match="in use.*Choose another port"):
             bound("127.0.0.1", own.getsockname()[1])

@@ -6,7 +6,7 @@ from transformers import LlamaConfig
 
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.parallel.plan import llm_bytes, plan
-from nemo_mtbi.parallel.plan_config import PlanConfig
+from nemo_mtbi.parallel.plan_config import PlanConfig, Positions
 from tests.launching import launch
 
 pytestmark = pytest.mark.unit
@@ -29,7 +29,8 @@ def test_bytes_are_those_of_the_layers():
 
 
 def test_what_fits_and_how_long_it_takes():
-    config = PlanConfig(llm="", gpus=4, hours_of_speech=100, utterance_seconds=8, gpu_memory_gb=6.0)
+    connector = {"connector_parameters": 20e6, "positions": Positions(per_second=12.5)}
+    config = PlanConfig(llm="", gpus=4, hours_of_speech=100, utterance_seconds=8, gpu_memory_gb=6.0, **connector)
     found = plan(config, LLAMA)
     assert found.example_positions == 60 + 100 + 60 and found.examples == 45_000 and found.fits
     free = 6e9 - sum(found.bytes_by_part.values())

@@ -9,6 +9,8 @@ from pathlib import Path
 from nemo_mtbi.errors import DataError
 
 UNWRITABLE = (
+    errno.ESTALE,
+    errno.ENOTCONN,
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EFBIG,
@@ -18,6 +20,30 @@ UNWRITABLE = (
     errno.ENOTDIR,
     errno.EEXIST,
 )
+
+
+# Not a recording's fault, though reading or writing it has failed.
+OF_THE_MACHINE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ESTALE,
+    errno.ENOTCONN,
+)
+
+
+def raise_if_of_the_machine(error: BaseException) -> None:
+    """
+    Raises:
+        OSError, MemoryError: what a recording could not be read for is a full disk, a lost mount, too little memory.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno in OF_THE_MACHINE):
+            raise cause
+        cause = cause.__cause__ or cause.__context__
 
 
 @contextmanager

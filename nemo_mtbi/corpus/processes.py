@@ -1,5 +1,6 @@
 """Work over many items in several processes of this machine, in order and with few items under way."""
 
+import gc
 import multiprocessing.connection
 import os
 import signal
@@ -46,6 +47,8 @@ def in_processes(
     context = multiprocessing.get_context("forkserver" if fresh else "fork")
     if fresh:
         context.set_forkserver_preload(IMPORTED)
+    if not fresh:
+        gc.freeze()  # or the workers' garbage collections would copy every page of this process
     numbers = context.SimpleQueue()
     for number in range(workers):
         numbers.put(number)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lhotse.cut import Cut
+from lhotse.cut import Cut, MonoCut
 
 from nemo_mtbi.data.audio_windows import WINDOW_SECONDS
 from nemo_mtbi.errors import DataError
@@ -47,6 +47,8 @@ def features_key(cut: Cut, encoder_key: str) -> str:
         digest.update(b"quiet cuts")
     if cut.num_channels != 1 or cut.sampling_rate != 16_000:  # once channels were averaged always, and Lhotse resampled
         digest.update(b"mono, soxr")
+    if isinstance(cut, MonoCut) and cut.has_recording and len(cut.recording.channel_ids) > 1:  # one of several
+        digest.update(f"channel {cut.channel}".encode())
     if getattr(cut, "has_recording", False) and cut.recording.transforms:  # speed, volume, ...
         digest.update(f"resampled once {cut.recording.transforms}".encode())
     for source in cut.recording.sources if hasattr(cut, "recording") and cut.recording else []:

@@ -18,6 +18,7 @@ from lhotse.cut import Cut
 
 from nemo_mtbi.data.alignments import utterances
 from nemo_mtbi.data.description import DESCRIPTION_FIELD
+from nemo_mtbi.data.rendering import match_words
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.io.tables import read_table
 from nemo_mtbi.preparation.voice_measures import MEASURES, measure
@@ -204,9 +205,10 @@ class Describer:
         for supervision, timed in utterances(cut):
             begin, end = max(0.0, supervision.start), min(supervision.end, cut.duration)
             words = [
-                (w.start_seconds - begin, w.end_seconds - begin)
-                for w in timed
-                if w.start_seconds is not None and w.end_seconds is not None
+                None
+                if w.start_seconds is None or w.end_seconds is None
+                else (w.start_seconds - begin, w.end_seconds - begin)
+                for w in match_words((supervision.text or "").split(), tuple(timed))
             ]
             part = samples[round(begin * rate) : round(end * rate)]
             found = measure(part, rate, words, supervision.text or "") if len(part) else {}

@@ -16,7 +16,7 @@ from lhotse.cut import Cut
 from lhotse.cut.data import DataCut
 from torch import Tensor
 
-from nemo_mtbi.corpus.failures import explained
+from nemo_mtbi.corpus.failures import explained, raise_if_of_the_machine
 from nemo_mtbi.corpus.index import RecordIndex
 from nemo_mtbi.corpus.shards import Shard
 from nemo_mtbi.data.audio import collate_waveforms, mono_samples
@@ -305,6 +305,7 @@ def _readable(versions: list[Version], sampling_rate: int, known: Known) -> list
         try:
             found.append(Read(version, mono_samples(version.cut, sampling_rate)))
         except Exception as error:  # decoders raise their own types
+            raise_if_of_the_machine(error)
             known.leave_out(version, f"{type(error).__name__}: {str(error)[:200]}")
     return found
 

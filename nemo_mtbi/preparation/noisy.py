@@ -58,7 +58,8 @@ def with_noise(cut: Cut, samples: np.ndarray, rate: int, config: NoiseConfig, fo
     power, of_noise = np.mean(np.square(samples, dtype=np.float64)), np.mean(np.square(added, dtype=np.float64))
     mixed = samples + added * np.float32(np.sqrt(power / of_noise / 10 ** (snr / 10)))
     mixed /= max(1.0, float(np.abs(mixed).max()))
-    path = folder / f"{hashlib.blake2b(cut.id.encode(), digest_size=12).hexdigest()}.flac"
+    made_of = f"{cut.id}/{config.seed}/{list(config.snr_db)}"
+    path = folder / f"{hashlib.blake2b(made_of.encode(), digest_size=12).hexdigest()}.flac"
     write_flac(path, mixed, rate)
     cut, recording = from_its_beginning(cut), Recording.from_file(path, recording_id=cut.id)
     own = [fastcopy(s, recording_id=cut.id, channel=0) for s in cut.supervisions]

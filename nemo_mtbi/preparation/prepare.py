@@ -8,11 +8,12 @@ reasons).
 import hashlib
 import json
 import logging
+import re
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,11 +25,11 @@ from omegaconf import MISSING
 
 from nemo_mtbi import console
 from nemo_mtbi.corpus.execution import LOCAL, RAY, check_execution, spread
-from nemo_mtbi.corpus.failures import explained
+from nemo_mtbi.corpus.failures import explained, raise_if_of_the_machine
 from nemo_mtbi.corpus.ray_data import RayConfig
 from nemo_mtbi.data.alignments import from_its_beginning
 from nemo_mtbi.data.audio import mono_samples
-from nemo_mtbi.data.rendering import TimedWord
+from nemo_mtbi.data.rendering import LONE_SURROGATE, TimedWord
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.preparation.describe import DescribeConfig, Describer, Tally
@@ -72,13 +73,19 @@ class SplitConfig:
     speakers: dict[str, str] = field(default_factory=dict)
     seed: int = 0
 
-    def assign(self, entry: Entry) -> str:
-        """Split of an utterance; stable under adding data."""
+    def assign(self, entry: Entry, together: Mapping[str, str] | None = None) -> str:
+        """Split of an utterance; stable under adding data.
+
+        Args:
+            together: of speakers who share recordings, the one by whom they are split (:func:`sharing`).
+        """
         if entry.split is not None:
             return entry.split
-        if entry.speaker is not None and entry.speaker in self.speakers:
-            return self.speakers[entry.speaker]
-        key = entry.speaker if self.by == "speaker" and entry.speaker is not None else entry.id
+        speaker = entry.speaker if entry.speaker is None else (together or {}).get(entry.speaker, entry.speaker)
+        for name in (entry.speaker, speaker):
+            if name is not None and name in self.speakers:
+                return self.speakers[name]
+        key = speaker if self.by == "speaker" and speaker is not None else entry.id
         digest = hashlib.blake2b(f"{self.seed}/{key}".encode(), digest_size=8).digest()
         point, total = int.from_bytes(digest, "big") / 2**64, 0.0
         shares = self.shares or DEFAULT_SHARES
@@ -87,6 +94,25 @@ class SplitConfig:
             if point < total:
                 return name
         return list(shares)[-1]
+
+
+def sharing(entries: Iterable[Entry]) -> dict[str, str]:
+    """Speakers who share recordings, directly or through others -> the first of them, so that nobody is in two splits.
+
+    Those who share none are left out.
+    """
+    parent: dict[str, str] = {}
+
+    def root(speaker: str) -> str:
+        while parent.setdefault(speaker, speaker) != speaker:
+            parent[speaker] = speaker = parent[parent[speaker]]
+        return speaker
+
+    for entry in entries:
+        for other in entry.others:
+            a, b = sorted((root(str(entry.speaker)), root(other)))
+            parent[b] = a
+    return {speaker: root(speaker) for speaker in list(parent)}
 
 
 @dataclass
@@ -207,6 +233,9 @@ class Preparation:
     def record(self, entry: Entry) -> dict[str, Any]:
         """The journal's line about an utterance: its cut, or why it is skipped."""
         record: dict[str, Any] = {"id": entry.id, "settings": self.settings, "text": entry.text, "of": entry.identity}
+        if (half := LONE_SURROGATE.search(entry.text)) is not None:
+            text = entry.text.encode(errors="backslashreplace").decode()
+            return record | {"text": text, "skipped": f"its text holds half a character ({half.group()!r})"}
         try:
             noticed: list[str] = []
             cut, unaligned, samples = self._prepare(entry, noticed)
@@ -214,7 +243,11 @@ class Preparation:
                 cut, samples = with_noise(cut, samples, ALIGNER_RATE, self.config.noise, self.folder / "noisy")
             if self.describer is not None:
                 self.describer.measure(cut, samples, ALIGNER_RATE)
-            return record | {"cut": cut.to_dict(), "unaligned": unaligned, "audio": noticed}
+            found = record | {"cut": cut.to_dict(), "unaligned": unaligned, "audio": noticed}
+            jsonl.dumps(found).encode()
+            return found
+        except (TypeError, UnicodeEncodeError) as error:
+            return record | {"skipped": f"cannot be written: {_cause(error)}"}
         except Skip as skip:
             return record | {"skipped": str(skip)}
 
@@ -230,7 +263,11 @@ class Preparation:
     def _entries(self) -> Iterator[Entry]:
         for source in self.config.sources:
             made = MADE.get(source.kind)
-            yield from READERS[source.kind](source) if made is None else made(source, self.folder)
+            for entry in READERS[source.kind](source) if made is None else made(source, self.folder):
+                if LONE_SURROGATE.search(entry.id + entry.where):  # of a file whose name is no UTF-8
+                    name, where = (text.encode(errors="backslashreplace").decode() for text in (entry.id, entry.where))
+                    entry = replace(entry, id=name, where=where, problem="its name is no UTF-8")
+                yield entry
 
     def _prepare(self, entry: Entry, noticed: list[str]) -> tuple[Cut, str | None, np.ndarray]:
         """The cut with word times, why it has none, and its samples; ``noticed`` takes what is wrong with the audio."""
@@ -241,8 +278,11 @@ class Preparation:
         try:
             cut = entry.load()
         except Exception as error:  # one broken recording among a million must not stop the run
-            raise Skip(f"unreadable audio: {_first_line(error)}") from None
+            raise_if_of_the_machine(error)
+            raise Skip(f"unreadable audio: {_cause(error)}") from None
         c = self.config
+        if cut.duration <= 0:
+            raise Skip("unreadable audio: no samples")
         if not c.min_seconds <= cut.duration <= c.max_seconds:
             raise Skip(f"duration outside [{c.min_seconds}, {c.max_seconds}] s")
         if len(entry.text.split()) / cut.duration > c.max_words_per_second:
@@ -253,7 +293,8 @@ class Preparation:
             cut = self._on_disk(cut)
             samples = self._samples(cut, noticed)
         except Exception as error:
-            raise Skip(f"unreadable audio: {_first_line(error)}") from None
+            raise_if_of_the_machine(error)
+            raise Skip(f"unreadable audio: {_cause(error)}") from None
         if entry.silent or all((s.alignment or {}).get("word") for s in cut.supervisions):
             return cut, None, samples
         try:
@@ -268,11 +309,14 @@ class Preparation:
     def _on_disk(self, cut: Cut) -> Cut:
         """Audio that a Shar brought in memory becomes a FLAC file, since manifests refer to files."""
         if any(source.type in ("memory", "shar") for source in cut.recording.sources):
-            path = self.folder / "audio" / f"{cut.id.replace('/', '-')}.flac"
+            name = re.sub(r"[^\w.-]+", "-", cut.id, flags=re.ASCII)[:80]
+            digest = hashlib.blake2b(cut.id.encode(), digest_size=8).hexdigest()
+            path = self.folder / "audio" / f"{name}-{digest}.flac"
             path.parent.mkdir(parents=True, exist_ok=True)
             cut = from_its_beginning(cut).save_audio(str(path))
-            # Shar notes where a cut came from as a Path, which is no JSON.
-            cut.custom = {k: str(v) if isinstance(v, Path) else v for k, v in (cut.custom or {}).items()}
+            # Shar notes where a cut came from as a Path, which is no JSON; its other fields have their data in memory.
+            custom = {k: str(v) if isinstance(v, Path) else v for k, v in (cut.custom or {}).items()}
+            cut.custom = {k: v for k, v in custom.items() if not hasattr(v, "to_dict")}
         return cut
 
     def _samples(self, cut: Cut, noticed: list[str]) -> np.ndarray:
@@ -296,13 +340,14 @@ class Preparation:
             kept = (e.id for e in entries if not journal.places[e.id][1][0])
             contradicting = self.describer.contradictions(journal[name]["cut"] for name in kept)
         written: dict[str, Path] = {}
+        together = sharing(entries) if self.config.split.by == "speaker" else {}
         with ExitStack() as files:
             streams: dict[str, TextIO] = {}
             for entry in entries:
                 record = journal[entry.id]
                 if not count.visit(entry, record):
                     continue
-                cut, split = record["cut"], self.config.split.assign(entry)
+                cut, split = record["cut"], self.config.split.assign(entry, together)
                 if self.describer is not None:
                     self.describer.rewrite(cut, contradicting, tally)
                 count.keep(split, cut)
@@ -310,7 +355,7 @@ class Preparation:
                     written[split] = self.folder / f"cuts.{split}.jsonl"
                     streams[split] = files.enter_context(jsonl.replacing(written[split], uuid.uuid4().hex))
                 streams[split].write(jsonl.dumps(cut) + "\n")
-        report = count.report()
+        report, before = count.report(), self._splits_before()
         if self.describer is not None:
             report["described"] = self.describer.report(tally)
         jsonl.write_json(self.folder / "report.json", report)
@@ -318,11 +363,16 @@ class Preparation:
             cuts = (cut for path in written.values() for cut in jsonl.read(path))
             write_voice_report(self.folder / "voices.html", report, cuts)
         count.tell(self.folder / "report.json", len(entries))
-        for old in self.folder.glob("cuts.*.jsonl"):
-            name = old.name.removeprefix("cuts.").removesuffix(".jsonl")
-            if not name.endswith(".features") and name not in written:
-                old.unlink()
+        for name in before - written.keys():
+            (self.folder / f"cuts.{name}.jsonl").unlink(missing_ok=True)
         return written
+
+    def _splits_before(self) -> set[str]:
+        """Splits that the run before has written; other manifests in the folder are the user's."""
+        try:
+            return set(json.loads((self.folder / "report.json").read_text())["splits"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return set()
 
 
 class Counts:
@@ -388,6 +438,13 @@ def _first_place(skipped: Counter[str], places: dict[str, list[str]]) -> str:
     return f"for {reason!r} (first: {places[reason][0]})"
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+def _cause(error: BaseException) -> str:
+    """What went wrong, without the file that it went wrong with, so that equal reasons are counted together."""
+    text = str(error)
+    if found := re.search(r"LibsndfileError'>: (?:Error opening .*: )?(.+?)\.?$", text, re.MULTILINE):
+        return found[1]
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__ or error
+    line = (str(error).strip().splitlines() or [""])[0]
+    line = re.sub(r"'[^']*[/\\][^']*'|\S*[/\\]\S+", "FILE", line)
+    return f"{type(error).__name__}: {line}"[:200]

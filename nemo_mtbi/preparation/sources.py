@@ -11,6 +11,7 @@ from typing import Any
 
 from lhotse import CutSet, Recording, SupervisionSegment
 from lhotse.cut import Cut, MonoCut
+from lhotse.cut.data import DataCut
 
 from nemo_mtbi.data.audio import AUDIO_SUFFIXES, audio_files, part_of
 from nemo_mtbi.data.manifest import ManifestLine, read_manifest
@@ -33,7 +34,8 @@ class Entry:
         where: file and line (or file) that names it, for messages.
         problem: why the source cannot give it, or None.
         silent: nothing is said, so the transcript is empty.
-        about: audio, part and language, as far as the source names them; see ``identity``.
+        about: audio, part, language and what else comes with it, as far as the source names them; see ``identity``.
+        others: further speakers in it.
     """
 
     id: str
@@ -45,6 +47,7 @@ class Entry:
     problem: str | None = None
     silent: bool = False
     about: tuple[Any, ...] = ()
+    others: tuple[str, ...] = ()
 
     @property
     def identity(self) -> str:
@@ -168,9 +171,12 @@ def _cut_entry(cut: Cut) -> Entry:
         if supervision.text is not None and not isinstance(supervision.text, str):
             supervision.text = str(supervision.text)
     text = " ".join(supervision.text or "" for supervision in cut.supervisions).strip()
-    first = cut.supervisions[0] if cut.supervisions else None
-    speaker = None if first is None or first.speaker is None else str(first.speaker)
-    return Entry(cut.id, lambda: cut, speaker, text, where=f"cut {cut.id}")
+    speakers = list(dict.fromkeys(str(s.speaker) for s in cut.supervisions if s.speaker not in (None, "")))
+    about = (cut.duration, *(supervision.to_dict() for supervision in cut.supervisions))
+    if isinstance(cut, DataCut) and cut.has_recording:
+        about = (cut.start, *(s.source for s in cut.recording.sources if s.type in ("file", "url")), *about)
+    first, others = (speakers[0], tuple(speakers[1:])) if speakers else (None, ())
+    return Entry(cut.id, lambda: cut, first, text, where=f"cut {cut.id}", about=about, others=others)
 
 
 def read_cuts(config: SourceConfig) -> Iterator[Entry]:
@@ -205,6 +211,7 @@ def read_nemo(config: SourceConfig) -> Iterator[Entry]:
 
         problem = line.problem or ("there is no text" if line.text is None else None)
         about = (line.audio, line.offset_seconds, line.duration_seconds, line.language or config.language)
+        about += tuple(line.fields.get(k) for k in config.metadata)
         yield Entry(entry_id, load, line.speaker, line.text or "", where=line.where, problem=problem, about=about)
 
 
@@ -240,7 +247,7 @@ def read_tsv(config: SourceConfig) -> Iterator[Entry]:
             row.cells.get(config.split_column) or None if config.split_column else None,
             f"{path}, line {row.line}",
             problem,
-            about=(root / audio, config.language),
+            about=(root / audio, config.language, *(row.cells.get(name) for name in config.metadata)),
         )
 
 
@@ -281,7 +288,7 @@ def read_recipe(config: SourceConfig) -> Iterator[Entry]:
     def cuts() -> Iterator[Cut]:
         parts = prepare(path, **config.options)
         for manifests in ({"": parts} if "recordings" in parts else parts).values():
-            yield from CutSet.from_manifests(**manifests).trim_to_supervisions()
+            yield from CutSet.from_manifests(**manifests).trim_to_supervisions(keep_overlapping=False)
 
     yield from _cut_entries(cuts, f"{path}, by Lhotse's recipe {config.name} with options {config.options},")
 

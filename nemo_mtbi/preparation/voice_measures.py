@@ -4,6 +4,7 @@ Letters: S samples.
 """
 
 import re
+from collections.abc import Sequence
 from itertools import pairwise
 
 import librosa
@@ -17,7 +18,8 @@ FILLERS = re.compile(r"\b(?:uh+|um+|er+m*|hm+|ah+)\b", re.IGNORECASE)
 FLOOR_DB = -100.0
 NOISE_SECONDS, NOISE_PERCENTILE = 0.2, 5  # between words; of all frames, where there is less than that
 
-Words = list[tuple[float, float]]  # begin and end in seconds
+Words = Sequence[tuple[float, float] | None]  # begin and end in seconds, in the order of the transcript; None: unknown
+Stretch = tuple[float, float]
 
 MEASURES = {
     "seconds": "duration of the utterance",
@@ -39,17 +41,20 @@ def measure(samples: np.ndarray, rate: int, words: Words, text: str) -> dict[str
     Args:
         samples: (S,) float32 mono at 16 kHz.
         rate: of the samples.
-        words: times of the words; empty: unknown.
+        words: times of the words; of some, or of all, they may be unknown.
         text: transcript.
     """
     found: dict[str, float] = {"seconds": len(samples) / rate, "fillers": len(FILLERS.findall(text))}
-    if words:
-        words = sorted(words)
-        spoken = max(words[-1][1] - words[0][0], 1 / rate)
-        gaps = [b - a for (_, a), (b, _) in pairwise(words) if b - a >= PAUSE_SECONDS]
+    timed = [place for place, word in enumerate(words) if word is not None]
+    if timed:
+        first, last = words[timed[0]], words[timed[-1]]
+        assert first is not None and last is not None
+        spoken = max(last[1] - first[0], 1 / rate)
+        between = [b[0] - a[1] for a, b in pairwise(words) if a is not None and b is not None]  # with no word inside
+        gaps = [gap for gap in between if gap >= PAUSE_SECONDS]
         found |= {"pauses": len(gaps), "pause_share": sum(gaps) / spoken}
-        if len(words) > 1:  # one word is as fast as it is short
-            found["words_per_second"] = len(words) / spoken
+        if len(timed) > 1:  # one word is as fast as it is short
+            found["words_per_second"] = (timed[-1] - timed[0] + 1) / spoken
     elif len(text.split()) > 1:
         found["words_per_second"] = len(text.split()) * rate / len(samples)
     found |= _pitch(samples, rate)
@@ -82,15 +87,36 @@ def _levels(samples: np.ndarray, rate: int, words: Words) -> dict[str, float]:
         return {}
     power = librosa.feature.rms(y=samples, frame_length=LEVEL_FRAME, hop_length=LEVEL_HOP, center=False)[0] ** 2
     times = (np.arange(len(power)) * LEVEL_HOP + LEVEL_FRAME / 2) / rate
-    inside = np.ones(len(power), bool)
-    if words:
-        begins, ends = np.array(words).T
-        inside = ((times[:, None] >= begins) & (times[:, None] < ends)).any(1)
-    outside = power[~inside]
+    inside = outside = np.ones(len(power), bool)
+    if known := [word for word in words if word is not None]:
+        inside = _within(times, known)
+        outside = ~inside & ~_within(times, _unknown(words, len(samples) / rate))
+    else:
+        outside = ~inside
+    outside = power[outside]
     level = _db(power[inside].mean() if inside.any() else power.mean())
     enough = len(outside) * LEVEL_HOP >= NOISE_SECONDS * rate
     noise = _db(np.median(outside) if enough else np.percentile(power, NOISE_PERCENTILE))
     return {"level_db": level, "noise_db": noise, "snr_db": level - noise}
+
+
+def _within(times: np.ndarray, stretches: Sequence[Stretch]) -> np.ndarray:
+    """Which of (T,) times lie in one of the stretches."""
+    begins, ends = np.array(stretches).reshape(-1, 2).T
+    return np.any((times[:, None] >= begins) & (times[:, None] < ends), axis=1)
+
+
+def _unknown(words: Words, seconds: float) -> list[Stretch]:
+    """Stretches in which words are whose times are unknown."""
+    found, begin, unknown = [], 0.0, False
+    for word in [*words, (seconds, seconds)]:
+        if word is None:
+            unknown = True
+            continue
+        if unknown and begin < word[0]:
+            found.append((begin, word[0]))
+        begin, unknown = word[1], False
+    return found
 
 
 def _db(power: float) -> float:

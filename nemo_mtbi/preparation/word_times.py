@@ -6,6 +6,7 @@ An aligner gives one :class:`TimedWord` per word of the transcript, or says why 
 import difflib
 import re
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -153,7 +154,8 @@ def give_words(cut: Cut, words: list[TimedWord]) -> None:
 
 class TextGrids:
     """Word times from files as the Montreal Forced Aligner writes them: ``<cut id>.TextGrid`` or
-    ``<audio stem>.TextGrid``, anywhere in a folder, which is looked through once.
+    ``<audio stem>.TextGrid``, anywhere in a folder, which is looked through once. Of several of one name the one whose
+    folders are called like the audio's is taken.
 
     Raises:
         DataError: it is no folder.
@@ -165,19 +167,42 @@ class TextGrids:
         self.folder = folder
 
     @cached_property
-    def files(self) -> dict[str, Path]:
+    def files(self) -> dict[str, list[Path]]:
         """By path in the folder, and by name, both without the ending."""
-        found = sorted(self.folder.rglob("*.TextGrid"))
-        by_path = {file.relative_to(self.folder).with_suffix("").as_posix(): file for file in found}
-        return {file.stem: file for file in reversed(found)} | by_path
+        found: dict[str, list[Path]] = {}
+        for file in sorted(self.folder.rglob("*.TextGrid")):
+            for name in {file.stem, file.relative_to(self.folder).with_suffix("").as_posix()}:
+                found.setdefault(name, []).append(file)
+        return found
+
+    def _file(self, name: str, audio: Path) -> Path | None:
+        """
+        Raises:
+            Unalignable: several files fit equally well.
+        """
+        found = self.files.get(name, [])
+        if len(found) <= 1:
+            return found[0] if found else None
+
+        def shared(file: Path) -> int:
+            """Folders, from the innermost on, that are called like the audio's."""
+            pairs = zip(file.parts[-2::-1], audio.parts[-2::-1], strict=False)
+            return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+        best = max(map(shared, found))
+        fitting = [file for file in found if shared(file) == best]
+        if len(fitting) > 1:
+            raise Unalignable("several TextGrids of the audio's name, in folders that are not the audio's")
+        return fitting[0]
 
     def words(self, cut: Cut) -> list[TimedWord]:
         """
         Raises:
-            Unalignable: there is no file, or it has no words, or ones beyond the audio.
+            Unalignable: there is no file, or not one alone, or it has no words, or ones beyond the audio.
         """
-        of_cut, of_audio = (self.files.get(n) for n in (cut.id, Path(str(cut.recording.sources[0].source)).stem))
-        file = of_cut or of_audio
+        audio = Path(str(cut.recording.sources[0].source))
+        of_cut = self._file(cut.id, audio)
+        file = of_cut or self._file(audio.stem, audio)
         if file is None:
             raise Unalignable("no TextGrid of the cut's or the audio's name")
         try:

@@ -1,0 +1,160 @@
+"""What corpora hold that is no clean list of files: channels, shared recordings, repeated names, half names, corrections."""
+
+import errno
+import json
+import os
+
+import numpy as np
+import pytest
+import soundfile
+from lhotse import CutSet, Recording, SupervisionSegment
+from lhotse.supervision import AlignmentItem
+
+from nemo_mtbi.corpus.failures import raise_if_of_the_machine
+from nemo_mtbi.data.feature_cache import features_key
+from nemo_mtbi.errors import DataError
+from nemo_mtbi.preparation.noisy import NoiseConfig
+from nemo_mtbi.preparation.prepare import Preparation, PrepareConfig, SplitConfig, sharing
+from nemo_mtbi.preparation.sources import Entry, SourceConfig
+from nemo_mtbi.preparation.voice_measures import measure
+from nemo_mtbi.preparation.word_times import TextGrids, Unalignable
+
+pytestmark = pytest.mark.unit
+RATE = 16_000
+
+
+def audio(path, seconds=1.0, channels=1, seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = 0.1 * np.random.default_rng(seed).standard_normal((round(seconds * RATE), channels))
+    soundfile.write(path, noise, RATE)
+    return path
+
+
+def prepared(tmp_path, *sources, **changes):
+    config = PrepareConfig(str(tmp_path / "out"), list(sources), aligner="none", **changes)
+    written = Preparation(config).run()
+    return [cut for path in written.values() for cut in CutSet.from_file(path)]
+
+
+def reasons(tmp_path):
+    return json.loads((tmp_path / "out" / "report.json").read_text())["skipped_reasons"]
+
+
+def test_channels_of_one_recording_have_features_of_their_own(tmp_path):
+    recording = Recording.from_file(audio(tmp_path / "call.wav", channels=2))
+    caller, agent = recording.to_cut().to_mono()
+    assert features_key(caller, "e") != features_key(agent, "e")
+    alone = Recording.from_file(audio(tmp_path / "one.wav")).to_cut()
+    assert features_key(alone, "e") == features_key(alone, "e")
+
+
+def test_words_without_times_are_no_pauses_and_no_noise():
+    """As of words that are not in PocketSphinx's dictionary."""
+    rng = np.random.default_rng(0)
+    words = [(0.1 + 0.3 * i, 0.35 + 0.3 * i) for i in range(10)]
+    samples = 1e-4 * rng.standard_normal(round(3.3 * RATE)).astype(np.float32)
+    for begin, end in words:
+        samples[round(begin * RATE) : round(end * RATE)] += 0.1 * rng.standard_normal(round((end - begin) * RATE))
+    text = " ".join("abcdefghij")
+    whole = measure(samples, RATE, words, text)
+    partly = measure(samples, RATE, [None if i in (0, 3, 4, 7, 9) else w for i, w in enumerate(words)], text)
+    assert partly["words_per_second"] == pytest.approx(whole["words_per_second"], rel=0.1)
+    assert partly["pauses"] == whole["pauses"] == 0
+    assert partly["snr_db"] == pytest.approx(whole["snr_db"], abs=3) and whole["snr_db"] > 30
+
+
+GRID = 'name = "words"\n xmin = 0.1\n xmax = 0.5\n text = "{}"\n'
+
+
+def test_text_grids_of_one_name_belong_to_their_folders(tmp_path):
+    for speaker, word in (("s1", "hello"), ("s2", "goodbye")):
+        (tmp_path / "grids" / speaker).mkdir(parents=True)
+        (tmp_path / "grids" / speaker / "001.TextGrid").write_text(GRID.format(word))
+    grids = TextGrids(tmp_path / "grids")
+    for speaker, word in (("s1", "hello"), ("s2", "goodbye")):
+        cut = (
+            Recording.from_file(audio(tmp_path / "wavs" / speaker / "001.wav")).to_cut().with_id(f"wavs-{speaker}-001")
+        )
+        assert [w.text for w in grids.words(cut)] == [word]
+    elsewhere = Recording.from_file(audio(tmp_path / "flat" / "001.wav")).to_cut().with_id("x")
+    with pytest.raises(Unalignable, match="several TextGrids"):
+        grids.words(elsewhere)
+
+
+def test_names_that_are_no_utf_8_and_texts_with_half_characters_are_skipped(tmp_path):
+    folder = tmp_path / "corpus"
+    for name in (b"caf\xe9", b"good"):
+        path = os.path.join(os.fsencode(folder), name)
+        audio(folder / "good.wav")
+        if name != b"good":
+            os.rename(os.fsencode(folder / "good.wav"), path + b".wav")
+        with open(path + b".txt", "w") as file:
+            file.write("hello")
+    assert [cut.id for cut in prepared(tmp_path, SourceConfig("folder", str(folder)))] == ["corpus-good"]
+    assert reasons(tmp_path) == {"its name is no UTF-8": 1}
+
+
+def test_recordings_without_samples_are_skipped_and_reasons_are_counted_together(tmp_path):
+    folder = tmp_path / "corpus"
+    for i, data in enumerate([b"", b"", b"RIFFxxxx", b"RIFFxxxx"]):
+        folder.mkdir(exist_ok=True)
+        (folder / f"{i}.wav").write_bytes(data)
+        (folder / f"{i}.txt").write_text("hello")
+    soundfile.write(folder / "4.wav", np.zeros(0), RATE)
+    (folder / "4.txt").write_text("hello")
+    with pytest.raises(DataError, match="No utterance is left: all 5"):
+        prepared(tmp_path, SourceConfig("folder", str(folder)), min_seconds=0.0)
+    assert len(reasons(tmp_path)) <= 3 and not any("corpus" in reason for reason in reasons(tmp_path))
+
+
+def cuts_manifest(tmp_path, **changes):
+    recording = Recording.from_file(audio(tmp_path / "a.wav"))
+    cut = recording.to_cut()
+    own = {"text": "one", "gender": "male", "alignment": {"word": [AlignmentItem("one", 0.0, 0.4)]}, **changes}
+    cut.supervisions = [SupervisionSegment("a", recording.id, 0.0, 1.0, **own)]
+    CutSet.from_cuts([cut]).to_file(tmp_path / "cuts.jsonl")
+    return SourceConfig("cuts", str(tmp_path / "cuts.jsonl"))
+
+
+def test_corrections_of_cuts_are_taken(tmp_path):
+    [first] = prepared(tmp_path, cuts_manifest(tmp_path))
+    changed = {"gender": "female", "alignment": {"word": [AlignmentItem("one", 0.5, 0.4)]}}
+    [second] = prepared(tmp_path, cuts_manifest(tmp_path, **changed))
+    assert (first.supervisions[0].gender, second.supervisions[0].gender) == ("male", "female")
+    assert second.supervisions[0].alignment["word"][0].start == 0.5
+
+
+def test_noise_of_other_settings_is_another_file(tmp_path):
+    files = []
+    for snr in ([0.0, 0.0], [30.0, 30.0], [0.0, 0.0]):
+        [cut] = prepared(tmp_path, cuts_manifest(tmp_path), noise=NoiseConfig(1.0, snr))
+        files.append((cut.recording.sources[0].source, float(np.square(cut.load_audio()).mean())))
+    assert files[0] == files[2] != files[1]
+
+
+def test_nobody_is_in_two_splits():
+    pairs = [Entry(f"e{i}", lambda: None, f"s{i}", "t", others=(f"s{i + 1}",)) for i in range(0, 30, 2)]
+    alone = [Entry(f"a{i}", lambda: None, f"s{i + 1}", "t") for i in range(0, 30, 2)]
+    split, together = SplitConfig(shares={"train": 0.5, "held_out": 0.5}), sharing(pairs + alone)
+    for pair, single in zip(pairs, alone, strict=True):
+        assert split.assign(pair, together) == split.assign(single, together)
+    assert {split.assign(e, together) for e in pairs} == {"train", "held_out"}
+    chain = sharing([Entry("x", lambda: None, "b", others=("c",)), Entry("y", lambda: None, "c", others=("a",))])
+    assert set(chain.values()) == {"a"}
+
+
+def test_manifests_of_the_user_stay(tmp_path):
+    [cut] = prepared(tmp_path, cuts_manifest(tmp_path), split=SplitConfig(shares={"one": 1.0}))
+    mine = tmp_path / "out" / "cuts.train_small.jsonl"
+    mine.write_text(json.dumps(cut.to_dict()) + "\n")
+    prepared(tmp_path, cuts_manifest(tmp_path), split=SplitConfig(shares={"two": 1.0}))
+    assert mine.is_file() and not (tmp_path / "out" / "cuts.one.jsonl").exists()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), OSError(errno.ESTALE, "stale"), MemoryError()])
+def test_a_full_disk_is_no_broken_recording(error):
+    wrapped = RuntimeError("cannot read")
+    wrapped.__cause__ = error
+    with pytest.raises(type(error)):
+        raise_if_of_the_machine(wrapped)
+    raise_if_of_the_machine(OSError(errno.ENOENT, "gone"))

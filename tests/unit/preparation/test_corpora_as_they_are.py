@@ -1,4 +1,4 @@
-"""What corpora hold that is no clean list of files: channels, shared recordings, repeated names, half names, corrections."""
+"""What corpora hold that is no clean list of files: channels, shared recordings, repeated names, corrections."""
 
 import errno
 import json

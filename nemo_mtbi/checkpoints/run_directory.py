@@ -6,10 +6,10 @@
     <output_dir>/<stage>/trained.safetensors       trained tensors that later steps use: of the best validation
                                                    (stages untrained, alignment, imitation)
     <output_dir>/<stage>/last.safetensors          trained tensors after the last step
-    <output_dir>/<stage>/best.safetensors, .json   trained tensors of the best validation so far; its step and value
+    <output_dir>/<stage>/kept/best.safetensors, .json   trained tensors of the best validation so far; its step, value
     <output_dir>/<stage>/optimizer.safetensors     the optimizer's moments at the end of a stage
     <output_dir>/<stage>/checkpoints, events...    NeMo's exp_manager: resumable checkpoints and TensorBoard curves
-    <output_dir>/<stage>/samples.jsonl             answers at each validation beside the teacher's
+    <output_dir>/<stage>/kept/samples.jsonl        answers at each validation beside the teacher's
     <output_dir>/data.json                         manifests that were trained and validated on
     <output_dir>/seen.json                         examples and response tokens of each task and prompt
 """
@@ -49,17 +49,25 @@ class RunDirectory:
         """Weights after the last step of a stage."""
         return self.stage(name) / "last.safetensors"
 
+    def kept(self, name: str) -> Path:
+        """What a stage writes while it trains. NeMo moves the files beside it into ``run_N`` at every restart."""
+        return self.stage(name) / "kept"
+
     def best_weights(self, name: str) -> Path:
         """Weights of the best validation so far of a stage."""
-        return self.stage(name) / "best.safetensors"
+        return self.kept(name) / "best.safetensors"
 
     def best_record(self, name: str) -> Path:
         """Step and value of the best validation."""
-        return self.stage(name) / "best.json"
+        return self.kept(name) / "best.json"
 
     def moments(self, name: str) -> Path:
         """The optimizer's moments at the end of a stage."""
         return self.stage(name) / "optimizer.safetensors"
+
+    def seen(self, name: str) -> Path:
+        """Counts of what was trained on, up to the end of a stage."""
+        return self.kept(name) / "seen.json"
 
     def finish_stage(self, model: TrainableCheckpoint, name: str, keep: str = "best") -> None:
         """Keep the last weights, and give the stage, and the model, the best ones or the last.

@@ -97,6 +97,11 @@ class TrainableCheckpoint(LightningModule):
                     f"The checkpoint was trained with another {part} ({own['references'].get(part)}, now {value}). "
                     f"Set model.pretrained_{'llm' if part == 'llm' else 'asr'} to the one it was trained with."
                 )
+        if own.get("stage", self.stage) != self.stage:
+            raise CheckpointError(
+                f"The checkpoint is of the stage {own['stage']}, and this is {self.stage}: give each stage a folder of "
+                "its own (exp_manager.checkpoint_callback_params.dirpath)."
+            )
         self.upgrade_state(checkpoint["state_dict"])
         missing = self.trainable_names() - set(checkpoint["state_dict"])
         if missing:

@@ -150,7 +150,8 @@ def _direct_full(
     z = shard.sum(e.sum(-1))
     log_z, log_z_teacher = peak + z.log(), teacher_peak + z_teacher.log()
     difference += (log_z - log_z_teacher)[:, None]
-    kl = shard.sum(torch.einsum("rv,rv->r", e_teacher, difference)) / z_teacher
+    with torch.autocast(difference.device.type, enabled=False):  # a matrix product would be one of half precision
+        kl = shard.sum(torch.einsum("rv,rv->r", e_teacher, difference)) / z_teacher
     e.mul_((weights * (o.w_ce + o.w_kl) / z)[:, None])
     e.sub_(e_teacher.mul_((weights * o.w_kl / z_teacher)[:, None]))
     return log_z, kl, e

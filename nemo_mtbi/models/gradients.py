@@ -95,6 +95,10 @@ class GradientMixin(LightningModule):
         self.log("gradient_norm", norm, on_step=True, batch_size=1)
         if torch.isfinite(norm):
             return
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:  # float16: it steps back from its scale
+            for parameter in parameters:
+                parameter.grad = None
+            return
         self.bad_steps += 1
         log.warning(f"Step {self.global_step} skipped: gradient norm is {norm} ({self.bad_steps} so far)")
         for parameter in parameters:

@@ -1,5 +1,6 @@
 """Validation figures as ratios of sums over response tokens, so that every token weighs alike."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -64,7 +65,8 @@ class ValidationSums:
     @staticmethod
     def _log_set(log: Callable[..., Any], suffix: str, sums: Tensor, imitation: bool) -> None:
         loss, kl, agreed, count = sums.tolist()
-        log(f"val_loss{suffix}", loss / max(1.0, count), on_epoch=True, prog_bar=not suffix)
+        count = count or math.nan  # of no example nothing is known
+        log(f"val_loss{suffix}", loss / count, on_epoch=True, prog_bar=not suffix)
         if imitation:
-            log(f"val_kl{suffix}", kl / max(1.0, count), on_epoch=True)
-            log(f"val_agreement{suffix}", agreed / max(1.0, count), on_epoch=True, prog_bar=not suffix)
+            log(f"val_kl{suffix}", kl / count, on_epoch=True)
+            log(f"val_agreement{suffix}", agreed / count, on_epoch=True, prog_bar=not suffix)

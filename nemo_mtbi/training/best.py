@@ -1,5 +1,6 @@
 """The weights of the best validation, kept beside the last ones."""
 
+import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,21 +13,35 @@ class BestWeights(pl.Callback):
     """After each validation, that before the first step included, keeps the trained tensors if they are the best.
 
     Args:
-        run: where they go: ``<stage>/best.safetensors``, and ``best.json`` with step and value.
+        run: where they go: ``<stage>/kept/best.safetensors``, and ``best.json`` with step and value.
         stage: of training.
         monitor, mode: as exp_manager's ``checkpoint_callback_params``.
     """
 
     def __init__(self, run: RunDirectory, stage: str, monitor: str, mode: str) -> None:
         self.run, self.stage, self.monitor, self.mode = run, stage, monitor, mode
-        record = jsonl.read_json(run.best_record(stage))
-        self.best: float | None = record.get("value") if record.get("monitor") == monitor else None
+        self.best: float | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """What the first rank knows of an interrupted run holds for all."""
+        record = jsonl.read_json(self.run.best_record(self.stage))
+        value = record.get("value") if record.get("monitor") == self.monitor else None
+        value = trainer.strategy.broadcast(value)
+        self.best = value if value is not None and math.isfinite(value) else None
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step >= trainer.max_steps:
+            trainer.should_stop = True  # the last weights are validated too, wherever val_check_interval stands
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         value = trainer.callback_metrics.get(self.monitor)
         if trainer.sanity_checking or value is None:
             return
         now = float(value)
+        if not math.isfinite(now):
+            return
         if self.best is not None and (now <= self.best if self.mode == "max" else now >= self.best):
             return
         self.best = now

@@ -21,7 +21,7 @@ SAMPLES_FILE = "samples.jsonl"
 class Throughput(pl.Callback):
     """What a rank gets done between two logged steps.
 
-    - ``tokens_per_second`` (LLM positions of prompt and response) and ``examples_per_second``;
+    - ``tokens_per_second`` (of prompt, transcript and response) and ``examples_per_second``;
     - ``data_wait_fraction``: share of the host's time in which the loop waits for its next batch;
     - ``llm_tflops``: TFLOP/s of the LLM's matrix products (:mod:`nemo_mtbi.models.work`), and ``mfu``, their share of
       what Lightning's table says of the GPU, where that knows it;
@@ -86,10 +86,10 @@ def peak_memory_gib(device: torch.device) -> float:
 class SampleAnswers(pl.Callback):
     """At each validation of the imitation stage, answers to a few examples of pure speech beside the teacher's.
 
-    They go to TensorBoard (text) or W&B (table), and to ``samples.jsonl`` in the stage's folder.
+    They go to TensorBoard (text) or W&B (table), and to ``samples.jsonl``.
 
     Args:
-        folder: of the stage.
+        folder: where that goes.
         count: examples of the first batch of each validation set; 0 turns it off.
         max_new_tokens: of an answer.
     """
@@ -132,6 +132,7 @@ class SampleAnswers(pl.Callback):
                 logger.experiment.add_text("answers", _table(rows), trainer.global_step)
             elif isinstance(logger, WandbLogger):
                 logger.log_table("answers", columns=list(rows[0]), data=[list(r.values()) for r in rows])
+        self.folder.mkdir(parents=True, exist_ok=True)
         with jsonl.Appender(self.folder / SAMPLES_FILE) as out:
             for row in rows:
                 out.write(row)

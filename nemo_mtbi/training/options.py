@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_mtbi.errors import ConfigError, MTBIError
+from nemo_mtbi.parallel.strategy import requested_size
 
 ENDLESS = "training data is one endless stream: use trainer.max_steps, and trainer.val_check_interval for validation"
 # key, whether a value of it is harmless, why others are not
@@ -20,6 +21,13 @@ REFUSED: list[tuple[str, Callable[[Any], bool], str]] = [
     ),
     ("trainer.max_epochs", lambda v: v in (None, -1), ENDLESS),
     ("trainer.min_epochs", lambda v: v in (None, 0), ENDLESS),
+    (
+        "trainer.max_time",
+        lambda v: v is None,
+        "a stage that it ends is not finished, and would end at once when it goes on; use exp_manager.max_time_per_run",
+    ),
+    ("trainer.fast_dev_run", lambda v: not v, "a stage would count as finished after a step; use trainer.max_steps"),
+    ("trainer.overfit_batches", lambda v: not v, f"every epoch would begin with the same batches; {ENDLESS}"),
     ("data.train_ds.force_finite", lambda v: not v, f"ranks would end at different batches; {ENDLESS}"),
     ("data.train_ds.metadata_only", lambda v: not v, "there would be nothing to hear"),
     (
@@ -35,16 +43,21 @@ REFUSED: list[tuple[str, Callable[[Any], bool], str]] = [
 ]
 
 
-def check_options(cfg: DictConfig) -> None:
+def check_options(cfg: DictConfig, lora: bool = False) -> None:
     """
     Args:
         cfg: with ``trainer``, ``data`` and ``exp_manager``, of one stage.
+        lora: whether LoRA is trained.
 
     Raises:
         ConfigError: names every option that cannot be followed.
     """
     values = [(key, OmegaConf.select(cfg, key), fits, why) for key, fits, why in REFUSED]
     problems = [f"{key}={value}: {why}." for key, value, fits, why in values if not fits(value)]
+    if OmegaConf.select(cfg, "exp_manager.ema.enable") and lora and requested_size(cfg.trainer) > 1:
+        problems.append(
+            "exp_manager.ema.enable=true: LoRA that is spread over tensor-parallel ranks cannot be averaged and saved."
+        )
     if problems:
         raise ConfigError("\n".join(problems))
 

@@ -38,7 +38,8 @@ class StageProgress(ProgressBar):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step > self.step:
-            self.bar.set_postfix_str(self.figures(trainer), refresh=False)
+            if not self.bar.disable:  # the figures wait for the device
+                self.bar.set_postfix_str(self.figures(trainer), refresh=False)
             self.bar.update(trainer.global_step - self.step)
             self.step = trainer.global_step
 

@@ -128,7 +128,11 @@ def settle_checkpoints(folder: Path) -> None:
     All ranks of a job may do this at once. Partial files go, and of several ``*last.ckpt`` (an older one is removed
     after the newer is complete) the newest stays.
     """
+    averaged = any(folder.glob("*-EMA.ckpt"))
     for marker in folder.glob("*-unfinished"):  # NeMo's; with AtomicCheckpointIO a file that is there is complete
+        name = marker.name.removesuffix("-unfinished")
+        if averaged and not (folder / f"{name}-EMA.ckpt").is_file():  # one of two files
+            (folder / f"{name}.ckpt").unlink(missing_ok=True)
         marker.unlink(missing_ok=True)
     for partial in folder.glob(".*.ckpt.*"):
         partial.unlink(missing_ok=True)

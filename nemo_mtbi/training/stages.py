@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from itertools import islice
@@ -81,9 +82,10 @@ def train(cfg: DictConfig) -> RunDirectory:
         raise ConfigError(
             f"keep={cfg.keep!r}: use {' or '.join(KEPT)}, the weights that a finished stage is used with."
         )
-    check_data(cfg.data, config)
-    for name in [ALIGNMENT] * bool(cfg.alignment_stage.enabled) + [IMITATION]:
-        check_options(stage_config(cfg, name))
+    stages = {name: stage_config(cfg, name) for name in [ALIGNMENT] * bool(cfg.alignment_stage.enabled) + [IMITATION]}
+    for stage in stages.values():
+        check_data(stage.data, config)
+        check_options(stage, lora=config.lora is not None)
     run = RunDirectory(cfg.output_dir)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     tokens = ctc_tokens(cfg, config, run)
@@ -95,20 +97,18 @@ def train(cfg: DictConfig) -> RunDirectory:
     model = MTBISALM(json.loads(json.dumps(model_cfg)))
     if tokens is not None:
         model.set_ctc_vocabulary(tokens)
-    if cfg.data.cached_features:
+    if any(stage.data.cached_features for stage in stages.values()):
         require_fixed_features(model.perception)
     require_fine_types(model)
     run.check_same_model(model)
     if is_global_rank_zero():
         run.save_config(model, {k: v for k, v in model_cfg.items() if k != "tensor_model_parallel_size"})
-        run.save_data_paths(
-            {s: data_paths(cfg.data[f"{s}_ds"]) for s in ("train", "validation") if f"{s}_ds" in cfg.data}
-        )
+        run.save_data_paths(all_data_paths([stage.data for stage in stages.values()]))
     if not run.weights(UNTRAINED).is_file():
         run.save_weights(model, UNTRAINED)
     if cfg.init_from is not None:
-        start, stage = RunDirectory.parse(cfg.init_from)
-        start.load_weights(model, stage)
+        start, furthest = RunDirectory.parse(cfg.init_from)
+        start.load_weights(model, furthest)
     if cfg.alignment_stage.enabled:
         require_text_channel(model)
         run_stage(cfg, model, run, ALIGNMENT)
@@ -169,6 +169,8 @@ def run_stage(cfg: DictConfig, model: MTBISALM, run: RunDirectory, name: str) ->
     if run.weights(name).is_file():
         log.info(f"Stage {name} is finished: {run.weights(name)}")
         run.load_weights(model, name)
+        if is_global_rank_zero():  # the record is a sum over ranks, so one of them goes on with it
+            model.seen.counts = Counter(jsonl.read_json(run.seen(name)))
         return
     stage = stage_config(cfg, name)
     model.stage = name
@@ -179,7 +181,7 @@ def run_stage(cfg: DictConfig, model: MTBISALM, run: RunDirectory, name: str) ->
     settle_checkpoints(Path(own_folder or Path(stage.exp_manager.explicit_log_dir) / "checkpoints"))
     watched = stage.exp_manager.checkpoint_callback_params or {}
     best = BestWeights(run, name, watched.get("monitor", "val_loss"), watched.get("mode", "min"))
-    monitors = [Throughput(), SampleAnswers(run.stage(name), **cfg.sample_answers), best]
+    monitors = [Throughput(), SampleAnswers(run.kept(name), **cfg.sample_answers), best]
     with named():
         trainer = build_trainer(stage.trainer, name, monitors)
         exp_manager(trainer, stage.exp_manager)
@@ -192,14 +194,21 @@ def run_stage(cfg: DictConfig, model: MTBISALM, run: RunDirectory, name: str) ->
     if watchable and not trainer.ckpt_path and trainer.world_size == 1:
         trainer.validate(model, data, verbose=False)  # step 0: what training starts from
     trainer.fit(model, data)
-    if trainer.interrupted or trainer.global_step < trainer.max_steps:
+    if trainer.interrupted or not (trainer.global_step >= trainer.max_steps or stopped_early(trainer)):
         raise Stopped(name, trainer.global_step, by_hand=trainer.interrupted)
-    seen = model.seen.manifest(model.data_parallel_group())
-    run.finish_stage(model, name, cfg.keep)
-    if trainer.is_global_zero:
+    seen, counts = model.seen.manifest(model.data_parallel_group()), model.seen.over_ranks(model.data_parallel_group())
+    if trainer.is_global_zero:  # before the weights, which say that the stage is finished
         save_moments(trainer.optimizers[0], model, run.moments(name))
+        jsonl.write_json(run.seen(name), dict(counts))
         jsonl.write_json(run.root / "seen.json", seen)
+    run.finish_stage(model, name, cfg.keep)
     log.info(f"Stage {name} wrote {run.weights(name)}")
+
+
+def stopped_early(trainer: pl.Trainer) -> bool:
+    """Whether the user's early stopping has ended the stage."""
+    found = [c for c in trainer.early_stopping_callbacks if isinstance(c, pl.callbacks.EarlyStopping)]
+    return any(c.stopped_epoch > 0 or c.wait_count >= c.patience for c in found)
 
 
 def save_moments(optimizer: torch.optim.Optimizer, model: MTBISALM, path: Path) -> None:
@@ -257,16 +266,29 @@ def stage_config(cfg: DictConfig, name: str) -> DictConfig:
     for key in ("optimizer", "lr_scheduler"):
         stage[key] = own.get(key) or stage[key]
     stage.exp_manager.explicit_log_dir = str(Path(cfg.output_dir) / name)
+    params = stage.exp_manager.checkpoint_callback_params or OmegaConf.create()
     if name == ALIGNMENT:  # one example a cut: the task does not matter to CTC
-        stage.exp_manager.checkpoint_callback_params = OmegaConf.merge(
-            stage.exp_manager.checkpoint_callback_params or {}, {"monitor": "val_loss", "mode": "min"}
-        )
+        chosen = (own.get("exp_manager") or {}).get("checkpoint_callback_params") or {}
+        params = OmegaConf.merge(params, {"monitor": "val_loss", "mode": "min"}, chosen)
+    if params.get("dirpath"):
+        params.dirpath = str(Path(params.dirpath) / name)  # the stages would resume from each other's
+    stage.exp_manager.checkpoint_callback_params = params
     return stage
 
 
 def data_paths(section: DictConfig) -> list[str]:
     """Manifests and Shar folders of a train or validation section."""
     return [str(e[key]) for e in input_entries(section) for key in ("cuts_path", "shar_path") if key in e]
+
+
+def all_data_paths(sections: Sequence[DictConfig]) -> dict[str, list[str]]:
+    """Of the ``data`` sections of all stages: what is trained on, and what is validated on."""
+    found: dict[str, list[str]] = {}
+    for part in ("train", "validation"):
+        own = [data[f"{part}_ds"] for data in sections if f"{part}_ds" in data]
+        if own:
+            found[part] = list(dict.fromkeys(path for section in own for path in data_paths(section)))
+    return found
 
 
 def check_data(data_cfg: DictConfig, config: ModelConfig) -> None:
@@ -311,6 +333,10 @@ def ctc_tokens(cfg: DictConfig, config: ModelConfig, run: RunDirectory) -> list[
         given = (
             RunDirectory.parse(cfg.init_from)[0].root / "ctc_tokens.json"
         )  # of the connector that training starts from
+        if (
+            given.is_file() and not file.is_file() and is_global_rank_zero()
+        ):  # a run that starts from this one needs them
+            jsonl.write_json(file, json.loads(given.read_text()))
         file = given if given.is_file() else file
     if file.is_file():  # perhaps in a folder that only can be read
         return json.loads(file.read_text())
@@ -325,8 +351,11 @@ def ctc_tokens(cfg: DictConfig, config: ModelConfig, run: RunDirectory) -> list[
 
 
 def _transcripts(cfg: DictConfig) -> Iterator[str]:
-    for entry in input_entries(cfg.data.train_ds):
-        reader: dict[str, Any] = {k: entry[k] for k in ("cuts_path", "shar_path") if k in entry}
+    """Of all that is trained on, the alignment stage's own data too."""
+    names = [ALIGNMENT] * bool(cfg.alignment_stage.enabled) + [IMITATION]
+    entries = [entry for name in names for entry in input_entries(stage_config(cfg, name).data.train_ds)]
+    readers = [{k: entry[k] for k in ("cuts_path", "shar_path") if k in entry} for entry in entries]
+    for reader in [own for i, own in enumerate(readers) if own not in readers[:i]]:
         cuts, _ = read_cutset_from_config({**reader, "force_finite": True, "metadata_only": True})
         for cut in console.progress(cuts, desc="CTC vocabulary", unit="cut"):
             yield transcript(cut)

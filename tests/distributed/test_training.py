@@ -141,7 +141,10 @@ def assert_same(got, expected, tolerance):
 def test_the_weights_that_are_kept(root, overrides, whole, tmp_path):
     """Of the best validation, or the last ones; what else is refused before anything is loaded."""
     folder = root / "whole" / "imitation"
-    best, record = load_file(folder / "best.safetensors"), json.loads((folder / "best.json").read_text())
+    best, record = (
+        load_file(folder / "kept" / "best.safetensors"),
+        json.loads((folder / "kept" / "best.json").read_text()),
+    )
     assert_same(load_file(folder / "trained.safetensors"), best, 0.0)
     shutil.copytree(root / "whole", tmp_path / "again")
     (tmp_path / "again" / "imitation" / "trained.safetensors").unlink()

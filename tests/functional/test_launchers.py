@@ -116,7 +116,7 @@ def test_training_writes_what_the_docs_say(trained):
         assert f"loss_by_task/{task}" in tags and f"val_agreement_by_task/{task}" in tags
     assert tags["val_agreement"][0][0] == 0  # validated before the first step
     for stage in ("alignment", "imitation"):
-        best = json.loads((trained / stage / "best.json").read_text())
+        best = json.loads((trained / stage / "kept" / "best.json").read_text())
         values = [value for _, value in scalars(trained / stage)[best["monitor"]]]
         assert best["value"] == pytest.approx((max if best["mode"] == "max" else min)(values))
         used, kept = (trained / stage / f"{name}.safetensors" for name in ("trained", "best"))
@@ -124,7 +124,7 @@ def test_training_writes_what_the_docs_say(trained):
         assert (trained / stage / "last.safetensors").is_file() and (
             trained / stage / "optimizer.safetensors"
         ).is_file()
-    samples = [json.loads(line) for line in (trained / "imitation" / "samples.jsonl").read_text().splitlines()]
+    samples = [json.loads(line) for line in (trained / "imitation" / "kept" / "samples.jsonl").read_text().splitlines()]
     assert samples and all(s["teacher"] and s["task"] in seen["tasks"] for s in samples)
 
 

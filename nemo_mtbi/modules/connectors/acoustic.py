@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nemo_mtbi.errors import CheckpointError
-from nemo_mtbi.modules.connectors.base import NO_TOKEN, SpeechEmbeddings, frame_mask, uniform_centers
+from nemo_mtbi.modules.connectors.base import NO_TOKEN, SpeechEmbeddings, frame_mask
 from nemo_mtbi.modules.connectors.dense import each_normalized
 from nemo_mtbi.modules.connectors.subsampling import ConvSubsampler
 
@@ -67,7 +67,7 @@ class AcousticChannel(nn.Module):
         embeddings = self.project(self.norm(hidden)) * scale
         positions = embeddings.shape[1]
         embeddings = embeddings * frame_mask(lengths, positions)[..., None]
-        return SpeechEmbeddings(embeddings, lengths, uniform_centers(positions, self.subsample.factor, embeddings))
+        return SpeechEmbeddings(embeddings, lengths, self.subsample.centers(positions, embeddings))
 
 
 class DescriptionChannel(nn.Module):

@@ -92,5 +92,5 @@ class ConvBottleneckConnector(Connector):
         return SpeechEmbeddings(
             hidden * frame_mask(lengths, hidden.shape[1])[..., None],
             lengths,
-            uniform_centers(hidden.shape[1], self.subsampling_factor, hidden),
+            self.subsample.centers(hidden.shape[1], hidden),
         )

@@ -1,5 +1,6 @@
 """Strided convolutions that shorten the encoder's frames."""
 
+import torch
 from torch import Tensor, nn
 
 from nemo_mtbi.modules.connectors.base import frame_mask
@@ -21,3 +22,12 @@ class ConvSubsampler(nn.Module):
             hidden = nn.functional.gelu(layer(hidden))
             lengths = (lengths + 1) // 2
         return hidden.transpose(1, 2), lengths
+
+    def centers(self, positions: int, like: Tensor) -> Tensor:
+        """Times (B, P) of positions, in frames, as :class:`SpeechEmbeddings` has them; like: (B, ...).
+
+        Position i looks at frames around frame 2^layers i, whose middle is at that many frame durations (Whisper's
+        first frame is centered at 0 s); a time is the number of a frame whose middle is half a frame later.
+        """
+        centers = torch.arange(positions, device=like.device) * self.factor - 0.5
+        return centers.expand(like.shape[0], -1)

@@ -30,6 +30,9 @@ def options(key, value):
         ("data.train_ds.force_finite", True),
         ("exp_manager.checkpoint_callback_params.async_save", True),
         ("exp_manager.create_preemption_callback", True),
+        ("trainer.max_time", "00:01:00:00"),
+        ("trainer.fast_dev_run", True),
+        ("trainer.overfit_batches", 2),
     ],
 )
 def test_refusals(key, value):
@@ -41,6 +44,13 @@ def test_all_are_named_at_once():
     cfg = OmegaConf.merge(options("trainer.max_epochs", 2), options("exp_manager.create_preemption_callback", True))
     with pytest.raises(ConfigError, match="(?s)max_epochs=2.*create_preemption_callback=True"):
         check_options(cfg)
+
+
+def test_averages_of_lora_that_is_spread_are_refused():
+    cfg = OmegaConf.merge(options("exp_manager.ema.enable", True), options("trainer.tensor_model_parallel_size", 2))
+    check_options(cfg)
+    with pytest.raises(ConfigError, match="cannot be averaged"):
+        check_options(cfg, lora=True)
 
 
 @pytest.mark.parametrize("value", [None, 1.0])

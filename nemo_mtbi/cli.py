@@ -4,6 +4,7 @@ Nothing heavy is imported before a launcher needs it.
 """
 
 import importlib
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -12,6 +13,13 @@ from nemo_mtbi.version import __version__
 
 FIRST_KEY = {"report": "run"}  # mtbi report RUN
 CONF = Path(__file__).parent / "conf"
+# Commands whose YAML builds on a dataclass, which says what the keys are.
+SCHEMAS = {
+    "prepare": ("nemo_mtbi.preparation.prepare", "PrepareConfig"),
+    "targets": ("nemo_mtbi.targets.config", "TargetsConfig"),
+    "plan": ("nemo_mtbi.parallel.plan_config", "PlanConfig"),
+    "train": ("nemo_mtbi.config", "ModelConfig"),
+}
 # command: (launcher module, its YAML, what it does)
 COMMANDS = {
     "prepare": ("prepare_data", "prepare", "speech or sentences to Lhotse cuts with word times"),
@@ -86,7 +94,18 @@ def usage() -> str:
 def command_help(command: str, config: str) -> str:
     """The YAML of a command, as it is: its comments say what the keys mean."""
     text = (CONF / f"{config}.yaml").read_text(encoding="utf-8").rstrip()
-    return f"mtbi {command} [key=value ...]   ({COMMANDS[command][2]})\nKeys, as in {CONF / config}.yaml:\n\n{text}"
+    head = f"mtbi {command} [key=value ...]   ({COMMANDS[command][2]})\nKeys, as in {CONF / config}.yaml:\n\n{text}"
+    return head if command not in SCHEMAS else f"{head}\n\n{schema_help(*SCHEMAS[command])}"
+
+
+def schema_help(module: str, name: str) -> str:
+    """What a dataclass says of its fields, and their defaults."""
+    from omegaconf import OmegaConf
+
+    schema = getattr(importlib.import_module(module), name)
+    whose = " (under model)" if name == "ModelConfig" else ""
+    defaults = OmegaConf.to_yaml(OmegaConf.structured(schema)).rstrip()
+    return f"{name}{whose}: {inspect.cleandoc(schema.__doc__)}\n\nDefaults:\n\n{defaults}"
 
 
 if __name__ == "__main__":

@@ -27,6 +27,21 @@ def test_help_fits_a_screen_and_imports_nothing_heavy():
     assert run.returncode == 0 and len(run.stdout.splitlines()) < 24
 
 
+@pytest.mark.parametrize(
+    ("command", "keys"),
+    [
+        ("prepare", ("max_words_per_second: transcripts", "by: speaker")),
+        ("targets", ("tasks_per_cut: how many", "concurrency: 16")),
+        ("plan", ("utilization: of", "per_second: 4.0")),
+        ("train", ("w_ctc", "llm_dtype")),
+    ],
+)
+def test_help_says_what_the_keys_are(command, keys, capsys):
+    assert main([command, "--help"]) == 0
+    told = capsys.readouterr().out
+    assert all(key in told for key in keys)
+
+
 def test_exit_codes(capsys):
     assert main(["sing"]) == 2 and "Commands: prepare" in capsys.readouterr().err
     run = Started("cli", ["evaluate", "run=/nowhere", "cuts={a: /nowhere.jsonl}"])

@@ -11,7 +11,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # PyTorch for Linux comes from PyPI with 4 GB of CUDA; without a GPU, and unless pip has sources of its own, take the build for CPUs.
-TORCH_ARGS ?= $(shell test "$$(uname -s)" = Linux && ! ls /dev/nvidiactl /dev/dxg /dev/kfd /dev/nvmap >/dev/null 2>&1 && \
+TORCH_ARGS ?= $(shell test "$$(uname -s)" = Linux -a -z "$$(ls -d /dev/nvidiactl /dev/dxg /dev/kfd /dev/nvmap 2>/dev/null)" && \
   ! $(PYTHON) -m pip config list 2>/dev/null | grep -qE "index-url|find-links" && echo --index-url https://download.pytorch.org/whl/cpu)
 PIP_INSTALL := $(BIN)/python -m pip install --no-compile  # one process would compile 27,000 files; compileall takes all cores
 

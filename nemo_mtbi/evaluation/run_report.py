@@ -46,7 +46,7 @@ def write_report(run: Path, path: Path) -> Path:
         seen=jsonl.read_json(run / "seen.json"),
         results=jsonl.read_json(run / "evaluation" / "results.json"),
         curves={stage: _curves(scalars(run / stage)) for stage in stages},
-        samples=_last_samples(run / IMITATION / SAMPLES_FILE),
+        samples=_last_samples(run / IMITATION),
         export=jsonl.read_json(run / "export.json"),
     )
     return path
@@ -82,8 +82,9 @@ def _curves(values: dict[str, list[tuple[int, float]]]) -> list[tuple[str, str]]
     return pictures
 
 
-def _last_samples(file: Path) -> list[dict[str, Any]]:
-    """The samples of the last validation."""
+def _last_samples(folder: Path) -> list[dict[str, Any]]:
+    """The samples of the last validation of a stage; runs of November 2026 have them in its own folder."""
+    file = next((f for f in (folder / "kept" / SAMPLES_FILE, folder / SAMPLES_FILE) if f.is_file()), folder)
     rows = {(r["step"], r["set"], r["id"], r["prompt"]): r for r in jsonl.read(file)}
     last = max((step for step, *_ in rows), default=0)
     return [r for r in rows.values() if r["step"] == last][:SHOWN_SAMPLES]

@@ -1,5 +1,6 @@
 """A web page and an OpenAI-compatible endpoint for an exported speech LLM. See conf/serve.yaml."""
 
+import errno
 import socket
 import sys
 from contextlib import suppress
@@ -10,6 +11,7 @@ from omegaconf import DictConfig
 from nemo_mtbi import console
 from nemo_mtbi.examples._launcher import launcher
 
+ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -73,14 +75,25 @@ def bound(host: str, port: int) -> list[socket.socket]:
     if not 0 <= port < 2**16:
         raise ConfigError(f"port={port}: from 0 (a free one) to {2**16 - 1}.")
     found: list[socket.socket] = []
+    problem: OSError | None = None
     try:
-        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-            own = socket.socket(family, kind, protocol)
-            found.append(own)
-            own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                own.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            own.bind((address[0], found[0].getsockname()[1] or port, *address[2:]))
+        addresses = dict.fromkeys(
+            (family, address) for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        )
+        for family, address in addresses:
+            try:
+                own = socket.socket(family, socket.SOCK_STREAM)
+                own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    own.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                own.bind((address[0], found[0].getsockname()[1] if found else port, *address[2:]))
+                found.append(own)
+            except OSError as error:
+                if error.errno not in ABSENT:
+                    raise
+                problem = error  # a name may have an address of a family that this machine does not speak
+        if problem is not None and not found:
+            raise problem
     except OSError as error:
         for own in found:
             own.close()

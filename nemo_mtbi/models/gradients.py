@@ -95,7 +95,8 @@ class GradientMixin(LightningModule):
         self.log("gradient_norm", norm, on_step=True, batch_size=1)
         if torch.isfinite(norm):
             return
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:  # float16: it steps back from its scale
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and scaler.get_scale() > 1.0:  # float16 steps back from its scale
             for parameter in parameters:
                 parameter.grad = None
             return

@@ -18,7 +18,7 @@ from lhotse.cut import Cut
 
 from nemo_mtbi.data.alignments import utterances
 from nemo_mtbi.data.description import DESCRIPTION_FIELD
-from nemo_mtbi.data.rendering import match_words
+from nemo_mtbi.data.rendering import TimedWord, match_words
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.io.tables import read_table
 from nemo_mtbi.preparation.voice_measures import MEASURES, measure
@@ -188,6 +188,18 @@ def _type_problem(rule: Attribute) -> str | None:
     return None
 
 
+def all_words(text: str, timed: list[TimedWord]) -> list[TimedWord]:
+    """The words of a transcript, timed or not; the aligned ones alone where they are others, as in scripts without
+    spaces.
+    """
+
+    def known(words: list[TimedWord]) -> int:
+        return sum(word.start_seconds is not None for word in words)
+
+    words = match_words(text.split(), tuple(timed))
+    return words if known(words) >= known(timed) else timed
+
+
 class Describer:
     """Describes the voices of cuts by a :class:`DescribeConfig`.
 
@@ -208,7 +220,7 @@ class Describer:
                 None
                 if w.start_seconds is None or w.end_seconds is None
                 else (w.start_seconds - begin, w.end_seconds - begin)
-                for w in match_words((supervision.text or "").split(), tuple(timed))
+                for w in all_words(supervision.text or "", timed)
             ]
             part = samples[round(begin * rate) : round(end * rate)]
             found = measure(part, rate, words, supervision.text or "") if len(part) else {}

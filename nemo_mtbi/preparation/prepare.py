@@ -73,8 +73,24 @@ class SplitConfig:
     speakers: dict[str, str] = field(default_factory=dict)
     seed: int = 0
 
+    def fixed(self, together: Mapping[str, str]) -> dict[str, str]:
+        """``speakers``, by those by whom they are split.
+
+        Raises:
+            ConfigError: two who share recordings are to be in two splits.
+        """
+        found: dict[str, str] = {}
+        for speaker, split in self.speakers.items():
+            root = together.get(speaker, speaker)
+            if found.setdefault(root, split) != split:
+                raise ConfigError(
+                    f"split.speakers puts {speaker} into {split}, and somebody who is in recordings with {speaker} into "
+                    f"{found[root]}: a recording is in one split."
+                )
+        return found
+
     def assign(self, entry: Entry, together: Mapping[str, str] | None = None) -> str:
-        """Split of an utterance; stable under adding data.
+        """Split of an utterance; stable under adding data, but for speakers who come to share recordings.
 
         Args:
             together: of speakers who share recordings, the one by whom they are split (:func:`sharing`).
@@ -82,9 +98,9 @@ class SplitConfig:
         if entry.split is not None:
             return entry.split
         speaker = entry.speaker if entry.speaker is None else (together or {}).get(entry.speaker, entry.speaker)
-        for name in (entry.speaker, speaker):
-            if name is not None and name in self.speakers:
-                return self.speakers[name]
+        fixed = self.fixed(together or {})
+        if speaker in fixed:
+            return fixed[speaker]
         key = speaker if self.by == "speaker" and speaker is not None else entry.id
         digest = hashlib.blake2b(f"{self.seed}/{key}".encode(), digest_size=8).digest()
         point, total = int.from_bytes(digest, "big") / 2**64, 0.0
@@ -243,13 +259,14 @@ class Preparation:
                 cut, samples = with_noise(cut, samples, ALIGNER_RATE, self.config.noise, self.folder / "noisy")
             if self.describer is not None:
                 self.describer.measure(cut, samples, ALIGNER_RATE)
-            found = record | {"cut": cut.to_dict(), "unaligned": unaligned, "audio": noticed}
-            jsonl.dumps(found).encode()
-            return found
-        except (TypeError, UnicodeEncodeError) as error:
-            return record | {"skipped": f"cannot be written: {_cause(error)}"}
         except Skip as skip:
             return record | {"skipped": str(skip)}
+        try:
+            found = record | {"cut": cut.to_dict(), "unaligned": unaligned, "audio": noticed}
+            jsonl.dumps(found).encode()
+        except (TypeError, UnicodeEncodeError) as error:
+            return record | {"skipped": f"cannot be written: {_cause(error)}"}
+        return found
 
     @cached_property
     def settings(self) -> str:

@@ -45,11 +45,12 @@ def measure(samples: np.ndarray, rate: int, words: Words, text: str) -> dict[str
         text: transcript.
     """
     found: dict[str, float] = {"seconds": len(samples) / rate, "fillers": len(FILLERS.findall(text))}
+    known = [word for word in words if word is not None]
+    if len(known) == len(words):
+        words = sorted(known)
     timed = [place for place, word in enumerate(words) if word is not None]
     if timed:
-        first, last = words[timed[0]], words[timed[-1]]
-        assert first is not None and last is not None
-        spoken = max(last[1] - first[0], 1 / rate)
+        spoken = max(max(end for _, end in known) - min(begin for begin, _ in known), 1 / rate)
         between = [b[0] - a[1] for a, b in pairwise(words) if a is not None and b is not None]  # with no word inside
         gaps = [gap for gap in between if gap >= PAUSE_SECONDS]
         found |= {"pauses": len(gaps), "pause_share": sum(gaps) / spoken}

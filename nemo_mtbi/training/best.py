@@ -29,12 +29,6 @@ class BestWeights(pl.Callback):
         value = trainer.strategy.broadcast(value)
         self.best = value if value is not None and math.isfinite(value) else None
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step >= trainer.max_steps:
-            trainer.should_stop = True  # the last weights are validated too, wherever val_check_interval stands
-
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         value = trainer.callback_metrics.get(self.monitor)
         if trainer.sanity_checking or value is None:
@@ -49,3 +43,28 @@ class BestWeights(pl.Callback):
         if trainer.is_global_zero:
             record = {"monitor": self.monitor, "mode": self.mode, "value": now, "step": trainer.global_step}
             jsonl.write_json(self.run.best_record(self.stage), record)
+
+
+class LastValidation(pl.Callback):
+    """Lets the last weights be validated too, wherever ``val_check_interval`` stands.
+
+    It comes after exp_manager's callbacks, whose timer (``max_time_per_run``) leaves where it sees that training is to
+    stop.
+    """
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step >= trainer.max_steps:
+            trainer.should_stop = True
+
+
+class Ended(pl.Callback):
+    """Whether the user's early stopping has ended the stage, for whatever reason."""
+
+    def __init__(self) -> None:
+        self.early = False
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        stopping = any(isinstance(c, pl.callbacks.EarlyStopping) for c in trainer.early_stopping_callbacks)
+        self.early = stopping and trainer.should_stop and trainer.global_step < trainer.max_steps

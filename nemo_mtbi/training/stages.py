@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -39,7 +40,7 @@ from nemo_mtbi.parallel.strategy import OURS, SIZE, TensorParallelStrategy, ddp_
 from nemo_mtbi.pretrained.offline import resolve_pretrained
 from nemo_mtbi.process import fast_bfloat16
 from nemo_mtbi.training.accelerators import fused_optimizer
-from nemo_mtbi.training.best import BestWeights
+from nemo_mtbi.training.best import BestWeights, Ended, LastValidation
 from nemo_mtbi.training.data_module import data_module as data_module
 from nemo_mtbi.training.data_module import input_entries
 from nemo_mtbi.training.monitor import SampleAnswers, Throughput
@@ -185,6 +186,11 @@ def run_stage(cfg: DictConfig, model: MTBISALM, run: RunDirectory, name: str) ->
     with named():
         trainer = build_trainer(stage.trainer, name, monitors)
         exp_manager(trainer, stage.exp_manager)
+    ended = Ended()
+    trainer.callbacks += [LastValidation(), ended]  # type: ignore[attr-defined]
+    if not trainer.ckpt_path:  # a run begins anew: the best of another one is not its own
+        if is_global_rank_zero():
+            shutil.rmtree(run.kept(name), ignore_errors=True)
     step = step_of(trainer.ckpt_path) if trainer.ckpt_path else 0
     model.seed = cfg.seed
     model.moments = load_moments(run) if name == IMITATION and cfg.continue_optimizer else {}
@@ -194,7 +200,7 @@ def run_stage(cfg: DictConfig, model: MTBISALM, run: RunDirectory, name: str) ->
     if watchable and not trainer.ckpt_path and trainer.world_size == 1:
         trainer.validate(model, data, verbose=False)  # step 0: what training starts from
     trainer.fit(model, data)
-    if trainer.interrupted or not (trainer.global_step >= trainer.max_steps or stopped_early(trainer)):
+    if trainer.interrupted or not (trainer.global_step >= trainer.max_steps or ended.early):
         raise Stopped(name, trainer.global_step, by_hand=trainer.interrupted)
     seen, counts = model.seen.manifest(model.data_parallel_group()), model.seen.over_ranks(model.data_parallel_group())
     if trainer.is_global_zero:  # before the weights, which say that the stage is finished
@@ -203,12 +209,6 @@ def run_stage(cfg: DictConfig, model: MTBISALM, run: RunDirectory, name: str) ->
         jsonl.write_json(run.root / "seen.json", seen)
     run.finish_stage(model, name, cfg.keep)
     log.info(f"Stage {name} wrote {run.weights(name)}")
-
-
-def stopped_early(trainer: pl.Trainer) -> bool:
-    """Whether the user's early stopping has ended the stage."""
-    found = [c for c in trainer.early_stopping_callbacks if isinstance(c, pl.callbacks.EarlyStopping)]
-    return any(c.stopped_epoch > 0 or c.wait_count >= c.patience for c in found)
 
 
 def save_moments(optimizer: torch.optim.Optimizer, model: MTBISALM, path: Path) -> None:

@@ -119,7 +119,7 @@ def test_training_writes_what_the_docs_say(trained):
         best = json.loads((trained / stage / "kept" / "best.json").read_text())
         values = [value for _, value in scalars(trained / stage)[best["monitor"]]]
         assert best["value"] == pytest.approx((max if best["mode"] == "max" else min)(values))
-        used, kept = (trained / stage / f"{name}.safetensors" for name in ("trained", "best"))
+        used, kept = (trained / stage / f"{name}.safetensors" for name in ("trained", "kept/best"))
         assert used.read_bytes() == kept.read_bytes()
         assert (trained / stage / "last.safetensors").is_file() and (
             trained / stage / "optimizer.safetensors"

@@ -99,7 +99,7 @@ class DescriptionChannel(nn.Module):
         self.standardized = Standardization(2 * encoder_layers * width)
         self.hidden = nn.Linear(2 * encoder_layers * width, width)
         self.tempo_standardized = Standardization(2)
-        self.tempo = nn.Linear(2, TEMPO_UNITS)
+        self.tempo = new_tempo()
         self.project = nn.Linear(width + TEMPO_UNITS, len(prompt_ids) * output_dim)
         nn.init.zeros_(self.project.weight)
         nn.init.zeros_(self.project.bias)
@@ -135,6 +135,10 @@ class DescriptionChannel(nn.Module):
                 f"{given.tolist()}, now {own.tolist()}. Give the one that it was trained with."
             )
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def new_tempo() -> nn.Linear:
+    return nn.Linear(2, TEMPO_UNITS)
 
 
 class Standardization(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nemo_mtbi.data.example import Example
 from nemo_mtbi.errors import ConfigError
-from nemo_mtbi.modules.connectors.acoustic import AcousticChannel, DescriptionChannel, joined
+from nemo_mtbi.modules.connectors.acoustic import AcousticChannel, DescriptionChannel, joined, new_tempo
 from nemo_mtbi.modules.connectors.base import NO_TOKEN, Hypotheses, SpeechEmbeddings, frame_mask
 from nemo_mtbi.modules.connectors.whisper_decoder import WhisperDecoderConnector
 
@@ -89,7 +89,9 @@ class TwoChannelConnector(WhisperDecoderConnector):
         super().upgrade_state(state, prefix)
         own, place = self.acoustic.state_dict(), f"{prefix}acoustic."
         if f"{place}hidden.weight" in state and f"{place}tempo.weight" not in state:  # before it heard the tempo
-            state |= {f"{place}{name}": value for name, value in own.items() if name.startswith("tempo")}
+            fresh = new_tempo().state_dict()  # the module's own may have no values yet
+            state |= {f"{place}{name}": value for name, value in own.items() if name.startswith("tempo_standardized")}
+            state |= {f"{place}tempo.{name}": value for name, value in fresh.items()}
             more = own["project.weight"].shape[1] - state[f"{place}project.weight"].shape[1]
             state[f"{place}project.weight"] = nn.functional.pad(state[f"{place}project.weight"], (0, more))
         if f"{prefix}decoder.layer_norm.weight" in state and f"{prefix}acoustic_open" not in state:

@@ -12,7 +12,9 @@ from lhotse.supervision import AlignmentItem
 
 from nemo_mtbi.corpus.failures import raise_if_of_the_machine
 from nemo_mtbi.data.feature_cache import features_key
-from nemo_mtbi.errors import DataError
+from nemo_mtbi.data.rendering import TimedWord
+from nemo_mtbi.errors import ConfigError, DataError
+from nemo_mtbi.preparation.describe import all_words
 from nemo_mtbi.preparation.noisy import NoiseConfig
 from nemo_mtbi.preparation.prepare import Preparation, PrepareConfig, SplitConfig, sharing
 from nemo_mtbi.preparation.sources import Entry, SourceConfig
@@ -141,6 +143,35 @@ def test_nobody_is_in_two_splits():
     assert {split.assign(e, together) for e in pairs} == {"train", "held_out"}
     chain = sharing([Entry("x", lambda: None, "b", others=("c",)), Entry("y", lambda: None, "c", others=("a",))])
     assert set(chain.values()) == {"a"}
+
+
+def test_a_fixed_split_holds_for_all_who_share_recordings():
+    shared, alone = (
+        Entry("x", lambda: None, "b", others=("c",)),
+        Entry("y", lambda: None, "c"),
+    )
+    together = sharing([shared, alone])
+    split = SplitConfig(shares={"train": 1.0}, speakers={"c": "held_out"})
+    assert {split.assign(entry, together) for entry in (shared, alone)} == {"held_out"}
+    with pytest.raises(ConfigError, match="a recording is in one split"):
+        SplitConfig(speakers={"b": "train", "c": "held_out"}).assign(shared, together)
+
+
+def test_an_error_of_ours_is_no_broken_recording(tmp_path, monkeypatch):
+    def broken(*_):
+        raise TypeError("ours")
+
+    monkeypatch.setattr("nemo_mtbi.preparation.prepare.with_noise", broken)
+    with pytest.raises(TypeError, match="ours"):
+        prepared(tmp_path, cuts_manifest(tmp_path))
+
+
+def test_aligned_parts_of_a_transcript_without_spaces():
+    timed = [TimedWord("\u4eca\u65e5", 0.1, 0.4), TimedWord("\u6674\u308c", 0.5, 0.9)]
+    assert all_words("\u4eca\u65e5\u6674\u308c", timed) == timed
+    assert [w.text for w in all_words("one two", [TimedWord("two", 0.5, 0.9)])] == ["one", "two"]
+    found = measure(np.zeros(RATE, np.float32), RATE, [(0.5, 0.9), (0.1, 0.4)], "a b")
+    assert found["words_per_second"] == pytest.approx(2 / 0.8, abs=1e-3) and found["pauses"] == 0
 
 
 def test_manifests_of_the_user_stay(tmp_path):

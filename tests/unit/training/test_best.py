@@ -3,10 +3,11 @@
 import math
 from types import SimpleNamespace
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from nemo.utils.exp_manager import check_resume
+from nemo.utils.exp_manager import StatelessTimer, check_resume
 from omegaconf import OmegaConf
 
 from nemo_mtbi.checkpoints.run_directory import ALIGNMENT, IMITATION, RunDirectory
@@ -16,7 +17,7 @@ from nemo_mtbi.examples._launcher import CONF
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.models.validation import ValidationSums
 from nemo_mtbi.modules.connectors.subsampling import ConvSubsampler
-from nemo_mtbi.training.best import BestWeights
+from nemo_mtbi.training.best import BestWeights, Ended, LastValidation
 from nemo_mtbi.training.resume import settle_checkpoints
 from nemo_mtbi.training.stages import stage_config
 from tests.helpers import build
@@ -66,12 +67,50 @@ def test_the_best_survives_what_nemo_does_at_a_restart(tmp_path):
     assert validated(BestWeights(run, "imitation", "val_loss", "min"), [1.5, 0.5]) == [2]
 
 
-def test_the_last_step_is_validated(tmp_path):
-    best = BestWeights(RunDirectory(tmp_path), "imitation", "val_loss", "min")
-    for step, stops in ((4, False), (5, True)):
-        trainer = SimpleNamespace(global_step=step, max_steps=5, should_stop=False)
-        best.on_train_batch_end(trainer, None, None, None, 0)
-        assert trainer.should_stop == stops
+class Tiny(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.validated = torch.nn.Parameter(torch.zeros(1)), []
+
+    def training_step(self, batch, _):
+        return (self.weight - batch.float().mean()).square().sum()
+
+    def validation_step(self, batch, _):
+        self.log("val_loss", 1.0)
+
+    def on_validation_epoch_end(self):
+        self.validated.append(self.trainer.global_step)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def fitted(tmp_path, *callbacks, **options):
+    """A stage's end with its callbacks in the order of training."""
+    ended, model = Ended(), Tiny()
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = pl.Trainer(
+        default_root_dir=tmp_path, max_steps=5, max_epochs=-1, num_sanity_val_steps=0, **quiet, **options
+    )
+    trainer.callbacks += [*callbacks, LastValidation(), ended]
+    data = torch.utils.data.DataLoader(range(1000))
+    trainer.fit(model, data, torch.utils.data.DataLoader(range(2)))
+    return model.validated, trainer.global_step, ended.early
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("timed", [False, True])
+def test_the_last_step_is_validated_once(tmp_path, accumulated, timed):
+    """Also beside exp_manager's timer, which leaves where it sees that training is to stop."""
+    timers = [StatelessTimer("00:10:00:00")] * timed
+    found = fitted(tmp_path, *timers, val_check_interval=3 * accumulated, accumulate_grad_batches=accumulated)
+    assert found == ([3, 5], 5, False)
+    assert fitted(tmp_path, *timers, val_check_interval=5)[0] == [5]
+
+
+def test_early_stopping_ends_a_stage_for_whatever_reason(tmp_path):
+    reached = pl.callbacks.EarlyStopping("val_loss", patience=10, stopping_threshold=2.0)
+    assert fitted(tmp_path, reached, val_check_interval=2) == ([2], 2, True)
 
 
 def test_stages_have_folders_and_monitors_of_their_own():

@@ -84,7 +84,7 @@ class SplitConfig:
             root = together.get(speaker, speaker)
             if found.setdefault(root, split) != split:
                 raise ConfigError(
-                    f"split.speakers puts {speaker} into {split}, and somebody who is in recordings with {speaker} into "
+                    f"split.speakers puts {speaker} into {split}, and somebody who is in its recordings into "
                     f"{found[root]}: a recording is in one split."
                 )
         return found

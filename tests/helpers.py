@@ -1,6 +1,7 @@
 """Batches over noise, and the gradients of one optimizer step, for tests of tiny models."""
 
 import copy
+from types import SimpleNamespace
 
 import torch
 
@@ -65,16 +66,18 @@ def split(batch, sizes):
 class OneStepTrainer:
     """What ``on_before_optimizer_step`` reads of Lightning's trainer."""
 
-    def __init__(self, accumulate):
+    def __init__(self, accumulate, scale=None):
         self.accumulate_grad_batches = accumulate
         self.global_step = 0
+        scaler = None if scale is None else SimpleNamespace(get_scale=lambda: scale)
+        self.precision_plugin = SimpleNamespace(scaler=scaler)
 
 
-def gradients(model, parts):
+def gradients(model, parts, scale=None):
     """Connector gradients of one optimizer step over micro-batches, as Lightning would accumulate them."""
     model.zero_grad(set_to_none=True)
     model.log = model.log_dict = lambda *args, **kwargs: None
-    model._trainer = OneStepTrainer(len(parts))
+    model._trainer = OneStepTrainer(len(parts), scale)
     model.train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
     for part in parts:

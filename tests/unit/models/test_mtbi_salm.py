@@ -166,8 +166,9 @@ def test_non_finite_gradients_skip_the_step_and_stop_in_the_end(tiny_config):
     broken = {**batch, "audios": batch["audios"] * float("nan")}
     assert gradients(model, [broken]) == {}
     assert model.bad_steps == 1
+    assert gradients(model, [broken], scale=2.0) == {} and model.bad_steps == 1  # float16's scaler steps back
     with pytest.raises(RuntimeError, match="non-finite"):
-        gradients(model, [broken])
+        gradients(model, [broken], scale=1.0)  # it cannot any further
 
 
 def test_only_the_connector_is_trained_and_checkpointed(tiny_config, tmp_path):

@@ -188,6 +188,7 @@ def test_questions_arrive_letter_by_letter_and_nothing_else_is_printed(root, tra
     assert "NeMo" in (trained / "logs" / "train.log").read_text()
 
 
+@pytest.mark.slow
 def test_benchmark_resumes_and_is_reproducible(root, trained, prepared):
     slots = [{"size": "small"}, {"size": "large", "drink": "tea"}, {"drink": "coffee"}]
     (root / "labels.tsv").write_text(

@@ -330,7 +330,7 @@ def test_cuts_without_transcript_are_counted(tmp_path, tiny_llm):
         TargetGenerator(config(tmp_path, tiny_llm, cuts)).run()
 
 
-@pytest.mark.parametrize("top_k", [0, 1, 4])
+@pytest.mark.parametrize("top_k", [0, 4])
 def test_a_task_may_give_the_answer_itself(tmp_path, tiny_llm, top_k):
     """Fine-tuning on ASR: transcripts as they stand; the LLM is not even loaded."""
     texts = ["Seven boats, 2 harbours.", 'He said: "<|im_end|>"', "too long " * 200]

@@ -353,8 +353,9 @@ def ctc_tokens(cfg: DictConfig, config: ModelConfig, run: RunDirectory) -> list[
 def _transcripts(cfg: DictConfig) -> Iterator[str]:
     """Of all that is trained on, the alignment stage's own data too."""
     alignment = cfg.get("alignment_stage") or {}
-    own = [OmegaConf.merge(cfg.data, alignment.data)] if alignment.get("enabled") and alignment.get("data") else []
-    entries = [entry for data in [cfg.data, *own] for entry in input_entries(data.train_ds)]
+    own = alignment.get("data") if alignment.get("enabled") else None
+    sections = [cfg.data] if own is None else [cfg.data, OmegaConf.merge(cfg.data, own)]
+    entries = [entry for data in sections for entry in input_entries(data.train_ds)]
     readers = [{k: entry[k] for k in ("cuts_path", "shar_path") if k in entry} for entry in entries]
     for reader in [own for i, own in enumerate(readers) if own not in readers[:i]]:
         cuts, _ = read_cutset_from_config({**reader, "force_finite": True, "metadata_only": True})

@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # PyTorch for Linux comes from PyPI with 4 GB of CUDA; without a GPU, and unless pip has sources of its own, take the build for CPUs.
 TORCH_ARGS ?= $(shell test "$$(uname -s)" = Linux -a -z "$$(ls -d /dev/nvidiactl /dev/dxg /dev/kfd /dev/nvmap 2>/dev/null)" && \
-  ! $(PYTHON) -m pip config list 2>/dev/null | grep -qE "index-url|find-links" && echo --index-url https://download.pytorch.org/whl/cpu)
+  ! { $(PYTHON) -m pip config list; env; cat /etc/pip.conf ~/.config/pip/pip.conf; } 2>/dev/null | grep -qiE "index.url|find.links" && echo --index-url https://download.pytorch.org/whl/cpu)
 PIP_INSTALL := $(BIN)/python -m pip install --no-compile  # one process would compile 27,000 files; compileall takes all cores
 
 .PHONY: install research-parts quickstart test test-all test-next test-vllm lint clean

@@ -83,9 +83,14 @@ class ChatTemplateFormat:
 
 def dialect(prompt_format: str, tokenizer: Any) -> str:
     """A prompt format's name, with what else decides what it writes for a Hugging Face ``tokenizer``."""
-    template = str(getattr(tokenizer, "chat_template", None))
-    thinks = prompt_format == ChatTemplateFormat.NAME and any(name in template for name in WITHOUT_THINKING)
-    return f"{prompt_format} without thinking" if thinks else prompt_format
+    template = getattr(tokenizer, "chat_template", None)
+    silenced = prompt_format == ChatTemplateFormat.NAME and thinks(template)
+    return f"{prompt_format} without thinking" if silenced else prompt_format
+
+
+def thinks(template: str | dict[str, str] | None) -> bool:
+    """Whether a chat template looks at ``WITHOUT_THINKING``."""
+    return any(name in str(template) for name in WITHOUT_THINKING)
 
 
 def chat_template(tokenizer: Any, formatter: "type[PromptFormatter]") -> str:
@@ -101,8 +106,7 @@ def chat_template(tokenizer: Any, formatter: "type[PromptFormatter]") -> str:
     hf = tokenizer.tokenizer
     if formatter.NAME == ChatTemplateFormat.NAME:
         own = str(hf.chat_template)
-        thinks = any(name in own for name in WITHOUT_THINKING)
-        return f"{{%- set enable_thinking = enable_thinking | default(false) -%}}{own}" if thinks else own
+        return f"{{%- set enable_thinking = enable_thinking | default(false) -%}}{own}" if thinks(own) else own
     start = hf.bos_token if formatter.INSERT_BOS else ""
     start += formatter.TEMPLATE.get("preamble", {}).get("template", "")
     branches = []

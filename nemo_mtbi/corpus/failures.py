@@ -8,11 +8,9 @@ from pathlib import Path
 
 from nemo_mtbi.errors import DataError
 
+FULL_OR_LOST = (errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.ENOTCONN)  # disks
 UNWRITABLE = (
-    errno.ESTALE,
-    errno.ENOTCONN,
-    errno.ENOSPC,
-    errno.EDQUOT,
+    *FULL_OR_LOST,
     errno.EFBIG,
     errno.EROFS,
     errno.EACCES,
@@ -20,18 +18,8 @@ UNWRITABLE = (
     errno.ENOTDIR,
     errno.EEXIST,
 )
-
-
 # Not a recording's fault, though reading or writing it has failed.
-OF_THE_MACHINE = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ENOMEM,
-    errno.ESTALE,
-    errno.ENOTCONN,
-)
+OF_THE_MACHINE = (*FULL_OR_LOST, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 def raise_if_of_the_machine(error: BaseException) -> None:

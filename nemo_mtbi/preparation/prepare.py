@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -90,26 +90,35 @@ class SplitConfig:
         return found
 
     def assign(self, entry: Entry, together: Mapping[str, str] | None = None) -> str:
-        """Split of an utterance; stable under adding data, but for speakers who come to share recordings.
+        """Split of one utterance; see :meth:`assigning`."""
+        return self.assigning(together)(entry)
+
+    def assigning(self, together: Mapping[str, str] | None = None) -> Callable[[Entry], str]:
+        """The split of each utterance; stable under adding data, but for speakers who come to share recordings.
 
         Args:
             together: of speakers who share recordings, the one by whom they are split (:func:`sharing`).
         """
-        if entry.split is not None:
-            return entry.split
-        speaker = entry.speaker if entry.speaker is None else (together or {}).get(entry.speaker, entry.speaker)
-        fixed = self.fixed(together or {})
-        if speaker in fixed:
-            return fixed[speaker]
-        key = speaker if self.by == "speaker" and speaker is not None else entry.id
-        digest = hashlib.blake2b(f"{self.seed}/{key}".encode(), digest_size=8).digest()
-        point, total = int.from_bytes(digest, "big") / 2**64, 0.0
+        roots = together or {}
+        fixed_speakers = cache(lambda: self.fixed(roots))  # one pass over them, not one for each utterance
         shares = self.shares or DEFAULT_SHARES
-        for name, share in shares.items():
-            total += share
-            if point < total:
-                return name
-        return list(shares)[-1]
+
+        def split(entry: Entry) -> str:
+            if entry.split is not None:
+                return entry.split
+            speaker = entry.speaker if entry.speaker is None else roots.get(entry.speaker, entry.speaker)
+            if speaker in (fixed := fixed_speakers()):
+                return fixed[speaker]
+            key = speaker if self.by == "speaker" and speaker is not None else entry.id
+            digest = hashlib.blake2b(f"{self.seed}/{key}".encode(), digest_size=8).digest()
+            point, total = int.from_bytes(digest, "big") / 2**64, 0.0
+            for name, share in shares.items():
+                total += share
+                if point < total:
+                    return name
+            return list(shares)[-1]
+
+        return split
 
 
 def sharing(entries: Iterable[Entry]) -> dict[str, str]:
@@ -357,14 +366,14 @@ class Preparation:
             kept = (e.id for e in entries if not journal.places[e.id][1][0])
             contradicting = self.describer.contradictions(journal[name]["cut"] for name in kept)
         written: dict[str, Path] = {}
-        together = sharing(entries) if self.config.split.by == "speaker" else {}
+        split_of = self.config.split.assigning(sharing(entries) if self.config.split.by == "speaker" else {})
         with ExitStack() as files:
             streams: dict[str, TextIO] = {}
             for entry in entries:
                 record = journal[entry.id]
                 if not count.visit(entry, record):
                     continue
-                cut, split = record["cut"], self.config.split.assign(entry, together)
+                cut, split = record["cut"], split_of(entry)
                 if self.describer is not None:
                     self.describer.rewrite(cut, contradicting, tally)
                 count.keep(split, cut)

@@ -188,9 +188,8 @@ def run_stage(cfg: DictConfig, model: MTBISALM, run: RunDirectory, name: str) ->
         exp_manager(trainer, stage.exp_manager)
     ended = Ended()
     trainer.callbacks += [LastValidation(), ended]  # type: ignore[attr-defined]
-    if not trainer.ckpt_path:  # a run begins anew: the best of another one is not its own
-        if is_global_rank_zero():
-            shutil.rmtree(run.kept(name), ignore_errors=True)
+    if not trainer.ckpt_path and is_global_rank_zero():  # a run begins anew: the best of another one is not its own
+        shutil.rmtree(run.kept(name), ignore_errors=True)
     step = step_of(trainer.ckpt_path) if trainer.ckpt_path else 0
     model.seed = cfg.seed
     model.moments = load_moments(run) if name == IMITATION and cfg.continue_optimizer else {}
@@ -330,12 +329,9 @@ def ctc_tokens(cfg: DictConfig, config: ModelConfig, run: RunDirectory) -> list[
         return None
     file = run.root / "ctc_tokens.json"
     if cfg.init_from is not None:
-        given = (
-            RunDirectory.parse(cfg.init_from)[0].root / "ctc_tokens.json"
-        )  # of the connector that training starts from
-        if (
-            given.is_file() and not file.is_file() and is_global_rank_zero()
-        ):  # a run that starts from this one needs them
+        # Of the connector that training starts from; a run that starts from this one needs them too.
+        given = RunDirectory.parse(cfg.init_from)[0].root / "ctc_tokens.json"
+        if given.is_file() and not file.is_file() and is_global_rank_zero():
             jsonl.write_json(file, json.loads(given.read_text()))
         file = given if given.is_file() else file
     if file.is_file():  # perhaps in a folder that only can be read

@@ -5,13 +5,14 @@ The ``input_cfg`` type ``mtbi`` (registered in :mod:`nemo_mtbi.registration`) re
 """
 
 import copy
-import itertools
+import json
 import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from itertools import count, islice
+from typing import Any, NamedTuple
 
 from lhotse import CutSet
 from lhotse.cut import Cut
@@ -48,12 +49,24 @@ class AcousticPositions:
         return math.ceil(seconds * self.per_second) + self.per_window * windows
 
 
+class Origin(NamedTuple):
+    """Where an example was drawn: number of its ``input_cfg`` entry, visit, number in that visit's order, line of the
+    manifest, and number among the targets that this visit uses of the cut."""
+
+    entry: int
+    visit: int
+    at: int
+    line: int
+    target: int
+
+
 @dataclass
 class MTBIConversation(NeMoMultimodalConversation):
     """A conversation that also knows its target, its visit number and (once tokenized) its rendered prompt.
 
     ``shared_prefix``: the prompt before the utterance is computed once for all examples, so it takes no positions.
     ``read_cut``: gives the cut with its data, if it was drawn without. ``with_ids``: NeMo's filters look at token ids.
+    ``origin``: where it was drawn.
     """
 
     target: Target | None = None
@@ -64,6 +77,7 @@ class MTBIConversation(NeMoMultimodalConversation):
     rendered: RenderedPrompt | None = field(default=None, repr=False)
     read_cut: Callable[[], Cut] | None = field(default=None, repr=False)
     with_ids: bool = False
+    origin: Origin | None = None
 
     def read(self) -> None:
         """Give a cut that was drawn without its data (:mod:`nemo_mtbi.data.shar`) the data."""
@@ -195,7 +209,11 @@ class TargetSelection:
 
 
 class ConversationIterator:
-    """Infinite (or one-pass) stream of conversations over a rank's cuts; ``visit`` counts the passes."""
+    """Infinite (or one-pass) stream of conversations over a rank's cuts; ``visit`` counts the passes.
+
+    With ``config.place``, a JSON object, it begins with the examples ``waiting`` ([visit, at, line, target] each), and
+    goes on after the one that was ``last`` ([visit, at, target]).
+    """
 
     def __init__(self, share: Share, selection: TargetSelection, config: DictConfig) -> None:
         self.share = share
@@ -209,14 +227,24 @@ class ConversationIterator:
         self.every_cut = config.get("every_cut", False)
         self.with_ids = config.get("with_ids", False)
         self.finite = config.get("force_finite", False)
+        self.entry = config.get("entry", 0)
+        self.waiting: list[list[int]] = []
+        self.last: list[int] | None = None
+        if config.get("place"):
+            place = json.loads(config.place)
+            self.waiting, self.last = place["waiting"], place["last"]
 
     def __iter__(self) -> Iterator[MTBIConversation]:
+        yield from self._waiting()
         looked = False
-        for visit in itertools.count():
-            usable = False
-            for cut in self.share.visit(visit):
+        first, begin, done = self.last or (0, 0, -1)
+        for visit in count(first):
+            usable = begin > 0  # else what was left out was looked at
+            for at, line, cut in self.share.placed(visit, begin):
                 usable = usable or self.every_cut or self.selection.has_any(cut)
-                yield from self.conversations(cut, visit)
+                yield from islice(self.conversations(cut, visit, at, line), done + 1, None)
+                done = -1
+            begin, done = 0, -1
             if not usable and not looked:  # perhaps other ranks have what is asked for, and this one later
                 looked = any(self.selection.has_any(cut) for cut in self.share.cuts)
             if not usable and not looked:
@@ -228,7 +256,12 @@ class ConversationIterator:
             if self.finite:
                 return
 
-    def conversations(self, cut: Cut, visit: int) -> Iterator[MTBIConversation]:
+    def _waiting(self) -> Iterator[MTBIConversation]:
+        cuts = self.share.at(line for _, _, line, _ in self.waiting) if self.waiting else ()
+        for (visit, at, line, index), cut in zip(self.waiting, cuts, strict=True):
+            yield from islice(self.conversations(cut, visit, at, line), index, index + 1)
+
+    def conversations(self, cut: Cut, visit: int, at: int = 0, line: int = 0) -> Iterator[MTBIConversation]:
         targets = (cut.custom or {}).get(TARGETS_FIELD, [])
         chosen = [NO_TARGET] if self.every_cut else self.selection.select(cut.id, targets, visit)
         promise = promise_of(cut)
@@ -249,6 +282,7 @@ class ConversationIterator:
                 shared_prefix=self.shared_prefix,
                 acoustic=self.acoustic,
                 with_ids=self.with_ids,
+                origin=Origin(self.entry, visit, at, line, index),
                 read_cut=None if promise is None else partial(self._read, promise, visit, index),
             )
 
@@ -285,6 +319,8 @@ KNOWN_KEYS = {
     "order_seed",
     "dealt",
     "by_worker",
+    "entry",
+    "place",
 }
 
 

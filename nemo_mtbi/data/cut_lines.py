@@ -8,8 +8,7 @@ import tarfile
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
-from functools import partial
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -95,28 +94,61 @@ class Share:
 
     def visit(self, number: int) -> Iterator[Cut]:
         """The cuts of one pass. Without an order of its own a pass gives every rank the next one's share."""
+        return (cut for _, _, cut in self.placed(number))
+
+    def placed(self, number: int, begin: int = 0) -> Iterator[tuple[int, int, Cut]]:
+        """The cuts of one pass from its ``begin``-th on, each with its number in the pass and its line (from 0)."""
         for shar in self.shars:
             shar.visit = number
         if self.path is None:
             rank, count = self.place
-            return islice(readable(self.cuts), (rank + number) % count, None, count)
-        return self._lines(self.path, number)
+            cuts = islice(readable(self.cuts), (rank + number) % count, None, count)
+            for at, cut in enumerate(islice(cuts, begin, None), begin):
+                yield at, at, cut
+            return
+        with self._opened(self.path) as file:
+            assert self.starts is not None
+            order = np.arange(len(self.starts) - 3)
+            if self.seed is not None:
+                order = np.random.default_rng([self.seed, number]).permutation(order)
+            for at, line in enumerate(self._own(order, number)[begin:].tolist(), begin):
+                if (cut := self._cut(file, line)) is not None:
+                    yield at, line, cut
 
-    def _lines(self, path: Path, visit: int) -> Iterator[Cut]:
-        resolved = partial(resolve_relative_paths, manifest_path=str(path))
+    def at(self, lines: Iterable[int]) -> Iterator[Cut]:
+        """The cuts of some lines of the manifest.
+
+        Raises:
+            DataError: it no longer has them.
+        """
+        assert self.path is not None
+        with self._opened(self.path) as file:
+            assert self.starts is not None
+            for line in lines:
+                cut = self._cut(file, line) if line < len(self.starts) - 3 else None
+                if cut is None:
+                    raise DataError(
+                        f"{self.path} has no cut in line {line + 1}, which is still to be trained on. Did the manifest "
+                        "change since the run was stopped?"
+                    )
+                yield cut
+
+    @contextmanager
+    def _opened(self, path: Path) -> Iterator[BinaryIO]:
         with open(path, "rb") as file:
             if self.starts is None or not _fits(self.starts, file):
                 self.starts = line_starts(path, file)
-            starts = self.starts[2:]
-            order = np.arange(len(starts) - 1)
-            if self.seed is not None:
-                order = np.random.default_rng([self.seed, visit]).permutation(order)
-            for line in self._own(order, visit):
-                begin, end = map(int, starts[line : line + 2])
-                file.seek(begin)
-                text = file.read(end - begin)
-                if text.strip():
-                    yield resolved(deserialize_item(jsonl.parsed(path, int(line) + 1, text)))
+            yield file
+
+    def _cut(self, file: BinaryIO, line: int) -> Cut | None:
+        """None for a blank line."""
+        assert self.path is not None and self.starts is not None
+        begin, end = map(int, self.starts[line + 2 : line + 4])
+        file.seek(begin)
+        if not (text := file.read(end - begin)).strip():
+            return None
+        cut = deserialize_item(jsonl.parsed(self.path, line + 1, text))
+        return resolve_relative_paths(cut, manifest_path=str(self.path))
 
     def _own(self, order: np.ndarray, visit: int) -> np.ndarray:
         """Of fewer lines than ranks every rank reads all, each from another one on."""

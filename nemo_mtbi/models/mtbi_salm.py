@@ -295,7 +295,8 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
         loss.backward(*args, **kwargs)
 
     def on_train_start(self) -> None:
-        if self.stage == "imitation" and (connector := connector_of(self.perception)) is not None:
+        imitates = self.stage == "imitation" and (self.config.imitation.w_ce > 0 or self.config.imitation.w_kl > 0)
+        if imitates and (connector := connector_of(self.perception)) is not None:
             connector.begin_imitation()
 
     def on_validation_epoch_start(self) -> None:

@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lhotse.dataset import DynamicBucketingSampler
 from lhotse.serialization import open_best
 from nemo.collections.common.data.fallback import FallbackDataset
 from nemo.collections.common.data.lhotse import get_lhotse_dataloader_from_config
 from nemo.collections.common.data.lhotse.broadcasting import BroadcastingDataLoader, is_dp_source_rank
+from nemo.collections.common.data.lhotse.dataloader import (
+    get_lhotse_sampler_from_config,
+    make_structured_with_schema_warnings,
+)
 from nemo.collections.speechlm2.data import DataModule
 from omegaconf import DictConfig, OmegaConf
 
@@ -26,7 +31,8 @@ from nemo_mtbi.models.mtbi_salm import MTBISALM
 from nemo_mtbi.models.objective import WINDOW_COUNTS, term_counts
 from nemo_mtbi.modules.connectors.base import Connector
 from nemo_mtbi.modules.perception import connector_of, writing_key
-from nemo_mtbi.training.resume import Wrapped, skip_batches
+from nemo_mtbi.training.resume import Wrapped, skip_batches, with_sampler
+from nemo_mtbi.training.segments import SEGMENT_BATCHES, Place, Segments
 
 # In examples, of NeMo's samplers. Lhotse adds the second one to the first.
 BUFFERS = ("bucket_buffer_size", "shuffle_buffer_size", "num_cuts_for_bins_estimate")
@@ -84,10 +90,15 @@ class ResumableData(DataModule):
     """NeMo's data module, whose training data goes on after ``skip`` batches.
 
     With ``shared``, a data-parallel rank draws its batches from its own share of the cuts. NeMo lets every rank draw
-    the batches of all, so that the cost of one grows with their number.
+    the batches of all, so that the cost of one grows with their number. With ``in_segments``, it begins close to its
+    place (:mod:`nemo_mtbi.training.segments`), which is part of the checkpoints.
     """
 
     skip = 0
+    in_segments = False
+    kept: dict[str, Any] | None = None  # of a checkpoint, what ``state_dict`` gave
+    segments: Segments | None = None
+    segment_batches = SEGMENT_BATCHES
     drawing_workers = 0
     accumulated = 1
     seed = 0
@@ -104,10 +115,64 @@ class ResumableData(DataModule):
                     entry.rank, entry.world_size, entry.by_worker = self._get_dp_rank(), self._get_world_size(), True
         with without_data():  # from which NeMo estimates the buckets
             loader = self._own_share() if self.shared else super().train_dataloader()
-        loader = skip_batches(loader, self.skip, self.drawing_workers)
+        skip = self.skip
+        if self.in_segments and loader._source is not None:
+            begin = self._begin(loader._source.sampler)
+            loader._source = with_sampler(loader._source, self.segments)
+            skip -= begin * self.segment_batches
+        loader = skip_batches(loader, skip, self.drawing_workers)
         loader = WindowedLoader(loader, self.accumulated, self.connector) if self.accumulated > 1 else loader
         self.waited = Waited(loader)
         return self.waited
+
+    def _begin(self, whole: Any) -> int:
+        """Make the segments from ``skip`` on; returns the number of the first one. ``whole``: NeMo's sampler."""
+        section = self.cfg.train_ds
+        entries = len(list(input_entries(section)))
+        bins = [float(bin) for bin in whole.duration_bins] if isinstance(whole, DynamicBucketingSampler) else None
+
+        def sampler_of(number: int, place: Place | None) -> Any:
+            own = section.copy()
+            own.shard_seed = order_seed(section) + SEEDS_APART * number
+            if bins is not None and own.get("bucket_duration_bins") is None:
+                own.bucket_duration_bins = bins
+            for entry in input_entries(own):
+                entry.place = place and place.of_entry(entry.entry)
+            own = make_structured_with_schema_warnings(own)  # not NeMo's loader, which seeds all generators anew
+            return get_lhotse_sampler_from_config(own, global_rank=0, world_size=1, tokenizer=self.tokenizer)[0]
+
+        first = self._kept_place(self.skip // self.segment_batches)
+        self.segments = Segments(sampler_of, entries, first, self.segment_batches)
+        return first[0]
+
+    def _kept_place(self, number: int) -> tuple[int, Place | None]:
+        """A segment and its place, as the checkpoint has it; the first segment if it has none."""
+        kept = self.kept or {}
+        same = [kept.get("number"), kept.get("batches"), len(kept.get("places", ()))] == [
+            number,
+            self.segment_batches,
+            self._get_world_size(),
+        ]
+        return (number, Place(**kept["places"][self._get_dp_rank()])) if same else (0, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Places (see :class:`~nemo_mtbi.training.segments.Place`) of the segment of all data-parallel ranks."""
+        if not self.in_segments or self.trainer is None:
+            return {}
+        number = self.trainer.global_step * self.accumulated // self.segment_batches
+        place = self.segments.places.get(number) if self.segments is not None else None
+        own = None if place is None else (self._get_dp_rank(), vars(place))
+        found: list[Any] = [own]
+        if torch.distributed.is_initialized():
+            found = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(found, own)
+        places = dict(filter(None, found))
+        if len(places) < self._get_world_size():
+            return {}
+        return {"number": number, "batches": self.segment_batches, "places": [places[r] for r in sorted(places)]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """What is needed of it was read before the loaders were made (:func:`place_of`)."""
 
     def _own_share(self) -> BroadcastingDataLoader:
         mesh, source = self._get_device_mesh(), None
@@ -121,12 +186,15 @@ class ResumableData(DataModule):
         return BroadcastingDataLoader(source=source, device_mesh=mesh)
 
 
-def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulated: int = 1) -> DataModule:
+def data_module(
+    data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulated: int = 1, kept: dict[str, Any] | None = None
+) -> ResumableData:
     """NeMo's data module over our dataset; options that follow from the model are filled in.
 
     Args:
-        step: optimizer step at which training goes on, after ``accumulated`` batches each. The data is drawn up to
-            that place again, without reading audio, so training goes on with the very next batch.
+        step: optimizer step at which training goes on, after ``accumulated`` batches each: with the very next batch.
+        kept: state of the module in the checkpoint of that step. Without one, and where batches are not drawn in
+            segments, the data is drawn up to its place again, without reading audio.
     """
     cfg = DictConfig(OmegaConf.to_container(data_cfg, resolve=True))
     cached = cfg.pop("cached_features")
@@ -135,8 +203,10 @@ def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulate
     drawing_workers = workers_that_draw(cfg.get("train_ds"))
     shared = drawing_workers == 0
     seed = order_seed(cfg.get("train_ds") or OmegaConf.create())
+    in_segments = False
     if "train_ds" in cfg and cfg.train_ds.get("shuffle") and not reads_shar(cfg.train_ds):
-        order_lines(cfg.train_ds)
+        in_segments = order_lines(cfg.train_ds) and shared
+        in_segments &= not (cfg.train_ds.get("concurrent_bucketing", True) or cfg.train_ds.get("multi_config"))
     for section in ("train_ds", "validation_ds"):
         if section in cfg:
             cfg[section].prompt_format = model.cfg.prompt_format
@@ -182,18 +252,26 @@ def data_module(data_cfg: DictConfig, model: MTBISALM, step: int = 0, accumulate
     data.skip = step * accumulated
     data.drawing_workers = drawing_workers
     data.shared, data.seed = shared, seed
+    data.in_segments, data.kept = in_segments, kept
     data.accumulated, data.connector = accumulated, connector
     return data
 
 
-def order_lines(section: DictConfig) -> None:
-    """Let the lines of a section's manifests come in random order; NeMo's buffer is for what is read through."""
+def order_lines(section: DictConfig) -> bool:
+    """Let the lines of a section's manifests come in random order; NeMo's buffer is for what is read through.
+
+    Returns:
+        Whether all are manifests whose lines can be read where they stand.
+    """
     entries = list(input_entries(section))
     for number, entry in enumerate(entries):  # two entries may read the same cuts
         entry.order_seed = order_seed(section) + SEEDS_APART * number
         entry.dealt = section.get("batch_size") or 1
-    if all(has_lines(entry.get("cuts_path")) for entry in entries):
-        section.shuffle, section.shuffle_buffer_size = False, None
+        entry.entry = number
+    if not all(has_lines(entry.get("cuts_path")) for entry in entries):
+        return False
+    section.shuffle, section.shuffle_buffer_size = False, None
+    return True
 
 
 def order_seed(section: DictConfig) -> int:

@@ -151,6 +151,11 @@ def step_of(checkpoint: str | Path) -> int:
         return -1
 
 
+def state_of_data(checkpoint: str | Path, name: str) -> dict[str, Any] | None:
+    """What the data module of that name kept in a checkpoint."""
+    return torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True).get(name)
+
+
 class Wrapped:
     """What stands in place of a ``source`` of batches, and has its attributes."""
 
@@ -208,13 +213,17 @@ def skip_batches(loader: BroadcastingDataLoader, skip: int, drawing_workers: int
             drawing: Any = source.dataset  # Lhotse's IterableDatasetWrapper
             drawing.sampler = LaterBatches(drawing.sampler, skip // drawing_workers)
         return LaterBatches(loader, skip % drawing_workers)
-    if not skip or source is None:
-        return loader
-    loader._source = DataLoader(
-        source.dataset,
-        sampler=LaterBatches(source.sampler, skip),
-        batch_size=None,
-        num_workers=source.num_workers,
-        pin_memory=source.pin_memory,
-    )
+    if skip and source is not None:
+        loader._source = with_sampler(source, LaterBatches(source.sampler, skip))
     return loader
+
+
+def with_sampler(loader: DataLoader, sampler: Any) -> DataLoader:
+    """A loader of whole batches, with another sampler of them."""
+    return DataLoader(
+        loader.dataset,
+        sampler=sampler,
+        batch_size=None,
+        num_workers=loader.num_workers,
+        pin_memory=loader.pin_memory,
+    )

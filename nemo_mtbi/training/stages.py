@@ -41,8 +41,8 @@ from nemo_mtbi.pretrained.offline import resolve_pretrained
 from nemo_mtbi.process import fast_bfloat16
 from nemo_mtbi.training.accelerators import fused_optimizer
 from nemo_mtbi.training.best import BestWeights, Ended, LastValidation
+from nemo_mtbi.training.data_module import ResumableData, input_entries
 from nemo_mtbi.training.data_module import data_module as data_module
-from nemo_mtbi.training.data_module import input_entries
 from nemo_mtbi.training.monitor import SampleAnswers, Throughput
 from nemo_mtbi.training.options import check_options, named
 from nemo_mtbi.training.progress import StageProgress
@@ -51,6 +51,7 @@ from nemo_mtbi.training.resume import (
     Preemption,
     WholeSteps,
     settle_checkpoints,
+    state_of_data,
     step_of,
 )
 
@@ -193,7 +194,8 @@ def run_stage(cfg: DictConfig, model: MTBISALM, run: RunDirectory, name: str) ->
     step = step_of(trainer.ckpt_path) if trainer.ckpt_path else 0
     model.seed = cfg.seed
     model.moments = load_moments(run) if name == IMITATION and cfg.continue_optimizer else {}
-    data = data_module(stage.data, model, step, stage.trainer.accumulate_grad_batches)
+    kept = state_of_data(trainer.ckpt_path, ResumableData.__qualname__) if trainer.ckpt_path else None
+    data = data_module(stage.data, model, step, stage.trainer.accumulate_grad_batches, kept)
     watchable = "validation_ds" in stage.data and stage.trainer.get("limit_val_batches", 1) != 0
     # Before fit there is no mesh yet, so several ranks would not see the batches that they see in training.
     if watchable and not trainer.ckpt_path and trainer.world_size == 1:

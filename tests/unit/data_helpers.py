@@ -24,10 +24,10 @@ def conversations(manifest, **selection):
     return list(ConversationIterator(Share(CutSet.from_file(manifest)), TargetSelection(**selection), config))
 
 
-def training_loader(model, entry, step=0, rank=0, ranks=1, **section):
-    """The loader of a training section with one entry of ``input_cfg``, for a rank, from ``step`` on."""
+def training_data(model, entries, step=0, rank=0, ranks=1, kept=None, **section):
+    """The data module of a training section with some entries of ``input_cfg``, for a rank, from ``step`` on."""
     train = {
-        "input_cfg": [{"type": "mtbi", **entry}],
+        "input_cfg": [{"type": "mtbi", **entry} for entry in entries],
         "shuffle": True,
         "seed": 7,
         "num_workers": 0,
@@ -35,9 +35,14 @@ def training_loader(model, entry, step=0, rank=0, ranks=1, **section):
         "measure_total_length": True,
         **section,
     }
-    data = data_module(OmegaConf.create({"cached_features": False, "train_ds": train}), model, step)
+    data = data_module(OmegaConf.create({"cached_features": False, "train_ds": train}), model, step, kept=kept)
     data._get_dp_rank, data._get_world_size = lambda: rank, lambda: ranks
-    return data.train_dataloader()
+    return data
+
+
+def training_loader(model, entry, step=0, rank=0, ranks=1, **section):
+    """The loader of a training section with one entry, for a rank, from ``step`` on."""
+    return training_data(model, [entry], step, rank, ranks, **section).train_dataloader()
 
 
 def begun_twice(loader):

@@ -88,7 +88,7 @@ class Connector(nn.Module):
         """
 
     def begin_imitation(self) -> None:
-        """Called before the first step of the imitation stage."""
+        """Called before the first step of an imitation stage in which CE or KL count."""
 
     def upgrade_state(self, state: dict[str, Any], prefix: str) -> None:
         """Bring weights of an earlier version into this one's form, in place; keys begin with ``prefix``."""

@@ -52,6 +52,13 @@ def test_alignment_leaves_the_channel_closed(model):
     assert not model.perception.modality_adapter._open
 
 
+def test_without_imitation_the_channel_stays_closed(model):
+    """A control without CE and KL would otherwise be read through positions that nothing has trained."""
+    model.config.imitation.w_ce = model.config.imitation.w_kl = 0.0
+    model.on_train_start()
+    assert not model.perception.modality_adapter._open
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("order", ["text_first", "acoustic_first"])
 def test_positions_do_not_depend_on_the_batch(config, order):

@@ -19,13 +19,15 @@ def write_report(folder: Path, benchmark: dict[str, Any], runs: dict[str, dict[i
 
     Args:
         folder: where to.
-        benchmark: content of ``benchmark.json``; its systems are named ``<variant>.<seed>``.
+        benchmark: content of ``benchmark.json``; its systems are named ``<variant>.<seed>``. Corpora with labels have
+            their tables there alone.
         runs: ``[variant][seed]`` -> training run.
     """
     paths = {name: folder / f"ablation.{name}" for name in ("json", "md", "png")}
-    table = {manifest: _by_variant(columns, runs) for manifest, columns in benchmark["results"].items()}
+    results = {name: columns for name, columns in benchmark["results"].items() if "labels" not in columns}
+    table = {manifest: _by_variant(columns, runs) for manifest, columns in results.items()}
     record = {k: benchmark[k] for k in ("command", "versions", "trained_tasks", "unseen_tasks", "resamples")}
-    tests = comparisons(benchmark["results"])
+    tests = comparisons(results)
     jsonl.write_json(paths["json"], record | {"results": table, "comparisons": tests})
     jsonl.write_text(paths["md"], markdown(table, benchmark["command"]) + comparison_table(tests))
     plot(runs, paths["png"])
@@ -68,7 +70,7 @@ def markdown(table: dict[str, Any], command: str) -> str:
         lines += [f"## {manifest}", "", f"| variant | seeds | {' | '.join(c.replace('_', ' ') for c in columns)} |"]
         lines.append("| --- | ---: |" + " ---: |" * len(columns))
         for name, entry in variants.items():
-            cells = [_cell(entry[c]["token_agreement"], entry["seeds"]) for c in columns]
+            cells = [_cell(entry[c].get("token_agreement"), entry["seeds"]) for c in columns]
             lines.append(f"| {name} | {entry['seeds'] or '-'} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
@@ -106,7 +108,9 @@ def comparison_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cell(score: dict[str, Any], seeds: int | None) -> str:
+def _cell(score: dict[str, Any] | None, seeds: int | None) -> str:
+    if score is None or score["value"] is None:
+        return "-"
     deviation = f" ± {score['seed_deviation']:.3f}" if (seeds or 1) > 1 else ""
     return f"{score['value']:.3f}{interval_text(score)}{deviation}"
 

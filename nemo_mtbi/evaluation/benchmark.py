@@ -16,7 +16,9 @@ from lhotse import CutSet
 from omegaconf import DictConfig
 
 from nemo_mtbi.checkpoints.run_directory import RunDirectory
+from nemo_mtbi.data.chat_template import dialect
 from nemo_mtbi.data.conversation import MTBIConversation, check_manifest
+from nemo_mtbi.data.target import Target
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.evaluation.asr import WhisperASR
 from nemo_mtbi.evaluation.benchmark_report import write_report
@@ -76,14 +78,17 @@ class Benchmark:
         self.text_llm = TextLLM()
         self.model, self.weights = self._open(next(iter(self.specs.values())))
         self.llm = self.model.references["llm"]
+        model, tokenizer, end = self.model, self.model.tokenizer.tokenizer, self.model.end_of_turn()
+        rendering = Target.rendering_of(
+            dialect(model.cfg.prompt_format, tokenizer), model.config.speech_position, self.llm
+        )
+        self.labelled = {  # before the text LLM answers for long
+            name: labelled_cuts(name, dict(options), tokenizer, end, self.output / "audio", rendering)
+            for name, options in (cfg.labelled or {}).items()
+        }
         self.references = write_references(
             self.output / "references", dict(cfg.cuts), self.trained, self.unseen, self._target_settings(folders)
         )
-        tokenizer, end = self.model.tokenizer.tokenizer, self.model.end_of_turn()
-        self.labelled = {
-            name: labelled_cuts(name, dict(options), tokenizer, end, self.output / "audio")
-            for name, options in (cfg.labelled or {}).items()
-        }
         self.records: dict[str, dict[str, Records]] = {name: {} for name in cfg.cuts}
         self.label_records: dict[str, Records] = {name: {} for name in self.labelled}
         self.silence: dict[str, dict[str, float | None]] = {}
@@ -124,6 +129,8 @@ class Benchmark:
             raise ConfigError(f"baseline={cfg.baseline} is none of the systems ({', '.join(cfg.systems)}).")
         if unknown := set(cfg.compare_with) - {TOPLINE, CASCADE, NORMALIZED_CASCADE, *cfg.systems}:
             raise ConfigError(f"compare_with: {sorted(unknown)[0]} is none of the systems ({', '.join(cfg.systems)}).")
+        if shared := set(cfg.cuts) & set(cfg.labelled or {}):
+            raise ConfigError(f"cuts and labelled: {sorted(shared)[0]} is a name of both; each set needs its own.")
         for path in [*cfg.cuts.values(), *filter(None, [cfg.no_speech])]:
             check_manifest(path)
 

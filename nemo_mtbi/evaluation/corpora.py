@@ -19,6 +19,7 @@ Those about voices: :mod:`nemo_mtbi.evaluation.voice_corpora`.
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from nemo_mtbi.evaluation.questions import METRICS, LabelledConfig, Question
 from nemo_mtbi.evaluation.voice_corpora import VOICE_READERS
 from nemo_mtbi.io.text import numbered_lines, read_text
 
+LETTER, YES_NO = re.compile(r"\(?([A-J])\)?"), ("yes", "no")
 SLOT_PROMPT = CHOICE_PROMPT.replace("{question}", "Which {slot} was ordered?")
 PROMPTS = {
     "repeat": "Repeat what the speaker says, word for word.",
@@ -40,16 +42,20 @@ PROMPTS = {
     "translation": "Translate what the speaker says into {language}. Write nothing else.",
     "answer": "{question} Answer in a few words.",
     "letter": "Answer the spoken question with the letter of the right choice and nothing else: {choices}.",
+    "yes_no": "Answer the spoken question with yes or no and nothing else.",
     "follow": "Do what the speaker asks.",
 }
 
 
 def read_librispeech(config: LabelledConfig, folder: Path) -> Iterator[Question]:
     """Utterances with their transcripts: ``ID TEXT`` lines, ``ID.flac`` beside them."""
-    for table in sorted(Path(config.path).rglob("*.trans.txt")):
-        for _, line in numbered_lines(table):
+    root = Path(config.path)
+    recordings = folder_of(config, root)
+    for table in sorted(root.rglob("*.trans.txt")):
+        for _, line in numbered_lines(table, config.encoding):
             name, _, text = line.partition(" ")
-            audio, prompt, speaker = table.parent / f"{name}.flac", _prompt(config, "repeat"), name.split("-")[0]
+            audio = recordings / table.parent.relative_to(root) / f"{name}.flac"
+            prompt, speaker = _prompt(config, "repeat"), name.split("-")[0]
             yield Question(audio, "repeat", prompt, text, "wer", transcript=text, speaker=speaker)
 
 
@@ -57,7 +63,7 @@ def read_slurp(config: LabelledConfig, folder: Path) -> Iterator[Question]:
     """Scenario and intent of every recording of each sentence; the choices are those of the whole table."""
     path = Path(config.path)
     audio = folder_of(config, path.resolve().parent.parent.parent / "audio" / "slurp_real")
-    rows = list(json_lines(path))
+    rows = list(json_lines(path, config.encoding))
     tasks = {t: tuple(sorted({words(r[t]) for r in rows})) for t in ("scenario", "intent")}
     for row in rows:
         for recording in row["recordings"]:
@@ -81,9 +87,11 @@ def read_minds14(config: LabelledConfig, folder: Path) -> Iterator[Question]:
         locale = path.parent.name
     else:
         audio = folder_of(config, path.resolve().parent.parent / "audio")
-        lines = [line for line in csv.reader(io.StringIO(read_text(path), newline=""), skipinitialspace=True) if line][
-            1:
-        ]
+        lines = [
+            line
+            for line in csv.reader(io.StringIO(read_text(path, config.encoding), newline=""), skipinitialspace=True)
+            if line
+        ][1:]
         if any(len(line) != 4 for line in lines):
             raise DataError(
                 f"{path}: a line of MINDS-14 has four fields (file, transcript, English transcript, intent)."
@@ -109,10 +117,10 @@ def read_covost2(config: LabelledConfig, folder: Path) -> Iterator[Question]:
     sentences = {}
     transcripts = path.parent / "validated.tsv"
     if transcripts.is_file():
-        sentences = {r["path"]: r["sentence"] for r in tsv(transcripts, {"path", "sentence"}, **PLAIN)}
+        sentences = {r["path"]: r["sentence"] for r in tsv(transcripts, config.encoding, {"path", "sentence"}, **PLAIN)}
     audio, split = folder_of(config, path.parent / "clips"), config.split or "test"
     prompt = _prompt(config, "translation", language=language)
-    for row in tsv(path, {"path", "translation", "split"}, **PLAIN):
+    for row in tsv(path, config.encoding, {"path", "translation", "split"}, **PLAIN):
         if row["split"] == split:
             yield Question(
                 audio / row["path"],
@@ -134,7 +142,7 @@ def read_spoken_squad(config: LabelledConfig, folder: Path) -> Iterator[Question
     """
     path = Path(config.path)
     audio = folder_of(config, path.parent / "dev_wav")
-    articles = json.loads(read_text(path))["data"]
+    articles = json.loads(read_text(path, config.encoding))["data"]
     for i, article in enumerate(articles):
         for j, paragraph in enumerate(article["paragraphs"]):
             questions = [q for q in paragraph["qas"] if q["answers"]]
@@ -162,7 +170,7 @@ def read_longspeech_eval(config: LabelledConfig, folder: Path) -> Iterator[Quest
     path = Path(config.path)
     audio = folder_of(config, path.parent)
     try:
-        rows = json.loads(read_text(path))
+        rows = json.loads(read_text(path, config.encoding))
     except ValueError as error:
         raise DataError(f"{path} is no JSON ({error}).") from error
     for number, row in enumerate(rows if isinstance(rows, list) else [rows]):
@@ -174,29 +182,32 @@ def read_longspeech_eval(config: LabelledConfig, folder: Path) -> Iterator[Quest
 
 
 def read_voicebench(config: LabelledConfig, folder: Path) -> Iterator[Question]:
-    """Spoken instructions. Letters as references are choices; other references must stand in the answer; IFEval's
-    instructions are checked. Subsets without either (``alpacaeval``, ``commoneval``, ``advbench``) need a judge and
-    are refused."""
+    """Spoken instructions. Letters (``B`` or ``(B)``), yes and no as references are choices; other references must
+    stand in the answer; IFEval's instructions are checked. Subsets without either (``alpacaeval``, ``commoneval``,
+    ``advbench``) need a judge and are refused."""
     path = Path(config.path)
     table = _parquet(path)
     if not {"reference", "instruction_id_list"} & set(table.column_names):
         raise DataError(
             f"{path}: this subset has no references; its answers are rated by an LLM, which is not done here."
         )
-    letters: tuple[str, ...] = ()
-    if "reference" in table.column_names and set(table["reference"]) <= set("ABCDEFGHIJ"):
-        letters = tuple(sorted(set(table["reference"])))
-    for index, row in enumerate(table):
-        prompt = _prompt(config, "letter", choices=", ".join(letters)) if letters else _prompt(config, "follow")
-        label = row.get("reference") or ""
-        metric = "accuracy" if letters else "contains" if label else "instructions"
+    references = [str(r or "") for r in table["reference"]] if "reference" in table.column_names else [""] * len(table)
+    letters = tuple(sorted({found[1] for found in map(LETTER.fullmatch, references) if found}))
+    for index, (row, label) in enumerate(zip(table, references, strict=True)):
+        choices: tuple[str, ...] = ()
+        prompt = _prompt(config, "follow")
+        if found := LETTER.fullmatch(label):
+            label, choices, prompt = found[1], letters, _prompt(config, "letter", choices=", ".join(letters))
+        elif label in YES_NO:
+            choices, prompt = YES_NO, _prompt(config, "yes_no")
+        metric = "accuracy" if choices else "contains" if label else "instructions"
         yield Question(
             _audio_of(row, folder, index),
             path.parent.name,
             prompt,
             label,
             metric,
-            letters,
+            choices,
             row["prompt"],
             instructions=_instructions(row),
         )
@@ -207,7 +218,7 @@ def read_speech_ifeval(config: LabelledConfig, folder: Path) -> Iterator[Questio
     stand in the answer."""
     path = Path(config.path)
     audio = folder_of(config, path.parent.parent / "audios")
-    for row in json_lines(path):
+    for row in json_lines(path, config.encoding):
         label = str(row.get("label") or "")
         metric = "instructions" if not label else "wer" if row.get("metric") == "wer" else "contains"
         task = row.get("dataset") or path.stem
@@ -223,8 +234,9 @@ def read_slots(config: LabelledConfig, folder: Path) -> Iterator[Question]:
     The choices of a question are all values that its slot has in the table, so they do not depend on ``utterances``.
     """
     path = Path(config.path)
-    rows = tsv(path, {"path", "slots"})
-    slots = [json.loads(r["slots"]) for r in rows]
+    root = folder_of(config, path.parent)
+    rows = tsv(path, config.encoding, {"path", "slots"})
+    slots = [{k: str(v) for k, v in json.loads(r["slots"]).items() if v not in (None, "")} for r in rows]
     choices: dict[str, set[str]] = {}
     for filled in slots:
         for name, value in filled.items():
@@ -233,19 +245,17 @@ def read_slots(config: LabelledConfig, folder: Path) -> Iterator[Question]:
         for name, value in filled.items():
             options = tuple(sorted(choices[name]))
             prompt = fill(config.prompts.get(name, SLOT_PROMPT), slot=words(name), choices=", ".join(options))
-            yield Question(path.parent / row["path"], name, prompt, value, "accuracy", options)
+            yield Question(root / row["path"], name, prompt, value, "accuracy", options)
 
 
 def read_jsonl(config: LabelledConfig, folder: Path) -> Iterator[Question]:
     """JSON lines with the fields of :class:`Question`; ``audio`` is relative to the file."""
     path = Path(config.path)
-    for number, line in numbered_lines(path):
+    root = folder_of(config, path.parent)
+    for number, line in numbered_lines(path, config.encoding):
         try:
-            row = json.loads(line)
-            row["audio"] = path.parent / row["audio"]
-            row |= {k: tuple(row.get(k, ())) for k in ("choices", "others", "instructions")}
-            question = Question(**row)
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
+            question = _question(json.loads(line), root)
+        except (ValueError, TypeError, KeyError) as error:
             raise DataError(f"{path}, line {number}: {type(error).__name__}: {error}.") from error
         if question.metric not in METRICS or (question.metric == "accuracy") != bool(question.choices):
             raise DataError(
@@ -256,6 +266,34 @@ def read_jsonl(config: LabelledConfig, folder: Path) -> Iterator[Question]:
         yield question
 
 
+def _question(row: Any, root: Path) -> Question:
+    """A question of a JSON line; what is null is as if it were absent.
+
+    Raises:
+        TypeError, KeyError: a field is absent, unknown, or of another type.
+    """
+    if not isinstance(row, dict):
+        raise TypeError(f"it is a JSON {type(row).__name__}, not an object")
+    row = {key: value for key, value in row.items() if value is not None}
+    for key in LISTS:
+        row[key] = _list_of(key, row.get(key, []))
+    for key, value in row.items():
+        if isinstance(value, int) and not isinstance(value, bool):
+            row[key] = str(value)
+        elif key not in LISTS and not isinstance(value, str):
+            raise TypeError(f"{key} must be a text, not {value!r}")
+    return Question(**row | {"audio": root / row["audio"]})
+
+
+def _list_of(key: str, values: Any) -> tuple[Any, ...]:
+    if not isinstance(values, list) or not all(isinstance(value, LISTS[key]) for value in values):
+        raise TypeError(f"{key} must be a list of {'objects' if LISTS[key] is dict else 'texts'}, not {values!r}")
+    if LISTS[key] is dict:
+        values = [{"id": value["id"], "kwargs": value.get("kwargs") or {}} for value in values]
+    return tuple(values)
+
+
+LISTS: dict[str, type] = {"choices": str, "others": str, "instructions": dict}
 PLAIN: dict[str, Any] = {
     "quoting": csv.QUOTE_NONE,
     "escapechar": "\\",

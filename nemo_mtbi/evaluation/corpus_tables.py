@@ -28,15 +28,21 @@ def folder_of(config: LabelledConfig, published: Path) -> Path:
     return folder
 
 
-def tsv(path: Path, columns: set[str], **dialect: Any) -> list[dict[str, str]]:
-    rows = list(csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter="\t", **dialect))
+def tsv(path: Path, encoding: str | None, columns: set[str], **dialect: Any) -> list[dict[str, str]]:
+    rows = list(csv.DictReader(io.StringIO(read_text(path, encoding), newline=""), delimiter="\t", **dialect))
+    for row in rows:
+        if torn := [value for value in row.values() if isinstance(value, str) and "\n" in value]:
+            raise DataError(
+                f"{path}: a cell begins with a quotation mark that does not end in its line: {torn[0][:60]!r}. Close "
+                "it, or take it away."
+            )
     if not rows or not columns <= set(rows[0]):
         raise DataError(f"{path} needs the columns {', '.join(sorted(columns))}.")
     return rows
 
 
-def json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in numbered_lines(path):
+def json_lines(path: Path, encoding: str | None = None) -> Iterator[dict[str, Any]]:
+    for number, line in numbered_lines(path, encoding):
         try:
             row = json.loads(line)
         except ValueError as error:

@@ -15,6 +15,7 @@ from lhotse import CutSet
 from lhotse.audio import AudioLoadingError
 from lhotse.cut import Cut
 
+from nemo_mtbi import console
 from nemo_mtbi.data.conversation import MTBIConversation
 from nemo_mtbi.data.literal import literal_encoding
 from nemo_mtbi.data.messages import NOTHING_HEARD
@@ -35,11 +36,14 @@ from nemo_mtbi.evaluation.questions import LabelledConfig, Question
 from nemo_mtbi.preparation.sources import utterance_cut
 from nemo_mtbi.tasks.forms import choose
 
+LETTER = re.compile("[A-Za-z]")
 GROUP = "group"  # of a label: what its question is resampled with
 LABELS_FIELD = "labels"
 
 
-def labelled_cuts(name: str, options: dict[str, Any], tokenizer: Any, end: int, folder: Path) -> tuple[CutSet, bool]:
+def labelled_cuts(
+    name: str, options: dict[str, Any], tokenizer: Any, end: int, folder: Path, rendering: str = ""
+) -> tuple[CutSet, bool]:
     """Cuts with the labels as targets, and whether every one has a transcript.
 
     Args:
@@ -48,10 +52,12 @@ def labelled_cuts(name: str, options: dict[str, Any], tokenizer: Any, end: int, 
         tokenizer: of the LLM (Transformers).
         end: its end-of-turn token.
         folder: where recordings go that the corpus keeps in pieces or inside tables (in a folder of this state of it).
+        rendering: of the targets, see :class:`~nemo_mtbi.data.target.Target`: systems with another one are refused.
 
     Raises:
         ConfigError: unknown kind or field.
-        DataError: the table or a recording is missing, or it asks nothing.
+        DataError: the table is missing, it asks nothing, or none of its recordings can be read (single ones are left
+            out, and counted).
     """
     try:
         config = LabelledConfig(**options)
@@ -71,11 +77,18 @@ def labelled_cuts(name: str, options: dict[str, Any], tokenizer: Any, end: int, 
         questions.setdefault(question.audio, []).append(question)
     if not questions:
         raise DataError(f"labelled.{name}: {config.path} asks nothing.")
-    limit = config.max_new_tokens
-    cuts = [
-        _cut(f"{name}-{i:05d}", audio, asked, tokenizer, end, limit)
-        for i, (audio, asked) in enumerate(questions.items())
-    ]
+    cuts, unread = [], []
+    for i, (audio, asked) in enumerate(questions.items()):
+        try:
+            cuts.append(_cut(f"{name}-{i:05d}", audio, asked, tokenizer, end, config.max_new_tokens, rendering))
+        except (OSError, AudioLoadingError) as error:
+            unread.append(f"{audio} ({(str(error).splitlines() or [type(error).__name__])[0][:200]})")
+    if not cuts:
+        raise DataError(f"labelled.{name}: none of {len(unread)} recordings can be read, the first one: {unread[0]}.")
+    if unread:
+        console.say(
+            f"labelled.{name}: {len(unread)} recordings cannot be read and are left out, the first: {unread[0]}."
+        )
     return CutSet.from_cuts(cuts), all(q.transcript for asked in questions.values() for q in asked)
 
 
@@ -92,9 +105,11 @@ def _asked(name: str, config: LabelledConfig, folder: Path) -> Iterator[Question
         ) from error
 
 
-def _cut(cut_id: str, audio: Path, asked: list[Question], tokenizer: Any, end: int, limit: int | None) -> Cut:
+def _cut(
+    cut_id: str, audio: Path, asked: list[Question], tokenizer: Any, end: int, limit: int | None, rendering: str
+) -> Cut:
     if not audio.is_file():
-        raise DataError(f"There is no audio file {audio}.")
+        raise FileNotFoundError("there is no such file")
     targets, labels = [], {}
     for index, question in enumerate(asked):
         if not question.label and not question.instructions:
@@ -110,7 +125,8 @@ def _cut(cut_id: str, audio: Path, asked: list[Question], tokenizer: Any, end: i
         prompt_id = f"{task}-{index}"
         ids = [*literal_encoding(tokenizer, question.label)[0], end]
         budget = limit or (512 if question.instructions else max(48, 2 * len(ids)))
-        targets.append(Target("", task, prompt_id, question.prompt, question.label, ids).to_dict())
+        target = Target("", task, prompt_id, question.prompt, question.label, ids, rendering=rendering)
+        targets.append(target.to_dict())
         labels[prompt_id] = {
             "metric": question.metric,
             "choices": list(question.choices),
@@ -139,16 +155,18 @@ def label_of(conversation: MTBIConversation) -> dict[str, Any]:
 
 def letter_of(answer: str, letters: list[str]) -> str | None:
     """The letter that an answer chooses: at its beginning with punctuation, after "answer is", or the only one that
-    stands alone. ("A" and "I" before a word are words.)"""
+    stands alone. ("A" and "I" before a word are words; small ones count in an answer that is a letter alone.)"""
     patterns = (
         r"^\W*([A-Z])(?:[.,:;)]|\s*$)",
         r"\b(?:[Aa]nswer|[Cc]hoice|[Oo]ption)\b\W*(?:is\b\W*)?([A-Z])\b",
         r"\b([AI](?!\s+[a-z])|[B-HJ-Z])\b",
     )
+    by_letter = {letter.upper(): letter for letter in letters}
+    alone = answer.strip().strip("().:*\"' ")
     for pattern in patterns:
-        found = set(re.findall(pattern, answer)) & set(letters)
+        found = set(re.findall(pattern, alone.upper() if len(alone) == 1 else answer)) & set(by_letter)
         if found:
-            return found.pop() if len(found) == 1 else None
+            return by_letter[found.pop()] if len(found) == 1 else None
     return None
 
 
@@ -164,7 +182,7 @@ def label_measures(record: dict[str, Any]) -> dict[str, Measure]:
     if choices:
         likely = record["choice"]
         if answer is not None:
-            text = letter_of(answer, choices) if all(len(c) == 1 for c in choices) else choose(answer, choices)
+            text = letter_of(answer, choices) if all(map(LETTER.fullmatch, choices)) else choose(answer, choices)
             result = {
                 "accuracy_text": (float(text == label), 1.0),
                 "f1_text": class_counts(label, text, record.get("task", "")),

@@ -18,7 +18,8 @@ F1 the counts of each class (:data:`SCORES`).
 | ``instructions``, ``prompts`` | IFEval's strict shares of instructions followed, and of answers that follow all of
 them |
 
-WER counts words after Whisper's English normalizer (Transformers), for other languages its basic one.
+WER counts words after Whisper's English normalizer (Transformers; without its table of British and American spellings),
+for other languages its basic one.
 """
 
 import re
@@ -30,10 +31,14 @@ import numpy as np
 
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.evaluation.statistics import Score, Sums, ratio
+from nemo_mtbi.io.text import UNSPACED, language_code
 from nemo_mtbi.tasks.forms import choose, form_error
 from nemo_mtbi.tasks.library import Task
 
-Measure = tuple[float, ...] | dict[str, float]  # positional values, or named ones where answers have different ones
+Measure = (
+    tuple[float, ...] | dict[tuple[str, ...], float]
+)  # positional values, or named ones where answers have different ones
+BRACKETS = re.compile(r"[\[\](){}<>]")
 LIBRARIES = ("jiwer", "rouge_score", "sacrebleu", "torchmetrics", "transformers", "torch", "nemo_toolkit", "lhotse")
 
 
@@ -83,17 +88,17 @@ def sums_of(measure: str, rows: dict[str, list[Measure]]) -> Sums:
     return Sums.of(added, SCORES.get(measure, ratio))  # type: ignore[arg-type]
 
 
-def class_counts(label: str, predicted: str | None, task: str = "") -> dict[str, float]:
+def class_counts(label: str, predicted: str | None, task: str = "") -> dict[tuple[str, ...], float]:
     """What one answer adds to true positives, false positives and false negatives of the classes, which are the labels
     of its kind of question: "medium" of a pitch is not that of a rate.
     """
-    label, predicted = f"{task}/{label}", None if predicted is None else f"{task}/{predicted}"
     if predicted == label:
-        return {f"{label}:tp": 1.0, f"{label}:fp": 0.0, f"{label}:fn": 0.0}
-    missed = {f"{label}:tp": 0.0, f"{label}:fp": 0.0, f"{label}:fn": 1.0}
-    if predicted is not None:
-        missed |= {f"{predicted}:tp": 0.0, f"{predicted}:fp": 1.0, f"{predicted}:fn": 0.0}
-    return missed
+        return _counts(task, label, tp=1.0)
+    return _counts(task, label, fn=1.0) | ({} if predicted is None else _counts(task, predicted, fp=1.0))
+
+
+def _counts(task: str, label: str, **found: float) -> dict[tuple[str, ...], float]:
+    return {(task, label, kind): found.get(kind, 0.0) for kind in ("fn", "fp", "tp")}
 
 
 def macro_f1(sums: np.ndarray) -> np.ndarray:
@@ -109,7 +114,7 @@ def bleu_counts(reference: str, answer: str, language: str) -> Measure:
     """Matching and all n-grams (1 to 4), lengths of answer and reference, after sacrebleu's tokenizer of the
     language.
     """
-    score = _bleu(language.split("-")[0].lower()).sentence_score(answer, [reference])
+    score = _bleu(language_code(language)).sentence_score(answer, [reference])
     return (*map(float, score.counts), *map(float, score.totals), float(score.sys_len), float(score.ref_len))
 
 
@@ -161,9 +166,13 @@ def instruction_measures(instructions: list[dict[str, Any]], prompt: str, answer
 
 
 def contains(label: str, answer: str, language: str = "en") -> Measure:
-    """Whether the words of the label stand in the answer, in order, both normalized."""
-    normalize = normalizer(language.split("-")[0].lower())
-    return float(f" {normalize(label)} " in f" {normalize(answer)} "), 1.0
+    """Whether the words of the label stand in the answer, in order, both normalized. Brackets are no reason to leave
+    words out here, as Whisper's normalizer does; scripts without spaces are compared without any."""
+    normalize = normalizer(language_code(language))
+    wanted, said = (f" {normalize(BRACKETS.sub(' ', text)).strip()} " for text in (label, answer))
+    if UNSPACED.search(label):
+        wanted, said = wanted.replace(" ", ""), said.replace(" ", "")
+    return float(bool(wanted.strip()) and wanted in said), 1.0
 
 
 def text_measures(reference: str, answer: str) -> dict[str, tuple[float, float]]:
@@ -181,7 +190,7 @@ def filled_values(task: Task, prompt: str) -> dict[str, str]:
 
 def word_errors(reference: str, hypothesis: str, language: str = "en") -> tuple[float, float]:
     """(substitutions + deletions + insertions, words of the reference), both normalized."""
-    normalize = normalizer(language.split("-")[0].lower())
+    normalize = normalizer(language_code(language))
     reference, hypothesis = normalize(reference), normalize(hypothesis)
     if not reference:
         return 0.0, 0.0

@@ -1,6 +1,7 @@
 """Answers and teacher-forced sums of one system, kept in files that survive an interruption."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -69,7 +70,11 @@ class Predictions:
         jsonl.repair(file)
         wanted = {record_id(c): c for c in questions.conversations}
         keys = {i: self._key(c) for i, c in wanted.items()}
-        done = {r["id"]: r for r in jsonl.read(file) if keys.get(r["id"]) == r["key"]}
+        records = list(jsonl.read(file))
+        done = {r["id"]: r for r in records if keys.get(r["id"]) == r["key"]}
+        if len(done) < len(records):  # of other weights, say: a line for each answer
+            with jsonl.replacing(file, "part") as out:
+                out.writelines(f"{json.dumps(r)}\n" for r in done.values())
         missing = [c for i, c in wanted.items() if i not in done]
         title = f"{self.folder.name}: {name}"
         with jsonl.Appender(file) as out:
@@ -87,7 +92,8 @@ class Predictions:
         target = conversation.target
         assert target is not None
         label = {name: value for name, value in label_of(conversation).items() if name != GROUP}
-        said = (transcript(conversation.cut), label, self.budget(conversation) if self.generate else 0)
+        said: list[Any] = [transcript(conversation.cut), label, self.budget(conversation) if self.generate else 0]
+        said += [] if label else [self.choices(conversation)]  # a label has its own
         return key_of(
             self.key, target.rendering, target.prompt, target.response, *said, features_key(conversation.cut, "")
         )

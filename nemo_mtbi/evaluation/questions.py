@@ -53,6 +53,7 @@ class LabelledConfig:
         kind: name of a reader; see :data:`nemo_mtbi.evaluation.corpora.READERS`.
         path: of its table, in the published form.
         audio: folder of the recordings, where it is not at the published place.
+        encoding: of its table, where that is not UTF-8.
         split: of a table that holds several.
         prompts: wording of the question of each task, with the reader's ``{...}`` in the default ones.
         utterances: upper limit, the first ones of the table (0: all).
@@ -64,6 +65,7 @@ class LabelledConfig:
     kind: str
     path: str
     audio: str | None = None
+    encoding: str | None = None
     split: str | None = None
     prompts: dict[str, str] = field(default_factory=dict)
     utterances: int = 0

@@ -50,11 +50,18 @@ def summarize_labels(records: dict[str, dict[str, dict[str, Any]]], baseline: st
     """Scores against labels: ``[system][id]`` -> :func:`entries`, and for each system
 
     ``tasks``: of each kind of question its ``scores`` and ``against``, and ``confusion``: how often each label was
-    answered by each choice. Intervals resample speakers where they are known, with all of their questions, and
-    sentences where several recordings say the same.
+    answered by each choice. Macro F1 is of kinds of question whose choices are always the same. Intervals resample
+    speakers where they are known, with all of their questions, and sentences where several recordings say the same.
     """
     told = {n: {i: {**r, "utterance": unit_of(r)} for i, r in o.items()} for n, o in records.items()}
     scored = {name: {i: (r, label_measures(r)) for i, r in rows.items()} for name, rows in told.items()}
+    choices = defaultdict(set)
+    for record in (r for rows in told.values() for r in rows.values()):
+        choices[record["task"]].add(tuple(sorted(record["choices"])))
+    for record, found in (pair for rows in scored.values() for pair in rows.values()):
+        if len(choices[record["task"]]) > 1:  # no classes that answers have in common
+            for measure in ("f1_text", "f1_likelihood"):
+                found.pop(measure, None)
     result = entries(scored, baseline, resamples)
     for task in sorted({r["task"] for rows in told.values() for r in rows.values()}):
         own = {name: {i: o for i, o in rows.items() if o[0]["task"] == task} for name, rows in scored.items()}

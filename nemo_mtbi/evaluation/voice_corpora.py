@@ -20,13 +20,14 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lhotse import CutSet
 from lhotse.cut import Cut
 
+from nemo_mtbi import console
 from nemo_mtbi.data.conversation import transcript
 from nemo_mtbi.data.description import DESCRIPTION_FIELD, DescribedText
 from nemo_mtbi.errors import DataError
@@ -112,6 +113,7 @@ def _file_of(cut: Cut, folder: Path) -> Path:
     """The recording of a cut; a file of its own where the cut is a part of it."""
     recording = cut.recording
     whole = cut.start == 0 and abs(cut.duration - recording.duration) < 0.01 and len(recording.sources) == 1
+    whole = whole and recording.num_channels == 1  # of several, a cut has one speaker's
     if whole and recording.sources[0].type == "file" and not recording.transforms:
         return Path(recording.sources[0].source)
     path = folder / f"{hashlib.blake2b(cut.id.encode(), digest_size=12).hexdigest()}.flac"
@@ -145,6 +147,11 @@ def _about(
         yield Question(audio, name, prompt, label, "accuracy", choices, text, speaker=speaker)
 
 
+def _recordings(files: Iterable[Path], suffixes: tuple[str, ...]) -> list[Path]:
+    """Of some files, the recordings (``.WAV`` too), sorted."""
+    return sorted(file for file in files if file.suffix.lower() in suffixes)
+
+
 def _some(files: list[Path], where: str) -> list[Path]:
     if not files:
         raise DataError(f"There is no {where}.")
@@ -155,10 +162,10 @@ def read_cremad(config: LabelledConfig, folder: Path) -> Iterator[Question]:
     """``1001_DFA_ANG_XX.wav``: actor, sentence, emotion, intensity; the actors' sex is in a table."""
     root = Path(config.path)
     audio = folder_of(config, root / "AudioWAV")
-    table = csv.DictReader(io.StringIO(read_text(root / "VideoDemographics.csv"), newline=""))
+    table = csv.DictReader(io.StringIO(read_text(root / "VideoDemographics.csv", config.encoding), newline=""))
     sexes = {row["ActorID"].strip(): row["Sex"].strip().lower() for row in table}
     emotions = tuple(CREMAD_EMOTIONS.values())
-    for file in _some(sorted(audio.glob("*.wav")), f"recording in {audio}"):
+    for file in _some(_recordings(audio.iterdir(), (".wav",)), f"recording in {audio}"):
         actor, sentence, emotion, *_ = [*file.stem.split("_"), "", "", ""]
         if emotion not in CREMAD_EMOTIONS or actor not in sexes:
             raise DataError(f"{file}: CREMA-D's names are ACTOR_SENTENCE_EMOTION_LEVEL.wav, with actors of the table.")
@@ -169,8 +176,11 @@ def read_cremad(config: LabelledConfig, folder: Path) -> Iterator[Question]:
 def read_ravdess(config: LabelledConfig, folder: Path) -> Iterator[Question]:
     """``03-01-06-01-02-01-12.wav``: modality, channel (01 speech), emotion, intensity, sentence, repetition, actor (odd
     ones are men); songs and videos are left out."""
-    files = _some(sorted(Path(config.path).rglob("*-*-*-*-*-*-*.wav")), f"recording of RAVDESS in {config.path}")
-    for file in files:
+    root = folder_of(config, Path(config.path))
+    found = {
+        file.stem: file for file in _recordings(root.rglob("*-*-*-*-*-*-*.*"), (".wav",))
+    }  # a copy is no other one
+    for file in _some(list(found.values()), f"recording of RAVDESS in {root}"):
         try:
             _, channel, emotion, _, sentence, _, actor = (int(part) for part in file.stem.split("-"))
             labels = {
@@ -192,8 +202,8 @@ def read_iemocap(config: LabelledConfig, folder: Path) -> Iterator[Question]:
     for table in _some(tables, f"Session*/dialog/EmoEvaluation/Ses*.txt in {root}"):
         session, dialog = table.parents[2], table.stem
         words = session / "dialog" / "transcriptions" / table.name
-        texts = dict(IEMOCAP_WORDS.findall(read_text(words))) if words.is_file() else {}
-        for turn, emotion in IEMOCAP_LINE.findall(read_text(table)):
+        texts = dict(IEMOCAP_WORDS.findall(read_text(words, config.encoding))) if words.is_file() else {}
+        for turn, emotion in IEMOCAP_LINE.findall(read_text(table, config.encoding)):
             if emotion not in IEMOCAP_EMOTIONS:
                 continue
             gender = GENDERS[turn.rsplit("_", 1)[-1].startswith("F")]
@@ -206,7 +216,9 @@ def read_iemocap(config: LabelledConfig, folder: Path) -> Iterator[Question]:
 def read_voxceleb(config: LabelledConfig, folder: Path) -> Iterator[Question]:
     """A table of speakers with tabs (VoxCeleb1) or commas (2); each speaker's recordings are in folders of videos."""
     path = Path(config.path)
-    lines = [re.split(r"\s*[\t,]\s*", line.strip()) for line in read_text(path).splitlines() if line.strip()]
+    lines = [
+        re.split(r"\s*[\t,]\s*", line.strip()) for line in read_text(path, config.encoding).splitlines() if line.strip()
+    ]
     head = [name.casefold() for name in lines[0]] if lines else []
     if not {"gender", "set"} <= set(head):
         raise DataError(f"{path}: VoxCeleb's table begins with the names of its columns, Gender and Set among them.")
@@ -216,57 +228,85 @@ def read_voxceleb(config: LabelledConfig, folder: Path) -> Iterator[Question]:
     roots = [Path(config.audio)] if config.audio else [place for place in places if place.is_dir()]
     if not roots:
         raise DataError(f"There is none of {', '.join(map(str, places))} with the recordings of {path}; set audio.")
+    absent = 0
     for line in lines[1:]:
         speaker, own = line[0], dict(zip(head, line, strict=False))
         if own["set"] not in asked:
             continue
         gender = {"m": "male", "f": "female"}[own["gender"].casefold()]
-        files = [f for root in roots for f in sorted((root / speaker).rglob("*")) if f.suffix in (".wav", ".m4a")]
+        files = [f for root in roots for f in _recordings((root / speaker).rglob("*"), (".wav", ".m4a", ".flac"))]
+        absent += not files
         for file in files:
             own_config = LabelledConfig("", "", prompts=config.prompts)
             yield from _about(own_config, file, speaker, {"gender": (gender, GENDERS)})
+    if absent:
+        console.say(f"{path}: {absent} speakers of the table have no recordings in {', '.join(map(str, roots))}.")
 
 
 def read_air_bench(config: LabelledConfig, folder: Path) -> Iterator[Question]:
     """Foundation questions: the recordings of a task and a corpus are in a folder ``TASK_CORPUS``."""
     path = Path(config.path)
     root = folder_of(config, path.parent)
-    rows = _entries(path, ("path", "question", "answer_gt", "task_name", "dataset_name"))
+    rows = _entries(path, config.encoding, ("path", "question", "answer_gt", "task_name", "dataset_name"))
     asked = _asked(config, tuple(sorted({row["task_name"] for row in rows})))
-    for row in rows:
-        if row["task_name"] in asked:
-            choices = [str(row.get(f"choice_{letter}") or "").strip() for letter in "abcd"]
-            name = row["path"] if row["task_name"] != "Audio_Grounding" else f"{row['path'][:-3]}flac"
-            audio = root / f"{row['task_name']}_{row['dataset_name']}" / name
-            yield _chosen(config, path, audio, row["task_name"], row["question"], choices, row["answer_gt"])
+
+    def question(row: dict[str, Any]) -> Question | None:
+        choices = [row.get(f"choice_{letter}") for letter in "abcd"]
+        name = row["path"] if row["task_name"] != "Audio_Grounding" else f"{row['path'][:-3]}flac"
+        audio = root / f"{row['task_name']}_{row['dataset_name']}" / name
+        return _chosen(config, audio, row["task_name"], row["question"], choices, row["answer_gt"])
+
+    yield from _with_choices(path, (question(row) for row in rows if row["task_name"] in asked))
 
 
 def read_mmau(config: LabelledConfig, folder: Path) -> Iterator[Question]:
-    """Questions about speech, sound and music; recordings are named relative to the table."""
+    """Questions about speech, sound and music; recordings are named relative to the table. Entries whose answer is none
+    of their choices (the published files have some) are left out."""
     path = Path(config.path)
     root = folder_of(config, path.parent)
-    rows = _entries(path, ("audio_id", "question", "choices", "answer", "task"))
+    rows = _entries(path, config.encoding, ("audio_id", "question", "choices", "answer", "task"))
     asked = _asked(config, tuple(sorted({row["task"] for row in rows}))) if config.split else ["speech"]
-    for row in rows:
-        if row["task"] in asked:
-            task = row.get("sub-category") or row["task"]
-            yield _chosen(config, path, root / row["audio_id"], task, row["question"], row["choices"], row["answer"])
+
+    def question(row: dict[str, Any]) -> Question | None:
+        task = row.get("sub-category") or row["task"]
+        return _chosen(config, root / row["audio_id"], task, row["question"], row["choices"], row["answer"])
+
+    yield from _with_choices(path, (question(row) for row in rows if row["task"] in asked))
 
 
 def _chosen(
-    config: LabelledConfig, path: Path, audio: Path, task: str, question: str, choices: list[str], answer: str
-) -> Question:
-    choices = list(dict.fromkeys(c for c in choices if c))
-    if answer not in choices:
-        raise DataError(f"{path}: the answer {answer!r} to {question!r} is none of its choices.")
+    config: LabelledConfig, audio: Path, task: str, question: str, choices: list[Any], answer: Any
+) -> Question | None:
+    """None where the answer is none of the choices, or several."""
+    choices = list(dict.fromkeys(str(c).strip() for c in choices if c))
+    matching = [c for c in choices if _bare(c) == _bare(answer)]
+    if len(matching) != 1:
+        return None
     template = config.prompts.get(task, PROMPTS["question"])
     prompt = fill(template, question=question.strip(), choices=", ".join(choices))
-    return Question(audio, task, prompt, answer, "accuracy", tuple(choices))
+    return Question(audio, task, prompt, matching[0], "accuracy", tuple(choices))
 
 
-def _entries(path: Path, needed: tuple[str, ...]) -> list[dict[str, Any]]:
+def _bare(choice: Any) -> str:
+    """``(B) C major.`` -> ``c major``: the published answers are often written otherwise than the choices."""
+    return re.sub(r"^\([A-Za-z]\)\s*", "", str(choice).strip()).strip(" .,;:!?\"'").casefold()
+
+
+def _with_choices(path: Path, questions: Iterable[Question | None]) -> Iterator[Question]:
+    """Those whose answer is one of their choices; how many are not is said."""
+    without = 0
+    for question in questions:
+        if question is None:
+            without += 1
+        else:
+            yield question
+    if without:
+        console.say(f"{path}: {without} questions are left out: their answer is none of their choices.")
+
+
+def _entries(path: Path, encoding: str | None, needed: tuple[str, ...]) -> list[dict[str, Any]]:
     try:
-        rows = json.loads(read_text(path))
+        rows = json.loads(read_text(path, encoding))
     except ValueError as error:
         raise DataError(f"{path} is no JSON ({error}).") from error
     for number, row in enumerate(rows if isinstance(rows, list) else [rows]):

@@ -48,7 +48,7 @@ def main(cfg: DictConfig) -> None:
         for seed in cfg.seeds.get(name, [0]):
             runs.setdefault(name, {})[seed] = run = root / name / f"seed{seed}"
             values = train_values(cfg, variants[name], run, seed)
-            if not finished(run, overrides(values)):
+            if not finished(run, overrides(values), inputs_of(cfg, values)):
                 run_step(f"train {name}, seed {seed}", "train", values)
     systems = {f"{name}.{seed}": str(run) for name, seeds in runs.items() for seed, run in seeds.items()}
     first = next(iter(systems.values()))
@@ -95,6 +95,12 @@ def check_tasks(cfg: DictConfig, variants: dict[str, dict[str, Any]]) -> list[st
     trained = tasks_of(Path(cfg.targets.train)).union(*(held(cfg, variant) for variant in variants.values()))
     library = load_library(cfg.benchmark.get("task_folders"))
     trained -= {task.name for task in library.values() if task.group == "control"}  # not asked in the benchmark
+    unseen = set(cfg.benchmark.get("unseen_tasks") or (t.name for t in library.values() if t.group == "held_out"))
+    if both := trained & unseen:
+        raise ConfigError(
+            f"The targets to train on hold {sorted(both)[0]}, which benchmark.unseen_tasks is to ask as unseen: leave "
+            "it out there, or name the tasks of the variants."
+        )
     called = set(cfg.benchmark.get("trained_tasks") or trained)
     if trained != called or not trained:
         there, said = (", ".join(sorted(names)) or "none" for names in (trained, called))
@@ -129,18 +135,42 @@ def train_values(cfg: DictConfig, variant: dict[str, Any], run: Path, seed: int)
     }
 
 
-def finished(run: Path, settings: list[str]) -> bool:
+def inputs_of(cfg: DictConfig, values: dict[str, Any]) -> dict[str, str]:
+    """Digests of the files that a variant is trained with, by what they are."""
+    from nemo_mtbi.checkpoints.run_directory import RunDirectory
+
+    [source] = values["data.train_ds.input_cfg"]
+    files = {"targets": Path(source["cuts_path"]), "validation": Path(cfg.targets.validation)}
+    if values["init_from"]:
+        run, stage = RunDirectory.parse(values["init_from"])
+        files["warm start"] = run.weights(stage)
+    return {name: digest_of(path) for name, path in files.items() if path.is_file()}
+
+
+@cache
+def digest_of(path: Path) -> str:
+    from nemo_mtbi.evaluation.predictions import digest
+
+    return digest(path)
+
+
+def finished(run: Path, settings: list[str], inputs: dict[str, str]) -> bool:
     """Whether a run is trained.
 
     Raises:
-        ConfigError: with other settings than now.
+        ConfigError: with other settings than now, or with files that have changed.
     """
-    record = run / "overrides.json"
+    record, read_then = run / "overrides.json", run / "inputs.json"
     if record.is_file() and values_of(json.loads(record.read_text())) != values_of(settings):
+        raise ConfigError(f"{run} was trained with other settings ({record}). Use another output_dir, or remove it.")
+    before = json.loads(read_then.read_text()) if read_then.is_file() else inputs
+    if changed := [name for name, own in inputs.items() if before.get(name) != own]:
         raise ConfigError(
-            f"{run} was trained with other settings or data ({record}). Use another output_dir, or remove it."
+            f"{run} was trained with another file of its {changed[0]} ({read_then}). Use another output_dir, or remove "
+            "it."
         )
     jsonl.write_json(record, settings)
+    jsonl.write_json(read_then, inputs)
     return (run / "imitation" / "trained.safetensors").is_file()
 
 

@@ -34,8 +34,16 @@ def main(cfg: DictConfig) -> None:
     run, output = RunDirectory(cfg.run), Path(cfg.output_dir or Path(cfg.run) / "evaluation")
     stages = [name for name in cfg.stages if run.weights(name).is_file()]
     model = MTBISALM.from_run(run, None, cfg.llm_dtype, cfg.tensor_model_parallel_size).to(device)
+    command = shlex.join(["python", "-m", "nemo_mtbi.examples.evaluate", *sys.argv[1:]])
     results: dict[str, dict] = {}
     no_speech: dict[str, dict] = {}
+    if cfg.no_speech:  # first: it is quick, and what it lacks is known before the long part
+        silent = CutSet.from_file(cfg.no_speech)
+        for name in stages:
+            run.load_weights(model, name)
+            title = f"no speech: {name}"
+            share = nothing_heard(SpeechSystem(model), silent, cfg.cached_features, cfg.batch_size, title)
+            no_speech[name] = {"nothing_heard": share}
     for manifest, path in cfg.cuts.items():
         evaluation = Evaluation(model, CutSet.from_file(path), cfg.cached_features, cfg.batch_size)
         systems = results.setdefault(manifest, {})
@@ -55,17 +63,10 @@ def main(cfg: DictConfig) -> None:
             systems[name] = evaluation.score(
                 f"{manifest}: {name}", SpeechSystem(model), generate=name != UNTRAINED
             ).summary()
-    if cfg.no_speech:
-        silent = CutSet.from_file(cfg.no_speech)
-        for name in stages:
-            run.load_weights(model, name)
-            title = f"no speech: {name}"
-            share = nothing_heard(SpeechSystem(model), silent, cfg.cached_features, cfg.batch_size, title)
-            no_speech[name] = {"nothing_heard": share}
+        if is_first_rank():  # what there is, in case that a later set fails
+            paths = write_report(output, results, no_speech, command)
     if not is_first_rank():
         return
-    command = shlex.join(["python", "-m", "nemo_mtbi.examples.evaluate", *sys.argv[1:]])
-    paths = write_report(output, results, no_speech, command)
     if not console.within_step():
         console.say("\n" + paths["md"].read_text())
     announce("Results", dict(paths))

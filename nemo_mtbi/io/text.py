@@ -97,3 +97,11 @@ def guess_encoding(data: bytes) -> tuple[str, str]:
 def normalized(text: str) -> str:
     """Lower case, letters, digits and apostrophes only, as the transcripts of many corpora are."""
     return " ".join(re.sub(r"[^\w\s']", " ", text.lower()).split())
+
+
+def language_code(language: str) -> str:
+    """``zh`` of ``zh-CN``, ``zh_CN`` and ``Chinese`` (Lhotse's recipes write names)."""
+    from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE  # start-up
+
+    code = language.replace("_", "-").split("-")[0].strip().lower()
+    return TO_LANGUAGE_CODE.get(code, code)

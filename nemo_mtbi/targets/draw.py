@@ -11,7 +11,6 @@ from typing import Any
 from lhotse.cut import Cut
 from nemo.collections.common.prompts import PromptFormatter
 from nemo.collections.common.tokenizers import AutoTokenizer
-from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from nemo_mtbi import registration as registration  # the prompt formats
 from nemo_mtbi.data.chat_template import dialect
@@ -21,6 +20,7 @@ from nemo_mtbi.data.messages import NOTHING_HEARD, user_message
 from nemo_mtbi.data.rendering import PromptRenderer, RenderedPrompt, Spoken
 from nemo_mtbi.data.target import NO_SPEECH, Target
 from nemo_mtbi.errors import ConfigError, DataError
+from nemo_mtbi.io.text import language_code
 from nemo_mtbi.modules.causal_lm import end_of_turn, generation_config_of
 from nemo_mtbi.pretrained.fingerprint import fingerprint
 from nemo_mtbi.pretrained.offline import resolve_pretrained
@@ -214,12 +214,6 @@ def given(request: Request, answer: str) -> Request:
     """A request whose answer is not the LLM's: it counts in the key."""
     key = hashlib.blake2b(f"{request.key}/{answer}".encode(), digest_size=12).hexdigest()
     return Request(key, request.prompt_ids, request.max_new_tokens)
-
-
-def language_code(language: str) -> str:
-    """``zh`` of ``zh-CN``, ``zh_CN`` and ``Chinese``."""
-    code = language.replace("_", "-").split("-")[0].strip().lower()
-    return TO_LANGUAGE_CODE.get(code, code)
 
 
 def one_line(text: str) -> str:

@@ -4,8 +4,10 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from nemo_mtbi.io.text import UNSPACED
 from nemo_mtbi.tasks.library import Task, render_template
 
+_AROUND = " \t\n.,;:!?\"'"
 _EDGE = " \t\n.,;:!?\"'()[]*-"
 
 
@@ -169,13 +171,15 @@ def choose(text: str, choices: list[str]) -> str | None:
 
 
 def named_choices(text: str, choices: list[str]) -> list[str]:
-    """The choices that an answer names (as a word, whatever the case).
+    """The choices that an answer names (as a word, whatever the case, without punctuation at the ends).
 
     A choice inside a longer one ("coffee" in "iced coffee") counts only where it stands alone.
     """
-    found = []
-    for choice in sorted(choices, key=len, reverse=True):
-        text, count = re.subn(rf"(?<!\w){re.escape(choice)}(?!\w)", " ", text, flags=re.IGNORECASE)
+    found, different = [], list(dict.fromkeys(choices))
+    for choice in sorted(different, key=len, reverse=True):
+        core = re.escape(choice.strip(_AROUND) or choice)
+        pattern = core if UNSPACED.search(choice) else rf"(?<!\w){core}(?!\w)"
+        text, count = re.subn(pattern, " ", text, flags=re.IGNORECASE)
         if count:
             found.append(choice)
-    return [choice for choice in choices if choice in found]
+    return [choice for choice in different if choice in found]

@@ -183,7 +183,8 @@ def test_longspeech_eval(tmp_path):
     "answer, letter",
     [
         ("B", "B"),
-        ("b", None),
+        ("b", "B"),
+        ("a mammal", None),
         ("B. It is a mammal", "B"),
         ("(C) because", "C"),
         ("The answer is B, a plant.", "B"),

@@ -60,7 +60,7 @@ def test_corpora_of_another_form_are_named(labels, smollm2, kind, name, content)
         ({"metric": "f1"}, "metrics are accuracy"),
         ({"metric": "accuracy"}, "accuracy needs choices"),
         ({"colour": "red"}, "line 1: TypeError"),
-        ({"audio": "absent.wav"}, "no audio file"),
+        ({"audio": "absent.wav"}, "absent.wav .there is no such file"),
         ({"metric": "accuracy", "choices": ["yes", "no"], "label": "Yes"}, "'Yes' .* is none of the choices"),
     ],
 )

@@ -60,7 +60,7 @@ def test_ravdess(tmp_path):
     with pytest.raises(DataError, match="seven numbers"):
         asked("ravdess", tmp_path, tmp_path)
     with pytest.raises(DataError, match="no recording of RAVDESS"):
-        asked("ravdess", tmp_path / "Actor_13", tmp_path)
+        asked("ravdess", put(tmp_path / "empty" / "list.txt").parent, tmp_path)
 
 
 def test_iemocap(tmp_path):
@@ -112,8 +112,7 @@ def test_air_bench(tmp_path):
     assert questions[0].audio.parent.name == "Speaker_Gender_Recognition_cv"
     assert len(asked("air_bench", table, tmp_path, split="Audio_Grounding")) == 1
     put(table, json.dumps([{**row, "answer_gt": "nobody"}]))
-    with pytest.raises(DataError, match="'nobody' to 'Is it a man.' is none of its choices"):
-        asked("air_bench", table, tmp_path)
+    assert asked("air_bench", table, tmp_path) == []  # its answer is none of the choices
 
 
 def test_mmau(tmp_path):

@@ -47,9 +47,12 @@ def test_ablation_variants_as_command_lines(tmp_path):
             if name == "data_1_4":
                 assert own.data.train_ds.input_cfg[0].cuts_path == str(quarter)
     run = tmp_path / "full"
-    assert not finished(run, ["a=1"]) and not finished(run, ["a=1"])
+    same = {"targets": "a", "validation": "b"}
+    assert not finished(run, ["a=1"], same) and not finished(run, ["a=1"], same)
     with pytest.raises(ConfigError, match="other settings"):
-        finished(run, ["a=2"])
+        finished(run, ["a=2"], same)
+    with pytest.raises(ConfigError, match="another file of its targets"):
+        finished(run, ["a=1"], same | {"targets": "c"})
 
 
 def test_a_variant_may_have_targets_of_its_own(tmp_path):
@@ -82,6 +85,10 @@ def test_a_variant_may_have_targets_of_its_own(tmp_path):
         check_tasks(cfg, {"full": {}})
     cfg.benchmark.trained_tasks = None
     assert check_tasks(cfg, {"full": {}}) == ["about", "repeat"]  # what the benchmark is told
+    cfg.benchmark.unseen_tasks = ["reply", "about"]
+    with pytest.raises(ConfigError, match="hold about, which benchmark.unseen_tasks"):  # before anything is trained
+        check_tasks(cfg, {"full": {}})
+    cfg.benchmark.unseen_tasks = None
     empty = tmp_path / "empty.jsonl"
     empty.write_text('{"id": "a"}\n')
     with pytest.raises(ConfigError, match=r"variants.full: tasks \(all\), but .*empty.jsonl holds targets of no task"):

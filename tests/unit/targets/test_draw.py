@@ -8,7 +8,8 @@ from lhotse import CutSet
 
 from nemo_mtbi import registration as registration
 from nemo_mtbi.errors import DataError
-from nemo_mtbi.targets.draw import language_code, one_line
+from nemo_mtbi.io.text import language_code
+from nemo_mtbi.targets.draw import one_line
 from nemo_mtbi.targets.generate import TargetGenerator
 from nemo_mtbi.tasks.library import load_library
 from tests.unit.targets_helpers import config, write_cuts

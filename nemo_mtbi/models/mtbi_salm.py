@@ -37,6 +37,7 @@ from nemo_mtbi.models.objective import (
     combined,
     imitation_terms,
     mean_by_example,
+    of_rows,
     risk_term,
     step_loss,
     sums_by_task,
@@ -242,8 +243,12 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
             terms.append(risk_term(batch, self.perception, weights, losses))
         return combined(terms, *self.counts(batch), RESPONSE_TOKENS) if terms else None
 
-    def answer_losses(self, batch: dict[str, Any], heard: SpeechEmbeddings, teacher: Tensor | None = None) -> Tensor:
-        """Mean CE and KL (B,) of the response tokens, as weighted, where the LLM reads ``heard``."""
+    def answer_losses(
+        self, batch: dict[str, Any], heard: SpeechEmbeddings, rows: list[int], teacher: Tensor | None = None
+    ) -> Tensor:
+        """Mean CE and KL (N,) of the response tokens, as weighted, where the LLM reads ``heard`` of N examples, which
+        are the batch's ``rows``."""
+        batch, teacher = of_rows(batch, teacher, rows)
         examples: list[Example] = batch["examples"]
         seconds = [e.duration_seconds for e in examples]
         with evaluation_mode(self.llm):  # dropout of LoRA would tell equal hypotheses apart

@@ -3,6 +3,7 @@
 Letters: R response tokens, W words with a time, B utterances, P connector positions, H LLM width.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -151,30 +152,58 @@ def risk_term(
     batch: dict[str, Any],
     perception: AudioPerceptionModule,
     config: ImitationConfig,
-    answer_losses: Callable[[SpeechEmbeddings], Tensor],
+    answer_losses: Callable[[SpeechEmbeddings, list[int]], Tensor],
 ) -> Term:
     """Minimum risk over the connector's hypotheses (w_risk): an utterance's risk is the mean loss of a response token.
 
-    Utterances of several windows count, and add none.
+    Utterances of several windows count, and add none. A text that was drawn twice is read once.
 
     Args:
         batch: of :class:`nemo_mtbi.data.dataset.MTBIDataset`.
         perception: encoder and connector.
         config: number and temperature of the samples.
-        answer_losses: losses (B,) of the answers where the LLM reads a hypothesis.
+        answer_losses: losses (N,) of the answers of N examples, where the LLM reads a hypothesis of each.
     """
     features, lengths, windows, _ = batch_features(perception, batch)
     features, connector = connector_dtype(perception, features), connector_of(perception) or Connector()
-    starts = windows_start(windows)
-    readings = connector.hypotheses(features, lengths, config.risk_samples, config.risk_temperature, starts)
+    starts, count = windows_start(windows), config.risk_samples
+    readings = connector.hypotheses(features, lengths, count, config.risk_temperature, starts)
+    utterances = len(lengths) if windows is None else len(windows.firsts)
+    first = first_alike(readings.tokens) if windows is None else [[s] * utterances for s in range(count)]
     with torch.no_grad():
-        losses = [answer_losses(whole_utterances(reading, windows)) for reading in readings.speech]
-        risks = torch.stack(losses, 1)
+        risks = torch.zeros(utterances, count, device=features.device)
+        for s, reading in enumerate(readings.speech):
+            if rows := [row for row, own in enumerate(first[s]) if own == s]:
+                losses = answer_losses(whole_utterances(reading, windows).rows(rows), rows)
+                risks[to_device(rows, risks.device), s] = losses.float()
+        risks = risks.gather(1, to_device(first, risks.device).t())
     if windows is not None:
         risks = risks * torch.tensor(windows.alone, device=risks.device)[:, None]
         features, lengths = features[windows.firsts], lengths[windows.firsts]
         readings.tokens = [[sample[row] for row in windows.firsts] for sample in readings.tokens]
     return Term(config.w_risk, connector.risk_loss(features, lengths, readings, risks), UTTERANCES)
+
+
+def first_alike(tokens: list[list[list[int]]]) -> list[list[int]]:
+    """Of S readings of B utterances, the number (S, B) of the first reading that has the same text."""
+    return [
+        [next(s for s, earlier in enumerate(tokens) if earlier[row] == own) for row, own in enumerate(reading)]
+        for reading in tokens
+    ]
+
+
+def of_rows(batch: dict[str, Any], teacher: Tensor | None, rows: list[int]) -> tuple[dict[str, Any], Tensor | None]:
+    """Some examples of a batch, with their rows of what the teacher says: (R, H) online, (R, K) cached."""
+    examples: list[Example] = batch["examples"]
+    if len(rows) == len(examples):
+        return batch, teacher
+    ends = list(itertools.accumulate((len(e.response_ids) for e in examples), initial=0))
+    places = [place for row in rows for place in range(ends[row], ends[row + 1])]
+    named = {name: batch[name] for name in ("teacher_ids", "teacher_log_probs") if name in batch}
+    device = next((t.device for t in (teacher, *named.values()) if t is not None), torch.device("cpu"))
+    chosen = to_device(places, device)
+    own = {"examples": [examples[row] for row in rows], **{name: value[chosen] for name, value in named.items()}}
+    return own, None if teacher is None else teacher[chosen]
 
 
 def mean_by_example(per_token: Tensor, counts: list[int]) -> Tensor:

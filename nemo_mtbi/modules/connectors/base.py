@@ -6,7 +6,7 @@ Letters: B utterances, T encoder frames, D encoder width, P output positions, H 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nemo_mtbi.data.audio_windows import Windows
 from nemo_mtbi.data.example import Example
 from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.io.transfer import to_device
 
 NO_TOKEN = -1  # label of a position of a channel without tokens
 
@@ -45,6 +46,12 @@ class SpeechEmbeddings:
     labels: Tensor | None = None
     content: Tensor | None = None
     nothing_heard: Tensor | None = None
+
+    def rows(self, indices: list[int]) -> "SpeechEmbeddings":
+        """Some of the utterances."""
+        chosen = to_device(indices, self.lengths.device)
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return SpeechEmbeddings(**{name: None if value is None else value[chosen] for name, value in values})
 
 
 @dataclass

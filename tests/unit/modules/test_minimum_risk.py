@@ -5,8 +5,8 @@ import torch
 
 from nemo_mtbi.data.audio_windows import Windows
 from nemo_mtbi.errors import ConfigError
-from nemo_mtbi.models import MTBISALM
-from nemo_mtbi.models.objective import KINDS, WINDOW_COUNTS, risk_term, term_counts
+from nemo_mtbi.models import MTBISALM, objective
+from nemo_mtbi.models.objective import KINDS, WINDOW_COUNTS, of_rows, risk_term, term_counts
 from nemo_mtbi.models.speech import batch_features
 from nemo_mtbi.modules.connectors.base import evaluation_mode
 from tests.helpers import assert_same, gradients, make_batch, split
@@ -85,7 +85,7 @@ def test_utterances_of_several_windows_add_no_risk(model):
     batch = {**rows, "windows": Windows([0, 0, 1], [0, 60, 0])}
     heard = []
 
-    def answer_losses(speech):
+    def answer_losses(speech, rows):
         heard.append(speech)
         return torch.tensor([5.0 + len(heard), 0.5])  # the risks of the second utterance are equal
 
@@ -94,6 +94,56 @@ def test_utterances_of_several_windows_add_no_risk(model):
     assert [len(speech.lengths) for speech in heard] == [2, 2, 2]
     trained = [p for p in connector.decoder.parameters() if p.requires_grad]
     assert all(float(g.abs().max()) < 1e-6 for g in torch.autograd.grad(term.total, trained))
+
+
+def test_a_text_that_was_drawn_twice_is_read_once(model, monkeypatch):
+    """With the same value and gradient as where every reading is read."""
+    connector, batch = model.perception.modality_adapter, make_batch(model, 4)
+    written, drawn = type(connector)._write, []
+
+    def alike(self, features, sizes, temperature=None):
+        tokens, states = written(self, features, sizes)
+        drawn.append(1)
+        for row in range(4):  # of four utterances one, two, two and three different texts
+            tokens[row] = tokens[row][: len(tokens[row]) - min(row, len(drawn) - 1)] if row < 3 else tokens[row]
+        return tokens, states
+
+    monkeypatch.setattr(type(connector), "_write", alike)
+    rows_read = []
+
+    def losses(heard, rows):
+        rows_read.append(rows)
+        return heard.lengths.float() + torch.tensor(rows)
+
+    term = risk_term(batch, model.perception, model.config.imitation, losses)
+    trained = [p for p in connector.decoder.parameters() if p.requires_grad]
+    got = torch.autograd.grad(term.total, trained)
+    assert sum(map(len, rows_read)) < 12
+    drawn.clear()
+    monkeypatch.setattr(objective, "first_alike", lambda tokens: [[s] * 4 for s in range(len(tokens))])
+    every = risk_term(batch, model.perception, model.config.imitation, losses)
+    assert float(term.total) == pytest.approx(float(every.total), rel=1e-4)
+    assert_same(dict(enumerate(got)), dict(enumerate(torch.autograd.grad(every.total, trained))), 1e-3)
+
+
+@torch.no_grad()
+def test_losses_of_some_rows_are_theirs_in_the_batch(model):
+    batch = make_batch(model, 3)
+    features, lengths, _, _ = batch_features(model.perception, batch)
+    heard, teacher = model.perception.modality_adapter.connect(features, lengths), model.teacher_hidden(batch)
+    whole = model.answer_losses(batch, heard, [0, 1, 2], teacher=teacher)
+    torch.testing.assert_close(model.answer_losses(batch, heard.rows([2, 0]), [2, 0], teacher=teacher), whole[[2, 0]])
+
+
+def test_rows_of_a_cached_teacher_stay_with_their_examples(model):
+    batch = make_batch(model, 3)
+    counts = [len(e.response_ids) for e in batch["examples"]]
+    owners = torch.repeat_interleave(torch.arange(3), torch.tensor(counts))
+    batch |= {"teacher_ids": owners[:, None], "teacher_log_probs": -owners[:, None].float()}
+    own, hidden = of_rows(batch, owners[:, None].float(), [2, 0])
+    expected = [2] * counts[2] + [0] * counts[0]
+    assert own["teacher_ids"][:, 0].tolist() == expected and hidden[:, 0].tolist() == expected
+    assert [e.id for e in own["examples"]] == [batch["examples"][row].id for row in (2, 0)]
 
 
 def test_the_term_is_divided_by_utterances(tiny_llm, tiny_whisper, monkeypatch):

@@ -125,7 +125,8 @@ class Benchmark:
         cfg = self.cfg
         if reserved := {TOPLINE, CASCADE, NORMALIZED_CASCADE} & set(cfg.systems):
             raise ConfigError(f"systems: {sorted(reserved)[0]} is a name of the benchmark's own; choose another.")
-        if cfg.baseline not in {TOPLINE, *cfg.systems, *([CASCADE] if cfg.cascade else [])}:
+        cascades = [CASCADE, *([NORMALIZED_CASCADE] if cfg.normalized_cascade else [])] if cfg.cascade else []
+        if cfg.baseline not in {TOPLINE, *cfg.systems, *cascades}:
             raise ConfigError(f"baseline={cfg.baseline} is none of the systems ({', '.join(cfg.systems)}).")
         if unknown := set(cfg.compare_with) - {TOPLINE, CASCADE, NORMALIZED_CASCADE, *cfg.systems}:
             raise ConfigError(f"compare_with: {sorted(unknown)[0]} is none of the systems ({', '.join(cfg.systems)}).")

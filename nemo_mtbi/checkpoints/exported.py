@@ -57,8 +57,12 @@ def unpacked_nemo(path: Path) -> Iterator[Path]:
                         "MTBISALM.restore_from opens what export.py writes."
                     )
                 unsafe = [m for m in members if m.startswith("/") or ".." in Path(m).parts]
+                # Links too, by which archives write outside although Python's filter looks at them.
+                unsafe += [m.name for m in tar.getmembers() if not (m.isfile() or m.isdir())]
                 if unsafe:
-                    raise CheckpointError(f"{path} is unsafe: it would write to {unsafe[0]}; it was not opened.")
+                    raise CheckpointError(
+                        f"{path} is unsafe: it holds {unsafe[0]}, no plain file within it; it was not opened."
+                    )
                 tar.extractall(name, filter="data")
         except (tarfile.TarError, EOFError, OSError) as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -1,10 +1,16 @@
 """What a full disk or a file system without locks makes fail, as messages."""
 
 import errno
+import os
+import re
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from lhotse.audio import AudioLoadingError, AudioSource
+from lhotse.cut import Cut, MixedCut
+from lhotse.cut.data import DataCut
 
 from nemo_mtbi.errors import DataError
 
@@ -22,16 +28,43 @@ UNWRITABLE = (
 OF_THE_MACHINE = (*FULL_OR_LOST, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
-def raise_if_of_the_machine(error: BaseException) -> None:
+SAID = re.compile(r"\[Errno (\d+)\]")  # Lhotse's AudioLoadingError has what its backends raised as text alone
+
+
+def raise_if_of_the_machine(error: BaseException, sources: Iterable[AudioSource] = ()) -> None:
     """
+    Args:
+        error: with which a recording could not be read.
+        sources: of that recording; its files are opened, and say why that fails.
+
     Raises:
-        OSError, MemoryError: what a recording could not be read for is a full disk, a lost mount, too little memory.
+        OSError, MemoryError: the reason is a full disk, a lost mount, too little memory.
     """
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno in OF_THE_MACHINE):
             raise cause
+        for number in map(int, SAID.findall(str(cause))):
+            if number in OF_THE_MACHINE:
+                raise OSError(number, os.strerror(number)) from error
+        if isinstance(cause, AudioLoadingError) and "MemoryError" in str(cause):
+            raise MemoryError(str(cause).splitlines()[0]) from error
         cause = cause.__cause__ or cause.__context__
+    for source in sources:
+        if source.type != "file":
+            continue
+        try:
+            with open(source.source, "rb") as file:
+                file.read(1)
+        except OSError as reason:
+            if reason.errno in OF_THE_MACHINE:
+                raise reason from error
+
+
+def sources_of(cut: Cut) -> list[AudioSource]:
+    """Of the recordings of a cut and its tracks."""
+    parts = [track.cut for track in cut.tracks] if isinstance(cut, MixedCut) else [cut]
+    return [s for part in parts if isinstance(part, DataCut) and part.has_recording for s in part.recording.sources]
 
 
 @contextmanager

@@ -46,6 +46,8 @@ class Shard:
             for number in range(self.lines):
                 line = stream.readline()
                 digest.update(line)
+                if not line.strip():
+                    continue
                 try:
                     item = deserialize_item(json.loads(line))
                 except Exception as error:
@@ -86,7 +88,10 @@ def plan_manifest(name: str, manifest: str, folder: Path, shard_cuts: int) -> li
         if lines != source:
             partial = folder / "partial.jsonl"
             try:
-                CutSet.from_file(manifest).to_file(partial)
+                cuts = CutSet.from_file(manifest)
+                if cuts is None:  # Lhotse's of an empty archive
+                    raise EOFError("there is nothing in it")
+                cuts.to_file(partial)
             except (EOFError, OSError, ValueError, zlib.error) as error:
                 raise DataError(f"{manifest} cannot be read ({type(error).__name__}: {error}).") from error
             partial.replace(lines)

@@ -1,5 +1,6 @@
 """What a user names as audio (files, folders, NeMo manifests, lists of them) as recordings, or parts of them."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,9 +63,9 @@ def audio_inputs(audio: str | Path | Sequence[str | Path], encoding: str | None 
     """
     for item in [audio] if isinstance(audio, str | Path) else audio:
         path = Path(item)
-        if path.is_dir():
+        if os.path.isdir(path):  # not Path.is_dir, which raises for a name that is too long
             yield from map(AudioInput, audio_files(path))
-        elif not path.exists():
+        elif not os.path.exists(path):
             yield AudioInput(path, problem=f"There is no audio file {path}.")
         elif path.name.lower().endswith(MANIFEST_SUFFIXES):
             for line in read_manifest(path, encoding=encoding):

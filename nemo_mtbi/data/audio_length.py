@@ -30,14 +30,18 @@ def with_length(source: Path | bytes, max_seconds: float = math.inf) -> Path | b
         max_seconds: beyond which it is not counted.
 
     Returns:
-        The source, or other bytes: a FLAC with a header that says its length (up to 10 ms less), or an MP3 without a
-        header as FLAC, of one channel.
+        The source, or other bytes: a FLAC with a header that says its length (up to 10 ms less), a WAV whose size was
+        0, or an MP3 without a header as FLAC, of one channel.
     """
     start = _part(source, 0, TOTAL_SAMPLES.stop)
     if len(start) < TOTAL_SAMPLES.stop:
         return source
     if start[:4] == b"fLaC" and not int.from_bytes(start[TOTAL_SAMPLES]) & LOW_36_BITS:
         return _counted(_part(source, 0, None), max_seconds)
+    if start[:4] == b"RIFF" and start[8:12] == b"WAVE":  # written to a pipe: a size of 0
+        beginning = _part(source, 0, LOOKED_AT)
+        at = beginning.find(b"data", 12)
+        return _with_size(_part(source, 0, None)) if at > 0 and beginning[at + 4 : at + 8] == bytes(4) else source
     begin = 0
     if start[:3] == b"ID3":  # four times seven bits
         begin = ID3_BYTES + sum(byte << (7 * place) for place, byte in enumerate(reversed(start[6:10])))
@@ -60,13 +64,31 @@ def _part(source: Path | bytes, begin: int, end: int | None) -> bytes:
 
 def _counted(data: bytes, max_seconds: float) -> bytes:
     """A FLAC whose samples are counted."""
-    frames = 0
-    with suppress(soundfile.SoundFileError, RuntimeError), soundfile.SoundFile(io.BytesIO(data)) as file:
-        size = file.samplerate // 100  # what is lost at most: libsndfile cannot seek behind the last block
-        while frames <= max_seconds * file.samplerate and (found := len(file.read(size, dtype="int16"))):
-            frames += found
+    whole = _read_frames(data, 1.0, 0, max_seconds)
+    # What is lost at most: libsndfile cannot seek behind the last block.
+    frames = _read_frames(data, 0.01, whole, max_seconds)
     field = int.from_bytes(data[TOTAL_SAMPLES]) | frames
     return data[: TOTAL_SAMPLES.start] + field.to_bytes(8) + data[TOTAL_SAMPLES.stop :]
+
+
+def _read_frames(data: bytes, seconds: float, begin: int, max_seconds: float) -> int:
+    """Frames that can be read in blocks of so many seconds, after the whole seconds within the first ``begin`` ones."""
+    frames = 0
+    with suppress(soundfile.SoundFileError, RuntimeError, ValueError), soundfile.SoundFile(io.BytesIO(data)) as file:
+        rate = file.samplerate
+        while frames <= max_seconds * rate:
+            found = len(file.read(rate if frames + rate <= begin else round(seconds * rate), dtype="int16"))
+            if not found:
+                break
+            frames += found
+    return frames
+
+
+def _with_size(data: bytes) -> bytes:
+    """A WAV whose chunk of samples goes to the end."""
+    at = data.find(b"data", 12, LOOKED_AT)
+    size = min(len(data) - at - 8, 0xFFFFFFFF)
+    return data[: at + 4] + size.to_bytes(4, "little") + data[at + 8 :]
 
 
 def _decoded(data: bytes, max_seconds: float) -> bytes:

@@ -4,6 +4,8 @@ Letters: S samples.
 """
 
 import io
+import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +22,7 @@ BLOCK_SECONDS, SMALL_BLOCK_SECONDS = 30.0, 1.0  # the second where the first can
 STREAMED_FROM_SECONDS = 120.0  # shorter recordings are read at once
 PART_TOLERANCE_SECONDS = 0.1  # by which a part may end after its file
 PROBES = 30
+FAILING_BLOCKS, MOST_FAILURES = 3, 60  # seconds in a row, and in all, before one looks further on, and no further
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,10 @@ class AudioStream:
             DataError: it is no audio that soundfile reads, or has gone.
         """
         try:
-            return soundfile.SoundFile(io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source)
+            # As bytes, since a name need not be UTF-8.
+            return soundfile.SoundFile(
+                io.BytesIO(self.source) if isinstance(self.source, bytes) else os.fsencode(self.source)
+            )
         except (soundfile.SoundFileError, RuntimeError, TypeError, OSError) as error:
             reason = str(getattr(error, "error_string", error)).strip(" .")
             raise DataError(f"The audio cannot be opened ({reason}).") from error
@@ -80,8 +86,15 @@ class AudioStream:
                 if wished - end > PART_TOLERANCE_SECONDS * rate:
                     self._note(end / rate, wished / rate, "the audio ends before")
                 end = min(end, wished)
-            size, probed = round(BLOCK_SECONDS * rate), False
+            size, probed, failed, failures = round(BLOCK_SECONDS * rate), False, 0, 0
             while place < end:
+                if failed >= FAILING_BLOCKS or failures >= MOST_FAILURES:  # each costs a new decoder and its way there
+                    begin = place
+                    place = self._next(place, end, rate) if failures < MOST_FAILURES else end
+                    self._note(begin / rate, place / rate, "nothing can be read there")
+                    yield from _silence(place - begin, rate, change)
+                    failed = 0
+                    continue
                 wanted = min(size, end - place)
                 block, reason = _read(file, place, wanted)
                 found = len(block)
@@ -93,8 +106,11 @@ class AudioStream:
                     if wanted > SMALL_BLOCK_SECONDS * rate:
                         size = round(SMALL_BLOCK_SECONDS * rate)
                         continue
+                    failed, failures = failed + 1, failures + 1
                     self._note((place + len(block)) / rate, (place + wanted) / rate, reason)
                     block = np.concatenate([block, np.zeros((wanted - len(block), channels), np.float32)])
+                else:
+                    failed = 0
                 place, read = place + wanted, read + found
                 samples = mono(block.T)
                 yield samples if change is None else change.resample_chunk(samples)
@@ -105,12 +121,25 @@ class AudioStream:
 
     def _anywhere(self, begin: int, end: int, rate: int) -> bool:
         """Whether a second can be read at one of a few places, so that a file without audio is not read to its end."""
-        size = min(end - begin, rate)
-        for place in np.linspace(begin, end - size, PROBES).astype(int).tolist():
+        return self._next(begin, end, rate) < end
+
+    def _next(self, begin: int, end: int, rate: int) -> int:
+        """Where it can be read again, whole seconds after ``begin``, if it can at one of a few places; else the end."""
+        last = max(0, (end - begin) // rate - 1)
+
+        def readable(second: int) -> bool:
             with self.open() as file:  # a decoder that has failed once finds nothing any more
-                if len(_read(file, place, size)[0]):
-                    return True
-        return False
+                return len(_read(file, begin + second * rate, min(end - begin, rate))[0]) > 0
+
+        before = -1
+        for second in dict.fromkeys(np.linspace(0, last, PROBES).astype(int).tolist()):
+            if readable(second):
+                while second - before > 1:
+                    middle = (before + second) // 2
+                    before, second = (before, middle) if readable(middle) else (middle, second)
+                return begin + second * rate
+            before = second
+        return end
 
     @property
     def seconds(self) -> float:
@@ -128,6 +157,14 @@ class AudioStream:
             self.gaps.append(Gap(begin, end, reason))
 
 
+def _silence(samples: int, rate: int, change: soxr.ResampleStream | None) -> Iterator[np.ndarray]:
+    """Blocks of so many samples, changed as the others are."""
+    size = round(BLOCK_SECONDS * rate)
+    for begin in range(0, samples, size):
+        zeros = np.zeros(min(size, samples - begin), np.float32)
+        yield zeros if change is None else change.resample_chunk(zeros)
+
+
 def _read(file: soundfile.SoundFile, place: int, wanted: int) -> tuple[np.ndarray, str | None]:
     """``wanted`` samples (S, C) from ``place`` on, or fewer and why."""
     block = np.zeros((0, file.channels), np.float32)
@@ -135,7 +172,7 @@ def _read(file: soundfile.SoundFile, place: int, wanted: int) -> tuple[np.ndarra
         if file.tell() != place:
             file.seek(place)
         block = file.read(wanted, dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, RuntimeError) as error:
+    except (soundfile.SoundFileError, RuntimeError, ValueError) as error:  # ValueError: the decoder is past the end
         return block, str(getattr(error, "error_string", error)).strip(" .").removeprefix("Error : ")
     if not np.isfinite(block).all():
         return block[:0], "samples that are no numbers"
@@ -146,15 +183,21 @@ AudioBlocks = AudioStream | Sequence[np.ndarray]  # an audio, float32 (S_i,) eac
 
 
 def open_audio(
-    path: str | Path, sampling_rate: int, offset_seconds: float = 0.0, duration_seconds: float | None = None
+    path: str | Path,
+    sampling_rate: int,
+    offset_seconds: float = 0.0,
+    duration_seconds: float | None = None,
+    longest: float = math.inf,
 ) -> AudioBlocks:
     """A recording in blocks: streamed if it is long and of a format that can be, else read at once, as
     :func:`nemo_mtbi.data.audio.load_waveform` does.
 
+    ``longest``: seconds beyond which the length of one that does not say it is not counted.
+
     Raises:
         DataError: as :func:`nemo_mtbi.data.audio.load_waveform`.
     """
-    source = with_length(Path(path))
+    source = with_length(Path(path), longest)
     stream = AudioStream(source, sampling_rate, offset_seconds, duration_seconds)
     if isinstance(source, bytes) or (Path(path).is_file() and _is_long(stream)):
         return stream

@@ -105,7 +105,7 @@ def chat_template(tokenizer: Any, formatter: "type[PromptFormatter]") -> str:
     """
     hf = tokenizer.tokenizer
     if formatter.NAME == ChatTemplateFormat.NAME:
-        own = str(hf.chat_template)
+        own = str(hf.get_chat_template())  # of several, the default one
         return f"{{%- set enable_thinking = enable_thinking | default(false) -%}}{own}" if thinks(own) else own
     start = hf.bos_token if formatter.INSERT_BOS else ""
     start += formatter.TEMPLATE.get("preamble", {}).get("template", "")

@@ -5,6 +5,7 @@ The ``input_cfg`` type ``mtbi`` (registered in :mod:`nemo_mtbi.registration`) re
 """
 
 import copy
+import gzip
 import json
 import math
 import random
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from lhotse import CutSet
@@ -240,9 +242,10 @@ class ConversationIterator:
         first, begin, done = self.last or (0, 0, -1)
         for visit in count(first):
             usable = begin > 0  # else what was left out was looked at
+            drawn = self.share.drawn_visit(visit)
             for at, line, cut in self.share.placed(visit, begin):
                 usable = usable or self.every_cut or self.selection.has_any(cut)
-                yield from islice(self.conversations(cut, visit, at, line), done + 1, None)
+                yield from islice(self.conversations(cut, drawn, at, line), done + 1, None)
                 done = -1
             begin, done = 0, -1
             if not usable and not looked:  # perhaps other ranks have what is asked for, and this one later
@@ -298,7 +301,9 @@ def _numbered(cut: Cut, index: int) -> Cut:
     return cut if index == 0 else cut.with_id(f"{cut.id}#{index}")
 
 
+SHARED_KEYS = ("rank", "world_size", "dealt", "by_worker", "whole")
 KNOWN_KEYS = {
+    *SHARED_KEYS,
     "type",
     "cuts_path",
     "shar_path",
@@ -314,11 +319,7 @@ KNOWN_KEYS = {
     "acoustic",
     "every_cut",
     "with_ids",
-    "rank",
-    "world_size",
     "order_seed",
-    "dealt",
-    "by_worker",
     "entry",
     "place",
 }
@@ -356,7 +357,7 @@ def read_mtbi(config: DictConfig) -> tuple[CutSet, bool]:
     selection = TargetSelection(
         tasks, config.get("task_temperature", 1.0), config.get("every_target", False), config.get("seed", 0)
     )
-    own = {key: config.get(key) for key in ("rank", "world_size", "dealt", "by_worker") if config.get(key) is not None}
+    own = {key: config.get(key) for key in SHARED_KEYS if config.get(key) is not None}
     share = Share(cuts, path, **own, seed=config.get("order_seed"), shars=shars)
     return CutSet(ConversationIterator(share, selection, config)), is_tarred
 
@@ -368,14 +369,21 @@ def weighted_shars(config: DictConfig) -> list[tuple[str, float]]:
     return [(str(own[0]), float(own[1])) for own in path] if pairs else []
 
 
+def nothing_in(archive: Path) -> bool:
+    """Whether there is no byte in an archive; what cannot be unpacked is said where it is read."""
+    try:
+        with gzip.open(archive, "rb") as stream:
+            return not stream.read(1)
+    except (OSError, EOFError):
+        return False
+
+
 def check_manifest(path: Any) -> None:
     """Fail early, with the path, where a local manifest is missing or empty."""
-    from pathlib import Path
-
     if not isinstance(path, str) or "://" in path or path.startswith("pipe:"):
         return
     file = Path(path)
     if not file.exists():
         raise DataError(f"There is no manifest {path}. Run prepare_data.py and generate_targets.py, or fix the path.")
-    if file.is_file() and file.stat().st_size == 0:
+    if file.is_file() and (file.stat().st_size == 0 or (path.endswith(".jsonl.gz") and nothing_in(file))):
         raise DataError(f"The manifest {path} is empty. Did the step that writes it finish?")

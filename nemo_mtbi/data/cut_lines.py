@@ -8,12 +8,13 @@ import tarfile
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
+from filelock import FileLock
 from lhotse import CutSet
 from lhotse.cut import Cut
 from lhotse.serialization import deserialize_item
@@ -27,11 +28,11 @@ T = TypeVar("T")
 BLOCK_BYTES = 2**24
 
 
-def readable(cuts: Iterable[T]) -> Iterator[T]:
-    """The cuts, or what else is read of a source.
+def readable(cuts: Iterable[T], source: str = "The data") -> Iterator[T]:
+    """The cuts, or what else is read of a source, whose name is for the message.
 
     Raises:
-        DataError: their source cannot be read (any further), with its name.
+        DataError: it cannot be read (any further).
     """
     stream = iter(cuts)
     while True:
@@ -39,6 +40,8 @@ def readable(cuts: Iterable[T]) -> Iterator[T]:
             item = next(stream)
         except StopIteration:
             return
+        except DataError:
+            raise
         # AssertionError: the parts of a Shar are not of one version.
         except (OSError, EOFError, ValueError, AssertionError, zlib.error, tarfile.TarError) as error:
             first: BaseException = error
@@ -46,7 +49,7 @@ def readable(cuts: Iterable[T]) -> Iterator[T]:
                 first = first.__cause__ or first.__context__ or first
             said = (str(error).splitlines() or [type(error).__name__])[0]
             raise DataError(
-                f"The data cannot be read any further: {said} ({type(first).__name__}: {first})."
+                f"{source} cannot be read any further: {said} ({type(first).__name__}: {first})."
             ) from error
         yield item
 
@@ -66,6 +69,7 @@ class Share:
             in n micro-batches.
         shars: readers in the cuts, whose ``visit`` is set.
         by_worker: a rank's loader workers draw, each from a part of its own.
+        whole: each process that draws is given the whole source (Shar), in an order of its own.
     """
 
     def __init__(
@@ -78,11 +82,11 @@ class Share:
         dealt: int = 1,
         shars: Sequence[Any] = (),
         by_worker: bool = False,
+        whole: bool = False,
     ) -> None:
-        self.shars, self.by_worker = shars, by_worker
+        self.shars, self.by_worker, self.whole = shars, by_worker, whole
         self.cuts, self.ranks, self.seed, self.dealt = cuts, (rank, world_size), seed, dealt
-        alone = world_size == 1 and seed is None and not by_worker
-        self.path = Path(path) if has_lines(path) and not alone else None
+        self.path = Path(path) if has_lines(path) else None
         self.starts: np.ndarray | None = None
 
     @property
@@ -91,6 +95,12 @@ class Share:
         rank, count = self.ranks
         worker = get_worker_info() if self.by_worker else None
         return (rank, count) if worker is None else (rank * worker.num_workers + worker.id, count * worker.num_workers)
+
+    def drawn_visit(self, number: int) -> int:
+        """What tasks, wordings, speeds and spans of a pass are drawn by: processes that all read the whole source are
+        to draw different ones, since together they make many passes while each makes one."""
+        place, count = self.place
+        return number * count + place if self.whole else number
 
     def visit(self, number: int) -> Iterator[Cut]:
         """The cuts of one pass. Without an order of its own a pass gives every rank the next one's share."""
@@ -101,7 +111,7 @@ class Share:
         for shar in self.shars:
             shar.visit = number
         if self.path is None:
-            rank, count = self.place
+            rank, count = (0, 1) if self.whole else self.place
             cuts = islice(readable(self.cuts), (rank + number) % count, None, count)
             for at, cut in enumerate(islice(cuts, begin, None), begin):
                 yield at, at, cut
@@ -174,22 +184,31 @@ def line_starts(path: Path, file: BinaryIO) -> np.ndarray:
         DataError: no line at all.
     """
     kept = path.with_name(f".{path.name}.lines.npy")
+    if (starts := _kept(kept, file)) is not None:
+        return starts
+    try:
+        with FileLock(kept.with_suffix(".lock")):  # one process looks for them, the others of a job wait
+            if (starts := _kept(kept, file)) is not None:
+                return starts
+            starts = np.concatenate([_identity(file), _found(path, file)])
+            temporary = kept.with_name(f"{kept.name}.{uuid.uuid4().hex}")
+            try:
+                with open(temporary, "wb") as out:
+                    np.save(out, starts)
+                temporary.replace(kept)
+            finally:
+                temporary.unlink(missing_ok=True)
+            return starts
+    except (OSError, NotImplementedError):  # a folder, or a file system, that can only be read, or has no locks
+        return np.concatenate([_identity(file), _found(path, file)])
+
+
+def _kept(kept: Path, file: BinaryIO) -> np.ndarray | None:
     try:
         starts = np.load(kept)
-        if _fits(starts, file):
-            return starts
     except (OSError, ValueError, EOFError):  # absent, or not whole
-        pass
-    starts = np.concatenate([_identity(file), _found(path, file)])
-    temporary = kept.with_name(f"{kept.name}.{uuid.uuid4().hex}")
-    try:
-        with open(temporary, "wb") as out:
-            np.save(out, starts)
-        temporary.replace(kept)
-    except OSError:  # a folder, or a file system, that can only be read
-        with suppress(OSError):
-            temporary.unlink()
-    return starts
+        return None
+    return starts if _fits(starts, file) else None
 
 
 def _identity(file: BinaryIO) -> np.ndarray:

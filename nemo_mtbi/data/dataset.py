@@ -8,6 +8,7 @@ import torch
 from lhotse import CutSet
 from nemo.collections.common.prompts import PromptFormatter
 
+from nemo_mtbi.corpus.failures import raise_if_of_the_machine, sources_of
 from nemo_mtbi.data.audio import collate_waveforms, mono_samples
 from nemo_mtbi.data.audio_windows import Windows
 from nemo_mtbi.data.chat_template import dialect
@@ -116,6 +117,12 @@ class MTBIDataset(torch.utils.data.Dataset):
                 waveforms.append(mono_samples(item.cut, self.sampling_rate))
                 kept.append(item)
             except Exception as error:  # decoders raise their own types
+                try:
+                    raise_if_of_the_machine(error, sources_of(item.cut))
+                except (OSError, MemoryError) as reason:
+                    raise DataError(
+                        f"{item.id} cannot be read, and not by its own fault ({type(reason).__name__}: {reason})."
+                    ) from error
                 log.warning(f"{item.id} is left out: {type(error).__name__}: {str(error)[:200]}")
         return kept, waveforms
 

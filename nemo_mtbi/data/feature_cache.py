@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from lhotse.cut import Cut, MonoCut
+from lhotse.cut import Cut, MonoCut, MultiCut
+from lhotse.cut.data import DataCut
 
 from nemo_mtbi.data.audio_windows import WINDOW_SECONDS
 from nemo_mtbi.errors import DataError
@@ -18,6 +19,8 @@ from nemo_mtbi.io import array_storage as array_storage  # registers the storage
 FEATURES_FIELD = "encoder_features"
 KEY_FIELD = "encoder_features_key"
 AUDIO_FIELD = "encoder_features_audio"
+SPAN_FIELD = "encoder_features_of"
+SPAN_SECONDS = 0.02  # to which a span is the same: resampling rounds to samples
 WINDOWS, WRITTEN = "_windows", "_written"  # fields beside a field of features
 
 
@@ -42,13 +45,17 @@ def features_key(cut: Cut, encoder_key: str) -> str:
     The encoder (weights, input length) and the audio (file, its size and time, span).
     """
     digest = hashlib.blake2b(encoder_key.encode(), digest_size=12)
-    digest.update(f"{cut.start}/{cut.duration}/{cut.sampling_rate}".encode())
+    digest.update(f"{cut.start}/{cut.duration}/{getattr(cut, 'sampling_rate', None)}".encode())
     if cut.duration > WINDOW_SECONDS:  # once windows were equal
         digest.update(b"quiet cuts")
-    if cut.num_channels != 1 or cut.sampling_rate != 16_000:  # once channels were averaged always, and Lhotse resampled
+    if cut.has_recording and (
+        cut.num_channels != 1 or cut.sampling_rate != 16_000
+    ):  # once channels were averaged always, and Lhotse resampled
         digest.update(b"mono, soxr")
     if isinstance(cut, MonoCut) and cut.has_recording and len(cut.recording.channel_ids) > 1:  # one of several
         digest.update(f"channel {cut.channel}".encode())
+    if isinstance(cut, MultiCut) and cut.has_recording and list(cut.channel) != list(cut.recording.channel_ids):
+        digest.update(f"channels {cut.channel}".encode())
     if getattr(cut, "has_recording", False) and cut.recording.transforms:  # speed, volume, ...
         digest.update(f"resampled once {cut.recording.transforms}".encode())
     for source in cut.recording.sources if hasattr(cut, "recording") and cut.recording else []:
@@ -69,6 +76,30 @@ def audio_identity(cut: Cut) -> str | None:
     if not files or len(files) < len(sources) or not all(file.exists() for file in files):
         return None
     return ",".join(f"{stat.st_size}/{stat.st_mtime_ns}" for stat in (file.stat() for file in files))
+
+
+def span_of(cut: DataCut) -> list[Any]:
+    """Begin and duration in seconds of what a cut's features are of, and what is done to its audio but resampling."""
+    transforms = cut.recording.transforms or [] if cut.has_recording else []
+    done = [t if isinstance(t, dict) else t.to_dict() for t in transforms]
+    return [cut.start, cut.duration, [t for t in done if t.get("name") != "Resample"]]
+
+
+def same_span(one: list[Any], other: list[Any]) -> bool:
+    times = all(abs(a - b) <= SPAN_SECONDS for a, b in zip(one[:2], other[:2], strict=True))
+    return times and one[2] == other[2]
+
+
+def with_span(cut: DataCut, before: DataCut, audio_as_it_is: bool = False) -> DataCut:
+    """A cut that hears what ``before`` did, in another place or at a speed that has features of its own.
+
+    ``audio_as_it_is``: what was done to the audio is in it now.
+    """
+    noted = (before.custom or {}).get(SPAN_FIELD)
+    if noted is not None and same_span(noted, span_of(before)):
+        span = span_of(cut)
+        cut.custom = {**(cut.custom or {}), SPAN_FIELD: [*span[:2], [] if audio_as_it_is else span[2]]}
+    return cut
 
 
 def is_features(field: str) -> bool:
@@ -134,8 +165,14 @@ def load_array(cut: Cut, field: str, encoder_key: str | None) -> torch.Tensor:
     """Cached features (T, D), bfloat16.
 
     Raises:
-        DataError: the cut has none, they come from another encoder or other audio, or their file is gone.
+        DataError: the cut has none, they come from another encoder, other audio or another part of it, or their file
+            is gone.
     """
+    if not isinstance(cut, DataCut):
+        raise DataError(
+            f"{cut.id} is a {type(cut).__name__}, and features were cached of its parts alone. Save mixed cuts as "
+            "recordings (CutSet.save_audios) and run cache_features.py, or set data.cached_features=false."
+        )
     custom: dict[str, Any] = cut.custom or {}
     if field not in custom:
         raise DataError(
@@ -152,6 +189,12 @@ def load_array(cut: Cut, field: str, encoder_key: str | None) -> torch.Tensor:
         raise DataError(
             f"The audio of {cut.id} has changed since its features were cached ({heard}, now {now}). "
             "Run cache_features.py again."
+        )
+    span, of = custom.get(SPAN_FIELD), span_of(cut)
+    if span is not None and not same_span(span, of):
+        raise DataError(
+            f"The cached features of {cut.id} are of {span}, the cut is now {of} (begin and duration in seconds, what "
+            "is done to the audio). Run cache_features.py on the cuts as they are trained on."
         )
     try:
         array = np.array(cut.load_custom(field))

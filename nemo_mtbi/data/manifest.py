@@ -108,6 +108,8 @@ def _line(number: int, where: str, row: Any, root: Path) -> ManifestLine:
 
 def _audio_path(audio: str, root: Path) -> Path:
     """NeMo's rule: a relative path starts at the manifest; if there is nothing, at the working directory."""
+    if "://" in audio:
+        raise DataError(f"audio_filepath {audio} is no file; recordings in object storage come in a Lhotse manifest")
     try:
         path = Path(audio).expanduser()
         return path if path.is_absolute() or (not (root / path).exists() and path.exists()) else root / path

@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from lhotse.cut import Cut
+from lhotse.cut.data import DataCut
 
-from nemo_mtbi.data.feature_cache import FEATURES_FIELD, windows_field, written_field
+from nemo_mtbi.data.feature_cache import FEATURES_FIELD, windows_field, with_span, written_field
 from nemo_mtbi.errors import ConfigError
 
 
@@ -52,7 +53,7 @@ def perturbed(cut: Cut, factor: float) -> Cut:
             custom[name] = custom.pop(own)
     result = cut.perturb_speed(factor, affix_id=False)
     result.custom = custom
-    return result
+    return with_span(result, cut) if isinstance(cut, DataCut) else result
 
 
 class SpeedPerturbation:

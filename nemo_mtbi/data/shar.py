@@ -101,10 +101,10 @@ class SharVisits:
 
     def _cuts(self, shard: int) -> Iterator[Cut]:
         position, with_data = 0, _Reading.data
-        cuts = self._shard(shard, with_data)
+        cuts = readable(self._shard(shard, with_data), self._named(shard))
         while True:
             if _Reading.data and not with_data:
-                cuts, with_data = islice(self._shard(shard, True), position, None), True
+                cuts, with_data = readable(islice(self._shard(shard, True), position, None), self._named(shard)), True
             try:
                 cut = next(cuts)
             except StopIteration:
@@ -116,6 +116,9 @@ class SharVisits:
                 cut.custom = {**(cut.custom or {}), PROMISE_FIELD: promise}
             position += 1
             yield cut
+
+    def _named(self, shard: int) -> str:
+        return f"The shard {self.source.shards[shard]['cuts']} (or what belongs to it)"
 
     def _shard(self, shard: int, with_data: bool) -> Iterator[Cut]:
         files = self.source.shards[shard].items()
@@ -129,7 +132,7 @@ class SharVisits:
         waiting = defaultdict(list)
         for promise in promises:
             waiting[promise.position].append(promise)
-        for position, cut in readable(self._cuts_at(first.shard, set(waiting))):
+        for position, cut in readable(self._cuts_at(first.shard, set(waiting)), self._named(first.shard)):
             for promise in waiting[position]:
                 promise.cut = cut
 

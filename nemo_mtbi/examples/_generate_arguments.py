@@ -4,6 +4,7 @@ Text is taken letter by letter, whatever it holds. The form ``model=... audio=..
 """
 
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 
 import yaml
 
+from nemo_mtbi.errors import MTBIError
 from nemo_mtbi.examples._overrides import override
+from nemo_mtbi.io.text import read_text
 
 YAML = Path(__file__).parents[1] / "conf" / "generate.yaml"
 STDIN = "-"
@@ -31,7 +34,7 @@ def to_overrides(arguments: list[str]) -> list[str]:
     prompts += [read_prompt(parser, file) for file in options.pop("prompt_file")]
     if not prompts and len(words) + len(options["audio"]) > 1:
         prompts = [words.pop()] if words else []
-        if prompts and Path(prompts[0]).suffix and Path(prompts[0]).is_file():
+        if prompts and Path(prompts[0]).suffix and os.path.isfile(prompts[0]):
             parser.error(f"the last argument is the question, but {prompts[0]} is a file (or use --prompt)")
     audio = options.pop("audio") + words
     for name, value in (("MODEL", model), ("AUDIO", audio), ("a question", prompts)):
@@ -74,8 +77,8 @@ def read_prompt(parser: argparse.ArgumentParser, file: str) -> str:
     if file == STDIN:
         return read_stdin()
     try:
-        return Path(file).read_text(encoding="utf-8").rstrip("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(Path(file)).rstrip("\r\n")
+    except MTBIError as error:
         parser.error(f"the question cannot be read from {file}: {error}")
 
 

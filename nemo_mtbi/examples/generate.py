@@ -1,5 +1,6 @@
 """Ask an exported speech LLM about recordings. See conf/generate.yaml."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -121,9 +122,9 @@ def check(cfg: DictConfig, paths: list[Any], questions: list[Any]) -> None:
     require_time_marks(cfg.time_marks)
     if not questions:
         raise ConfigError("prompt is empty; give a question, or prompt='' for the speech alone.")
-    if not Path(str(cfg.model)).exists():
+    if not os.path.exists(str(cfg.model)):  # not Path.exists, which raises for a name that is too long
         raise CheckpointError(f"There is no model {cfg.model}: a .nemo file, an exported directory or a training run.")
-    if not any(Path(str(path)).exists() for path in paths):
+    if not any(os.path.exists(str(path)) for path in paths):
         raise DataError(f"There is no audio file {', '.join(map(str, paths[:3]))}.")
 
 

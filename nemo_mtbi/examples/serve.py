@@ -41,7 +41,7 @@ def main(cfg: DictConfig) -> None:
     device = chosen_device(str(cfg.device), 1, "serve")
     model = open_speech_llm(cfg.model, trust_remote_code=cfg.trust_remote_code).to(device)
     model.listen_as(cfg.max_positions, cfg.positions_per_second, cfg.time_marks)
-    name = cfg.name or Path(cfg.model).stem
+    name = cfg.name or Path(cfg.model).resolve().name.removesuffix(".nemo")
     batcher = Batcher(model, cfg.max_batch, cfg.max_waiting, cfg.max_waiting_bytes)
     limits = Limits(
         max_tokens=cfg.max_tokens, max_audio_seconds=cfg.max_audio_seconds, max_body_bytes=cfg.max_body_bytes

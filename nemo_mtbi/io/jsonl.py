@@ -33,8 +33,13 @@ def repair(path: Path) -> None:
 
 
 def dumps(record: dict[str, Any]) -> str:
-    """One line, without its end."""
-    return json.dumps(record, ensure_ascii=False)
+    """One line, without its end; with half a character in it, which no UTF-8 has, in ASCII alone."""
+    line = json.dumps(record, ensure_ascii=False)
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        return json.dumps(record)
+    return line
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:

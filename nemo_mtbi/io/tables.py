@@ -1,14 +1,14 @@
 """Tables of text, tab-separated or comma-separated, row by row with the line that each stands in."""
 
 import csv
-import io
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_mtbi.errors import DataError
-from nemo_mtbi.io.text import read_text
+from nemo_mtbi.io.text import opened
 
 MAX_CELL_CHARACTERS = 1 << 24
 
@@ -40,16 +40,17 @@ def read_table(path: Path, columns: set[str], encoding: str | None = None) -> It
     Raises:
         DataError: no header, or without these columns; bytes that cannot be decoded; a quoted cell without an end.
     """
-    text = read_text(path, encoding)
-    header_line = io.StringIO(text.lstrip(), newline=None).readline()
+    with opened(path, encoding) as stream:
+        header_line = next((line for line in stream if line.removeprefix("\ufeff").strip()), "")
     if path.name.removesuffix(".gz").endswith(".csv"):
         dialect: dict[str, Any] = {"delimiter": max(",;\t", key=header_line.count), "strict": True}
     else:
         dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     limit = csv.field_size_limit(MAX_CELL_CHARACTERS)  # of the process
-    try:
-        reader = csv.reader(io.StringIO(text, newline=""), **dialect)
-        header = [name.strip() for name in next((cells for cells in reader if any(cells)), [])]
+    with ExitStack() as stack:
+        stack.callback(csv.field_size_limit, limit)
+        reader = csv.reader(stack.enter_context(opened(path, encoding, newline="")), **dialect)
+        header = [name.strip() for name in next((own for own in map(_unmarked, reader) if any(own)), [])]
         missing = columns - set(header)
         if missing:
             found = ", ".join(header) or "no header"
@@ -60,8 +61,11 @@ def read_table(path: Path, columns: set[str], encoding: str | None = None) -> It
         if twice:
             raise DataError(f"{path}, line {reader.line_num}: column {twice[0]} is there twice.")
         yield from _rows(path, reader, header)
-    finally:
-        csv.field_size_limit(limit)
+
+
+def _unmarked(cells: list[str]) -> list[str]:
+    """Cells without the byte order mark before the first one."""
+    return [cells[0].removeprefix("\ufeff"), *cells[1:]] if cells else cells
 
 
 def _rows(path: Path, reader: Any, header: list[str]) -> Iterator[Row]:

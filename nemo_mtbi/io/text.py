@@ -5,7 +5,9 @@ import gzip
 import io
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from nemo_mtbi.errors import ConfigError, DataError
 
@@ -56,14 +58,25 @@ def read_text(path: Path, encoding: str | None = None) -> str:
 
 def numbered_lines(path: Path, encoding: str | None = None) -> Iterator[tuple[int, str]]:
     """Lines that are not blank, with their numbers in the file, from 1; see :func:`read_text`. One is in memory."""
+    with opened(path, encoding) as stream:
+        # Not str.splitlines, which also splits at U+2028 and other characters that a line may hold.
+        for number, line in enumerate(stream, 1):
+            line = line.removeprefix("\ufeff") if number == 1 else line
+            if line.strip():
+                yield number, line.rstrip("\n")
+
+
+@contextmanager
+def opened(path: Path, encoding: str | None = None, newline: str | None = None) -> Iterator[TextIO]:
+    """A text file (``.gz`` too) as a stream, which may begin with its byte order mark; ``newline`` as of ``open``.
+
+    Raises:
+        ConfigError, DataError: see :func:`read_text`.
+    """
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as raw:
             name = encoding or guess_encoding(raw.peek(LOOKED_AT_BYTES))[0]
-            # Not str.splitlines, which also splits at U+2028 and other characters that a line may hold.
-            for number, line in enumerate(io.TextIOWrapper(raw, name, newline=None), 1):
-                line = line.removeprefix("\ufeff") if number == 1 else line
-                if line.strip():
-                    yield number, line.rstrip("\n")
+            yield io.TextIOWrapper(raw, name, newline=newline)
     except (LookupError, UnicodeError, OSError, EOFError):
         read_text(path, encoding)  # says what is wrong, and where
         raise

@@ -202,7 +202,8 @@ def of_rows(batch: dict[str, Any], teacher: Tensor | None, rows: list[int]) -> t
     named = {name: batch[name] for name in ("teacher_ids", "teacher_log_probs") if name in batch}
     device = next((t.device for t in (teacher, *named.values()) if t is not None), torch.device("cpu"))
     chosen = to_device(places, device)
-    own = {"examples": [examples[row] for row in rows], **{name: value[chosen] for name, value in named.items()}}
+    own: dict[str, Any] = {"examples": [examples[row] for row in rows]}
+    own |= {name: value[chosen] for name, value in named.items()}
     return own, None if teacher is None else teacher[chosen]
 
 

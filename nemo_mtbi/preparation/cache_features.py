@@ -28,7 +28,7 @@ from nemo_mtbi.corpus.ray_data import RayConfig
 from nemo_mtbi.corpus.shards import Shard, plan_manifest
 from nemo_mtbi.data.conversation import check_manifest
 from nemo_mtbi.data.perturbation import speed_factors
-from nemo_mtbi.errors import DataError
+from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.preparation.feature_shards import LEFT_OUT, LINES, CacheReport, ShardEncoder, part_of
 from nemo_mtbi.preparation.frozen_encoder import FrozenEncoder
@@ -63,6 +63,12 @@ def cache_features(
     speeds = (1.0, *speed_factors(perturb_speed))
     check_execution(executor, workers)
     check_manifest(str(manifest))
+    if not manifest.name.endswith((".jsonl", ".jsonl.gz")):
+        raise ConfigError(
+            f"{manifest}: features are attached to manifests of lines, .jsonl or .jsonl.gz, which are written anew "
+            "under their name. Write this one so first (CutSet.to_file)."
+        )
+    manifest = manifest.resolve()  # what a link points to
     folder = manifest.with_suffix(".features")
     folder.mkdir(exist_ok=True)
     with explained(folder), held(folder):
@@ -143,7 +149,8 @@ def _add(left_out: Path, parts: list[Path], lines: list[Path]) -> None:
     """
     earlier = list(jsonl.read(left_out)) if left_out.is_file() else []
     names = {record["id"] for record in earlier}
-    now = {record["id"] for part in [*parts, *(lines if names else [])] for record in jsonl.read(part)} & names
+    seen = (record["id"] for part in [*parts, *lines] for record in jsonl.read(part)) if names else ()
+    now = {name for name in seen if name in names}
     with jsonl.replacing(left_out, uuid.uuid4().hex) as out:
         out.writelines(jsonl.dumps(record) + "\n" for record in earlier if record["id"] not in now)
         _copy(parts, out)

@@ -16,7 +16,7 @@ from lhotse.cut import Cut
 from lhotse.cut.data import DataCut
 from torch import Tensor
 
-from nemo_mtbi.corpus.failures import explained, raise_if_of_the_machine
+from nemo_mtbi.corpus.failures import explained, raise_if_of_the_machine, sources_of
 from nemo_mtbi.corpus.index import RecordIndex
 from nemo_mtbi.corpus.shards import Shard
 from nemo_mtbi.data.audio import collate_waveforms, mono_samples
@@ -24,11 +24,13 @@ from nemo_mtbi.data.audio_windows import WINDOW_SECONDS
 from nemo_mtbi.data.feature_cache import (
     AUDIO_FIELD,
     KEY_FIELD,
+    SPAN_FIELD,
     WindowPlaces,
     audio_identity,
     describes_features,
     features_key,
     features_of,
+    span_of,
     windows_field,
     written_field,
 )
@@ -259,7 +261,7 @@ class Arrays:
 
 
 def _versions(cut: Cut, speeds: Sequence[float], encoder_key: str) -> list[Version]:
-    own = [perturbed(cut, factor) for factor in speeds]
+    own = [perturbed(cut, factor) for factor in speeds] if cut.has_recording else [cut]
     return [Version(version, features_key(version, encoder_key)) for version in own]
 
 
@@ -275,7 +277,7 @@ def _with_features(
             custom[windows_field(features_field(speed))] = record["windows"]
         if "written" in record:
             custom[written_field(features_field(speed))] = record["written"]
-    line["custom"] = custom | {KEY_FIELD: versions[0].key, AUDIO_FIELD: audio_identity(cut)}
+    line["custom"] = custom | {KEY_FIELD: versions[0].key, AUDIO_FIELD: audio_identity(cut), SPAN_FIELD: span_of(cut)}
     return line
 
 
@@ -302,10 +304,13 @@ def _readable(versions: list[Version], sampling_rate: int, known: Known) -> list
     """Those whose audio can be read: one broken recording must not stop the run."""
     found = []
     for version in versions:
+        if not version.cut.has_recording:
+            known.leave_out(version, "has no recording")
+            continue
         try:
             found.append(Read(version, mono_samples(version.cut, sampling_rate)))
         except Exception as error:  # decoders raise their own types
-            raise_if_of_the_machine(error)
+            raise_if_of_the_machine(error, sources_of(version.cut))
             known.leave_out(version, f"{type(error).__name__}: {str(error)[:200]}")
     return found
 

@@ -25,7 +25,7 @@ from omegaconf import MISSING
 
 from nemo_mtbi import console
 from nemo_mtbi.corpus.execution import LOCAL, RAY, check_execution, spread
-from nemo_mtbi.corpus.failures import explained, raise_if_of_the_machine
+from nemo_mtbi.corpus.failures import explained, raise_if_of_the_machine, sources_of
 from nemo_mtbi.corpus.ray_data import RayConfig
 from nemo_mtbi.data.alignments import from_its_beginning
 from nemo_mtbi.data.audio import mono_samples
@@ -319,7 +319,7 @@ class Preparation:
             cut = self._on_disk(cut)
             samples = self._samples(cut, noticed)
         except Exception as error:
-            raise_if_of_the_machine(error)
+            raise_if_of_the_machine(error, sources_of(cut))
             raise Skip(f"unreadable audio: {_cause(error)}") from None
         if entry.silent or all((s.alignment or {}).get("word") for s in cut.supervisions):
             return cut, None, samples

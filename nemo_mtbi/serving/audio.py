@@ -1,6 +1,7 @@
 """Audio from the network: decoded with limits, whatever its header says."""
 
 import io
+from typing import Any
 
 import soundfile
 
@@ -30,20 +31,19 @@ def decode_audio(data: bytes, sampling_rate: int, max_seconds: float) -> AudioBl
         TooLong: longer than ``max_seconds``; nothing beyond that is decoded.
     """
     try:
+        _check_form(soundfile.info(io.BytesIO(data)))
         data = bytes(with_length(data, max_seconds))
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             rate, limit = file.samplerate, int(max_seconds * file.samplerate)
-            if not MIN_RATE <= rate <= MAX_RATE:
-                raise DataError(f"The audio's sampling rate is {rate:,} Hz; send {MIN_RATE:,} to {MAX_RATE:,} Hz.")
-            if file.channels > MAX_CHANNELS:
-                raise DataError(f"The audio has {file.channels} channels; send up to {MAX_CHANNELS}.")
             seconds = file.frames / rate
             if seconds > max_seconds:
                 raise TooLong(TOO_LONG.format(max_seconds))
             if seconds > STREAMED_FROM_SECONDS or file.frames * file.channels > LARGEST_AT_ONCE:
                 return AudioStream(data, sampling_rate)
             samples = file.read(limit + 1, dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, RuntimeError, TypeError) as error:
+    except DataError:
+        raise
+    except (soundfile.SoundFileError, RuntimeError, TypeError, ValueError) as error:
         reason = str(getattr(error, "error_string", error)).rstrip(".")  # without the name of our buffer
         raise DataError(f"The audio cannot be decoded ({reason}). Send WAV, FLAC, OGG or MP3.") from error
     if len(samples) > limit:
@@ -51,3 +51,14 @@ def decode_audio(data: bytes, sampling_rate: int, max_seconds: float) -> AudioBl
     if len(samples) < MIN_AUDIO_SECONDS * rate:
         raise DataError(f"The audio lasts {len(samples) / rate:.3f} s; at least {MIN_AUDIO_SECONDS} s are needed.")
     return [resample(mono(samples.T), rate, sampling_rate)]
+
+
+def _check_form(header: Any) -> None:
+    """
+    Raises:
+        DataError: another rate than is taken here, or more channels.
+    """
+    if not MIN_RATE <= header.samplerate <= MAX_RATE:
+        raise DataError(f"The audio's sampling rate is {header.samplerate:,} Hz; send {MIN_RATE:,} to {MAX_RATE:,} Hz.")
+    if header.channels > MAX_CHANNELS:
+        raise DataError(f"The audio has {header.channels} channels; send up to {MAX_CHANNELS}.")

@@ -92,7 +92,8 @@ class Batcher:
         self, model: SpeechLLM, max_batch: int = 8, max_waiting: int = 64, max_waiting_bytes: int = 2**30
     ) -> None:
         self.model, self.max_batch, self.max_waiting_bytes = model.eval(), max_batch, max_waiting_bytes
-        self.waiting: queue.Queue[Request] = queue.Queue(max_waiting)
+        self.max_waiting = max_waiting
+        self.waiting: queue.Queue[Request] = queue.Queue()
         self.held: list[Request] = []  # taken from the queue, in order, but not answered yet
         self.kept: dict[int, Request] = {}  # unfinished requests by id, whose audio counts
         self.lock = threading.Lock()
@@ -113,15 +114,16 @@ class Batcher:
             size = sum(bytes_of(audio) for audio in audios.values())
             if self.kept and size > self.max_waiting_bytes:
                 raise QueueFull(f"The audio of waiting requests takes {self.max_waiting_bytes} bytes; try again later.")
+            if self.waits + len(requests) > self.max_waiting:
+                raise QueueFull(f"{self.max_waiting} requests are waiting already; try again later.")
             self.kept |= {id(request): request for request in requests}
-        try:
             for request in requests:
                 self.waiting.put_nowait(request)
-        except queue.Full as error:
-            for request in requests:
-                request.cancel()
-            self._forget(requests)
-            raise QueueFull(f"{self.waiting.maxsize} requests are waiting already; try again later.") from error
+
+    @property
+    def waits(self) -> int:
+        """Requests that wait: in the queue, and taken from it but not begun."""
+        return self.waiting.qsize() + len(self.held)
 
     def _work(self) -> None:
         while True:

@@ -134,7 +134,7 @@ async def whole_chat(answers: Answers, tokenizer: Any, name: str, http: HTTPRequ
         {
             "index": index,
             "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": _logprobs(answers, tokenizer, found),
+            "logprobs": await asyncio.to_thread(_logprobs, answers, tokenizer, found),  # long of many alternatives
             "finish_reason": reason,
         }
         for index, (text, found, reason) in enumerate(await answers.whole(http))

@@ -44,7 +44,7 @@ def create_app(model: SpeechLLM, name: str, batcher: Batcher, limits: Limits | N
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        return {"status": "ok" if batcher.thread.is_alive() else "stopped", "waiting": batcher.waiting.qsize()}
+        return {"status": "ok" if batcher.thread.is_alive() else "stopped", "waiting": batcher.waits}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

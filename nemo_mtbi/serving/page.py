@@ -49,7 +49,7 @@ class Page:
         seconds = seconds_of(opened, self.model.sampling_rate)
         quiet = isinstance(opened, list) and np.abs(opened[0]).max() < SILENCE_PEAK
         remark = QUIET if quiet else f"{seconds:.1f} s"
-        for text, heard in self._answer([self.model.user_turn(_question(prompt))], [opened], max_tokens):
+        for text, heard in self._answer([self.model.user_turn(self._question(prompt))], [opened], max_tokens):
             gaps = "".join(f"; cannot be read from {gap}" for gap in gaps_of(opened))
             yield text, (remark if heard is None else f"{heard:.0%} of {remark} heard") + gaps
 
@@ -57,6 +57,7 @@ class Page:
         """What the text LLM says to the transcript that was typed in."""
         if not transcript.strip():
             raise gr.Error("Type what was said.")
+        self._check_length(transcript)
         for text, _ in self._answer([self._written(transcript, prompt)], [], max_tokens):
             yield text
 
@@ -73,13 +74,23 @@ class Page:
             yield heard, text
 
     def _written(self, transcript: str, prompt: str) -> dict[str, Any]:
-        return self.model.text_turn(_question(prompt), transcript)
+        return self.model.text_turn(self._question(prompt), transcript)
+
+    def _question(self, prompt: str) -> str:
+        if not prompt or not prompt.strip():
+            raise gr.Error("Choose or write a prompt.")
+        self._check_length(prompt)
+        return prompt
+
+    def _check_length(self, text: str) -> None:
+        if len(text) > self.limits.max_text_characters:
+            raise gr.Error(f"{len(text):,} characters; the limit here is {self.limits.max_text_characters:,}.")
 
     def _open(self, audio: str | None, rate: int | None = None) -> AudioBlocks:
         if not audio:
             raise gr.Error("Record or upload speech first.")
         try:
-            opened = open_audio(audio, rate or self.model.sampling_rate)
+            opened = open_audio(audio, rate or self.model.sampling_rate, longest=self.limits.max_audio_seconds)
         except MTBIError as error:
             raise gr.Error(str(error).replace(str(audio), "The file")) from error
         seconds = seconds_of(opened, rate or self.model.sampling_rate)
@@ -113,12 +124,6 @@ class Page:
             request.cancel()
 
 
-def _question(prompt: str) -> str:
-    if not prompt or not prompt.strip():
-        raise gr.Error("Choose or write a prompt.")
-    return prompt
-
-
 def mount_page(
     app: FastAPI, model: SpeechLLM, batcher: Batcher, limits: Limits, asr: str | None, examples: list[str]
 ) -> FastAPI:
@@ -136,6 +141,7 @@ def mount_page(
         raise ConfigError(f"examples: there is no file {absent[0]}.")
     recognizer = WhisperASR(asr) if asr else None
     blocks = build(Page(model, batcher, limits, recognizer), examples)
+    blocks.has_launched = True  # else Gradio opens any file of this machine that a request names
     return gr.mount_gradio_app(
         app,
         blocks,
@@ -148,7 +154,10 @@ def mount_page(
 def build(page: Page, examples: list[str]) -> gr.Blocks:
     """The page itself."""
     prompts = [
-        p.text for task in load_library().values() for p in task.prompts if p.language == "en" and "{{" not in p.text
+        p.text
+        for task in load_library().values()
+        for p in task.prompts
+        if p.language == "en" and "{{" not in p.text and p.text.strip()
     ]
     with gr.Blocks(title="Speech LLM", analytics_enabled=False, delete_cache=KEPT_UPLOADS) as blocks:
         gr.Markdown("# Ask about speech")

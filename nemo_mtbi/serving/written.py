@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from nemo_mtbi.serving.request import Listening, Request
 from nemo_mtbi.serving.sampling import TokenScore
@@ -28,17 +29,29 @@ def usage(requests: Sequence[Request]) -> dict[str, int]:
 
 def scores(tokenizer: Any, tokens: Iterable[TokenScore]) -> list[dict[str, Any]]:
     """Log-probabilities of tokens, each with its alternatives."""
+    texts = _TEXTS.setdefault(tokenizer, TokenTexts())
     return [
         {
-            **_token(tokenizer, score.token, score.logprob),
-            "top_logprobs": [_token(tokenizer, token, logprob) for token, logprob in score.top],
+            **_token(texts.of(tokenizer, score.token), score.logprob),
+            "top_logprobs": [_token(texts.of(tokenizer, token), logprob) for token, logprob in score.top],
         }
         for score in tokens
     ]
 
 
-def _token(tokenizer: Any, token: int, logprob: float) -> dict[str, Any]:
-    lead = tokenizer("a", add_special_tokens=False)["input_ids"]  # SentencePiece drops the first word's space
-    text = tokenizer.decode([*lead, token])[len(tokenizer.decode(lead)) :]
+class TokenTexts(dict[int, str]):
+    """What a tokenizer's tokens are within a text."""
+
+    def of(self, tokenizer: Any, token: int) -> str:
+        if token not in self:
+            lead = tokenizer("a", add_special_tokens=False)["input_ids"]  # SentencePiece drops the first word's space
+            self[token] = tokenizer.decode([*lead, token])[len(tokenizer.decode(lead)) :]
+        return self[token]
+
+
+_TEXTS: WeakKeyDictionary[Any, TokenTexts] = WeakKeyDictionary()
+
+
+def _token(text: str, logprob: float) -> dict[str, Any]:
     data = None if "\ufffd" in text else list(text.encode())  # a part of a character has no text
     return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": data}

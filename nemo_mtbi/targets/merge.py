@@ -14,10 +14,11 @@ from typing import Any, TextIO
 from filelock import FileLock
 from lhotse import CutSet
 from lhotse.cut import Cut
+from lhotse.cut.data import DataCut
 
 from nemo_mtbi.corpus.shards import Shard
 from nemo_mtbi.data.alignments import from_its_beginning
-from nemo_mtbi.data.feature_cache import is_features
+from nemo_mtbi.data.feature_cache import is_features, with_span
 from nemo_mtbi.data.target import TARGETS_FIELD, TEACHER_IDS_FIELD, TEACHER_LOG_PROBS_FIELD
 from nemo_mtbi.errors import DataError
 from nemo_mtbi.io import jsonl
@@ -163,7 +164,12 @@ def write_shar(manifest: Path, folder: Path, rejected: Path, config: TargetsConf
         found[True] += 1
         return True
 
-    cuts = CutSet.from_file(manifest).filter(usable).map(from_its_beginning)  # as which Shar keeps the audio
+    def kept(cut: Cut) -> Cut:
+        """As Shar keeps the audio."""
+        own = from_its_beginning(cut)
+        return with_span(own, cut, audio_as_it_is=True) if isinstance(own, DataCut) else own
+
+    cuts = CutSet.from_file(manifest).filter(usable).map(kept)
     fields = {"recording": config.shar_audio}
     if config.top_k:
         fields |= {TEACHER_IDS_FIELD: "numpy", TEACHER_LOG_PROBS_FIELD: "numpy"}

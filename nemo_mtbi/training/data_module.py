@@ -1,5 +1,6 @@
 """NeMo's data module over our dataset: options that follow from the model, resuming, counts of whole steps."""
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -10,7 +11,6 @@ from typing import Any
 import torch
 from lhotse.dataset import DynamicBucketingSampler
 from lhotse.serialization import open_best
-from nemo.collections.common.data.fallback import FallbackDataset
 from nemo.collections.common.data.lhotse import get_lhotse_dataloader_from_config
 from nemo.collections.common.data.lhotse.broadcasting import BroadcastingDataLoader, is_dp_source_rank
 from nemo.collections.common.data.lhotse.dataloader import (
@@ -26,7 +26,7 @@ from nemo_mtbi.data.cut_lines import has_lines
 from nemo_mtbi.data.dataset import MTBIDataset
 from nemo_mtbi.data.messages import require_same_rendering
 from nemo_mtbi.data.shar import without_data
-from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.models.mtbi_salm import MTBISALM
 from nemo_mtbi.models.objective import WINDOW_COUNTS, term_counts
 from nemo_mtbi.modules.connectors.base import Connector
@@ -34,9 +34,12 @@ from nemo_mtbi.modules.perception import connector_of, writing_key
 from nemo_mtbi.training.resume import Wrapped, skip_batches, with_sampler
 from nemo_mtbi.training.segments import SEGMENT_BATCHES, Place, Segments
 
+log = logging.getLogger(__name__)
+
 # In examples, of NeMo's samplers. Lhotse adds the second one to the first.
 BUFFERS = ("bucket_buffer_size", "shuffle_buffer_size", "num_cuts_for_bins_estimate")
 SHUFFLE_BUFFER = 10_000  # NeMo's default
+UNREADABLE_BATCHES = 10
 SEEDS_APART = 1_000_003
 
 
@@ -63,6 +66,37 @@ class WindowedLoader(Wrapped):
                 total.update(term_counts(batch["examples"], self.connector))
             for batch in window:
                 yield {**batch, WINDOW_COUNTS: dict(total)}
+
+
+class Readable(Wrapped):
+    """A loader without the batches in which no recording could be read (None): another one comes in their place, so
+    that all ranks make their steps. ``dropped`` counts them.
+
+    Raises:
+        DataError: there were :data:`UNREADABLE_BATCHES` of them in a row.
+    """
+
+    def __init__(self, loader: Any, dropped: int = 0) -> None:
+        super().__init__(loader)
+        self.dropped = self.before = dropped
+
+    def __iter__(self) -> Iterator[Any]:
+        self.dropped = self.before
+        return self._read(iter(self.source))
+
+    def _read(self, batches: Iterator[Any]) -> Iterator[Any]:
+        in_a_row = 0
+        for batch in batches:
+            in_a_row = 0 if batch is not None else in_a_row + 1
+            if in_a_row == UNREADABLE_BATCHES:
+                raise DataError(
+                    f"No recording of {in_a_row} batches one after the other could be read (the log names them). Is "
+                    "the storage there?"
+                )
+            if batch is None:
+                self.dropped += 1
+            else:
+                yield batch
 
 
 class Waited(Wrapped):
@@ -97,6 +131,7 @@ class ResumableData(DataModule):
     skip = 0
     in_segments = False
     kept: dict[str, Any] | None = None  # of a checkpoint, what ``state_dict`` gave
+    readable = Readable(())  # before there is a loader
     segments: Segments | None = None
     segment_batches = SEGMENT_BATCHES
     drawing_workers = 0
@@ -109,24 +144,26 @@ class ResumableData(DataModule):
     def train_dataloader(self) -> Any:
         if self.drawing_workers and not self.cfg.train_ds.get("num_workers"):  # "randomized" is every rank's there
             self.cfg.train_ds.shard_seed = self.seed + SEEDS_APART * self._get_dp_rank()
-        if self.drawing_workers:  # NeMo lets them all read a manifest from its first line
-            for entry in input_entries(self.cfg.train_ds):
-                if "shar_path" not in entry:
-                    entry.rank, entry.world_size, entry.by_worker = self._get_dp_rank(), self._get_world_size(), True
+        for entry in input_entries(self.cfg.train_ds):
+            entry.rank, entry.world_size = self._get_dp_rank(), self._get_world_size()
+            entry.by_worker = self.drawing_workers > 0  # NeMo lets them all read a manifest from its first line
+            entry.whole = "shar_path" in entry
         with without_data():  # from which NeMo estimates the buckets
-            loader = self._own_share() if self.shared else super().train_dataloader()
-        skip = self.skip
+            loader = self._loader()
+        own = self._kept_of_rank()
+        dropped = own.get("dropped", 0)
+        skip = self.skip + dropped
         if self.in_segments and loader._source is not None:
-            begin = self._begin(loader._source.sampler)
+            skip -= self._begin(loader._source.sampler, skip, own) * self.segment_batches
             loader._source = with_sampler(loader._source, self.segments)
-            skip -= begin * self.segment_batches
-        loader = skip_batches(loader, skip, self.drawing_workers)
+        self.readable = Readable(skip_batches(loader, skip, self.drawing_workers), dropped)
+        loader = self.readable
         loader = WindowedLoader(loader, self.accumulated, self.connector) if self.accumulated > 1 else loader
         self.waited = Waited(loader)
         return self.waited
 
-    def _begin(self, whole: Any) -> int:
-        """Make the segments from ``skip`` on; returns the number of the first one. ``whole``: NeMo's sampler."""
+    def _begin(self, whole: Any, skip: int, kept: dict[str, Any]) -> int:
+        """Make the segments from a batch on; returns the number of the first one. ``whole``: NeMo's sampler."""
         section = self.cfg.train_ds
         entries = len(list(input_entries(section)))
         bins = [float(bin) for bin in whole.duration_bins] if isinstance(whole, DynamicBucketingSampler) else None
@@ -141,47 +178,49 @@ class ResumableData(DataModule):
             own = make_structured_with_schema_warnings(own)  # not NeMo's loader, which seeds all generators anew
             return get_lhotse_sampler_from_config(own, global_rank=0, world_size=1, tokenizer=self.tokenizer)[0]
 
-        first = self._kept_place(self.skip // self.segment_batches)
+        place = None
+        number = skip // self.segment_batches
+        if kept.get("place") and (kept["number"], kept["batches"]) == (number, self.segment_batches):
+            place = Place(**kept["place"])
+        first = (0, None) if place is None else (kept["number"], place)
         self.segments = Segments(sampler_of, entries, first, self.segment_batches)
         return first[0]
 
-    def _kept_place(self, number: int) -> tuple[int, Place | None]:
-        """A segment and its place, as the checkpoint has it; the first segment if it has none."""
-        kept = self.kept or {}
-        same = [kept.get("number"), kept.get("batches"), len(kept.get("places", ()))] == [
-            number,
-            self.segment_batches,
-            self._get_world_size(),
-        ]
-        return (number, Place(**kept["places"][self._get_dp_rank()])) if same else (0, None)
+    def _kept_of_rank(self) -> dict[str, Any]:
+        """What this rank's module kept in the checkpoint; nothing where there were more or fewer ranks."""
+        ranks = (self.kept or {}).get("ranks", [])
+        return ranks[self._get_dp_rank()] if len(ranks) == self._get_world_size() else {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Places (see :class:`~nemo_mtbi.training.segments.Place`) of the segment of all data-parallel ranks."""
-        if not self.in_segments or self.trainer is None:
+        """Of each data-parallel rank the batches that could not be read, and the place of the segment that it is in
+        (:class:`~nemo_mtbi.training.segments.Place`)."""
+        if self.trainer is None:
             return {}
-        number = self.trainer.global_step * self.accumulated // self.segment_batches
+        dropped = self.readable.dropped
+        number = (self.trainer.global_step * self.accumulated + dropped) // self.segment_batches
+        own: dict[str, Any] = {"dropped": dropped}
         place = self.segments.places.get(number) if self.segments is not None else None
-        own = None if place is None else (self._get_dp_rank(), vars(place))
-        found: list[Any] = [own]
+        if place is not None:
+            own |= {"number": number, "batches": self.segment_batches, "place": vars(place)}
+        found: list[Any] = [(self._get_dp_rank(), own)]
         if torch.distributed.is_initialized():
-            found = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(found, own)
-        places = dict(filter(None, found))
-        if len(places) < self._get_world_size():
-            return {}
-        return {"number": number, "batches": self.segment_batches, "places": [places[r] for r in sorted(places)]}
+            found *= torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(found, (self._get_dp_rank(), own))
+        by_rank: dict[int, dict[str, Any]] = {}
+        for rank, kept in found:  # ranks that hold the LLM together have one source of batches
+            by_rank[rank] = max(by_rank.get(rank, {}), kept, key=len)
+        return {"ranks": [by_rank[rank] for rank in sorted(by_rank)]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """What is needed of it was read before the loaders were made (:func:`place_of`)."""
 
-    def _own_share(self) -> BroadcastingDataLoader:
+    def _loader(self) -> BroadcastingDataLoader:
+        """NeMo's, with batches in which nothing could be read as they are: its own are then the ones before again."""
         mesh, source = self._get_device_mesh(), None
         if is_dp_source_rank(mesh):
-            for entry in input_entries(self.cfg.train_ds):
-                entry.rank, entry.world_size = self._get_dp_rank(), self._get_world_size()
-            data = FallbackDataset(self.dataset)
+            rank, count = (0, 1) if self.shared else (self._get_dp_rank(), self._get_world_size())
             source = get_lhotse_dataloader_from_config(
-                self.cfg.train_ds, global_rank=0, world_size=1, dataset=data, tokenizer=self.tokenizer
+                self.cfg.train_ds, global_rank=rank, world_size=count, dataset=self.dataset, tokenizer=self.tokenizer
             )
         return BroadcastingDataLoader(source=source, device_mesh=mesh)
 
@@ -207,6 +246,10 @@ def data_module(
     if "train_ds" in cfg and cfg.train_ds.get("shuffle") and not reads_shar(cfg.train_ds):
         in_segments = order_lines(cfg.train_ds) and shared
         in_segments &= not (cfg.train_ds.get("concurrent_bucketing", True) or cfg.train_ds.get("multi_config"))
+    if "train_ds" in cfg and cfg.train_ds.get("use_bucketing") and cfg.train_ds.get("concurrent_bucketing", True):
+        log.warning(
+            "data.train_ds.concurrent_bucketing=true: no run, and no resumed one, draws the same batches again."
+        )
     for section in ("train_ds", "validation_ds"):
         if section in cfg:
             cfg[section].prompt_format = model.cfg.prompt_format

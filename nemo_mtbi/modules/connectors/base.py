@@ -51,7 +51,7 @@ class SpeechEmbeddings:
         """Some of the utterances."""
         chosen = to_device(indices, self.lengths.device)
         values = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return SpeechEmbeddings(**{name: None if value is None else value[chosen] for name, value in values})
+        return SpeechEmbeddings(**{name: None if value is None else value[chosen] for name, value in values})  # type: ignore[arg-type]
 
 
 @dataclass

@@ -46,7 +46,7 @@ def test_damaged_and_foreign_archives_are_refused(exported, tmp_path):
         save_directory(exported[0], hf)
 
 
-@pytest.mark.parametrize("name", ["../escape.txt", "/tmp/escape_mtbi.txt", "link"])
+@pytest.mark.parametrize("name", ["../escape.txt", "/tmp/escape_mtbi.txt", "link", "inner", "hard", "device"])
 def test_hostile_archives_write_nothing_outside(exported, tmp_path, name):
     _, nemo, _ = exported
     evil = tmp_path / "evil.nemo"
@@ -54,8 +54,9 @@ def test_hostile_archives_write_nothing_outside(exported, tmp_path, name):
         for member in source.getmembers():
             tar.addfile(member, source.extractfile(member))
         info = tarfile.TarInfo(name)
-        if name == "link":
-            info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        kinds = {"link": tarfile.SYMTYPE, "inner": tarfile.SYMTYPE, "hard": tarfile.LNKTYPE, "device": tarfile.CHRTYPE}
+        if name in kinds:  # a link within the folder too: a chain of them leads outside
+            info.type, info.linkname = kinds[name], "/etc/passwd" if name == "link" else "model.safetensors"
             tar.addfile(info)
         else:
             info.size = 4

@@ -107,7 +107,7 @@ def test_half_written_places_are_found_again(tmp_path, broken):
 def test_a_folder_that_can_only_be_read(tmp_path, monkeypatch):
     path = written(tmp_path / "cuts.jsonl", IDS)
 
-    def refused(*_):
+    def refused(*_, **__):
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr("nemo_mtbi.data.cut_lines.np.save", refused)

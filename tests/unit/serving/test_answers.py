@@ -1,5 +1,7 @@
 """Drawing tokens, and the text of an answer as it grows, against plain PyTorch and a tokenizer of characters."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -126,6 +128,6 @@ def test_the_page_gives_its_examples_and_nothing_beside_them(tmp_path, monkeypat
     (tmp_path / "a.wav").write_bytes(b"RIFF")
     given = {}
     monkeypatch.setattr(page.gr, "mount_gradio_app", lambda app, blocks, **options: given.update(options))
-    monkeypatch.setattr(page, "build", lambda *_: None)
+    monkeypatch.setattr(page, "build", lambda *_: SimpleNamespace())
     page.mount_page(None, None, None, Limits(), None, [str(tmp_path / "a.wav")])
     assert given["allowed_paths"] == [str(tmp_path / "a.wav")] and given["max_file_size"] == Limits().max_body_bytes

@@ -72,6 +72,25 @@ def test_weights_of_shars_are_shares(shars, tiny_config, workers):
     assert share == pytest.approx(0.8, abs=0.08)
 
 
+def test_ranks_and_workers_ask_a_cut_different_things(shars, tiny_config):
+    """Each reads the whole Shar, so their first pass is not that of one process: tasks, wordings and speeds differ."""
+    model, found = build(tiny_config), {}
+    for rank in range(4):
+        path = str(shars / "shar0")
+        for ids, _ in batches(model, path, 0, 20, workers=2, rank=rank, ranks=4, perturb_speed=[0.9, 1.1]):
+            for name in ids:
+                cut, _, asked = name.partition("/")
+                found.setdefault(cut, set()).add(asked)
+    assert np.mean([len(asked) for asked in found.values()]) > 4  # of 12, in 8 draws
+
+
+def test_a_broken_shard_is_named(shars, tiny_config):
+    part = sorted((shars / "shar0").glob("recording.*.tar"))[2]
+    part.write_bytes(part.read_bytes()[:3000])
+    with pytest.raises(DataError, match=r"shar0/cuts.000002.jsonl.gz .*cannot be read any further"):
+        list(SharVisits(CutSet.from_shar(in_dir=shars / "shar0").data))
+
+
 def test_ranks_without_workers_draw_differently(shars, tiny_config):
     model = build(tiny_config)
     first, second = (batches(model, str(shars / "shar0"), 0, 5, rank=rank, ranks=2) for rank in range(2))

@@ -169,7 +169,7 @@ def risk_term(
     starts, count = windows_start(windows), config.risk_samples
     readings = connector.hypotheses(features, lengths, count, config.risk_temperature, starts)
     utterances = len(lengths) if windows is None else len(windows.firsts)
-    first = first_alike(readings.tokens) if windows is None else [[s] * utterances for s in range(count)]
+    first = readings.first_alike() if windows is None else [[s] * utterances for s in range(count)]
     with torch.no_grad():
         risks = torch.zeros(utterances, count, device=features.device)
         for s, reading in enumerate(readings.speech):
@@ -182,14 +182,6 @@ def risk_term(
         features, lengths = features[windows.firsts], lengths[windows.firsts]
         readings.tokens = [[sample[row] for row in windows.firsts] for sample in readings.tokens]
     return Term(config.w_risk, connector.risk_loss(features, lengths, readings, risks), UTTERANCES)
-
-
-def first_alike(tokens: list[list[list[int]]]) -> list[list[int]]:
-    """Of S readings of B utterances, the number (S, B) of the first reading that has the same text."""
-    return [
-        [next(s for s, earlier in enumerate(tokens) if earlier[row] == own) for row, own in enumerate(reading)]
-        for reading in tokens
-    ]
 
 
 def of_rows(batch: dict[str, Any], teacher: Tensor | None, rows: list[int]) -> tuple[dict[str, Any], Tensor | None]:

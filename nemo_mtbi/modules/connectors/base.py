@@ -66,6 +66,13 @@ class Hypotheses:
     tokens: list[list[list[int]]]
     speech: list[SpeechEmbeddings]
 
+    def first_alike(self) -> list[list[int]]:
+        """The number (S, B) of the first reading that has the same text."""
+        return [
+            [next(s for s, earlier in enumerate(self.tokens) if earlier[row] == own) for row, own in enumerate(reading)]
+            for reading in self.tokens
+        ]
+
 
 class Connector(nn.Module):
     """Base class. ``connect`` is what we use; ``forward`` is NeMo's channel-first adapter contract."""

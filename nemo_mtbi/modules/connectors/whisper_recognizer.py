@@ -301,22 +301,28 @@ class WhisperRecognizer(TokenConnector):
         return [own[: own.index(self.eos_id)] if self.eos_id in own else own for own in rows], torch.stack(states, 1)
 
     def risk_loss(self, features: Tensor, lengths: Tensor, hypotheses: Hypotheses, risks: Tensor) -> Tensor:
-        head, repeats = Head(self._output_weight()), len(hypotheses.tokens)
-        targets = [[*own, self.eos_id] for sample in hypotheses.tokens for own in sample]  # (S, B)
+        head, device, first = Head(self._output_weight()), features.device, hypotheses.first_alike()
+        # An utterance of one text teaches nothing (its slopes are 0), and a text that was drawn twice is read once.
+        taught = [row for row in range(len(lengths)) if any(reading[row] for reading in first)] or [0]
+        texts = [(s, row) for s, reading in enumerate(first) for row in taught if reading[row] == s]
+        place = {text: number for number, text in enumerate(texts)}
+        drawn = to_device([[place[reading[row], row] for reading in first] for row in taught], device)  # (B', S)
+        targets = [[*hypotheses.tokens[s][row], self.eos_id] for s, row in texts]
+        rows = to_device(taught, device)
         with evaluation_mode(self):
-            encoded, heard = self._encode(features, lengths)
-            states = self._forced_states(
-                encoded.repeat(repeats, 1, 1), heard.repeat(repeats), [own[:-1] for own in targets]
-            )
-        counts = torch.tensor([len(own) for own in targets], device=features.device)
-        rows = states[frame_mask(counts, states.shape[1])]
-        ids = torch.tensor([token for own in targets for token in own], device=features.device)
-        owner = torch.arange(len(targets), device=features.device).repeat_interleave(counts)
+            encoded, heard = self._encode(features[rows], lengths[rows])
+            own = to_device([taught.index(row) for _, row in texts], device)
+            states = self._forced_states(encoded[own], heard[own], [target[:-1] for target in targets])
+        counts = to_device([len(target) for target in targets], device)
+        hidden = states[frame_mask(counts, states.shape[1])]
+        ids = to_device([token for target in targets for token in target], device)
+        owner = torch.arange(len(targets), device=device).repeat_interleave(counts, output_size=len(ids))
         with torch.no_grad():
-            losses = imitation_loss(rows.detach(), head, ids, CROSS_ENTROPY).per_token
+            losses = imitation_loss(hidden.detach(), head, ids, CROSS_ENTROPY).per_token
             log_probs = -losses.new_zeros(len(targets)).index_add(0, owner, losses)
-            expected, slopes = expected_risk(log_probs.unflatten(0, (repeats, -1)).t(), risks)
-            weights = -slopes.t().flatten()[owner]
+            expected = risks.float().mean(1)  # of those that are left out, the risk of their text
+            expected[rows], slopes = expected_risk(log_probs[drawn], risks[rows])
+            weights = -losses.new_zeros(len(targets)).index_add(0, drawn.flatten(), slopes.flatten())[owner]
         # The expected risk has the gradient of its log-probabilities weighted by their slopes.
-        weighted = imitation_loss(rows, head, ids, CROSS_ENTROPY, token_weights=weights).loss
+        weighted = imitation_loss(hidden, head, ids, CROSS_ENTROPY, token_weights=weights).loss
         return weighted + (expected.sum() - weighted).detach()

@@ -5,10 +5,10 @@ import torch
 
 from nemo_mtbi.data.audio_windows import Windows
 from nemo_mtbi.errors import ConfigError
-from nemo_mtbi.models import MTBISALM, objective
+from nemo_mtbi.models import MTBISALM
 from nemo_mtbi.models.objective import KINDS, WINDOW_COUNTS, of_rows, risk_term, term_counts
 from nemo_mtbi.models.speech import batch_features
-from nemo_mtbi.modules.connectors.base import evaluation_mode
+from nemo_mtbi.modules.connectors.base import Hypotheses, evaluation_mode
 from tests.helpers import assert_same, gradients, make_batch, split
 
 pytestmark = pytest.mark.unit
@@ -120,7 +120,7 @@ def test_a_text_that_was_drawn_twice_is_read_once(model, monkeypatch):
     got = torch.autograd.grad(term.total, trained)
     assert sum(map(len, rows_read)) < 12
     drawn.clear()
-    monkeypatch.setattr(objective, "first_alike", lambda tokens: [[s] * 4 for s in range(len(tokens))])
+    monkeypatch.setattr(Hypotheses, "first_alike", lambda self: [[s] * 4 for s in range(len(self.tokens))])
     every = risk_term(batch, model.perception, model.config.imitation, losses)
     assert float(term.total) == pytest.approx(float(every.total), rel=1e-4)
     assert_same(dict(enumerate(got)), dict(enumerate(torch.autograd.grad(every.total, trained))), 1e-3)

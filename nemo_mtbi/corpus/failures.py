@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lhotse.audio import AudioLoadingError, AudioSource
+from lhotse.audio import AudioSource
 from lhotse.cut import Cut, MixedCut
 from lhotse.cut.data import DataCut
 
@@ -47,8 +47,6 @@ def raise_if_of_the_machine(error: BaseException, sources: Iterable[AudioSource]
         for number in map(int, SAID.findall(str(cause))):
             if number in OF_THE_MACHINE:
                 raise OSError(number, os.strerror(number)) from error
-        if isinstance(cause, AudioLoadingError) and "MemoryError" in str(cause):
-            raise MemoryError(str(cause).splitlines()[0]) from error
         cause = cause.__cause__ or cause.__context__
     for source in sources:
         if source.type != "file":

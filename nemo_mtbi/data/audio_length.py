@@ -18,6 +18,7 @@ import soundfile
 from nemo_mtbi.data.audio import mono
 
 TOTAL_SAMPLES, LOW_36_BITS = slice(18, 26), (1 << 36) - 1  # of a FLAC's STREAMINFO: the bytes whose low bits they are
+WAV_CHUNKS = (b"", b"LIST", b"id3 ", b"ID3 ", b"fact", b"cue ", b"bext", b"smpl", b"JUNK", b"iXML")  # behind no samples
 MP3_HEADERS = (b"Xing", b"Info", b"VBRI")
 ID3_BYTES, LOOKED_AT = 10, 4096
 
@@ -41,7 +42,8 @@ def with_length(source: Path | bytes, max_seconds: float = math.inf) -> Path | b
     if start[:4] == b"RIFF" and start[8:12] == b"WAVE":  # written to a pipe: a size of 0
         beginning = _part(source, 0, LOOKED_AT)
         at = beginning.find(b"data", 12)
-        return _with_size(_part(source, 0, None)) if at > 0 and beginning[at + 4 : at + 8] == bytes(4) else source
+        piped = at > 0 and beginning[at + 4 : at + 8] == bytes(4) and beginning[at + 8 : at + 12] not in WAV_CHUNKS
+        return _with_size(_part(source, 0, None)) if piped else source
     begin = 0
     if start[:3] == b"ID3":  # four times seven bits
         begin = ID3_BYTES + sum(byte << (7 * place) for place, byte in enumerate(reversed(start[6:10])))

@@ -22,7 +22,7 @@ BLOCK_SECONDS, SMALL_BLOCK_SECONDS = 30.0, 1.0  # the second where the first can
 STREAMED_FROM_SECONDS = 120.0  # shorter recordings are read at once
 PART_TOLERANCE_SECONDS = 0.1  # by which a part may end after its file
 PROBES = 30
-FAILING_BLOCKS, MOST_FAILURES = 3, 60  # seconds in a row, and in all, before one looks further on, and no further
+FAILING_BLOCKS = 3  # seconds in a row, before one looks further on
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,14 @@ class AudioStream:
                 if wished - end > PART_TOLERANCE_SECONDS * rate:
                     self._note(end / rate, wished / rate, "the audio ends before")
                 end = min(end, wished)
-            size, probed, failed, failures = round(BLOCK_SECONDS * rate), False, 0, 0
+            size, probed, failed = round(BLOCK_SECONDS * rate), False, 0
             while place < end:
-                if failed >= FAILING_BLOCKS or failures >= MOST_FAILURES:  # each costs a new decoder and its way there
+                if failed >= FAILING_BLOCKS:  # each costs a new decoder, and its way there
                     begin = place
-                    place = self._next(place, end, rate) if failures < MOST_FAILURES else end
-                    self._note(begin / rate, place / rate, "nothing can be read there")
-                    yield from _silence(place - begin, rate, change)
+                    place = self._next(place, end, rate)
+                    if place > begin:
+                        self._note(begin / rate, place / rate, "nothing can be read there")
+                        yield from _silence(place - begin, rate, change)
                     failed = 0
                     continue
                 wanted = min(size, end - place)
@@ -106,7 +107,7 @@ class AudioStream:
                     if wanted > SMALL_BLOCK_SECONDS * rate:
                         size = round(SMALL_BLOCK_SECONDS * rate)
                         continue
-                    failed, failures = failed + 1, failures + 1
+                    failed += 1
                     self._note((place + len(block)) / rate, (place + wanted) / rate, reason)
                     block = np.concatenate([block, np.zeros((wanted - len(block), channels), np.float32)])
                 else:
@@ -125,14 +126,15 @@ class AudioStream:
 
     def _next(self, begin: int, end: int, rate: int) -> int:
         """Where it can be read again, whole seconds after ``begin``, if it can at one of a few places; else the end."""
-        last = max(0, (end - begin) // rate - 1)
+        last = max(0, (end - begin) // rate - 1)  # second that can be tried
 
         def readable(second: int) -> bool:
             with self.open() as file:  # a decoder that has failed once finds nothing any more
                 return len(_read(file, begin + second * rate, min(end - begin, rate))[0]) > 0
 
+        near = [own for own in (0, *(2**n for n in range(12))) if own <= last]  # soon again, or at one of a few places
         before = -1
-        for second in dict.fromkeys(np.linspace(0, last, PROBES).astype(int).tolist()):
+        for second in sorted({*near, *np.linspace(0, last, PROBES).astype(int).tolist()}):
             if readable(second):
                 while second - before > 1:
                     middle = (before + second) // 2

@@ -26,6 +26,7 @@ from nemo_mtbi.io import jsonl
 
 T = TypeVar("T")
 BLOCK_BYTES = 2**24
+LOCK_SECONDS = 600.0  # after which a lock is another, dead, host's; Timeout is an OSError
 
 
 def readable(cuts: Iterable[T], source: str = "The data") -> Iterator[T]:
@@ -187,7 +188,7 @@ def line_starts(path: Path, file: BinaryIO) -> np.ndarray:
     if (starts := _kept(kept, file)) is not None:
         return starts
     try:
-        with FileLock(kept.with_suffix(".lock")):  # one process looks for them, the others of a job wait
+        with FileLock(kept.with_suffix(".lock"), timeout=LOCK_SECONDS):  # one process of a job looks for them
             if (starts := _kept(kept, file)) is not None:
                 return starts
             starts = np.concatenate([_identity(file), _found(path, file)])

@@ -93,12 +93,12 @@ def same_span(one: list[Any], other: list[Any]) -> bool:
 def with_span(cut: DataCut, before: DataCut, audio_as_it_is: bool = False) -> DataCut:
     """A cut that hears what ``before`` did, in another place or at a speed that has features of its own.
 
-    ``audio_as_it_is``: what was done to the audio is in it now.
+    ``audio_as_it_is``: what is heard of the audio, and what was done to it, is a recording of its own (Shar).
     """
     noted = (before.custom or {}).get(SPAN_FIELD)
     if noted is not None and same_span(noted, span_of(before)):
         span = span_of(cut)
-        cut.custom = {**(cut.custom or {}), SPAN_FIELD: [*span[:2], [] if audio_as_it_is else span[2]]}
+        cut.custom = {**(cut.custom or {}), SPAN_FIELD: [0.0, span[1], []] if audio_as_it_is else span}
     return cut
 
 
@@ -191,7 +191,8 @@ def load_array(cut: Cut, field: str, encoder_key: str | None) -> torch.Tensor:
             "Run cache_features.py again."
         )
     span, of = custom.get(SPAN_FIELD), span_of(cut)
-    if span is not None and not same_span(span, of):
+    in_memory = getattr(custom[field], "is_in_memory", False)  # read with the cut, from a Shar that Lhotse wrote
+    if span is not None and not in_memory and not same_span(span, of):
         raise DataError(
             f"The cached features of {cut.id} are of {span}, the cut is now {of} (begin and duration in seconds, what "
             "is done to the audio). Run cache_features.py on the cuts as they are trained on."

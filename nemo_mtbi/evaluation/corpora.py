@@ -182,9 +182,9 @@ def read_longspeech_eval(config: LabelledConfig, folder: Path) -> Iterator[Quest
 
 
 def read_voicebench(config: LabelledConfig, folder: Path) -> Iterator[Question]:
-    """Spoken instructions. Letters (``B`` or ``(B)``), yes and no as references are choices; other references must
-    stand in the answer; IFEval's instructions are checked. Subsets without either (``alpacaeval``, ``commoneval``,
-    ``advbench``) need a judge and are refused."""
+    """Spoken instructions. Letters (``B`` or ``(B)``), yes and no are choices where all references are such ones;
+    other references must stand in the answer; IFEval's instructions are checked. Subsets without either
+    (``alpacaeval``, ``commoneval``, ``advbench``) need a judge and are refused."""
     path = Path(config.path)
     table = _parquet(path)
     if not {"reference", "instruction_id_list"} & set(table.column_names):
@@ -192,14 +192,15 @@ def read_voicebench(config: LabelledConfig, folder: Path) -> Iterator[Question]:
             f"{path}: this subset has no references; its answers are rated by an LLM, which is not done here."
         )
     references = [str(r or "") for r in table["reference"]] if "reference" in table.column_names else [""] * len(table)
+    closed = all(LETTER.fullmatch(label) or label.lower() in YES_NO for label in references)
     letters = tuple(sorted({found[1] for found in map(LETTER.fullmatch, references) if found}))
     for index, (row, label) in enumerate(zip(table, references, strict=True)):
         choices: tuple[str, ...] = ()
         prompt = _prompt(config, "follow")
-        if found := LETTER.fullmatch(label):
+        if closed and (found := LETTER.fullmatch(label)):
             label, choices, prompt = found[1], letters, _prompt(config, "letter", choices=", ".join(letters))
-        elif label in YES_NO:
-            choices, prompt = YES_NO, _prompt(config, "yes_no")
+        elif closed:
+            label, choices, prompt = label.lower(), YES_NO, _prompt(config, "yes_no")
         metric = "accuracy" if choices else "contains" if label else "instructions"
         yield Question(
             _audio_of(row, folder, index),

@@ -31,7 +31,7 @@ def folder_of(config: LabelledConfig, published: Path) -> Path:
 def tsv(path: Path, encoding: str | None, columns: set[str], **dialect: Any) -> list[dict[str, str]]:
     rows = list(csv.DictReader(io.StringIO(read_text(path, encoding), newline=""), delimiter="\t", **dialect))
     for row in rows:
-        if torn := [value for value in row.values() if isinstance(value, str) and "\n" in value]:
+        if torn := [value for value in row.values() if isinstance(value, str) and "\n" in value and "\t" in value]:
             raise DataError(
                 f"{path}: a cell begins with a quotation mark that does not end in its line: {torn[0][:60]!r}. Close "
                 "it, or take it away."

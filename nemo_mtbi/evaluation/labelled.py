@@ -159,7 +159,7 @@ def letter_of(answer: str, letters: list[str]) -> str | None:
     patterns = (
         r"^\W*([A-Z])(?:[.,:;)]|\s*$)",
         r"\b(?:[Aa]nswer|[Cc]hoice|[Oo]ption)\b\W*(?:is\b\W*)?([A-Z])\b",
-        r"\b([AI](?!\s+[a-z])|[B-HJ-Z])\b",
+        r"(?<![0-9A-Za-z_])([AI](?!\s+[a-z])|[B-HJ-Z])(?![0-9A-Za-z_'])",
     )
     by_letter = {letter.upper(): letter for letter in letters}
     alone = answer.strip().strip("().:*\"' ")

@@ -1,7 +1,6 @@
 """Answers and teacher-forced sums of one system, kept in files that survive an interruption."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -70,11 +69,7 @@ class Predictions:
         jsonl.repair(file)
         wanted = {record_id(c): c for c in questions.conversations}
         keys = {i: self._key(c) for i, c in wanted.items()}
-        records = list(jsonl.read(file))
-        done = {r["id"]: r for r in records if keys.get(r["id"]) == r["key"]}
-        if len(done) < len(records):  # of other weights, say: a line for each answer
-            with jsonl.replacing(file, "part") as out:
-                out.writelines(f"{json.dumps(r)}\n" for r in done.values())
+        done = {r["id"]: r for r in jsonl.read(file) if keys.get(r["id"]) == r["key"]}
         missing = [c for i, c in wanted.items() if i not in done]
         title = f"{self.folder.name}: {name}"
         with jsonl.Appender(file) as out:
@@ -82,6 +77,8 @@ class Predictions:
                 for record in self._records(model, system, reading, imitation):
                     out.write(record)
                     done[record["id"]] = record
+        if missing:
+            newest_alone(file)
         return {i: done[i] | resampled_with(c) for i, c in wanted.items() if i in done}
 
     def _key(self, conversation: MTBIConversation) -> str:
@@ -148,6 +145,16 @@ def resampled_with(conversation: MTBIConversation) -> dict[str, Any]:
     """Whose answers are resampled together with this one; said of records that are read, too."""
     speakers = {s.speaker for s in conversation.cut.supervisions if s.speaker}
     return {"speaker": speakers.pop() if len(speakers) == 1 else None, GROUP: label_of(conversation).get(GROUP)}
+
+
+def newest_alone(file: Path) -> None:
+    """Leave the last line of each id and key in a file of records, and of other keys none that answered it before."""
+    last = {record["id"]: record["key"] for record in jsonl.read(file)}
+    records = list(jsonl.read(file))
+    kept = [r for r in records if last[r["id"]] == r["key"]]
+    if len(kept) < len(records):  # of other weights, say
+        with jsonl.replacing(file, "part") as out:
+            out.writelines(f"{jsonl.dumps(r)}\n" for r in kept)
 
 
 def record_id(conversation: MTBIConversation) -> str:

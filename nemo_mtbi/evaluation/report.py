@@ -30,7 +30,8 @@ def write_report(
     jsonl.write_json(paths["json"], record)
     silent = {"no speech": no_speech} if no_speech else {}
     jsonl.write_text(paths["md"], markdown(results | silent, command))
-    plot(results, paths["png"])
+    if results:
+        plot(results, paths["png"])
     return paths
 
 

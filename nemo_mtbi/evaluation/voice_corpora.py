@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from lhotse import CutSet
+from lhotse.audio import AudioLoadingError
 from lhotse.cut import Cut
 
 from nemo_mtbi import console
@@ -120,7 +121,10 @@ def _file_of(cut: Cut, folder: Path) -> Path:
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"part-{path.name}")
-        cut.save_audio(str(temporary))
+        try:
+            cut.save_audio(str(temporary))
+        except (OSError, AudioLoadingError):  # who asks about it finds no file, and counts it
+            return path
         temporary.replace(path)
     return path
 
@@ -278,8 +282,8 @@ def _chosen(
     config: LabelledConfig, audio: Path, task: str, question: str, choices: list[Any], answer: Any
 ) -> Question | None:
     """None where the answer is none of the choices, or several."""
-    choices = list(dict.fromkeys(str(c).strip() for c in choices if c))
-    matching = [c for c in choices if _bare(c) == _bare(answer)]
+    choices = list(dict.fromkeys(str(c).strip() for c in choices if c not in (None, "")))
+    matching = [c for c in choices if c == str(answer).strip()] or [c for c in choices if _bare(c) == _bare(answer)]
     if len(matching) != 1:
         return None
     template = config.prompts.get(task, PROMPTS["question"])

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_mtbi import console
-from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.errors import CheckpointError, ConfigError
 from nemo_mtbi.examples._launcher import announce, launcher, run_step
 from nemo_mtbi.examples._overrides import overrides, read
 from nemo_mtbi.io import jsonl
@@ -99,7 +100,7 @@ def check_tasks(cfg: DictConfig, variants: dict[str, dict[str, Any]]) -> list[st
     if both := trained & unseen:
         raise ConfigError(
             f"The targets to train on hold {sorted(both)[0]}, which benchmark.unseen_tasks is to ask as unseen: leave "
-            "it out there, or name the tasks of the variants."
+            "it out there, or of the targets."
         )
     called = set(cfg.benchmark.get("trained_tasks") or trained)
     if trained != called or not trained:
@@ -139,11 +140,14 @@ def inputs_of(cfg: DictConfig, values: dict[str, Any]) -> dict[str, str]:
     """Digests of the files that a variant is trained with, by what they are."""
     from nemo_mtbi.checkpoints.run_directory import RunDirectory
 
-    [source] = values["data.train_ds.input_cfg"]
-    files = {"targets": Path(source["cuts_path"]), "validation": Path(cfg.targets.validation)}
+    sources = [source.get("cuts_path") for source in values["data.train_ds.input_cfg"]]
+    names = [f"targets {n}" if n else "targets" for n in range(len(sources))]
+    files = {name: Path(path) for name, path in zip(names, sources, strict=True) if path}
+    files["validation"] = Path(cfg.targets.validation)
     if values["init_from"]:
-        run, stage = RunDirectory.parse(values["init_from"])
-        files["warm start"] = run.weights(stage)
+        run, stage = str(values["init_from"]).partition("@")[::2]
+        with suppress(CheckpointError):  # a finished variant does not need it any more
+            files["warm start"] = RunDirectory(run).weights(stage or RunDirectory(run).last_stage())
     return {name: digest_of(path) for name, path in files.items() if path.is_file()}
 
 
@@ -163,14 +167,14 @@ def finished(run: Path, settings: list[str], inputs: dict[str, str]) -> bool:
     record, read_then = run / "overrides.json", run / "inputs.json"
     if record.is_file() and values_of(json.loads(record.read_text())) != values_of(settings):
         raise ConfigError(f"{run} was trained with other settings ({record}). Use another output_dir, or remove it.")
-    before = json.loads(read_then.read_text()) if read_then.is_file() else inputs
-    if changed := [name for name, own in inputs.items() if before.get(name) != own]:
+    before = json.loads(read_then.read_text()) if read_then.is_file() else {}
+    if changed := [name for name, own in inputs.items() if before.get(name, own) != own]:
         raise ConfigError(
             f"{run} was trained with another file of its {changed[0]} ({read_then}). Use another output_dir, or remove "
             "it."
         )
     jsonl.write_json(record, settings)
-    jsonl.write_json(read_then, inputs)
+    jsonl.write_json(read_then, before | inputs)
     return (run / "imitation" / "trained.safetensors").is_file()
 
 

@@ -44,6 +44,8 @@ def main(cfg: DictConfig) -> None:
             title = f"no speech: {name}"
             share = nothing_heard(SpeechSystem(model), silent, cfg.cached_features, cfg.batch_size, title)
             no_speech[name] = {"nothing_heard": share}
+        if is_first_rank():
+            paths = write_report(output, results, no_speech, command)
     for manifest, path in cfg.cuts.items():
         evaluation = Evaluation(model, CutSet.from_file(path), cfg.cached_features, cfg.batch_size)
         systems = results.setdefault(manifest, {})

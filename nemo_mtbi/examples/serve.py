@@ -1,6 +1,7 @@
 """A web page and an OpenAI-compatible endpoint for an exported speech LLM. See conf/serve.yaml."""
 
 import errno
+import os
 import socket
 import sys
 from contextlib import suppress
@@ -41,7 +42,7 @@ def main(cfg: DictConfig) -> None:
     device = chosen_device(str(cfg.device), 1, "serve")
     model = open_speech_llm(cfg.model, trust_remote_code=cfg.trust_remote_code).to(device)
     model.listen_as(cfg.max_positions, cfg.positions_per_second, cfg.time_marks)
-    name = cfg.name or Path(cfg.model).resolve().name.removesuffix(".nemo")
+    name = cfg.name or Path(os.path.abspath(cfg.model)).name.removesuffix(".nemo")
     batcher = Batcher(model, cfg.max_batch, cfg.max_waiting, cfg.max_waiting_bytes)
     limits = Limits(
         max_tokens=cfg.max_tokens, max_audio_seconds=cfg.max_audio_seconds, max_body_bytes=cfg.max_body_bytes

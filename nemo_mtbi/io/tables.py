@@ -1,6 +1,7 @@
 """Tables of text, tab-separated or comma-separated, row by row with the line that each stands in."""
 
 import csv
+import itertools
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -40,32 +41,42 @@ def read_table(path: Path, columns: set[str], encoding: str | None = None) -> It
     Raises:
         DataError: no header, or without these columns; bytes that cannot be decoded; a quoted cell without an end.
     """
-    with opened(path, encoding) as stream:
-        header_line = next((line for line in stream if line.removeprefix("\ufeff").strip()), "")
+    with ExitStack() as stack:
+        lines = stack.enter_context(opened(path, encoding, newline=""))
+        beginning = list(_to_the_header(lines))
+        yield from _table(path, columns, beginning, lines, stack)
+
+
+def _to_the_header(lines: Iterator[str]) -> Iterator[str]:
+    """Blank lines, and the first other one."""
+    for line in lines:
+        yield line
+        if line.strip():
+            return
+
+
+def _table(
+    path: Path, columns: set[str], beginning: list[str], lines: Iterator[str], stack: ExitStack
+) -> Iterator[Row]:
+    header_line = beginning[-1] if beginning else ""
     if path.name.removesuffix(".gz").endswith(".csv"):
         dialect: dict[str, Any] = {"delimiter": max(",;\t", key=header_line.count), "strict": True}
     else:
         dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     limit = csv.field_size_limit(MAX_CELL_CHARACTERS)  # of the process
-    with ExitStack() as stack:
-        stack.callback(csv.field_size_limit, limit)
-        reader = csv.reader(stack.enter_context(opened(path, encoding, newline="")), **dialect)
-        header = [name.strip() for name in next((own for own in map(_unmarked, reader) if any(own)), [])]
-        missing = columns - set(header)
-        if missing:
-            found = ", ".join(header) or "no header"
-            raise DataError(
-                f"{path}, line {reader.line_num}: there is no column {', '.join(sorted(missing))}; it has {found}."
-            )
-        twice = sorted(name for name in columns if header.count(name) > 1)
-        if twice:
-            raise DataError(f"{path}, line {reader.line_num}: column {twice[0]} is there twice.")
-        yield from _rows(path, reader, header)
-
-
-def _unmarked(cells: list[str]) -> list[str]:
-    """Cells without the byte order mark before the first one."""
-    return [cells[0].removeprefix("\ufeff"), *cells[1:]] if cells else cells
+    stack.callback(csv.field_size_limit, limit)
+    reader = csv.reader(itertools.chain(beginning, lines), **dialect)
+    header = [name.strip() for name in next((cells for cells in reader if any(cells)), [])]
+    missing = columns - set(header)
+    if missing:
+        found = ", ".join(header) or "no header"
+        raise DataError(
+            f"{path}, line {reader.line_num}: there is no column {', '.join(sorted(missing))}; it has {found}."
+        )
+    twice = sorted(name for name in columns if header.count(name) > 1)
+    if twice:
+        raise DataError(f"{path}, line {reader.line_num}: column {twice[0]} is there twice.")
+    yield from _rows(path, reader, header)
 
 
 def _rows(path: Path, reader: Any, header: list[str]) -> Iterator[Row]:

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
 
 from nemo_mtbi.errors import ConfigError, DataError
 
@@ -61,14 +60,13 @@ def numbered_lines(path: Path, encoding: str | None = None) -> Iterator[tuple[in
     with opened(path, encoding) as stream:
         # Not str.splitlines, which also splits at U+2028 and other characters that a line may hold.
         for number, line in enumerate(stream, 1):
-            line = line.removeprefix("\ufeff") if number == 1 else line
             if line.strip():
                 yield number, line.rstrip("\n")
 
 
 @contextmanager
-def opened(path: Path, encoding: str | None = None, newline: str | None = None) -> Iterator[TextIO]:
-    """A text file (``.gz`` too) as a stream, which may begin with its byte order mark; ``newline`` as of ``open``.
+def opened(path: Path, encoding: str | None = None, newline: str | None = None) -> Iterator[Iterator[str]]:
+    """The lines of a text file (``.gz`` too) without its byte order mark; ``newline`` as of ``open``.
 
     Raises:
         ConfigError, DataError: see :func:`read_text`.
@@ -76,7 +74,8 @@ def opened(path: Path, encoding: str | None = None, newline: str | None = None) 
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as raw:
             name = encoding or guess_encoding(raw.peek(LOOKED_AT_BYTES))[0]
-            yield io.TextIOWrapper(raw, name, newline=newline)
+            lines = io.TextIOWrapper(raw, name, newline=newline)
+            yield (line if number else line.removeprefix("\ufeff") for number, line in enumerate(lines))
     except (LookupError, UnicodeError, OSError, EOFError):
         read_text(path, encoding)  # says what is wrong, and where
         raise

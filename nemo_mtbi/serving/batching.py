@@ -84,7 +84,7 @@ class Batcher:
     Args:
         model: the speech LLM.
         max_batch: requests answered together.
-        max_waiting: requests that may wait; more are refused.
+        max_waiting: requests that may wait; more are refused. 0: any number.
         max_waiting_bytes: of their audio in sum, likewise; one request is always taken.
     """
 
@@ -114,7 +114,7 @@ class Batcher:
             size = sum(bytes_of(audio) for audio in audios.values())
             if self.kept and size > self.max_waiting_bytes:
                 raise QueueFull(f"The audio of waiting requests takes {self.max_waiting_bytes} bytes; try again later.")
-            if self.waits + len(requests) > self.max_waiting:
+            if self.max_waiting and self.waits + len(requests) > self.max_waiting:
                 raise QueueFull(f"{self.max_waiting} requests are waiting already; try again later.")
             self.kept |= {id(request): request for request in requests}
             for request in requests:

@@ -176,10 +176,16 @@ def named_choices(text: str, choices: list[str]) -> list[str]:
     A choice inside a longer one ("coffee" in "iced coffee") counts only where it stands alone.
     """
     found, different = [], list(dict.fromkeys(choices))
+    cores = {choice: choice.strip(_AROUND) or choice for choice in different}
+    if len({core.casefold() for core in cores.values()}) < len(cores):  # only their marks tell them apart
+        cores = {choice: choice for choice in different}
+    unspaced = any(map(UNSPACED.search, [text, *different]))
+    letters = "[0-9A-Za-z]" if unspaced else r"\w"  # other signs stand beside each other there
     for choice in sorted(different, key=len, reverse=True):
-        core = re.escape(choice.strip(_AROUND) or choice)
-        pattern = core if UNSPACED.search(choice) else rf"(?<!\w){core}(?!\w)"
-        text, count = re.subn(pattern, " ", text, flags=re.IGNORECASE)
+        core = cores[choice]
+        before = f"(?<!{letters})" if re.match(letters, core[0]) else ""
+        after = f"(?!{letters})" if re.match(letters, core[-1]) else ""
+        text, count = re.subn(f"{before}{re.escape(core)}{after}", " ", text, flags=re.IGNORECASE)
         if count:
             found.append(choice)
     return [choice for choice in different if choice in found]

@@ -70,7 +70,11 @@ class WindowedLoader(Wrapped):
 
 class Readable(Wrapped):
     """A loader without the batches in which no recording could be read (None): another one comes in their place, so
-    that all ranks make their steps. ``dropped`` counts them.
+    that all ranks make their steps.
+
+    Args:
+        loader: of batches.
+        dropped: such batches before its first one.
 
     Raises:
         DataError: there were :data:`UNREADABLE_BATCHES` of them in a row.
@@ -78,14 +82,18 @@ class Readable(Wrapped):
 
     def __init__(self, loader: Any, dropped: int = 0) -> None:
         super().__init__(loader)
-        self.dropped = self.before = dropped
+        self.before, self.places = dropped, list[int]()
+
+    def dropped_before(self, given: int) -> int:
+        """Batches left out before the ``given``-th one (from 0) was read; others may have been since, read ahead."""
+        return self.before + sum(place < given for place in self.places)
 
     def __iter__(self) -> Iterator[Any]:
-        self.dropped = self.before
-        return self._read(iter(self.source))
+        self.places = []  # of each that was left out, the number of those that were given before
+        return self._read(iter(self.source), self.places)
 
-    def _read(self, batches: Iterator[Any]) -> Iterator[Any]:
-        in_a_row = 0
+    def _read(self, batches: Iterator[Any], places: list[int]) -> Iterator[Any]:
+        in_a_row = given = 0
         for batch in batches:
             in_a_row = 0 if batch is not None else in_a_row + 1
             if in_a_row == UNREADABLE_BATCHES:
@@ -94,8 +102,9 @@ class Readable(Wrapped):
                     "the storage there?"
                 )
             if batch is None:
-                self.dropped += 1
+                places.append(given)
             else:
+                given += 1
                 yield batch
 
 
@@ -166,12 +175,14 @@ class ResumableData(DataModule):
         """Make the segments from a batch on; returns the number of the first one. ``whole``: NeMo's sampler."""
         section = self.cfg.train_ds
         entries = len(list(input_entries(section)))
-        bins = [float(bin) for bin in whole.duration_bins] if isinstance(whole, DynamicBucketingSampler) else None
+        bins = None
+        if isinstance(whole, DynamicBucketingSampler) and section.get("bucket_duration_bins") is None:
+            bins = [float(bin) for bin in whole.duration_bins]  # estimated once
 
         def sampler_of(number: int, place: Place | None) -> Any:
             own = section.copy()
             own.shard_seed = order_seed(section) + SEEDS_APART * number
-            if bins is not None and own.get("bucket_duration_bins") is None:
+            if bins is not None:
                 own.bucket_duration_bins = bins
             for entry in input_entries(own):
                 entry.place = place and place.of_entry(entry.entry)
@@ -179,8 +190,12 @@ class ResumableData(DataModule):
             return get_lhotse_sampler_from_config(own, global_rank=0, world_size=1, tokenizer=self.tokenizer)[0]
 
         place = None
+        self.sources = [str(entry.cuts_path) for entry in input_entries(section)]
         number = skip // self.segment_batches
-        if kept.get("place") and (kept["number"], kept["batches"]) == (number, self.segment_batches):
+        number = skip // self.segment_batches
+        if kept.get("place") and kept["sources"] != self.sources:
+            log.warning("The manifests to train on are others than before, so their data is drawn up to its place.")
+        elif kept.get("place") and (kept["number"], kept["batches"]) == (number, self.segment_batches):
             place = Place(**kept["place"])
         first = (0, None) if place is None else (kept["number"], place)
         self.segments = Segments(sampler_of, entries, first, self.segment_batches)
@@ -196,12 +211,13 @@ class ResumableData(DataModule):
         (:class:`~nemo_mtbi.training.segments.Place`)."""
         if self.trainer is None:
             return {}
-        dropped = self.readable.dropped
-        number = (self.trainer.global_step * self.accumulated + dropped) // self.segment_batches
+        given = self.trainer.global_step * self.accumulated
+        dropped = self.readable.dropped_before(given - self.skip)
+        number = (given + dropped) // self.segment_batches
         own: dict[str, Any] = {"dropped": dropped}
         place = self.segments.places.get(number) if self.segments is not None else None
         if place is not None:
-            own |= {"number": number, "batches": self.segment_batches, "place": vars(place)}
+            own |= {"number": number, "batches": self.segment_batches, "place": vars(place), "sources": self.sources}
         found: list[Any] = [(self._get_dp_rank(), own)]
         if torch.distributed.is_initialized():
             found *= torch.distributed.get_world_size()
@@ -339,7 +355,7 @@ def enough(section: DictConfig, most: int) -> int:
             return most
         with open_best(path) as lines:
             found += sum(1 for _ in islice(lines, most - found))
-    batches = section.get("num_buckets", 1) * (section.get("batch_size") or 16)
+    batches = (section.get("num_buckets") or 1) * (section.get("batch_size") or 16)
     return min(most, max(found, batches))
 
 

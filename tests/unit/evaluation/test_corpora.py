@@ -33,13 +33,15 @@ def write(path, text):
     return path
 
 
-def voicebench(folder, subset, row):
+def voicebench(folder, subset, *rows):
     from datasets import Dataset
 
     source = wav(folder / "source.wav")
     path = folder / subset / "test-00000-of-00001.parquet"
     path.parent.mkdir(parents=True)
-    Dataset.from_list([{"audio": {"bytes": source.read_bytes(), "path": "q.wav"}, **row}]).to_parquet(str(path))
+    Dataset.from_list([{"audio": {"bytes": source.read_bytes(), "path": "q.wav"}, **row} for row in rows]).to_parquet(
+        str(path)
+    )
     return path
 
 

@@ -13,7 +13,7 @@ from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.evaluation.benchmark import Benchmark
 from nemo_mtbi.evaluation.labelled import label_measures, labelled_cuts
 from nemo_mtbi.evaluation.metrics import contains, word_errors
-from nemo_mtbi.evaluation.predictions import Predictions
+from nemo_mtbi.evaluation.predictions import newest_alone
 from nemo_mtbi.evaluation.statistics import BLOCK, Bootstrap, Sums
 from nemo_mtbi.evaluation.summary import summarize_labels
 from nemo_mtbi.tasks.forms import choose
@@ -36,9 +36,11 @@ def test_mmau_with_answers_that_are_no_choice(tmp_path, capsys):
         {"choices": ["rest show neutral", "all are sad"], "answer": "rest of them shows neutral"},
         {"choices": [1, 2], "answer": "2"},
         {"choices": ["Yes", "yes."], "answer": "yes"},
+        {"choices": ["CM", "Cm"], "answer": "Cm"},
+        {"choices": [0, 1], "answer": "0"},
     )
     found = ask("mmau", path, tmp_path)
-    assert [q.label for q in found] == ["Seven hundred miles.", "C major", "2"]
+    assert [q.label for q in found] == ["Seven hundred miles.", "C major", "2", "Cm", "0"]
     assert all(q.label in q.choices for q in found)
     assert "2 questions are left out" in capsys.readouterr().out
 
@@ -72,6 +74,14 @@ def test_brackets_hide_no_words(label, answer, language, expected):
         ("yes", ["yes", "yes", "no"], "yes"),
         ("他很愤怒。", ["愤怒", "高兴"], "愤怒"),
         ("neither", ["a", "b"], None),
+        ("21岁", ["1岁", "2岁"], None),
+        ("他11岁了", ["1岁", "11岁"], "11岁"),
+        ("他很happy。", ["happy", "sad"], "happy"),
+        ("I am sure!", ["sure?", "sure!"], "sure!"),
+        ("category", ["cat", "dog"], None),
+        ("it's so-so.", ["so-so", "bad"], "so-so"),
+        ("100% sure", ["100%", "50%"], "100%"),
+        ("答案是B。", ["A", "B"], "B"),
     ],
 )
 def test_choices_in_an_answer(answer, choices, expected):
@@ -80,6 +90,8 @@ def test_choices_in_an_answer(answer, choices, expected):
     assert right == (float(expected is not None), 1.0)
     if len(choices[0]) > 1:
         assert choose(answer, choices) == expected
+    elif expected is None:
+        assert label_measures(record | {"reference": "a", "language": "en"})["accuracy_text"] == (0.0, 1.0)
 
 
 def test_voicebench_with_letters_in_brackets(tmp_path):
@@ -88,6 +100,10 @@ def test_voicebench_with_letters_in_brackets(tmp_path):
         for own in ("(B)", "yes")
     )
     assert (letter.label, letter.choices, letter.metric) == ("B", ("B",), "accuracy")
+    table = voicebench(
+        tmp_path / "sd", "sd-qa", {"prompt": "q", "reference": "C"}, {"prompt": "q", "reference": "Paris"}
+    )
+    assert [q.metric for q in ask("voicebench", table, tmp_path / "sd")] == ["contains", "contains"]
     assert (yes.label, yes.choices, yes.metric) == ("yes", ("yes", "no"), "accuracy")
 
 
@@ -128,6 +144,8 @@ def test_a_quotation_mark_without_an_end_swallows_no_rows(tmp_path):
     path = write(tmp_path / "t.tsv", 'path\tslots\n"a.wav\t{}\nb.wav\t{}\n')
     with pytest.raises(DataError, match="quotation mark"):
         ask("slots", path, tmp_path)
+    path.write_text('path\tslots\tremark\na.wav\t{"size": "large"}\t"two\nlines"\n')
+    assert len(ask("slots", path, tmp_path)) == 1
 
 
 def test_tables_may_have_another_encoding(tmp_path):
@@ -239,6 +257,7 @@ def test_a_set_and_a_corpus_of_one_name_are_refused():
 
     benchmark.cfg = OmegaConf.create(
         {"systems": {"a": "b"}, "baseline": "cascade", "cascade": True, "compare_with": [], "no_speech": None}
+        | {"normalized_cascade": False}
         | {"cuts": {"slurp": "x.jsonl"}, "labelled": {"slurp": {}}}
     )
     with pytest.raises(ConfigError, match="slurp is a name of both"):
@@ -252,11 +271,10 @@ def test_resampling_in_blocks_is_resampling_at_once():
     np.testing.assert_allclose(bootstrap.scores(sums), at_once[:, 0] / at_once[:, 1])
 
 
-def test_lines_of_before_leave_the_predictions(tmp_path):
-    (tmp_path / "set.jsonl").write_text('{"id": "old", "key": "other"}\n')
-
-    class Nothing:
-        conversations = ()
-
-    Predictions(tmp_path, "key", lambda c: [], lambda c: 8, 4).predict("set", None, None, Nothing())
-    assert (tmp_path / "set.jsonl").read_text() == ""
+def test_answers_of_before_go_when_there_are_new_ones(tmp_path):
+    """Those to other questions stay: they may be asked again."""
+    file = tmp_path / "set.jsonl"
+    rows = [("a", "old"), ("b", "old"), ("a", "new"), ("a", "new")]
+    file.write_text("".join(json.dumps({"id": i, "key": k, "n": n}) + "\n" for n, (i, k) in enumerate(rows)))
+    newest_alone(file)
+    assert [json.loads(line)["n"] for line in file.read_text().splitlines()] == [1, 2, 3]

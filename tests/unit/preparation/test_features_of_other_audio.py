@@ -1,7 +1,9 @@
 """Cached features belong to one span of one audio; manifests and cuts of every kind are taken or refused by name."""
 
 import json
+import os
 import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from nemo_mtbi.data.feature_cache import FEATURES_FIELD, features_key, load_arra
 from nemo_mtbi.data.perturbation import perturbed
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.io import jsonl
+from nemo_mtbi.io.tables import read_table
 from nemo_mtbi.preparation import cache_features as caching
 from nemo_mtbi.preparation.cache_features import cache_features
 from nemo_mtbi.preparation.frozen_encoder import FrozenEncoder
@@ -116,6 +119,19 @@ def test_blank_lines_and_empty_archives(manifest, tmp_path):
         check_manifest(str(jsonl_gz))
     with pytest.raises(DataError, match="nothing in it"):
         plan_manifest("e", str(jsonl_gz), tmp_path / "other", 2)
+
+
+def test_tables_with_a_mark_and_quotes_and_from_a_pipe(tmp_path):
+    rows = '"path","text"\r\n"a.wav","hello, you"\r\n'
+    (tmp_path / "t.csv").write_bytes(("\ufeff" + rows).encode())
+    [row] = read_table(tmp_path / "t.csv", {"path", "text"})
+    assert row.cells == {"path": "a.wav", "text": "hello, you"}
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "wb") as pipe:
+        pipe.write(b"path\ttext\na.wav\thello\n")
+    [row] = read_table(Path(f"/dev/fd/{reading}"), {"path", "text"})
+    os.close(reading)
+    assert row.cells["text"] == "hello"
 
 
 @pytest.mark.parametrize("number", [107, 116, 24, 12], ids=["ENOTCONN", "ESTALE", "EMFILE", "ENOMEM"])

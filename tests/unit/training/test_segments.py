@@ -145,6 +145,26 @@ def test_a_manifest_that_lost_its_lines_is_named(manifests, model):
         batches(drawing(model, manifests, 4, kept=state), 1)
 
 
+def test_other_manifests_than_before_are_drawn_from_their_beginning(manifests, model):
+    stopped = drawing(model, manifests)
+    batches(stopped, 7)
+    state = state_at(stopped, 7)
+    resumed = drawing(model, manifests, 7, kept=state, mixed=True)
+    assert same(batches(resumed, 4), batches(drawing(model, manifests, mixed=True), 11)[7:])
+
+
+def test_given_buckets(manifests, model):
+    """Of one dimension, and of two with batch sizes of their own."""
+    changes = {"bucket_duration_bins": [30.0]}
+    expected = batches(drawing(model, manifests, **changes), 12)
+    stopped = drawing(model, manifests, **changes)
+    batches(stopped, 7)
+    assert same(batches(drawing(model, manifests, 7, kept=state_at(stopped, 7), **changes), 5), expected[7:])
+    two = {"bucket_duration_bins": [[40, 10], [200, 60]], "bucket_batch_size": [3, 2], "batch_size": None}
+    found = batches(drawing(model, manifests, **two, measure_total_length=False), 8)
+    assert len(found) == 8
+
+
 def test_places_of_before_are_forgotten(manifests, model):
     data = drawing(model, manifests)
     batches(data, 40)

@@ -97,8 +97,8 @@ def test_a_question_from_a_file_with_a_byte_order_mark(tmp_path):
 
 
 def test_hours_without_a_length_cost_little_before_a_limit():
-    """Of 4 h of silence, a FLAC whose header says nothing."""
-    data = bytearray(encoded(np.zeros(8000 * 4 * 3600, np.int16), 8000, "FLAC"))
+    """Of an hour of silence, a FLAC whose header says nothing."""
+    data = bytearray(encoded(np.zeros(8000 * 3600, np.int16), 8000, "FLAC"))
     field = int.from_bytes(data[18:26]) & ~((1 << 36) - 1)
     data[18:26] = field.to_bytes(8)
     begin = time.process_time()
@@ -107,7 +107,7 @@ def test_hours_without_a_length_cost_little_before_a_limit():
     assert time.process_time() - begin < 2
     begin = time.process_time()
     counted = soundfile.info(io.BytesIO(with_length(bytes(data)))).duration
-    assert counted == pytest.approx(4 * 3600, abs=0.011) and time.process_time() - begin < 15
+    assert counted == pytest.approx(3600, abs=0.011) and time.process_time() - begin < 5
 
 
 def test_the_form_of_audio_is_checked_before_it_is_counted():
@@ -141,14 +141,14 @@ def opened(data, rate=16000):
 
 
 def test_a_download_that_ended_half_way_is_silence_from_there():
-    noise = 0.1 * np.random.default_rng(0).standard_normal(16000 * 150)
+    noise = 0.1 * np.random.default_rng(0).standard_normal(16000 * 60)
     data = bytearray(encoded(noise, 16000, "MP3"))
     data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
     stream, count = opened(data)
     samples = np.concatenate(list(stream))
-    assert len(samples) == pytest.approx(16000 * 150, abs=16000)
-    assert stream.gaps and stream.gaps[-1].end_seconds - stream.gaps[0].begin_seconds > 60
-    assert len(count) < 70  # not one for every second
+    assert len(samples) == pytest.approx(16000 * 60, abs=16000)
+    assert stream.gaps and stream.gaps[-1].end_seconds - stream.gaps[0].begin_seconds > 25
+    assert len(count) < 60
 
 
 def test_a_decoder_past_its_end_is_a_gap(monkeypatch):

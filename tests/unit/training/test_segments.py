@@ -100,15 +100,15 @@ def test_nothing_is_lost_or_doubled_between_segments(manifests, model, mixed):
 
 def test_little_is_drawn_again(manifests, model, monkeypatch):
     stopped = drawing(model, manifests)
-    expected = batches(stopped, 301)
-    state = state_at(stopped, 300)
+    expected = batches(stopped, 101)
+    state = state_at(stopped, 100)
     read, parsed = [], cut_lines.jsonl.parsed
     monkeypatch.setattr(cut_lines.jsonl, "parsed", lambda *line: read.append(line) or parsed(*line))
-    assert same(batches(drawing(model, manifests, 300, kept=state), 1), expected[300:])
+    assert same(batches(drawing(model, manifests, 100, kept=state), 1), expected[100:])
     few = len(read)
     read.clear()
-    assert same(batches(drawing(model, manifests, 300), 1), expected[300:])  # without a state: from the beginning
-    assert few < 100 and len(read) > 600
+    assert same(batches(drawing(model, manifests, 100), 1), expected[100:])  # without a state: from the beginning
+    assert few < 70 and len(read) > 200
 
 
 def test_a_state_of_another_number_of_ranks_is_left_alone(manifests, model):

@@ -43,7 +43,7 @@ def with_length(source: Path | bytes, max_seconds: float = math.inf) -> Path | b
         beginning = _part(source, 0, LOOKED_AT)
         at = beginning.find(b"data", 12)
         piped = at > 0 and beginning[at + 4 : at + 8] == bytes(4) and beginning[at + 8 : at + 12] not in WAV_CHUNKS
-        return _with_size(_part(source, 0, None)) if piped else source
+        return _with_size(_part(source, 0, None), at) if piped else source
     begin = 0
     if start[:3] == b"ID3":  # four times seven bits
         begin = ID3_BYTES + sum(byte << (7 * place) for place, byte in enumerate(reversed(start[6:10])))
@@ -86,9 +86,8 @@ def _read_frames(data: bytes, seconds: float, begin: int, max_seconds: float) ->
     return frames
 
 
-def _with_size(data: bytes) -> bytes:
-    """A WAV whose chunk of samples goes to the end."""
-    at = data.find(b"data", 12, LOOKED_AT)
+def _with_size(data: bytes, at: int) -> bytes:
+    """A WAV whose chunk of samples, which begins ``at`` a byte, goes to the end."""
     size = min(len(data) - at - 8, 0xFFFFFFFF)
     return data[: at + 4] + size.to_bytes(4, "little") + data[at + 8 :]
 

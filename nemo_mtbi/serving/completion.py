@@ -35,7 +35,7 @@ def answers_asked(body: ChatRequest, limits: Limits, batcher: Batcher) -> int:
     Raises:
         RequestError: more than one request may ask for.
     """
-    most = min(limits.max_answers, (batcher.max_waiting or limits.max_answers) or limits.max_answers)
+    most = min(limits.max_answers, batcher.max_waiting or limits.max_answers)
     if (body.n or 1) > most:
         raise RequestError(f"n: {body.n} answers; at most {most} can be asked for at once.", "n")
     return body.n or 1

@@ -228,7 +228,7 @@ class ResumableData(DataModule):
         return {"ranks": [by_rank[rank] for rank in sorted(by_rank)]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What is needed of it was read before the loaders were made (:func:`place_of`)."""
+        """What is needed of it was read before the loaders were made (``resume.state_of_data``)."""
 
     def _loader(self) -> BroadcastingDataLoader:
         """NeMo's, with batches in which nothing could be read as they are: its own are then the ones before again."""

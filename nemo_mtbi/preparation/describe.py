@@ -212,8 +212,8 @@ class Describer:
         self.rules = load_attributes(config.attributes)
         self.speakers = read_speakers(config.speakers) if config.speakers else {}
 
-    def measure(self, cut: Cut, samples: np.ndarray, rate: int) -> None:
-        """Note the measures of each supervision of a cut, whose samples (S,) these are."""
+    def measure(self, cut: Cut, samples: np.ndarray, rate: int, clean: np.ndarray | None = None) -> None:
+        """Note the measures of each supervision of a cut, whose samples (S,) these are; ``clean``: before noise."""
         for supervision, timed in utterances(cut):
             begin, end = max(0.0, supervision.start), min(supervision.end, cut.duration)
             words = [
@@ -222,8 +222,9 @@ class Describer:
                 else (w.start_seconds - begin, w.end_seconds - begin)
                 for w in all_words(supervision.text or "", timed)
             ]
-            part = samples[round(begin * rate) : round(end * rate)]
-            found = measure(part, rate, words, supervision.text or "") if len(part) else {}
+            place = slice(round(begin * rate), round(end * rate))
+            part, voice = samples[place], None if clean is None else clean[place]
+            found = measure(part, rate, words, supervision.text or "", voice) if len(part) else {}
             supervision.custom = {**(supervision.custom or {}), VOICE_FIELD: found}
 
     def describe(self, supervision: dict[str, Any], missing: Counter[str], problems: Counter[str]) -> dict[str, str]:

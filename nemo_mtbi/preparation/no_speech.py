@@ -17,6 +17,7 @@ from nemo_mtbi.preparation.sources import Entry, SourceConfig, utterance_cut
 
 RATE = 16_000
 SEMITONE = 2 ** (1 / 12)
+LOWEST_NOISE_HZ = 50.0  # below it nearly all power of brown noise would be, where nobody hears it
 
 
 @dataclass
@@ -40,9 +41,11 @@ def zeros(size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def noise(size: int, rng: np.random.Generator) -> np.ndarray:
-    """Noise of spectrum 1 / f^a (a: 0 white, 1 pink, 2 brown), from faint to loud."""
+    """Noise of power 1 / f^a from ``LOWEST_NOISE_HZ`` on (a: 0 white, 1 pink, 2 brown), from faint to loud."""
     spectrum = np.fft.rfft(rng.standard_normal(size))
-    spectrum /= np.maximum(1, np.arange(len(spectrum))) ** (rng.choice([0, 1, 2]) / 2)
+    hertz = np.fft.rfftfreq(size, 1 / RATE)
+    spectrum /= np.maximum(LOWEST_NOISE_HZ, hertz) ** (rng.choice([0, 1, 2]) / 2)
+    spectrum[hertz < LOWEST_NOISE_HZ] = 0
     samples = np.fft.irfft(spectrum, size)
     return samples / max(1e-9, float(np.abs(samples).max())) * 10 ** rng.uniform(-4, -0.3)
 

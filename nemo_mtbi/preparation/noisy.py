@@ -11,7 +11,7 @@ from lhotse.utils import fastcopy
 
 from nemo_mtbi.data.alignments import from_its_beginning
 from nemo_mtbi.errors import ConfigError
-from nemo_mtbi.preparation.no_speech import noise, write_flac
+from nemo_mtbi.preparation.no_speech import LOWEST_NOISE_HZ, noise, write_flac
 
 NOISE_FIELD = "noise_snr_db"  # in a cut's custom fields
 
@@ -56,9 +56,9 @@ def with_noise(cut: Cut, samples: np.ndarray, rate: int, config: NoiseConfig, fo
     snr = float(rng.uniform(config.snr_db[0], config.snr_db[1]))
     added = noise(len(samples), rng).astype(np.float32)
     power, of_noise = np.mean(np.square(samples, dtype=np.float64)), np.mean(np.square(added, dtype=np.float64))
-    mixed = samples + added * np.float32(np.sqrt(power / of_noise / 10 ** (snr / 10)))
+    mixed = samples + added * np.float32(np.sqrt(power / max(of_noise, 1e-20) / 10 ** (snr / 10)))
     mixed /= max(1.0, float(np.abs(mixed).max()))
-    made_of = f"{cut.id}/{config.seed}/{list(config.snr_db)}"
+    made_of = f"{cut.id}/{config.seed}/{list(config.snr_db)}/{LOWEST_NOISE_HZ}"
     path = folder / f"{hashlib.blake2b(made_of.encode(), digest_size=12).hexdigest()}.flac"
     write_flac(path, mixed, rate)
     cut, recording = from_its_beginning(cut), Recording.from_file(path, recording_id=cut.id)

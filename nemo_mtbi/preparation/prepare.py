@@ -33,10 +33,11 @@ from nemo_mtbi.data.rendering import LONE_SURROGATE, TimedWord
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.preparation.describe import DescribeConfig, Describer, Tally
-from nemo_mtbi.preparation.no_speech import read_no_speech
+from nemo_mtbi.preparation.no_speech import LOWEST_NOISE_HZ, read_no_speech
 from nemo_mtbi.preparation.noisy import NoiseConfig, with_noise
 from nemo_mtbi.preparation.sentences import read_sentences
 from nemo_mtbi.preparation.sources import READERS, Entry, SourceConfig
+from nemo_mtbi.preparation.voice_measures import VERSION
 from nemo_mtbi.preparation.voice_report import write_voice_report
 from nemo_mtbi.preparation.word_times import (
     ALIGNER_RATE,
@@ -263,11 +264,12 @@ class Preparation:
             return record | {"text": text, "skipped": f"its text holds half a character ({half.group()!r})"}
         try:
             noticed: list[str] = []
-            cut, unaligned, samples = self._prepare(entry, noticed)
+            cut, unaligned, clean = self._prepare(entry, noticed)
+            samples = clean
             if not entry.silent:
-                cut, samples = with_noise(cut, samples, ALIGNER_RATE, self.config.noise, self.folder / "noisy")
+                cut, samples = with_noise(cut, clean, ALIGNER_RATE, self.config.noise, self.folder / "noisy")
             if self.describer is not None:
-                self.describer.measure(cut, samples, ALIGNER_RATE)
+                self.describer.measure(cut, samples, ALIGNER_RATE, clean)
         except Skip as skip:
             return record | {"skipped": str(skip)}
         try:
@@ -282,8 +284,8 @@ class Preparation:
         """What a finished utterance depends on beside its entry."""
         c = self.config
         metadata = [[s.name or s.path, s.metadata] for s in c.sources if s.metadata]
-        further: list[Any] = ["measured", metadata] if self.describer else [metadata] if metadata else []
-        further += [asdict(c.noise)] if c.noise.share else []
+        further: list[Any] = [f"measured {VERSION}", metadata] if self.describer else [metadata] if metadata else []
+        further += [asdict(c.noise), LOWEST_NOISE_HZ] if c.noise.share else []
         return json.dumps([c.aligner, c.unaligned, c.min_seconds, c.max_seconds, c.max_words_per_second, *further])
 
     def _entries(self) -> Iterator[Entry]:

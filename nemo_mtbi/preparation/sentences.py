@@ -113,7 +113,9 @@ def augmented(source: Path, target: Path, speed: float, snr: float | None) -> Pa
         if speed != 1:
             cut = cut.perturb_speed(speed)
         if snr is not None:
-            samples = np.random.default_rng(0).standard_normal(cut.num_samples).astype(np.float32)
+            samples = (
+                np.random.default_rng(list(target.stem.encode())).standard_normal(cut.num_samples).astype(np.float32)
+            )
             with tempfile.TemporaryDirectory() as folder:
                 soundfile.write(Path(folder) / "noise.wav", 0.1 * samples, cut.sampling_rate)
                 noise = Recording.from_file(Path(folder) / "noise.wav").to_cut()

@@ -16,18 +16,22 @@ LEVEL_FRAME, LEVEL_HOP = 400, 160
 PAUSE_SECONDS = 0.25  # shorter gaps between words are not heard as pauses
 FILLERS = re.compile(r"\b(?:uh+|um+|er+m*|hm+|ah+)\b", re.IGNORECASE)
 FLOOR_DB = -100.0
-NOISE_SECONDS, NOISE_PERCENTILE = 0.2, 5  # between words; of all frames, where there is less than that
+DIGITAL_SILENCE = 1e-10  # power of frames in which nothing was recorded: padding, a gate
+NOISE_SECONDS = 0.2  # between words; where there is less than that, of longer utterances:
+NOISE_PERCENTILE, PERCENTILE_SECONDS = 5, 2.0
+VERSION = 2  # of the measures: another one measures again
 
 Words = Sequence[tuple[float, float] | None]  # begin and end in seconds, in the order of the transcript; None: unknown
 Stretch = tuple[float, float]
 
 MEASURES = {
     "seconds": "duration of the utterance",
-    "words_per_second": "words by the time from the first to the last, of two words or more",
+    "words_per_second": "words by the time from the first to the last, of two words or more whose times are known",
     "pitch_hz": "median fundamental frequency of voiced frames (pYIN)",
     "pitch_range_semitones": "distance of its 10th and 90th percentile",
     "level_db": "root mean square of the frames in which words are, dB of full scale",
-    "noise_db": "the same between words; the 5th percentile of all frames where little is between them",
+    "noise_db": "median of the frames between words; where there are few, the 5th percentile of all, if those are 2 s "
+    "or more; without digital silence",
     "snr_db": "level_db - noise_db",
     "pauses": "gaps between words of 0.25 s or more",
     "pause_share": "of the time from the first to the last word",
@@ -35,7 +39,9 @@ MEASURES = {
 }
 
 
-def measure(samples: np.ndarray, rate: int, words: Words, text: str) -> dict[str, float]:
+def measure(
+    samples: np.ndarray, rate: int, words: Words, text: str, clean: np.ndarray | None = None
+) -> dict[str, float]:
     """Measures of an utterance by the names of ``MEASURES``, without those that cannot be taken of it.
 
     Args:
@@ -43,6 +49,7 @@ def measure(samples: np.ndarray, rate: int, words: Words, text: str) -> dict[str
         rate: of the samples.
         words: times of the words; of some, or of all, they may be unknown.
         text: transcript.
+        clean: (S,) the voice before noise was mixed under it; its pitch is measured there.
     """
     found: dict[str, float] = {"seconds": len(samples) / rate, "fillers": len(FILLERS.findall(text))}
     known = [word for word in words if word is not None]
@@ -56,9 +63,7 @@ def measure(samples: np.ndarray, rate: int, words: Words, text: str) -> dict[str
         found |= {"pauses": len(gaps), "pause_share": sum(gaps) / spoken}
         if len(timed) > 1:  # one word is as fast as it is short
             found["words_per_second"] = (timed[-1] - timed[0] + 1) / spoken
-    elif len(text.split()) > 1:
-        found["words_per_second"] = len(text.split()) * rate / len(samples)
-    found |= _pitch(samples, rate)
+    found |= _pitch(samples if clean is None else clean, rate)
     found |= _levels(samples, rate, words)
     return {name: round(float(value), 3) for name, value in found.items() if np.isfinite(value)}
 
@@ -94,10 +99,15 @@ def _levels(samples: np.ndarray, rate: int, words: Words) -> dict[str, float]:
         outside = ~inside & ~_within(times, _unknown(words, len(samples) / rate))
     else:
         outside = ~inside
-    outside = power[outside]
+    recorded = power > DIGITAL_SILENCE
+    between, all_frames = power[outside & recorded], power[recorded]
     level = _db(power[inside].mean() if inside.any() else power.mean())
-    enough = len(outside) * LEVEL_HOP >= NOISE_SECONDS * rate
-    noise = _db(np.median(outside) if enough else np.percentile(power, NOISE_PERCENTILE))
+    if len(between) * LEVEL_HOP >= NOISE_SECONDS * rate:
+        noise = _db(np.median(between))
+    elif len(all_frames) * LEVEL_HOP >= PERCENTILE_SECONDS * rate:
+        noise = _db(np.percentile(all_frames, NOISE_PERCENTILE))
+    else:
+        return {"level_db": level}
     return {"level_db": level, "noise_db": noise, "snr_db": level - noise}
 
 

@@ -67,7 +67,8 @@ def test_prepare_keeps_word_times_and_describes_the_noisy_copy(tmp_path):
         "path\ttranscript\n" + "".join(f"{i}.wav\thello there\n" for i in range(6))
     )
     for i in range(6):
-        soundfile.write(tmp_path / f"{i}.wav", np.concatenate([tone(0.5), np.zeros(4000), tone(0.5)]), RATE)
+        gap = 1e-3 * np.random.default_rng(i).standard_normal(8000)
+        soundfile.write(tmp_path / f"{i}.wav", np.concatenate([tone(1.0), gap, tone(1.0)]), RATE)
     source = SourceConfig("tsv", path=str(tmp_path / "transcripts.tsv"))
     config = PrepareConfig(str(tmp_path / "out"), [source], aligner="none", noise=NoiseConfig(0.5, [0.0, 3.0], 1))
     config.describe.enabled = True

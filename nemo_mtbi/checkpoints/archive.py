@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelHubMixin
 from nemo.collections.common.prompts import PromptFormatter
 from omegaconf import OmegaConf
 
@@ -24,6 +25,7 @@ from nemo_mtbi.checkpoints.run_directory import RunDirectory
 from nemo_mtbi.data.chat_template import chat_template
 from nemo_mtbi.errors import CheckpointError, ConfigError
 from nemo_mtbi.io import jsonl
+from nemo_mtbi.io.tensors import as_readable_as_others
 from nemo_mtbi.modules.causal_lm import causal_lm
 
 log = logging.getLogger(__name__)
@@ -65,7 +67,7 @@ def save_directory(model: Any, folder: Path, card: str | None = None) -> Path:
         )
     with _new_folder(folder) as temporary:
         # torch_dtype etc. of SALM are left alone: weights are stored in the type that each part computes in.
-        model.save_pretrained(temporary, config=exported_config(model))
+        ModelHubMixin.save_pretrained(model, temporary, config=exported_config(model))
         save_tokenizer(model, temporary)
         backbone = causal_lm(model.llm)
         backbone.config.save_pretrained(temporary / LLM_BACKBONE_DIR)
@@ -124,6 +126,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         temporary = Path(name) / folder.name
         temporary.mkdir()
         yield temporary
+        as_readable_as_others(temporary)
         if folder.exists():
             folder.rmdir()
         temporary.rename(folder)

@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nemo_mtbi.checkpoints.trained_state import MERGED_LORA
 from nemo_mtbi.io import jsonl
+from nemo_mtbi.modules.causal_lm import is_frozen
 from nemo_mtbi.pretrained.offline import LICENCES
 from nemo_mtbi.version import __version__
 
@@ -31,12 +33,12 @@ def model_card(
     header += [f"license: {licence}"] if licence else []
     contained = "this model contains them" if whole else "they are needed beside it"
     parts = [
+        (f"LLM ({_llm_state(model)})", cfg.pretrained_llm, model.references["llm"]),
         (
-            "LLM (frozen)" if not cfg.lora else "LLM (frozen, with LoRA adapters)",
-            cfg.pretrained_llm,
-            model.references["llm"],
+            f"speech encoder ({'frozen' if is_frozen(model.perception.encoder) else 'trained further'})",
+            cfg.pretrained_asr,
+            model.references["encoder"],
         ),
-        ("speech encoder (frozen)", cfg.pretrained_asr, model.references["encoder"]),
     ]
     lines = [
         "---",
@@ -74,6 +76,15 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _llm_state(model: Any) -> str:
+    own = [p for n, p in model.named_parameters() if n.startswith(("llm.", "embed_tokens.")) and "lora_" not in n]
+    if any(p.requires_grad for p in own):
+        return "trained further"
+    if model.config.lora:
+        return "frozen, with LoRA adapters"
+    return "with merged LoRA adapters" if model.references["llm"].endswith(MERGED_LORA) else "frozen"
 
 
 def _training(run: Path | None, data: str | None) -> list[str]:

@@ -17,19 +17,24 @@
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from nemo.utils.get_rank import is_global_rank_zero
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from nemo_mtbi.checkpoints.trained_state import TrainableCheckpoint
 from nemo_mtbi.errors import CheckpointError, ConfigError
 from nemo_mtbi.io import jsonl
+from nemo_mtbi.io.tensors import save_tensors
 from nemo_mtbi.parallel.launch import from_first_rank
 
 UNTRAINED, ALIGNMENT, IMITATION = "untrained", "alignment", "imitation"
+STAGES = (UNTRAINED, ALIGNMENT, IMITATION)
+# What trained weights mean nothing without.
+OF_THE_MODEL = ("audio_locator_tag", "lora", "perception", "prompt_format", "speech_position")
 
 
 class RunDirectory:
@@ -88,7 +93,7 @@ class RunDirectory:
 
     def last_stage(self) -> str:
         """The furthest finished stage."""
-        for name in (IMITATION, ALIGNMENT, UNTRAINED):
+        for name in reversed(STAGES):
             if self.weights(name).is_file():
                 return name
         raise CheckpointError(f"{self.root} holds no trained model. Run train.py with output_dir={self.root} first.")
@@ -106,18 +111,35 @@ class RunDirectory:
     def save_data_paths(self, paths: dict[str, list[str]]) -> None:
         jsonl.write_json(self.root / "data.json", paths)
 
-    def check_same_model(self, model: TrainableCheckpoint) -> None:
-        """
+    def check_same_model(self, model: TrainableCheckpoint, cfg: dict[str, Any]) -> bool:
+        """Whether ``model.json`` is there and says the same.
+
+        Args:
+            model: of a run that is begun or goes on here.
+            cfg: its configuration.
+
         Raises:
-            ConfigError: stages are finished here with another encoder, LLM or input length.
+            ConfigError: stages are finished here with another encoder, LLM or input length, or the last one with other
+                settings of the model.
+            CheckpointError: its weights do not fit the model.
         """
         file = self.root / "model.json"
-        if file.is_file() and any(self.weights(s).is_file() for s in (ALIGNMENT, IMITATION)):
-            before = json.loads(file.read_text())["references"]
-            if before != model.references:
-                raise ConfigError(
-                    f"{self.root} was trained with {before}, now {model.references}. Use another output_dir."
-                )
+        if not file.is_file():
+            return False
+        before = json.loads(file.read_text())
+        finished = [stage for stage in (ALIGNMENT, IMITATION) if self.weights(stage).is_file()]
+        if finished and before["references"] != model.references:
+            raise ConfigError(
+                f"{self.root} was trained with {before['references']}, now {model.references}. Use another output_dir."
+            )
+        if IMITATION in finished and (key := first_difference(before["model"], cfg, OF_THE_MODEL)) is not None:
+            raise ConfigError(
+                f"{self.root} holds a finished run with another model.{key}. Use another output_dir; init_from begins "
+                "with its weights."
+            )
+        if finished:
+            self.load_weights(model, finished[-1])
+        return before == {"model": cfg, "references": model.references}
 
     def save_weights(self, model: TrainableCheckpoint, name: str, path: Path | None = None) -> Path:
         """Trained tensors and references, written under a temporary name and renamed.
@@ -130,13 +152,9 @@ class RunDirectory:
             path: default: what later steps use of the stage.
         """
         path = path or self.weights(name)
-        state = model.trained_state()
-        if not is_global_rank_zero():
-            return path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(state, temporary, metadata={"references": json.dumps(model.references)})
-        temporary.replace(path)
+        state = model.trained_state(needed=is_global_rank_zero())
+        if is_global_rank_zero():
+            save_tensors(state, path, {"references": json.dumps(model.references)})
         return path
 
     def load_weights(self, model: TrainableCheckpoint, name: str) -> None:
@@ -156,6 +174,16 @@ class RunDirectory:
         if not file.is_file():
             raise CheckpointError(f"{self.root} is not a training run: there is no model.json.")
         return json.loads(file.read_text())["model"]
+
+
+def first_difference(before: Any, now: Any, keys: Iterable[str] | None = None) -> str | None:
+    """Dotted name of the first value that two configurations both have and that differs; of some ``keys``, or all."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return "" if before != now else None
+    for key in before if keys is None else keys:
+        if key in before and key in now and (rest := first_difference(before[key], now[key])) is not None:
+            return f"{key}.{rest}".rstrip(".")
+    return None
 
 
 def load_trained(model: TrainableCheckpoint, path: Path) -> None:
@@ -178,4 +206,11 @@ def load_trained(model: TrainableCheckpoint, path: Path) -> None:
         raise CheckpointError(
             f"{path} does not fit the model: {len(missing)} tensors missing, {len(unexpected)} unexpected."
         )
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    for key, value in model.own_state(state).items():
+        if shapes[key] != tuple(value.shape):
+            raise CheckpointError(
+                f"{path} does not fit the model: {key} is {tuple(value.shape)} there, {shapes[key]} in the model. Give "
+                "model.perception (or model.lora) the values that it was trained with."
+            )
     model.load_trained_state(state)

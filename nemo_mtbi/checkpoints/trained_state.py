@@ -16,6 +16,7 @@ from nemo_mtbi.parallel.parts import Part, part_of
 
 KEY = "nemo_mtbi"
 CONNECTOR_PREFIX = "perception.modality_adapter."
+MERGED_LORA = "+lora"  # end of an LLM's reference: adapters were added to its weights
 
 
 class TrainableCheckpoint(LightningModule):
@@ -46,11 +47,12 @@ class TrainableCheckpoint(LightningModule):
         trained = ((n, part_of(p)) for n, p in self.named_parameters() if p.requires_grad)
         return {name: part for name, part in trained if part is not None}
 
-    def trained_state(self) -> dict[str, Tensor]:
-        """Trained tensors, whole, on the CPU. All ranks of a tensor-parallel group call this together."""
-        names = self.kept_names()
-        state = {k: v.detach() for k, v in self.state_dict().items() if k in names}
-        return {k: v.cpu().contiguous() for k, v in self.whole_state(state).items()}
+    def trained_state(self, needed: bool = True) -> dict[str, Tensor]:
+        """Trained tensors, whole, on the CPU. All ranks of a tensor-parallel group call this together; those that do
+        not need them give their parts alone, and get nothing."""
+        names = self.kept_names() if needed else set(self.trained_parts())
+        state = self.whole_state({k: v.detach() for k, v in self.state_dict().items() if k in names})
+        return {k: v.cpu().contiguous() for k, v in state.items()} if needed else {}
 
     def upgrade_state(self, state: dict[str, Tensor]) -> None:
         """Bring trained tensors of an earlier version into this one's form, in place."""

@@ -167,13 +167,26 @@ class InterleavingPolicy:
         """What is left of the span in which an utterance begins: as if it stood anywhere in a long alternation."""
         if self.span_distribution == "geometric":  # has no memory
             return self._span(rng, mean)
-        longest = max(1, round(mean)) if self.span_distribution == "fixed" else max(1, round(2 * mean - 1))
-        lengths = [longest] if self.span_distribution == "fixed" else range(1, longest + 1)
-        return rng.randint(1, rng.choices(lengths, weights=lengths)[0])
+        if self.span_distribution == "fixed":
+            short, share = self._fixed(mean)
+            lengths, often = [short, short + 1], [1 - share, share]
+        else:
+            lengths = list(range(1, max(1, round(2 * mean - 1)) + 1))
+            often = [1.0] * len(lengths)
+        return rng.randint(1, rng.choices(lengths, [n * m for n, m in zip(lengths, often, strict=True)])[0])
+
+    @staticmethod
+    def _fixed(mean: float) -> tuple[int, float]:
+        """Words of a span, and how often it has one more, so that the mean is met."""
+        short = max(1, math.floor(mean))
+        return short, max(0.0, mean - short)
 
     def _span(self, rng: random.Random, mean: float) -> int:
-        if self.span_distribution == "fixed" or mean <= 1:
-            return max(1, round(mean))
+        if mean <= 1:
+            return 1
+        if self.span_distribution == "fixed":
+            short, share = self._fixed(mean)
+            return short + (rng.random() < share) if share else short
         if self.span_distribution == "uniform":
             return rng.randint(1, max(1, round(2 * mean - 1)))
         return max(1, math.ceil(math.log(1 - rng.random()) / math.log(1 - 1 / mean)))

@@ -16,7 +16,7 @@ def main(cfg: DictConfig) -> None:
     from nemo_mtbi.checkpoints.archive import save_directory, save_nemo, save_trainable
     from nemo_mtbi.checkpoints.card import model_card
     from nemo_mtbi.checkpoints.round_trip import MERGED, TOLERANCE, probe_logits, require_same_logits
-    from nemo_mtbi.checkpoints.run_directory import RunDirectory
+    from nemo_mtbi.checkpoints.run_directory import STAGES, UNTRAINED, RunDirectory
     from nemo_mtbi.errors import ConfigError
     from nemo_mtbi.io import jsonl
     from nemo_mtbi.models import MTBISALM
@@ -25,6 +25,14 @@ def main(cfg: DictConfig) -> None:
         raise ConfigError("Say what to write: nemo=FILE, hf=FOLDER or trainable_only=FOLDER.")
     run = RunDirectory(cfg.run)
     stage = cfg.stage or run.last_stage()
+    begun = [name for name in STAGES if run.weights(name).is_file() or (run.stage(name) / "checkpoints").is_dir()]
+    if stage == UNTRAINED and cfg.stage is None:
+        raise ConfigError(
+            f"No stage of {cfg.run} is finished{f' ({begun[-1]} was begun)' if begun[-1] != UNTRAINED else ''}: finish "
+            "the training, or take what it started from with stage=untrained."
+        )
+    if cfg.stage is None and stage != begun[-1]:
+        console.say(f"The stage {begun[-1]} is not finished; what is exported is the one before, {stage}.")
     model = MTBISALM.from_run(run, stage)
     written: dict[str, Path] = {}
     differences: dict[str, float] = {}
@@ -58,7 +66,7 @@ def main(cfg: DictConfig) -> None:
         read_back(written["hf"])
     jsonl.write_json(run.root / "export.json", {k: str(v) for k, v in written.items()} | differences)
     found = differences.get("round_trip_max_abs_diff", "not looked at")
-    announce(f"Exported (largest difference of logits after reading back: {found})", dict(written))
+    announce(f"Exported the stage {stage} (largest difference of logits after reading back: {found})", dict(written))
     model_path = next(iter(written.values()))
     if console.within_step():
         return

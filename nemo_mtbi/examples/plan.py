@@ -43,7 +43,8 @@ def show(config: PlanConfig, found: Any) -> None:
         console.say(f"  {part:28s}{size_in_bytes / GB:8.2f} GB")
     total = sum(found.bytes_by_part.values()) / GB
     console.say(f"  {'together':28s}{total:8.2f} GB of {config.gpu_memory_gb:g} on each GPU")
-    console.say(f"  {'activations':28s}{found.bytes_per_position / 1e6:8.2f} MB a position, at most")
+    console.say(f"  {'activations of the LLM':28s}{found.bytes_per_position / 1e6:8.2f} MB a position")
+    console.say(f"  {'activations of the connector':28s}{found.bytes_per_example / 1e6:8.0f} MB an example")
     console.say(f"An example has {found.example_positions} positions; a GPU holds {found.longest_batch} at once.")
     if not found.fits:
         console.say("Not one example fits: raise tensor_model_parallel_size, or set activation_checkpointing=true.")

@@ -212,9 +212,10 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
         kept = 0 if self.prefixes is None else sum(beginnings)
         tokens = sum(map(len, responses))
         self.work.add(self.llm, sum(map(len, prompts)) - kept + tokens - len(examples), tokens)
-        return teacher_hidden_states(
-            self.llm, self.embed_tokens, prompts, responses, self.prefixes, beginnings, packed=self.packs
-        )
+        with evaluation_mode(self.llm):  # where LoRA is trained, the LLM's dropout is on
+            return teacher_hidden_states(
+                self.llm, self.embed_tokens, prompts, responses, self.prefixes, beginnings, packed=self.packs
+            )
 
     @torch.no_grad()
     def unfused_hidden(self, batch: dict[str, Any], student: StudentOutput) -> Tensor:
@@ -222,7 +223,8 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
         spoken = student.spoken
         if spoken.unfused is spoken.embeddings:
             return student.hidden.detach()
-        return self.answering(batch["examples"], replace(spoken, embeddings=spoken.unfused)).hidden
+        with evaluation_mode(self.llm):
+            return self.answering(batch["examples"], replace(spoken, embeddings=spoken.unfused)).hidden
 
     def imitation(self, batch: dict[str, Any], student: StudentOutput, teacher: Tensor | None = None) -> ImitationLoss:
         """CE and KL of a batch; ``teacher``: what :meth:`teacher_hidden` gave for it, if it was called."""

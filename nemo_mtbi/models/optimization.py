@@ -54,7 +54,7 @@ def continue_moments(
     continued, groups = 0, groups_of(optimizer)
     for name, parameter in named:
         own = {kind: moments[f"{name}/{kind}"] for kind in MOMENTS if f"{name}/{kind}" in moments}
-        if "exp_avg" not in own or STEP not in own or own["exp_avg"].shape != parameter.shape:
+        if own.keys() != set(MOMENTS) or own["exp_avg"].shape != parameter.shape:
             continue
         step, group = own.pop(STEP).float(), groups[parameter]
         state = {kind: value.to(parameter.device) for kind, value in own.items()}

@@ -1,5 +1,6 @@
 """A speech LLM from files and to files: exports, training runs, hubs, merged LoRA."""
 
+import logging
 from pathlib import Path
 from typing import Any, Self
 
@@ -7,6 +8,7 @@ from huggingface_hub import snapshot_download
 from omegaconf import open_dict
 from safetensors import safe_open
 
+from nemo_mtbi.checkpoints.archive import save_directory as export_directory
 from nemo_mtbi.checkpoints.archive import save_nemo
 from nemo_mtbi.checkpoints.exported import (
     WEIGHTS,
@@ -17,10 +19,12 @@ from nemo_mtbi.checkpoints.exported import (
 )
 from nemo_mtbi.checkpoints.fast_loading import fill, without_initialization
 from nemo_mtbi.checkpoints.run_directory import RunDirectory
+from nemo_mtbi.checkpoints.trained_state import MERGED_LORA
 from nemo_mtbi.errors import CheckpointError, ConfigError
 from nemo_mtbi.modules.causal_lm import lent_embedding
 from nemo_mtbi.parallel.launch import once_per_node
 
+log = logging.getLogger(__name__)
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
@@ -128,6 +132,24 @@ class PersistenceMixin:
         """Write one self-contained ``.nemo`` file."""
         return save_nemo(self, Path(path))
 
+    def save_pretrained(
+        self: Any,
+        save_directory: str | Path,
+        *,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        **hub: Any,
+    ) -> str | None:
+        """Write the directory that ``mtbi export hf=...`` writes (``push_to_hub`` uploads one too).
+
+        Raises:
+            CheckpointError: the folder is in use, or the model is one rank's part of it.
+        """
+        own = {name: hub.pop(name) for name in ("config", "model_card_kwargs") if name in hub}
+        log.debug(f"The configuration and the card are the model's own, not {list(own)}.")
+        folder = export_directory(self, Path(save_directory))
+        return self.push_to_hub(repo_id or folder.name, **hub) if push_to_hub else None
+
     def merge_lora(self: Any) -> None:
         """Add the LoRA adapters to the LLM's own weights; the model computes the same without them, up to rounding.
 
@@ -139,6 +161,6 @@ class PersistenceMixin:
         with lent_embedding(self):
             self.llm = self.llm.merge_and_unload()
         self.config.lora = None
-        self.references["llm"] += "+lora"  # another LLM from now on: targets and systems of the old one do not fit it
+        self.references["llm"] += MERGED_LORA  # another LLM from now on: targets of the old one do not fit it
         with open_dict(self.cfg):
             del self.cfg["lora"]

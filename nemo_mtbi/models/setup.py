@@ -18,9 +18,17 @@ from nemo_mtbi.config import ModelConfig
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.models.language_model import PrefixStore
 from nemo_mtbi.modules.causal_lm import is_frozen, read_generation_config
+from nemo_mtbi.modules.connectors.token import TokenConnector
 from nemo_mtbi.modules.fused_norm import fuse_norms, rms_norm_class
 from nemo_mtbi.modules.parameter_groups import parameter_groups
-from nemo_mtbi.modules.perception import freeze, input_length_reference, require_fitting_encoder, setup_perception
+from nemo_mtbi.modules.perception import (
+    connector_of,
+    freeze,
+    input_length_reference,
+    is_frozen_by,
+    require_fitting_encoder,
+    setup_perception,
+)
 from nemo_mtbi.parallel.loading import empty_llm, materialize_adapters
 from nemo_mtbi.pretrained.fingerprint import fingerprint
 from nemo_mtbi.pretrained.offline import resolve_pretrained
@@ -153,8 +161,18 @@ def check_trainable(model: Any, config: ModelConfig) -> None:
     """
     Raises:
         ConfigError: weights of the LLM itself are trained under tensor parallelism, or with the LLM as its own online
-            teacher.
+            teacher; embeddings of which a connector keeps a copy; one of two names of a tensor.
     """
+    both = [n for n, p in model.named_parameters(remove_duplicate=False) if p is model.embed_tokens.weight]
+    if len({is_frozen_by(config, name) for name in both}) > 1:
+        raise ConfigError(
+            f"model.freeze_params freezes only some of {', '.join(both)}, which are one tensor: freeze all or none."
+        )
+    if model.embed_tokens.weight.requires_grad and isinstance(connector_of(model.perception), TokenConnector):
+        raise ConfigError(
+            "model.freeze_params leaves embed_tokens trainable, and the connector gives the LLM its own tokens, whose "
+            "embeddings it has read once. Freeze '^embed_tokens\\..+$' (and a head that is tied to it), or train LoRA."
+        )
     llm_parts = ("llm.", "embed_tokens.")
     trained = [
         name

@@ -8,6 +8,7 @@ connector positions, H LLM width.
 """
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,7 +151,7 @@ def encode(perception: Any, audios: Tensor, audio_lens: Tensor) -> tuple[Tensor,
     frozen = is_frozen(perception.encoder)
     if frozen:
         perception.encoder.eval()
-    with torch.no_grad() if frozen else torch.enable_grad():
+    with torch.no_grad() if frozen else nullcontext():
         if getattr(perception.preprocessor, "takes_lengths_on_cpu", False):
             audio_lens = audio_lens.cpu()  # once for both
         mel, mel_lens = perception.preprocessor(input_signal=audios, length=audio_lens)

@@ -1,11 +1,10 @@
 """What the LLM computes in training steps, counted on the host: for the FLOP/s and MFU of a run."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from nemo_mtbi.modules.causal_lm import causal_lm
+from nemo_mtbi.modules.causal_lm import causal_lm, used_and_trained
 
 # A product of a weight and a position takes 2 FLOPs; in the backward pass one more product gives the gradient of the
 # input, and one that of a trained weight.
@@ -27,7 +26,8 @@ class Work:
         """A pass over so many positions, of which ``tokens`` go through the output layer."""
         if self._sizes is None:  # after the LLM has been cut
             lm = causal_lm(llm)
-            self._sizes = weights(lm.model.layers.parameters(), lm.config), weights([lm.lm_head.weight], lm.config)
+            layers, head = lm.model.layers.parameters(), [lm.lm_head.weight]
+            self._sizes = used_and_trained(layers, lm.config), used_and_trained(head, lm.config)
         for (used, trained), rows in zip(self._sizes, (positions, tokens), strict=True):
             self.flops += PRODUCT * rows * (2 * used + trained if torch.is_grad_enabled() else used)
 
@@ -35,14 +35,3 @@ class Work:
         """FLOPs since the last call."""
         flops, self.flops = self.flops, 0.0
         return flops
-
-
-def weights(parameters: Iterable[torch.nn.Parameter], config: Any) -> tuple[float, float]:
-    """Entries of the matrices that a position is multiplied with, and of those that are trained.
-
-    Experts are kept together in three dimensions; a position goes to some of them.
-    """
-    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 1
-    share = (getattr(config, "num_experts_per_tok", None) or 1) / experts
-    sizes = [(p.numel() * (share if p.ndim == 3 else 1), p.requires_grad) for p in parameters if p.ndim in (2, 3)]
-    return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)

@@ -1,7 +1,7 @@
 """Transformers' causal LM as the objective needs it: body and output layer apart, with LoRA or without."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -123,3 +123,14 @@ def checkpoint_activations(llm: nn.Module) -> None:
 def without_adapters(llm: Any) -> AbstractContextManager[Any]:
     """The teacher is the LLM without LoRA."""
     return llm.disable_adapter() if has_adapters(llm) else nullcontext()
+
+
+def used_and_trained(parameters: Iterable[nn.Parameter], config: Any) -> tuple[float, float]:
+    """Entries of the matrices that a position is multiplied with, and of those that are trained.
+
+    Experts are kept together in three dimensions; a position goes to some of them.
+    """
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 1
+    share = (getattr(config, "num_experts_per_tok", None) or 1) / experts
+    sizes = [(p.numel() * (share if p.ndim == 3 else 1), p.requires_grad) for p in parameters if p.ndim in (2, 3)]
+    return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)

@@ -10,21 +10,24 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.modules.causal_lm import used_and_trained
 from nemo_mtbi.parallel.loading import empty_llm
 from nemo_mtbi.parallel.plan_config import GB, PlanConfig
 from nemo_mtbi.parallel.sharding import check_divisible, shard_llm
 
-LOGIT_BYTES = 0.5 * GB  # chunks of logits and their gradients, see losses/chunk.py
+LOGIT_BYTES = 0.5 * GB  # chunks of logits and their gradients, see losses/imitation.py
 ADAM_BYTES = 16  # float32 weight, gradient and two moments
-# Of activations for each position, unit of width and layer (Korthikanti et al., arXiv 2205.05198, without attention
-# scores): what the ranks share, and what each keeps whole unless the sequence is spread too (the inputs of both norms).
-SHARED_BYTES, WHOLE_BYTES = 26, 8
+# What a layer of frozen weights in bfloat16 keeps of a position for its backward pass, without scores (measured
+# with saved-tensor hooks on Llama, Qwen, Gemma): of each unit of the feed-forward width the gate, its activation and
+# the other factor; queries, keys, values and what attention gives; of each norm its input in float32.
+FEED_FORWARD_BYTES, ATTENTION_BYTES, NORM_BYTES = 6, 2, 4
 CONTEXT_BYTES = 1.5 * GB  # CUDA, NCCL, libraries
 
 
@@ -35,7 +38,8 @@ class Plan:
     Attributes:
         parameters: P.
         bytes_by_part: on one GPU, without activations.
-        bytes_per_position: of activations.
+        bytes_per_position: of the LLM's activations.
+        bytes_per_example: of the connector's.
         example_positions: L.
         longest_batch: positions of a micro-batch that fit on a GPU; 0: the frozen parts alone do not.
         positions_per_second: of all GPUs.
@@ -46,6 +50,7 @@ class Plan:
     parameters: int
     bytes_by_part: dict[str, float]
     bytes_per_position: float
+    bytes_per_example: float
     example_positions: int
     longest_batch: int
     positions_per_second: float
@@ -68,51 +73,91 @@ def plan(config: PlanConfig, llm_config: Any) -> Plan:
     """
     llm_config = llm_config.get_text_config()
     n, where = config.tensor_model_parallel_size, config.positions
-    whole, own = llm_bytes(llm_config, n, config.trust_remote_code)
+    llm = measured(llm_config, n, config.trust_remote_code)
     parts = {
-        "frozen LLM (bf16)": float(own),
+        "frozen LLM (bf16)": float(llm.own_bytes),
         "frozen encoder (bf16)": 2.0 * config.encoder_parameters,
         "connector, gradients, Adam": ADAM_BYTES * config.connector_parameters,
         "chunks of logits": LOGIT_BYTES,
         "CUDA and libraries": CONTEXT_BYTES,
     }
     layers, width = llm_config.num_hidden_layers, llm_config.hidden_size
-    one_layer = width * (SHARED_BYTES / n + WHOLE_BYTES / (n if config.sequence_parallel else 1))
+    one_layer = llm.shared_bytes / n + llm.norm_bytes / (n if config.sequence_parallel else 1)
     per_position = one_layer * layers if not config.activation_checkpointing else 2 * width * layers + one_layer
+    per_example = config.connector_mb_per_example * 1e6
     length = where.prompt + round(where.per_second * config.utterance_seconds) + where.response
     left = config.gpu_memory_gb * GB - sum(parts.values())
-    parameters = whole // 2
     # Forward, and backward to the inputs alone, since the weights are frozen; a second forward where memory is saved.
     passes = 2 + config.activation_checkpointing + (config.teacher == "online")
-    flops = passes * (2 * parameters + 2 * layers * width * length)
+    products = llm.layer_weights + llm.head_weights * where.response / length
+    flops = passes * (2 * products + 2 * layers * width * length)
     rate = config.gpus * config.gpu_tflops * 1e12 * config.utilization / flops
     examples = config.hours_of_speech * 3600 / config.utterance_seconds * config.examples_per_utterance * config.epochs
     return Plan(
-        parameters,
+        llm.whole_bytes // 2,
         parts,
         per_position,
+        per_example,
         length,
-        max(0, math.floor(left / per_position)),
+        max(0, math.floor(left / (per_position + per_example / length))),
         rate,
         examples,
         examples * length / rate / 3600,
     )
 
 
-def llm_bytes(config: Any, size: int, trust_remote_code: bool = False) -> tuple[int, int]:
-    """Bytes of an LLM's weights in bf16: of all, and of one of ``size`` tensor-parallel ranks.
+@dataclass(frozen=True)
+class Measured:
+    """Of an LLM that is not loaded.
+
+    Attributes:
+        whole_bytes, own_bytes: its weights in bf16: all, and those of one of ``n`` ranks.
+        layer_weights, head_weights: entries of the matrices that a position is multiplied with; of a mixture, those of
+            the experts that it goes to.
+        shared_bytes, norm_bytes: that one layer keeps of a position: what the ranks share, and what each keeps whole
+            unless the sequence is spread too.
+    """
+
+    whole_bytes: int
+    own_bytes: int
+    layer_weights: float
+    head_weights: float
+    shared_bytes: float
+    norm_bytes: float
+
+
+def measured(config: Any, size: int, trust_remote_code: bool = False) -> Measured:
+    """On the LLM's real layers, for one of ``size`` tensor-parallel ranks.
 
     Raises:
         ConfigError: it cannot be cut into so many.
     """
     llm = empty_llm(config, torch.bfloat16, trust_remote_code)
+    config = llm.config
     whole = _bytes(llm)
+    layer_weights, _ = used_and_trained(llm.model.layers.parameters(), config)
+    heads = config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    queries, keys = head * heads, head * (getattr(config, "num_key_value_heads", None) or heads)
+    experts = getattr(config, "num_experts_per_tok", None)
+    inner = experts * (getattr(config, "moe_intermediate_size", None) or config.intermediate_size) if experts else None
+    norms = [p.numel() for n, p in llm.model.layers[0].named_parameters() if p.ndim == 1 and "norm" in n]
+    of_heads = any(size == head != config.hidden_size for size in norms)  # normalized queries and keys
+    shared = FEED_FORWARD_BYTES * (inner or config.intermediate_size) + 2 * ATTENTION_BYTES * (queries + keys)
+    found = partial(
+        Measured,
+        whole,
+        layer_weights=layer_weights,
+        head_weights=float(llm.lm_head.weight.numel()),
+        shared_bytes=shared + of_heads * NORM_BYTES * (queries + keys),
+        norm_bytes=NORM_BYTES * config.hidden_size * norms.count(config.hidden_size),
+    )
     if size == 1:
-        return whole, whole
-    check_divisible(llm.config, size)
+        return found(own_bytes=whole)
+    check_divisible(config, size)
     with pretended_ranks(size):
         shard_llm(llm)
-        return whole, _bytes(llm)
+        return found(own_bytes=_bytes(llm))
 
 
 def _bytes(module: torch.nn.Module) -> int:

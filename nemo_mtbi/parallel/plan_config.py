@@ -33,6 +33,8 @@ class PlanConfig:
         llm: a hub name, a folder, ``offline:NAME``, or ``model_type`` and fields of a Transformers configuration.
         encoder_parameters: of the frozen speech encoder; 0 with cached features.
         connector_parameters: that are trained; the default connector is Whisper's decoder (here large-v3's).
+        connector_mb_per_example: activations of the connector's forward passes; large-v3's decoder keeps 320 to 380 MB
+            (bfloat16, float32) of 10 s in one pass, and the transcription loss is a second. A dense one: about 10.
         gpus: in all.
         tensor_model_parallel_size: n.
         sequence_parallel: as ``model.sequence_parallel``.
@@ -50,6 +52,7 @@ class PlanConfig:
     llm: Any = MISSING
     encoder_parameters: float = 0.64e9
     connector_parameters: float = 0.84e9
+    connector_mb_per_example: float = 640.0
     gpus: int = 8
     tensor_model_parallel_size: int = 1
     sequence_parallel: bool = False

@@ -21,9 +21,10 @@ def ddp_options(**own: Any) -> dict[str, Any]:
 
     The ``timeout`` is long, because ranks may wait for the one that draws the data up to its place again; a rank that
     dies ends the job at once all the same. Buffers hold the LLM's embeddings, the same on all ranks, and are not
-    broadcast.
+    broadcast. Gradients are kept once, in the buffers that are sent.
     """
-    return {"timeout": PATIENCE, "broadcast_buffers": False, "process_group_backend": backend(), **own}
+    defaults = {"broadcast_buffers": False, "gradient_as_bucket_view": True, "process_group_backend": backend()}
+    return {"timeout": PATIENCE, **defaults, **own}
 
 
 def name_of(strategy: Any) -> str:

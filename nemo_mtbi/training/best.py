@@ -33,7 +33,7 @@ class BestWeights(pl.Callback):
         value = trainer.callback_metrics.get(self.monitor)
         if trainer.sanity_checking or value is None:
             return
-        now = float(value)
+        now = float(trainer.strategy.broadcast(float(value)))  # all ranks take part in saving, or none
         if not math.isfinite(now):
             return
         if self.best is not None and (now <= self.best if self.mode == "max" else now >= self.best):

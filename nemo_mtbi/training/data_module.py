@@ -192,7 +192,6 @@ class ResumableData(DataModule):
         place = None
         self.sources = [str(entry.cuts_path) for entry in input_entries(section)]
         number = skip // self.segment_batches
-        number = skip // self.segment_batches
         if kept.get("place") and kept["sources"] != self.sources:
             log.warning("The manifests to train on are others than before, so their data is drawn up to its place.")
         elif kept.get("place") and (kept["number"], kept["batches"]) == (number, self.segment_batches):

@@ -58,6 +58,17 @@ def check_options(cfg: DictConfig, lora: bool = False) -> None:
         problems.append(
             "exp_manager.ema.enable=true: LoRA that is spread over tensor-parallel ranks cannot be averaged and saved."
         )
+    if lora and requested_size(cfg.trainer) > 1 and str(cfg.trainer.get("precision")) == "16-mixed":
+        problems.append(
+            "trainer.precision=16-mixed: each tensor-parallel rank would scale the loss by the overflows of its own "
+            "part of LoRA. Use bf16-mixed."
+        )
+    interval, together = cfg.trainer.get("val_check_interval"), cfg.trainer.get("accumulate_grad_batches") or 1
+    if isinstance(interval, int) and interval % together:
+        problems.append(
+            f"trainer.val_check_interval={interval} batches is no multiple of accumulate_grad_batches={together}: its "
+            "checkpoint would stand within a step, and could not go on to the same result."
+        )
     if problems:
         raise ConfigError("\n".join(problems))
 

@@ -21,7 +21,7 @@ from nemo.utils.exp_manager import exp_manager
 from nemo.utils.get_rank import is_global_rank_zero
 from nemo.utils.trainer_utils import resolve_trainer_cfg
 from omegaconf import DictConfig, OmegaConf, open_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from nemo_mtbi import console
 from nemo_mtbi.checkpoints.run_directory import ALIGNMENT, IMITATION, UNTRAINED, RunDirectory
@@ -30,6 +30,7 @@ from nemo_mtbi.config import AUTO, ModelConfig, model_config, plain
 from nemo_mtbi.data.conversation import INPUT_TYPE, check_manifest, transcript
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.io import jsonl
+from nemo_mtbi.io.tensors import save_tensors
 from nemo_mtbi.models.mtbi_salm import MTBISALM
 from nemo_mtbi.models.optimization import moments_of
 from nemo_mtbi.modules.connectors.ctc_vocabulary import choose_tokens, count_tokens
@@ -37,6 +38,7 @@ from nemo_mtbi.modules.perception import require_fixed_features
 from nemo_mtbi.parallel.launch import PATIENCE
 from nemo_mtbi.parallel.parts import part_of
 from nemo_mtbi.parallel.strategy import OURS, SIZE, TensorParallelStrategy, ddp_options, name_of, requested_size
+from nemo_mtbi.pretrained.fingerprint import fingerprint
 from nemo_mtbi.pretrained.offline import resolve_pretrained
 from nemo_mtbi.process import fast_bfloat16
 from nemo_mtbi.training.accelerators import fused_optimizer
@@ -102,11 +104,12 @@ def train(cfg: DictConfig) -> RunDirectory:
     if any(stage.data.cached_features for stage in stages.values()):
         require_fixed_features(model.perception)
     require_fine_types(model)
-    run.check_same_model(model)
-    if is_global_rank_zero():
-        run.save_config(model, {k: v for k, v in model_cfg.items() if k != "tensor_model_parallel_size"})
+    own_cfg = {k: v for k, v in model_cfg.items() if k != "tensor_model_parallel_size"}
+    begun_alike = run.check_same_model(model, own_cfg)
+    if not run.weights(IMITATION).is_file() and is_global_rank_zero():
+        run.save_config(model, own_cfg)
         run.save_data_paths(all_data_paths([stage.data for stage in stages.values()]))
-    if not run.weights(UNTRAINED).is_file():
+    if not (begun_alike and run.weights(UNTRAINED).is_file()):
         run.save_weights(model, UNTRAINED)
     if cfg.init_from is not None:
         start, furthest = RunDirectory.parse(cfg.init_from)
@@ -185,7 +188,8 @@ def run_stage(cfg: DictConfig, model: MTBISALM, run: RunDirectory, name: str) ->
     best = BestWeights(run, name, watched.get("monitor", "val_loss"), watched.get("mode", "min"))
     monitors = [Throughput(), SampleAnswers(run.kept(name), **cfg.sample_answers), best]
     with named():
-        trainer = build_trainer(stage.trainer, name, monitors)
+        imitates = name == IMITATION and (model.config.imitation.w_ce > 0 or model.config.imitation.w_kl > 0)
+        trainer = build_trainer(stage.trainer, name, monitors, find_unused=not imitates)
         exp_manager(trainer, stage.exp_manager)
     ended = Ended()
     trainer.callbacks += [LastValidation(), ended]  # type: ignore[attr-defined]
@@ -215,7 +219,7 @@ def run_stage(cfg: DictConfig, model: MTBISALM, run: RunDirectory, name: str) ->
 def save_moments(optimizer: torch.optim.Optimizer, model: MTBISALM, path: Path) -> None:
     """Keep Adam's moments for the next stage. Parts under tensor parallelism are left out: LoRA starts anew."""
     whole = [(n, p) for n, p in model.named_parameters() if p.requires_grad and part_of(p) is None]
-    save_file(moments_of(optimizer, whole), path)
+    save_tensors(moments_of(optimizer, whole), path)
 
 
 def load_moments(run: RunDirectory) -> dict[str, torch.Tensor]:
@@ -224,10 +228,16 @@ def load_moments(run: RunDirectory) -> dict[str, torch.Tensor]:
     return load_file(file) if file.is_file() else {}
 
 
-def build_trainer(cfg: DictConfig, name: str, callbacks: Sequence[pl.Callback] = ()) -> pl.Trainer:
+def build_trainer(
+    cfg: DictConfig, name: str, callbacks: Sequence[pl.Callback] = (), find_unused: bool = False
+) -> pl.Trainer:
     """Lightning's trainer with our strategy, atomic checkpoints and the handling of SIGTERM.
 
-    ``callbacks`` come first.
+    Args:
+        cfg: its section.
+        name: of the stage.
+        callbacks: come first.
+        find_unused: parts of the connector have no gradient: those that the LLM alone reads, where it has no loss.
     """
     size, strategy = requested_size(cfg), cfg.get("strategy", "auto")
     own: dict[str, Any] = {}
@@ -242,10 +252,8 @@ def build_trainer(cfg: DictConfig, name: str, callbacks: Sequence[pl.Callback] =
     timeout = PATIENCE if minutes is None else timedelta(minutes=float(minutes))
     if timeout <= timedelta(0):
         raise ConfigError(f"trainer.collective_timeout_minutes={minutes} must be positive.")
-    # The alignment stage leaves the part of the connector that only the LLM reads without a gradient.
-    unused = name == ALIGNMENT
     several = options.get("num_nodes", 1) > 1 or str(options.get("devices", 1)) not in ("1", "auto")
-    ddp: dict[str, Any] = {"find_unused_parameters": unused, "timeout": timeout, **own}
+    ddp: dict[str, Any] = {"find_unused_parameters": find_unused, "timeout": timeout, **own}
     if ours and size > 1:
         options["strategy"] = TensorParallelStrategy(size, **ddp)
     elif ours and (several or torch.cuda.device_count() > 1):
@@ -325,7 +333,11 @@ def require_acoustics(manifest: Any, config: ModelConfig) -> None:
 def ctc_tokens(cfg: DictConfig, config: ModelConfig, run: RunDirectory) -> list[int] | None:
     """LLM tokens of the training transcripts for a CTC connector; None for other connectors.
 
-    They are kept in ``<output_dir>/ctc_tokens.json``, so that a resumed run has the same ones.
+    They are kept in ``<output_dir>/ctc_tokens.json``, so that a resumed run has the same ones, with the fingerprint of
+    the LLM whose they are.
+
+    Raises:
+        ConfigError: those that are there are another LLM's.
     """
     if not str(cfg.model.perception.modality_adapter._target_).endswith(CTC_TARGET):
         return None
@@ -334,18 +346,34 @@ def ctc_tokens(cfg: DictConfig, config: ModelConfig, run: RunDirectory) -> list[
         # Of the connector that training starts from; a run that starts from this one needs them too.
         given = RunDirectory.parse(cfg.init_from)[0].root / "ctc_tokens.json"
         if given.is_file() and not file.is_file() and is_global_rank_zero():
-            jsonl.write_json(file, json.loads(given.read_text()))
+            jsonl.write_json(file, jsonl.read_json(given))
         file = given if given.is_file() else file
+    llm = resolve_pretrained(config.pretrained_llm)
     if file.is_file():  # perhaps in a folder that only can be read
-        return json.loads(file.read_text())
+        return tokens_in(file, llm)
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(file.with_name(f".{file.name}.lock")):  # one process of a job counts, the others wait for its file
         if not file.is_file():
-            tokenizer = AutoTokenizer(resolve_pretrained(config.pretrained_llm), use_fast=True).tokenizer
+            tokenizer = AutoTokenizer(llm, use_fast=True).tokenizer
             settings = config.ctc_vocabulary
             counts = count_tokens(_transcripts(cfg), tokenizer)
-            jsonl.write_json(file, choose_tokens(counts, tokenizer, settings.max_size, settings.min_count))
-        return json.loads(file.read_text())
+            tokens = choose_tokens(counts, tokenizer, settings.max_size, settings.min_count)
+            jsonl.write_json(file, {"llm": fingerprint(llm), "tokens": tokens})
+        return tokens_in(file, llm)
+
+
+def tokens_in(file: Path, llm: str) -> list[int]:
+    """The LLM's tokens that a run has kept (until version 0.1.0.dev of November 2026 without the LLM's fingerprint).
+
+    Raises:
+        ConfigError: they are another LLM's.
+    """
+    kept = json.loads(file.read_text())
+    if isinstance(kept, list):
+        return kept
+    if kept["llm"] != fingerprint(llm):
+        raise ConfigError(f"{file} holds tokens of another LLM than {llm}. Use another output_dir, or remove the file.")
+    return kept["tokens"]
 
 
 def _transcripts(cfg: DictConfig) -> Iterator[str]:

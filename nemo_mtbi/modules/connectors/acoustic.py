@@ -145,7 +145,8 @@ class Standardization(nn.Module):
     """Values less their mean, over their standard deviation, of the first ``PASSES_COUNTED`` micro-batches of training.
 
     In training as in use (batch normalization would differ); of all ranks together. Before the first of them it only
-    clips, at ``FARTHEST``. Vectors that are not finite do not count.
+    clips, at ``FARTHEST``. Vectors that are not finite do not count. During these passes a gradient depends on how a
+    step is cut into micro-batches, as with batch normalization.
 
     Args:
         size: F, of the vectors.

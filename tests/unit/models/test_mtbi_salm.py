@@ -226,9 +226,12 @@ def test_statistics_of_a_trained_encoder_are_kept(tiny_config, nemo_asr):
     assert set(kept) <= checkpoint["state_dict"].keys()
 
 
-@pytest.mark.parametrize(("part", "key"), [("llm", "llm_dtype"), ("perception.encoder", "encoder_dtype")])
-def test_weights_are_not_trained_in_bfloat16(tiny_config, part, key):
-    frozen = [rf"^{name}\..+$" for name in ("llm", "embed_tokens", "perception.encoder") if name != part]
+@pytest.mark.parametrize(
+    ("frozen", "key"),
+    [(["perception.encoder"], "llm_dtype"), (["llm", "embed_tokens"], "encoder_dtype")],
+)
+def test_weights_are_not_trained_in_bfloat16(tiny_config, frozen, key):
+    frozen = [rf"^{name}\..+$" for name in frozen]
     changes = {"freeze_params": frozen, key: "bfloat16", "imitation": {"teacher": "cached"}}
     with pytest.raises(ConfigError, match=f"Set model.{key}=float32"):
         require_fine_types(build(tiny_config, **changes))  # which opens: it may be a run of before, to be evaluated
@@ -244,3 +247,37 @@ def test_kept_prompt_beginnings_follow_the_model_to_another_type(tiny_config):
     model.embed_tokens.to(torch.float64)
     assert model.student(batch, interleave=False).hidden.dtype == torch.float64
     assert all(states.dtype == torch.float64 for states in model.prefixes.kept.values())
+
+
+def test_two_names_of_one_tensor_are_frozen_together(tiny_config):
+    frozen = [r"^llm\..+$", r"^perception\.encoder.+$"]
+    with pytest.raises(ConfigError, match=r"freezes only some of llm.lm_head.weight, embed_tokens.weight"):
+        build(tiny_config, freeze_params=frozen, imitation={"teacher": "cached"})
+
+
+def test_a_connector_of_tokens_needs_embeddings_that_stay(tiny_config):
+    """It has read them once: what is saved would not be what was trained."""
+    config = tiny_config | {"freeze_params": [r"^perception\.encoder.+$"], "imitation": {"teacher": "cached"}}
+    connector = {"_target_": "nemo_mtbi.modules.connectors.CTCCompressConnector", "vocab_size": 5}
+    config["perception"] = config["perception"] | {"modality_adapter": connector}
+    with pytest.raises(ConfigError, match="leaves embed_tokens trainable"):
+        build(config)
+
+
+def test_the_online_teacher_reads_without_dropout(tiny_config):
+    lora = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.5, "target_modules": ["q_proj"]}
+    model = build(tiny_config, lora=lora)
+    model.train()
+    model.llm.base_model.model.model.layers[0].self_attn.attention_dropout = 0.5
+    batch = make_batch(model, 2)
+    assert torch.equal(model.teacher_hidden(batch), model.teacher_hidden(batch))
+    assert model.llm.training
+
+
+def test_an_encoder_that_was_trained_is_used_without_a_graph(tiny_config):
+    frozen = [r"^llm\..+$", r"^embed_tokens\..+$"]
+    model = build(tiny_config, freeze_params=frozen, encoder_dtype="float32").eval()
+    audio, lengths = torch.randn(1, 8000), torch.tensor([8000])
+    with torch.no_grad():
+        assert not model.encode(audio, lengths)[0].requires_grad
+    assert model.encode(audio, lengths)[0].requires_grad

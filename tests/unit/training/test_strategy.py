@@ -50,20 +50,20 @@ def test_refusals(strategy, short, message):
 
 
 def test_the_strategy_of_the_yaml_has_our_defaults_and_its_own_arguments():
-    strategy = {"_target_": OURS, "tensor_model_parallel_size": 2, "gradient_as_bucket_view": True}
+    strategy = {"_target_": OURS, "tensor_model_parallel_size": 2, "gradient_as_bucket_view": False}
     options = {"strategy": strategy, "accelerator": "cpu", "devices": 2, "logger": False, "enable_checkpointing": False}
-    own = build_trainer(OmegaConf.create(options), "alignment").strategy
+    own = build_trainer(OmegaConf.create(options), "alignment", find_unused=True).strategy
     assert isinstance(own, TensorParallelStrategy) and own.tensor_model_parallel_size == 2
-    assert own._ddp_kwargs["gradient_as_bucket_view"] and own._ddp_kwargs["find_unused_parameters"]
+    assert not own._ddp_kwargs["gradient_as_bucket_view"] and own._ddp_kwargs["find_unused_parameters"]
     assert own._ddp_kwargs["broadcast_buffers"] is False
 
 
 @pytest.mark.parametrize(
     "strategy",
-    ["ddp", "auto", {"_target_": "lightning.pytorch.strategies.DDPStrategy", "gradient_as_bucket_view": True}],
+    ["ddp", "auto", {"_target_": "lightning.pytorch.strategies.DDPStrategy", "gradient_as_bucket_view": False}],
 )
 def test_ddp_by_any_name_has_our_defaults(strategy):
     options = {"strategy": strategy, "accelerator": "cpu", "devices": 2, "logger": False, "enable_checkpointing": False}
-    own = build_trainer(OmegaConf.create(options), "alignment").strategy
+    own = build_trainer(OmegaConf.create(options), "alignment", find_unused=True).strategy
     assert type(own) is DDPStrategy and own._ddp_kwargs["find_unused_parameters"]
-    assert own._ddp_kwargs.get("gradient_as_bucket_view", False) is isinstance(strategy, dict)
+    assert own._ddp_kwargs["gradient_as_bucket_view"] is not isinstance(strategy, dict)

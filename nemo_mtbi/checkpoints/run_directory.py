@@ -196,9 +196,9 @@ def load_trained(model: TrainableCheckpoint, path: Path) -> None:
         state = load_file(path)
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read ({error}). Was it copied completely?") from error
-    for part, value in model.references.items():
-        if references.get(part) != value:
-            raise CheckpointError(f"{path} was trained with another {part}: {references.get(part)}, now {value}.")
+    for part, reference in model.references.items():
+        if references.get(part) != reference:
+            raise CheckpointError(f"{path} was trained with another {part}: {references.get(part)}, now {reference}.")
     model.upgrade_state(state)
     missing = model.trainable_names() - set(state)
     unexpected = set(state) - set(model.state_dict())

@@ -32,6 +32,7 @@ def spread(
     *,
     chunk: int = 1,
     fresh: bool = False,
+    died: Callable[[Item], Result] | None = None,
 ) -> Iterator[Result]:
     """Results of all items: of ``local`` in their order, of ``ray`` as they come.
 
@@ -41,6 +42,7 @@ def spread(
         executor, workers, ray: who works.
         chunk: items that a worker takes at once.
         fresh: local workers are no forks of this process (:func:`nemo_mtbi.corpus.processes.in_processes`).
+        died: result of an item of which local workers die.
 
     Raises:
         ConfigError: Ray is not installed, or no cluster answers.
@@ -49,4 +51,4 @@ def spread(
     check_execution(executor, workers)
     if executor == RAY:
         return on_ray(make, items, workers, ray, chunk)
-    return in_processes(make, items, workers, chunk, fresh)
+    return in_processes(make, items, workers, chunk, fresh, died)

@@ -14,6 +14,7 @@ from nemo_mtbi.io import jsonl
 
 Record = dict[str, Any]
 LINES_TOGETHER = 100_000
+LINES_KEPT = 8
 
 
 class RecordIndex:
@@ -29,7 +30,7 @@ class RecordIndex:
 
     def __init__(self, folder: Path, files: Callable[[], Iterable[Path]]) -> None:
         self.folder, self.files = folder, files
-        self._read: tuple[str, int, dict[str, Record]] | None = None  # the last line: neighbours are asked for together
+        self._read: dict[tuple[str, int], dict[str, Record]] = {}  # the last lines: neighbours are asked for together
         self.connection: sqlite3.Connection | None = None
 
     def open(self) -> sqlite3.Connection:
@@ -79,15 +80,19 @@ class RecordIndex:
                 yield record, (self.folder / name).parent
 
     def _line(self, name: str, offset: int) -> dict[str, Record]:
-        if self._read is None or self._read[:2] != (name, offset):
+        found = self._read.pop((name, offset), None)
+        if found is None:
             with open(self.folder / name, "rb") as stream:
                 stream.seek(offset)
                 try:
                     records = records_of(json.loads(stream.readline()))
                 except ValueError:  # another file of that name
                     records = []
-            self._read = (name, offset, {r["key"]: r for r in records})
-        return self._read[2]
+            found = {r["key"]: r for r in records}
+        self._read[name, offset] = found  # the newest
+        if len(self._read) > LINES_KEPT:
+            del self._read[next(iter(self._read))]
+        return found
 
 
 def batched(lines: Iterator[bytes], count: int) -> Iterator[list[bytes]]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from nemo_mtbi.errors import DataError
 
 log = logging.getLogger(__name__)
-AUDIO_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a"}
+AUDIO_SUFFIXES = {f".{name}" for name in "wav flac mp3 ogg opus m4a aac aif aiff au caf sph w64 webm wma".split()}
 MIN_AUDIO_SECONDS = 0.05
 LOUDEST = 1e6  # mean level of a channel; floats in the scale of 16-bit integers reach 32768
 # A recording's mean is noticed above this share of its own level (recorded speech lies far below).

@@ -29,7 +29,7 @@ class Row:
     problem: str | None = None
 
 
-def read_table(path: Path, columns: set[str], encoding: str | None = None) -> Iterator[Row]:
+def read_table(path: Path, columns: set[str], encoding: str | None = None, quoted: bool | None = None) -> Iterator[Row]:
     """Rows of a table with a header. A ``.csv`` is separated by the character that separates its header and may quote
     cells; any other table is separated by tabs, and quotation marks are text.
 
@@ -37,6 +37,7 @@ def read_table(path: Path, columns: set[str], encoding: str | None = None) -> It
         path: of the table.
         columns: that it must have.
         encoding: see :func:`nemo_mtbi.io.text.read_text`.
+        quoted: whether it is as a ``.csv``; None: by the name.
 
     Raises:
         DataError: no header, or without these columns; bytes that cannot be decoded; a quoted cell without an end.
@@ -44,7 +45,8 @@ def read_table(path: Path, columns: set[str], encoding: str | None = None) -> It
     with ExitStack() as stack:
         lines = stack.enter_context(opened(path, encoding, newline=""))
         beginning = list(_to_the_header(lines))
-        yield from _table(path, columns, beginning, lines, stack)
+        quoted = path.name.lower().removesuffix(".gz").endswith(".csv") if quoted is None else quoted
+        yield from _table(path, columns, beginning, lines, stack, quoted)
 
 
 def _to_the_header(lines: Iterator[str]) -> Iterator[str]:
@@ -56,10 +58,10 @@ def _to_the_header(lines: Iterator[str]) -> Iterator[str]:
 
 
 def _table(
-    path: Path, columns: set[str], beginning: list[str], lines: Iterator[str], stack: ExitStack
+    path: Path, columns: set[str], beginning: list[str], lines: Iterator[str], stack: ExitStack, quoted: bool
 ) -> Iterator[Row]:
     header_line = beginning[-1] if beginning else ""
-    if path.name.removesuffix(".gz").endswith(".csv"):
+    if quoted:
         dialect: dict[str, Any] = {"delimiter": max(",;\t", key=header_line.count), "strict": True}
     else:
         dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}

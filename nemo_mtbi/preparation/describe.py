@@ -97,6 +97,9 @@ class Attribute:
             points = self.points(known)
             if (written := str(value).strip().lower()) in self.labels:  # "adult" in a column of ages
                 return written
+            for label, spellings in self.values.items():
+                if written in {str(s).lower() for s in spellings}:
+                    return label
             try:
                 number = float(value)
             except (TypeError, ValueError):

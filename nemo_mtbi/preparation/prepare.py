@@ -10,11 +10,13 @@ import json
 import logging
 import re
 import uuid
+import wave
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -29,6 +31,7 @@ from nemo_mtbi.corpus.failures import explained, raise_if_of_the_machine, source
 from nemo_mtbi.corpus.ray_data import RayConfig
 from nemo_mtbi.data.alignments import from_its_beginning
 from nemo_mtbi.data.audio import mono_samples
+from nemo_mtbi.data.conversation import transcript
 from nemo_mtbi.data.rendering import LONE_SURROGATE, TimedWord
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.io import jsonl
@@ -54,7 +57,9 @@ MADE = {"sentences": read_sentences, "no_speech": read_no_speech}  # by this ste
 KINDS = (*READERS, *MADE)
 DEFAULT_SHARES = {"train": 0.8, "held_out": 0.2}
 CHUNKS = {LOCAL: 8, RAY: 64}  # utterances that a worker takes at once
+AT_ONCE = {LOCAL: 1 << 16, RAY: 1 << 18}  # that are known at a time: about 2 kB each
 MAX_PLACES = 20  # of one reason, in the report
+UNKNOWN_BYTES = 0xFFFF0000  # sizes from here on stand for "not known" in headers of streamed WAV
 
 
 @dataclass
@@ -183,6 +188,37 @@ class Skip(Exception):
     """The reason why an utterance is left out."""
 
 
+def require_whole_files(cut: Cut) -> None:
+    """
+    Raises:
+        Skip: a WAV file has less audio than its header announces (decoders give what there is, without a word).
+    """
+    for source in sources_of(cut):
+        if source.type != "file" or not str(source.source).lower().endswith(".wav"):
+            continue
+        try:
+            with wave.open(str(source.source), "rb") as file:
+                announced = file.getnframes() * file.getnchannels() * file.getsampwidth()
+        except (wave.Error, EOFError):  # a kind of WAV that Python does not know; data that were streamed
+            continue
+        if announced < UNKNOWN_BYTES and Path(source.source).stat().st_size < announced:
+            raise Skip("the WAV file is shorter than its header says")
+
+
+def prefixed(entry: Entry, prefix: str) -> Entry:
+    """With other names of its speakers."""
+
+    def load() -> Cut:
+        cut = entry.load()
+        for supervision in cut.supervisions:
+            if supervision.speaker not in (None, ""):
+                supervision.speaker = f"{prefix}{supervision.speaker}"
+        return cut
+
+    own = None if entry.speaker is None else f"{prefix}{entry.speaker}"
+    return replace(entry, load=load, speaker=own, others=tuple(f"{prefix}{other}" for other in entry.others))
+
+
 class Preparation:
     """Runs the step for a :class:`PrepareConfig`."""
 
@@ -207,6 +243,7 @@ class Preparation:
         self.describer = Describer(config.describe) if config.describe.enabled else None
         self.folder = Path(config.output_dir)
         self._aligner: Aligner | None = None
+        self._listed: dict[int, list[Entry]] = {}  # of some sources by number
         self.textgrids: TextGrids | None = None
         if config.aligner.startswith("textgrids:"):
             self.textgrids = TextGrids(Path(config.aligner.removeprefix("textgrids:")))
@@ -240,25 +277,50 @@ class Preparation:
             return same and known[2] in (None, entry.identity)  # older records do not say of what they are
 
         with explained(self.folder), jsonl.Journal(self.folder / "prepared.jsonl", kept) as journal:
-            entries = list(self._entries())
-            duplicates = [i for i, n in Counter(e.id for e in entries).items() if n > 1]
-            if duplicates:
-                places = [e.where for e in entries if e.id == duplicates[0] and e.where]
-                raise DataError(
-                    f"Utterance id {duplicates[0]} occurs twice ({len(duplicates)} such; {' and '.join(places[:2])}). "
-                    "Give the sources names, or name every recording once."
-                )
-            todo = [e for e in entries if not finished(e)]
-            c = self.config
-            make = partial(recorder, c) if c.executor == RAY else lambda worker: self.record
-            records = spread(make, todo, c.executor, c.workers, c.ray, chunk=CHUNKS[c.executor])
-            for record in console.progress(records, total=len(todo), desc="prepare", unit="utt", disable=not todo):
+            todo = self._count(finished)
+            records = self._records(e for e in self._entries() if not finished(e))
+            for record in console.progress(records, total=todo, desc="prepare", unit="utt", disable=not todo):
                 journal.write(record)
-            return self._write(entries, journal)
+            return self._write(journal)
+
+    def _count(self, finished: Callable[[Entry], bool]) -> int:
+        """Utterances that are still to be prepared.
+
+        Raises:
+            DataError: an id occurs twice.
+        """
+        known, twice, todo = set[bytes](), list[str](), 0
+        for entry in self._entries():
+            digest = hashlib.blake2b(entry.id.encode(errors="replace"), digest_size=8).digest()
+            twice += [entry.id] if digest in known else []
+            known.add(digest)
+            todo += not finished(entry)
+        if twice:
+            places = [e.where for e in self._entries() if e.id == twice[0] and e.where]
+            raise DataError(
+                f"Utterance id {twice[0]} occurs twice ({len(twice)} such; {' and '.join(places[:2])}). "
+                "Give the sources names, or name every recording once."
+            )
+        return todo
+
+    def _records(self, todo: Iterator[Entry]) -> Iterator[dict[str, Any]]:
+        """Of a stream of entries, of which some thousands are in memory."""
+        c = self.config
+        make = partial(recorder, c) if c.executor == RAY else lambda worker: self.record
+        while some := list(islice(todo, AT_ONCE[c.executor])):
+            yield from spread(
+                make, some, c.executor, c.workers, c.ray, chunk=CHUNKS[c.executor], died=self._skipped_as_deadly
+            )
+
+    def _skipped_as_deadly(self, entry: Entry) -> dict[str, Any]:
+        return self._beginning(entry) | {"skipped": "a worker process died of it, twice"}
+
+    def _beginning(self, entry: Entry) -> dict[str, Any]:
+        return {"id": entry.id, "settings": self.settings, "text": entry.text, "of": entry.identity}
 
     def record(self, entry: Entry) -> dict[str, Any]:
         """The journal's line about an utterance: its cut, or why it is skipped."""
-        record: dict[str, Any] = {"id": entry.id, "settings": self.settings, "text": entry.text, "of": entry.identity}
+        record = self._beginning(entry)
         if (half := LONE_SURROGATE.search(entry.text)) is not None:
             text = entry.text.encode(errors="backslashreplace").decode()
             return record | {"text": text, "skipped": f"its text holds half a character ({half.group()!r})"}
@@ -289,9 +351,19 @@ class Preparation:
         return json.dumps([c.aligner, c.unaligned, c.min_seconds, c.max_seconds, c.max_words_per_second, *further])
 
     def _entries(self) -> Iterator[Entry]:
-        for source in self.config.sources:
+        """All utterances, read anew: a corpus is gone through several times, and is never in memory. (But for what a
+        Lhotse recipe makes of one, which takes minutes.)"""
+        for number, source in enumerate(self.config.sources):
             made = MADE.get(source.kind)
-            for entry in READERS[source.kind](source) if made is None else made(source, self.folder):
+            if number in self._listed:
+                entries: Iterable[Entry] = self._listed[number]
+            elif source.kind == "lhotse_recipe":
+                entries = self._listed[number] = list(READERS[source.kind](source))
+            else:
+                entries = READERS[source.kind](source) if made is None else made(source, self.folder)
+            for entry in entries:
+                if source.speaker_prefix:
+                    entry = prefixed(entry, source.speaker_prefix)
                 if LONE_SURROGATE.search(entry.id + entry.where):  # of a file whose name is no UTF-8
                     name, where = (text.encode(errors="backslashreplace").decode() for text in (entry.id, entry.where))
                     entry = replace(entry, id=name, where=where, problem="its name is no UTF-8")
@@ -319,7 +391,10 @@ class Preparation:
             raise Skip("a mixed cut: save it as a recording first (CutSet.save_audios)")
         try:
             cut = self._on_disk(cut)
+            require_whole_files(cut)
             samples = self._samples(cut, noticed)
+        except Skip:
+            raise
         except Exception as error:
             raise_if_of_the_machine(error, sources_of(cut))
             raise Skip(f"unreadable audio: {_cause(error)}") from None
@@ -351,6 +426,8 @@ class Preparation:
         samples = mono_samples(cut, ALIGNER_RATE, noticed)
         if not len(samples):
             raise ValueError("no samples")
+        if cut.supervisions and transcript(cut) and not samples.any():
+            raise Skip("all samples are zero, and there is a transcript")
         return samples
 
     def _align(self, cut: Cut, entry: Entry, samples: np.ndarray) -> list[TimedWord]:
@@ -360,18 +437,23 @@ class Preparation:
             raise Unalignable("no aligner is configured")
         return self.aligner.align(samples, entry.text)
 
-    def _write(self, entries: list[Entry], journal: jsonl.Journal) -> dict[str, Path]:
+    def _write(self, journal: jsonl.Journal) -> dict[str, Path]:
         """Manifests and report, from one record at a time."""
+
+        def entries() -> Iterator[Entry]:
+            """That have a record; what has come to the sources meanwhile is the next run's."""
+            return (e for e in self._entries() if e.id in journal)
+
         count, tally = Counts(), Tally()
         contradicting: dict[str, dict[str, str]] = {}
         if self.describer is not None:
-            kept = (e.id for e in entries if not journal.places[e.id][1][0])
+            kept = (e.id for e in entries() if not journal.places[e.id][1][0])
             contradicting = self.describer.contradictions(journal[name]["cut"] for name in kept)
         written: dict[str, Path] = {}
-        split_of = self.config.split.assigning(sharing(entries) if self.config.split.by == "speaker" else {})
+        split_of = self.config.split.assigning(sharing(entries()) if self.config.split.by == "speaker" else {})
         with ExitStack() as files:
             streams: dict[str, TextIO] = {}
-            for entry in entries:
+            for entry in entries():
                 record = journal[entry.id]
                 if not count.visit(entry, record):
                     continue
@@ -390,7 +472,7 @@ class Preparation:
         if self.describer is not None:
             cuts = (cut for path in written.values() for cut in jsonl.read(path))
             write_voice_report(self.folder / "voices.html", report, cuts)
-        count.tell(self.folder / "report.json", len(entries))
+        count.tell(self.folder / "report.json")
         for name in before - written.keys():
             (self.folder / f"cuts.{name}.jsonl").unlink(missing_ok=True)
         return written
@@ -442,7 +524,7 @@ class Counts:
             "without_word_times_reasons": dict(self.unaligned.most_common(50)),
         }
 
-    def tell(self, report: Path, entries: int) -> None:
+    def tell(self, report: Path) -> None:
         """
         Raises:
             DataError: nothing is left.
@@ -455,8 +537,9 @@ class Counts:
                 else "The sources hold no utterance."
             )
         if self.skipped:
+            left_out, kept = sum(self.skipped.values()), sum(own["utterances"] for own in self.splits.values())
             log.warning(
-                f"{sum(self.skipped.values())} of {entries} utterances are left out, most often "
+                f"{left_out} of {left_out + kept} utterances are left out, most often "
                 f"{_first_place(self.skipped, self.places)}. All reasons: {report}."
             )
 

@@ -1,7 +1,8 @@
-"""Where utterances come from; every source is a stream of :class:`Entry`, read lazily."""
+"""Where utterances come from; every source is a stream of :class:`Entry`, read lazily, and again at every pass."""
 
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,8 +13,11 @@ from typing import Any
 from lhotse import CutSet, Recording, SupervisionSegment
 from lhotse.cut import Cut, MonoCut
 from lhotse.cut.data import DataCut
+from lhotse.serialization import deserialize_item
+from lhotse.shar.readers.lazy import LazySharIterator
 
 from nemo_mtbi.data.audio import AUDIO_SUFFIXES, audio_files, part_of
+from nemo_mtbi.data.conversation import transcript
 from nemo_mtbi.data.manifest import ManifestLine, read_manifest
 from nemo_mtbi.errors import ConfigError, DataError, MTBIError
 from nemo_mtbi.io.tables import read_table
@@ -72,6 +76,8 @@ class SourceConfig:
         split_column: of a table whose rows name their split; null: ``split`` of prepare.yaml decides.
         language: of the transcripts.
         encoding: of tables, NeMo manifests and transcripts; null: by their byte order mark, else UTF-8.
+        speaker_prefix: put before its speakers, so that those of different corpora are different ones though they are
+            called alike.
         metadata: further columns of a table, or fields of a NeMo manifest's lines, that are kept with the supervision
             (``gender``, others as custom fields), for descriptions.
         options: arguments of a Lhotse recipe, or settings of sentences and no_speech.
@@ -87,6 +93,7 @@ class SourceConfig:
     split_column: str | None = None
     language: str | None = None
     encoding: str | None = None
+    speaker_prefix: str = ""
     metadata: list[str] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -166,17 +173,45 @@ def _cut_entries(cuts: Callable[[], Iterable[Cut]], name: str) -> Iterator[Entry
         raise DataError(f"{name} cannot be read (any further) as Lhotse cuts ({said[:200]}).") from error
 
 
-def _cut_entry(cut: Cut) -> Entry:
-    for supervision in cut.supervisions:
-        if supervision.text is not None and not isinstance(supervision.text, str):
-            supervision.text = str(supervision.text)
-    text = " ".join(supervision.text or "" for supervision in cut.supervisions).strip()
+def _cut_entry(cut: Cut, load: Callable[[], Cut] | None = None) -> Entry:
+    """``load``: where the cut itself is only its metadata."""
+    cut = in_order(cut)
+    text = transcript(cut)
     speakers = list(dict.fromkeys(str(s.speaker) for s in cut.supervisions if s.speaker not in (None, "")))
     about = (cut.duration, *(supervision.to_dict() for supervision in cut.supervisions))
     if isinstance(cut, DataCut) and cut.has_recording:
         about = (cut.start, *(s.source for s in cut.recording.sources if s.type in ("file", "url")), *about)
     first, others = (speakers[0], tuple(speakers[1:])) if speakers else (None, ())
-    return Entry(cut.id, lambda: cut, first, text, where=f"cut {cut.id}", about=about, others=others)
+    return Entry(cut.id, load or kept_small(cut), first, text, where=f"cut {cut.id}", about=about, others=others)
+
+
+def in_order(cut: Cut) -> Cut:
+    """With its supervisions in order of time, and texts that are text."""
+    for supervision in cut.supervisions:
+        if supervision.text is not None and not isinstance(supervision.text, str):
+            supervision.text = str(supervision.text)
+    if isinstance(cut, DataCut):
+        cut.supervisions = sorted(cut.supervisions, key=lambda s: s.start)
+    return cut
+
+
+def kept_small(cut: Cut) -> Callable[[], Cut]:
+    """Makes the cut again; many thousand wait in memory meanwhile."""
+    stored = isinstance(cut, DataCut) and cut.has_recording
+    if stored and all(source.type in ("file", "url", "command") for source in cut.recording.sources):
+        try:
+            return partial(unpacked, zlib.compress(json.dumps(cut.to_dict()).encode(), 1))
+        except TypeError:  # fields that are no JSON
+            pass
+    return partial(_itself, cut)
+
+
+def unpacked(data: bytes) -> Cut:
+    return deserialize_item(json.loads(zlib.decompress(data)))
+
+
+def _itself(cut: Cut) -> Cut:
+    return cut
 
 
 def read_cuts(config: SourceConfig) -> Iterator[Entry]:
@@ -190,15 +225,73 @@ def read_cuts(config: SourceConfig) -> Iterator[Entry]:
 def read_shar(config: SourceConfig) -> Iterator[Entry]:
     """A Lhotse Shar directory."""
     path = str(_require(config.path, config.kind))
-    yield from _cut_entries(lambda: CutSet.from_shar(in_dir=path), path)
+    try:
+        shards = LazySharIterator(in_dir=path).shards
+    except Exception as error:  # of any kind, from Lhotse
+        raise DataError(f"{path} is no Lhotse Shar ({type(error).__name__}: {error}).") from error
+    for number, shard in enumerate(shards):
+        metadata = LazySharIterator({"cuts": [shard["cuts"]]})
+        try:
+            for position, cut in enumerate(metadata):
+                yield _cut_entry(cut, partial(SharReader.cut, path, number, position, cut.id))
+        except MTBIError:
+            raise
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise DataError(f"{shard['cuts']} cannot be read (any further) as Lhotse cuts ({said[:200]}).") from error
+
+
+class SharReader:
+    """One shard of a Lhotse Shar, read from its beginning on; a process keeps the last one.
+
+    Args:
+        path: the Shar's folder.
+        number: of the shard.
+    """
+
+    last: "SharReader | None" = None
+
+    def __init__(self, path: str, number: int) -> None:
+        self.place, self.position = (path, number), 0
+        shard = LazySharIterator(in_dir=path).shards[number]
+        self.cuts = iter(LazySharIterator({field: [file] for field, file in shard.items()}))
+
+    @classmethod
+    def cut(cls, path: str, number: int, position: int, name: str) -> Cut:
+        """A cut with its data.
+
+        Raises:
+            DataError: the shard ends before it, or has another one there.
+        """
+        reader = cls.last
+        if reader is None or reader.place != (path, number) or reader.position > position:
+            reader = cls(path, number)
+        cls.last = None  # until it has read without an error
+        for found in reader.cuts:
+            reader.position += 1
+            if reader.position > position:
+                cls.last = reader
+                if found.id != name:
+                    raise DataError(f"the shard now has {found.id} there")
+                return in_order(found)
+        raise DataError("the shard's data end before it")
 
 
 def read_nemo(config: SourceConfig) -> Iterator[Entry]:
-    """A NeMo manifest; see :func:`nemo_mtbi.data.manifest.read_manifest`."""
+    """A NeMo manifest; see :func:`nemo_mtbi.data.manifest.read_manifest`. Ids are of the audio and its part, so that
+    they stay when lines are added."""
     path = _require(config.path, config.kind)
     name = config.name or Path(path.name.removesuffix(".gz")).stem
+    ids: set[int] = set()
     for line in read_manifest(path, config.audio_root, config.encoding):
-        entry_id = f"{name}-{line.number:07d}"
+        entry_id, problem = f"{name}-line-{line.number}", line.problem
+        if problem is None:
+            said = [line.fields.get("audio_filepath"), line.offset_seconds, line.duration_seconds]
+            digest = hashlib.blake2b(json.dumps(said).encode(errors="replace"), digest_size=6)
+            entry_id = f"{name}-{Path(str(line.audio)).stem}-{digest.hexdigest()}"
+            if (own := hash(entry_id)) in ids:
+                entry_id, problem = f"{name}-line-{line.number}", "another line has the same part of the same audio"
+            ids.add(own)
 
         def load(line: ManifestLine = line, entry_id: str = entry_id) -> Cut:
             assert line.audio is not None and line.text is not None
@@ -209,7 +302,7 @@ def read_nemo(config: SourceConfig) -> Iterator[Entry]:
                 part.supervisions[0].start, part.supervisions[0].duration = 0.0, part.duration
             return part
 
-        problem = line.problem or ("there is no text" if line.text is None else None)
+        problem = problem or ("there is no text" if line.text is None else None)
         about = (line.audio, line.offset_seconds, line.duration_seconds, line.language or config.language)
         about += tuple(line.fields.get(k) for k in config.metadata)
         yield Entry(entry_id, load, line.speaker, line.text or "", where=line.where, problem=problem, about=about)
@@ -222,7 +315,7 @@ def read_tsv(config: SourceConfig) -> Iterator[Entry]:
     needed = {config.audio_column, config.text_column, *filter(None, [config.split_column]), *config.metadata}
     if config.speaker_column not in (None, SourceConfig.speaker_column):  # the default one may be missing
         needed.add(config.speaker_column)
-    for row in read_table(path, needed, config.encoding):
+    for row in read_table(path, needed, config.encoding, quoted=True if config.kind == "csv" else None):
         audio, text = row.cells.get(config.audio_column, ""), row.cells.get(config.text_column, "")
         speaker = row.cells.get(config.speaker_column) or None if config.speaker_column else None
         relative = Path(audio)

@@ -4,7 +4,7 @@ Letters: S samples.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import librosa
@@ -14,6 +14,7 @@ PITCH_HZ = (60.0, 500.0)
 PITCH_FRAME, PITCH_HOP, PITCH_RESOLUTION = 1024, 320, 0.2  # samples at 16 kHz; in semitones
 LEVEL_FRAME, LEVEL_HOP = 400, 160
 PAUSE_SECONDS = 0.25  # shorter gaps between words are not heard as pauses
+ROUNDING = 1e-6
 FILLERS = re.compile(r"\b(?:uh+|um+|er+m*|hm+|ah+)\b", re.IGNORECASE)
 FLOOR_DB = -100.0
 DIGITAL_SILENCE = 1e-10  # power of frames in which nothing was recorded: padding, a gate
@@ -58,14 +59,22 @@ def measure(
     timed = [place for place, word in enumerate(words) if word is not None]
     if timed:
         spoken = max(max(end for _, end in known) - min(begin for begin, _ in known), 1 / rate)
-        between = [b[0] - a[1] for a, b in pairwise(words) if a is not None and b is not None]  # with no word inside
-        gaps = [gap for gap in between if gap >= PAUSE_SECONDS]
+        gaps = [gap for gap in _between(words) if gap >= PAUSE_SECONDS - ROUNDING]
         found |= {"pauses": len(gaps), "pause_share": sum(gaps) / spoken}
         if len(timed) > 1:  # one word is as fast as it is short
             found["words_per_second"] = (timed[-1] - timed[0] + 1) / spoken
     found |= _pitch(samples if clean is None else clean, rate)
     found |= _levels(samples, rate, words)
     return {name: round(float(value), 3) for name, value in found.items() if np.isfinite(value)}
+
+
+def _between(words: Words) -> Iterator[float]:
+    """Seconds in which no word is, between neighbours whose times are known."""
+    spoken_to = -np.inf
+    for before, after in pairwise(words):
+        spoken_to = max(spoken_to, before[1] if before is not None else -np.inf)
+        if before is not None and after is not None:
+            yield after[0] - spoken_to
 
 
 def _pitch(samples: np.ndarray, rate: int) -> dict[str, float]:

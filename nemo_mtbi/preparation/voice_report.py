@@ -1,7 +1,8 @@
 """One page about the voices of a corpus: histograms with the cut points, labels, recordings to listen to."""
 
+from array import array
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def write_voice_report(path: Path, report: dict[str, Any], cuts: Iterable[dict[s
         cuts: described, as a manifest holds them.
     """
     utterances = 0
-    values: dict[str, list[float]] = defaultdict(list)
+    values: Any = defaultdict(lambda: array("f"))
     shown: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
     for cut, supervision in ((own, s) for own in cuts for s in own["supervisions"]):
         utterances += 1
@@ -51,7 +52,7 @@ def _example(cut: dict[str, Any], supervision: dict[str, Any], folder: Path) -> 
     return {"audio": place, "text": supervision.get("text") or "", "id": cut["id"]}
 
 
-def _histograms(values: dict[str, list[float]], rules: dict[str, dict[str, Any]]) -> str:
+def _histograms(values: Mapping[str, Sequence[float]], rules: dict[str, dict[str, Any]]) -> str:
     figure, axes = subplots(
         (len(values) + 2) // 3 or 1, 3, figsize=(11, 2.4 * ((len(values) + 2) // 3 or 1)), squeeze=False
     )

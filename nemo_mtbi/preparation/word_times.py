@@ -16,7 +16,6 @@ from lhotse.cut import Cut
 from nemo_mtbi.data.alignments import BEYOND_SECONDS, WORDS, set_words
 from nemo_mtbi.data.rendering import TimedWord
 from nemo_mtbi.errors import ConfigError, DataError
-from nemo_mtbi.io.text import read_text
 
 ALIGNER_RATE = 16_000
 
@@ -152,6 +151,27 @@ def give_words(cut: Cut, words: list[TimedWord]) -> None:
             set_words(supervision, own, cut.start)
 
 
+def words_of_grid(file: Path) -> list[tuple[str, float, float]]:
+    """Words of the tier ``words``, or of several speakers' (``NAME - words``), with their times, in order of time.
+
+    Raises:
+        Unalignable: it is no TextGrid.
+        ConfigError: the package textgrid is not installed.
+    """
+    try:
+        from textgrid import TextGrid
+    except ImportError as error:
+        raise ConfigError("TextGrids are read by the package textgrid: pip install 'nemo-mtbi[align]'.") from error
+    grid = TextGrid()
+    try:
+        grid.read(str(file))
+        intervals = [i for tier in grid if tier.name == "words" or tier.name.endswith(" - words") for i in tier]
+        marked = [(str(i.mark).strip(), float(i.minTime), float(i.maxTime)) for i in intervals]
+    except Exception as error:  # of any kind, about a file of another tool
+        raise Unalignable(f"no TextGrid ({type(error).__name__}: {str(error)[:100]})") from None
+    return sorted((w for w in marked if w[0] and not w[0].startswith("<")), key=lambda w: w[1])
+
+
 class TextGrids:
     """Word times from files as the Montreal Forced Aligner writes them: ``<cut id>.TextGrid`` or
     ``<audio stem>.TextGrid``, anywhere in a folder, which is looked through once. Of several of one name the one whose
@@ -205,14 +225,7 @@ class TextGrids:
         file = of_cut or self._file(audio.stem, audio)
         if file is None:
             raise Unalignable("no TextGrid of the cut's or the audio's name")
-        try:
-            text = read_text(file)
-        except DataError as error:
-            raise Unalignable(str(error)) from None
-        tier = re.search(r'name = "words".*?(?=\n\s*item \[|\Z)', text, re.DOTALL)
-        pattern = r'xmin = ([\d.]+)\s+xmax = ([\d.]+)\s+text = "([^"]*)"'
-        found = [] if tier is None else re.findall(pattern, tier.group())
-        words = [(w, float(a), float(b)) for a, b, w in found if w and not w.startswith("<")]
+        words = words_of_grid(file)
         if not words:
             raise Unalignable("a TextGrid without words in a tier named words")
         if of_cut is None:  # its times are those of the recording, of which the cut may be a part

@@ -5,20 +5,25 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 from nemo_mtbi.data.description import Description
 from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.io.languages import identified, known_languages
+from nemo_mtbi.io.text import normalized
 from nemo_mtbi.tasks.forms import form_error, named_choices
 from nemo_mtbi.tasks.library import Task
 
+APOLOGY = re.compile(r"\bi(?: am|'m) (?:very |so |really )?sorry|\bi apologi[sz]e", re.IGNORECASE)
+APOLOGIES = re.compile(r"\b(?:sorry|apolog)", re.IGNORECASE)
 REFUSAL = re.compile(
-    r"\b(as an ai|i am an ai|i'?m an ai|language model|i(?: am|'m) sorry|i apologi[sz]e"
+    r"\b(as an ai|i am an ai|i'?m an ai|language model"
     r"|i can(?:no|')t (?:assist|help|provide|see|hear|listen)|unable to (?:assist|help|provide|access)"
     r"|please provide (?:the|me|a|more)|no (?:text|transcript|audio) (?:was|is|has been) provided)\b",
     re.IGNORECASE,
 )
+OF_VOICES = frozenset("voice speaker speaking speaks spoken talking talks sounds sounding recording audio".split())
+OF_PERSONS = frozenset({"gender", "accent"})
 TIME = re.compile(r"\d\d:\d\d")
 LOOP_NGRAM, LOOP_REPEATS = 4, 3
 MIN_LANGUAGE_WORDS, MIN_LANGUAGE_PROBABILITY = 6, 0.95
@@ -56,9 +61,12 @@ def empty(c: Candidate) -> str | None:
 
 
 def refusal(c: Candidate) -> str | None:
-    """Refusals and talk about being an assistant, unless the speaker said it."""
-    match = REFUSAL.search(c.response)
-    return f"says {match.group()!r}" if match and match.group().lower() not in c.transcript.lower() else None
+    """Refusals and talk about being an assistant, unless the speaker said it; apologies, unless the speaker did."""
+    response, said = (text.replace("\u2019", "'").lower() for text in (c.response, c.transcript))
+    found = [match.group() for match in REFUSAL.finditer(response) if match.group() not in said]
+    if not APOLOGIES.search(said):
+        found += [match.group() for match in APOLOGY.finditer(response)]
+    return f"says {found[0]!r}" if found else None
 
 
 def unasked(c: Candidate) -> str | None:
@@ -67,9 +75,11 @@ def unasked(c: Candidate) -> str | None:
     if c.described is None or c.task.about_the_voice:
         return None
     answer, words = set(_words(c.response)), set(_words(c.transcript))
-    for name, _ in c.described.labels:
-        if set(_words(name)) <= answer and not set(_words(name)) <= words:
-            return f"speaks of {name}"
+    of_voices = bool((answer & OF_VOICES) - words)  # "some", "fast" or "high" may be said of anything
+    for name, label in c.described.labels:
+        for what, telling in ((name, True), (label, of_voices or name in OF_PERSONS)):
+            if telling and set(_words(what)) <= answer and not set(_words(what)) <= words:
+                return f"speaks of {what}"
     times = [t for t in TIME.findall(c.described.text) if t in c.response and t not in c.transcript]
     return f"says {times[0]!r}" if times else None
 
@@ -110,14 +120,16 @@ def truncated(c: Candidate) -> str | None:
 
 def repetition(c: Candidate) -> str | None:
     """The same 4 words three times or more, unless the transcript repeats itself too."""
-    words = c.response.lower().split()
-    counts: dict[tuple[str, ...], int] = {}
-    for i in range(len(words) - LOOP_NGRAM + 1):
-        gram = tuple(words[i : i + LOOP_NGRAM])
-        counts[gram] = counts.get(gram, 0) + 1
-        if counts[gram] >= LOOP_REPEATS and c.transcript.lower().count(" ".join(gram)) < LOOP_REPEATS:
+    said = _grams(c.transcript)
+    for gram, count in _grams(c.response).items():
+        if count >= LOOP_REPEATS > said[gram]:
             return f"repeats {' '.join(gram)!r}"
     return None
+
+
+def _grams(text: str) -> Counter[tuple[str, ...]]:
+    words = normalized(text).split()
+    return Counter(tuple(words[i : i + LOOP_NGRAM]) for i in range(len(words) - LOOP_NGRAM + 1))
 
 
 def form(c: Candidate) -> str | None:
@@ -133,19 +145,10 @@ def language(c: Candidate) -> str | None:
     allowed = set(c.languages)
     if c.task.form["kind"] == "language":
         return None  # judged by the form of the task
-    found, probability = _language_identifier().classify(c.response)
+    found, probability = identified(c.response)
     if found in allowed or probability < MIN_LANGUAGE_PROBABILITY:
         return None
     return f"reads like {found} (probability {probability:.2f}), not {' or '.join(sorted(allowed))}"
-
-
-@lru_cache
-def _language_identifier() -> Any:
-    try:
-        from py3langid.langid import MODEL_FILE, LanguageIdentifier
-    except ImportError as error:
-        raise ConfigError("The filter 'language' needs py3langid: pip install 'nemo-mtbi[targets]'.") from error
-    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
 def too_long(c: Candidate) -> str | None:
@@ -190,7 +193,8 @@ class NearDuplicates:
         """Reason to reject the next answer, in order of the manifest; None if it passes."""
         if task.form["kind"] in self.FREE_FORMS:
             return None
-        words = " ".join(sorted(set(re.findall(r"[^\W\d_]+", response.lower()))))
+        letters = set(re.findall(r"[^\W\d_]+", response.lower()))
+        words = " ".join(sorted(letters)) or response.strip()  # of numbers alone: themselves
         key = int.from_bytes(hashlib.blake2b(f"{prompt_id}/{words}".encode(), digest_size=8).digest())
         self.counts[key] += 1
         return f"the same words as {self.allowed} others" if self.counts[key] > self.allowed else None
@@ -207,5 +211,5 @@ def choose_filters(names: list[str]) -> list[tuple[str, Filter]]:
         known = ", ".join([*FILTERS, NEAR_DUPLICATE])
         raise ConfigError(f"Unknown filter {', '.join(unknown)}. Known filters: {known}.")
     if "language" in names:
-        _language_identifier()  # a missing package is said now
+        known_languages()  # a missing package is said now
     return [(n, FILTERS[n]) for n in names if n in FILTERS]

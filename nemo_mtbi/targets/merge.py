@@ -16,6 +16,7 @@ from lhotse import CutSet
 from lhotse.cut import Cut
 from lhotse.cut.data import DataCut
 
+from nemo_mtbi.corpus.failures import raise_if_of_the_machine, sources_of
 from nemo_mtbi.corpus.shards import Shard
 from nemo_mtbi.data.alignments import from_its_beginning
 from nemo_mtbi.data.feature_cache import is_features, with_span
@@ -115,7 +116,9 @@ def _without_duplicates(
     cut = json.loads(line)
     kept = []
     for target in cut["custom"][TARGETS_FIELD]:
-        task = writer.drawer.by_name[target["task"]]
+        if (task := writer.drawer.by_name.get(target["task"])) is None:  # that nothing was heard
+            kept.append(target)
+            continue
         reason = duplicates.check(task, target["prompt_id"], target["response"])
         if reason is None:
             kept.append(target)
@@ -156,6 +159,7 @@ def write_shar(manifest: Path, folder: Path, rejected: Path, config: TargetsConf
         try:
             cut.load_audio()
         except Exception as error:  # decoders raise their own types
+            raise_if_of_the_machine(error, sources_of(cut))
             why = (str(error).splitlines() or [type(error).__name__])[0]
             with jsonl.Appender(rejected) as side:
                 side.write(rejected_record(manifest.stem, cut.id, "", "", AUDIO, why, None))

@@ -4,10 +4,13 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from nemo_mtbi.io.text import UNSPACED
+from nemo_mtbi.io.languages import identified, known_languages
+from nemo_mtbi.io.text import UNSPACED, language_code
 from nemo_mtbi.tasks.library import Task, render_template
 
 _AROUND = " \t\n.,;:!?\"'"
+QUESTION_MARKS = ("?", "\uff1f", "\u061f", "\u037e")
+LIKELY_LANGUAGES, SURE = ("de", "en", "es", "fr"), 0.6  # a word or a name tells nothing
 _EDGE = " \t\n.,;:!?\"'()[]*-"
 
 
@@ -19,7 +22,7 @@ def words(text: str) -> list[str]:
 def items(text: str) -> list[str]:
     """Items of a list answer: lines, or parts between commas or semicolons; numbers and bullets are dropped."""
     lines = [line for line in text.splitlines() if line.strip()]
-    parts = lines if len(lines) > 1 else re.split(r"[,;]", text)
+    parts = lines if len(lines) > 1 else re.split(r"[,;\u3001\uff0c\u060c]", text)
     return [p for p in (re.sub(r"^\s*(?:\d+[.)]|[-*•])\s*", "", part).strip(_EDGE) for part in parts) if p]
 
 
@@ -52,98 +55,17 @@ def _min_words(text: str, task: Task, values: dict[str, Any]) -> str | None:
 
 
 def _question(text: str, task: Task, values: dict[str, Any]) -> str | None:
-    return None if text.rstrip(" \"'").endswith("?") else "no question mark at the end"
-
-
-# Frequent function words tell these languages apart well enough to see that a translation was asked for and not given.
-MARKERS = {
-    "German": {
-        "der",
-        "die",
-        "das",
-        "und",
-        "ist",
-        "nicht",
-        "ich",
-        "ein",
-        "eine",
-        "zu",
-        "den",
-        "mit",
-        "auf",
-        "es",
-        "sie",
-        "wir",
-    },
-    "French": {
-        "le",
-        "la",
-        "les",
-        "et",
-        "est",
-        "pas",
-        "je",
-        "un",
-        "une",
-        "de",
-        "des",
-        "que",
-        "il",
-        "elle",
-        "nous",
-        "vous",
-        "dans",
-    },
-    "Spanish": {
-        "el",
-        "la",
-        "los",
-        "y",
-        "es",
-        "no",
-        "yo",
-        "un",
-        "una",
-        "de",
-        "que",
-        "en",
-        "por",
-        "con",
-        "se",
-        "su",
-        "del",
-    },
-    "English": {
-        "the",
-        "and",
-        "is",
-        "not",
-        "i",
-        "a",
-        "an",
-        "of",
-        "to",
-        "in",
-        "that",
-        "it",
-        "you",
-        "we",
-        "on",
-        "with",
-        "was",
-    },
-}
+    return None if text.rstrip(" \"'").endswith(QUESTION_MARKS) else "no question mark at the end"
 
 
 def _language(text: str, task: Task, values: dict[str, Any]) -> str | None:
-    wanted = render_template(str(task.form["value"]), values)
-    if wanted not in MARKERS:
-        return None  # unknown language: not judged
-    counts = {name: sum(w.lower() in markers for w in words(text)) for name, markers in MARKERS.items()}
-    best = max(counts.values())
-    if best == 0 or counts[wanted] == best:
-        return None
-    return f"reads like {max(counts, key=lambda n: counts[n])}, not {wanted}"
+    """By the code of the language that is asked for, among those that an answer is likely to be in instead."""
+    wanted = language_code(render_template(str(task.form["value"]), values))
+    if wanted not in known_languages() or not words(text):
+        return None  # not judged
+    found, probability = identified(text, tuple(sorted({wanted, *LIKELY_LANGUAGES})))
+    other = found != wanted and probability >= SURE
+    return f"reads like {found}, not {wanted}" if other else None
 
 
 CHECKS: dict[str, Callable[[str, Task, dict[str, Any]], str | None]] = {

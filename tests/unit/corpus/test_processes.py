@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -141,3 +142,17 @@ def test_prepare_gives_the_same_with_several_workers(tmp_path):
     config.workers = 0
     with pytest.raises(ConfigError, match="workers=0"):
         Preparation(config)
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_an_item_that_kills_workers_has_a_result_of_its_own(tmp_path, workers):
+    def deadly(i):
+        if i in (5, 21) or (i == 40 and not (tmp_path / "once").exists()):
+            (tmp_path / "once").touch() if i == 40 else None
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return i
+
+    found = list(in_processes(always(deadly), range(60), workers, 4, died=lambda i: f"dead {i}"))
+    assert found == [f"dead {i}" if i in (5, 21) else i for i in range(60)]
+    with pytest.raises(MTBIError, match="It died of 5"):
+        list(in_processes(always(deadly), range(60), workers, 4))

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -14,12 +16,13 @@ from nemo_mtbi.corpus.failures import raise_if_of_the_machine
 from nemo_mtbi.data.feature_cache import features_key
 from nemo_mtbi.data.rendering import TimedWord
 from nemo_mtbi.errors import ConfigError, DataError
-from nemo_mtbi.preparation.describe import all_words
+from nemo_mtbi.preparation.describe import all_words, load_attributes
 from nemo_mtbi.preparation.noisy import NoiseConfig
 from nemo_mtbi.preparation.prepare import Preparation, PrepareConfig, SplitConfig, sharing
-from nemo_mtbi.preparation.sources import Entry, SourceConfig
+from nemo_mtbi.preparation.sources import Entry, SourceConfig, read_cuts, read_shar
 from nemo_mtbi.preparation.voice_measures import measure
 from nemo_mtbi.preparation.word_times import TextGrids, Unalignable
+from tests.unit.preparation_helpers import text_grid
 
 pytestmark = pytest.mark.unit
 RATE = 16_000
@@ -65,13 +68,9 @@ def test_words_without_times_are_no_pauses_and_no_noise():
     assert partly["snr_db"] == pytest.approx(whole["snr_db"], abs=3) and whole["snr_db"] > 30
 
 
-GRID = 'name = "words"\n xmin = 0.1\n xmax = 0.5\n text = "{}"\n'
-
-
 def test_text_grids_of_one_name_belong_to_their_folders(tmp_path):
     for speaker, word in (("s1", "hello"), ("s2", "goodbye")):
-        (tmp_path / "grids" / speaker).mkdir(parents=True)
-        (tmp_path / "grids" / speaker / "001.TextGrid").write_text(GRID.format(word))
+        text_grid(tmp_path / "grids" / speaker / "001.TextGrid", (word, 0.1, 0.5))
     grids = TextGrids(tmp_path / "grids")
     for speaker, word in (("s1", "hello"), ("s2", "goodbye")):
         cut = (
@@ -189,3 +188,114 @@ def test_a_full_disk_is_no_broken_recording(error):
     with pytest.raises(type(error)):
         raise_if_of_the_machine(wrapped)
     raise_if_of_the_machine(OSError(errno.ENOENT, "gone"))
+
+
+def test_silence_and_half_files_with_a_transcript_are_skipped(tmp_path):
+    folder = tmp_path / "corpus"
+    audio(folder / "good.wav", 2.0)
+    soundfile.write(folder / "zeros.wav", np.zeros(RATE), RATE)
+    data = audio(folder / "half.wav", 4.0).read_bytes()
+    (folder / "half.wav").write_bytes(data[: len(data) // 2])
+    for name in ("good", "zeros", "half"):
+        (folder / f"{name}.txt").write_text("turn on the lights")
+    assert [cut.id for cut in prepared(tmp_path, SourceConfig("folder", str(folder)))] == ["corpus-good"]
+    assert reasons(tmp_path) == {
+        "all samples are zero, and there is a transcript": 1,
+        "the WAV file is shorter than its header says": 1,
+    }
+
+
+def test_ids_of_a_nemo_manifest_stay_when_lines_are_added(tmp_path):
+    rows = [{"audio_filepath": str(audio(tmp_path / f"{i}.wav")), "text": "hi", "duration": 1.0} for i in range(4)]
+    manifest = tmp_path / "m.json"
+
+    def ids(lines):
+        manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return {
+            cut.recording.sources[0].source: cut.id for cut in prepared(tmp_path, SourceConfig("nemo", str(manifest)))
+        }
+
+    before = ids(rows[1:])
+    after = ids(rows)
+    assert len(after) == 4 and {k: after[k] for k in before} == before
+    ids([*rows, rows[0]])  # as corpora that are drawn with replacement have it
+    assert reasons(tmp_path) == {"another line has the same part of the same audio": 1}
+
+
+def test_speakers_of_two_corpora_may_have_one_name(tmp_path):
+    for name, gender in (("a", "m"), ("b", "f")):
+        audio(tmp_path / name / "x.wav")
+        (tmp_path / name / "t.tsv").write_text(f"path\ttranscript\tspeaker\tgender\nx.wav\thello\t1\t{gender}\n")
+
+    def sources(*prefixes):
+        return [
+            SourceConfig("tsv", str(tmp_path / n / "t.tsv"), n, metadata=["gender"], speaker_prefix=prefix)
+            for n, prefix in zip("ab", prefixes, strict=True)
+        ]
+
+    def voices(*prefixes):
+        config = PrepareConfig(str(tmp_path / "out"), sources(*prefixes), aligner="none")
+        config.describe.enabled = True
+        Preparation(config).run()
+        cuts = [cut for path in (tmp_path / "out").glob("cuts.*.jsonl") for cut in CutSet.from_file(path)]
+        own = [cut.supervisions[0] for cut in cuts]
+        return {(s.speaker, s.custom["description"].get("gender")) for s in own}
+
+    assert voices("", "") == {("1", None)}  # one who is said to be both
+    assert voices("", "b-") == {("1", "male"), ("b-1", "female")}
+
+
+def test_supervisions_in_any_order_are_read_in_order_of_time(tmp_path):
+    cut = Recording.from_file(audio(tmp_path / "a.wav", 2.0)).to_cut().with_id("a")
+    late, early = [SupervisionSegment(n, "a", t, 0.9, text=n) for n, t in (("late", 1.0), ("early", 0.0))]
+    cut.supervisions = [late, early]
+    CutSet.from_cuts([cut]).to_file(tmp_path / "c.jsonl")
+    text_grid(tmp_path / "grids" / "a.TextGrid", ("early", 0.0, 0.8), ("late", 1.0, 1.8))
+    source = SourceConfig("cuts", str(tmp_path / "c.jsonl"))
+    config = PrepareConfig(str(tmp_path / "out"), [source], aligner=f"textgrids:{tmp_path / 'grids'}")
+    config.split.shares = {"train": 1.0}
+    [found] = CutSet.from_file(Preparation(config).run()["train"])
+    assert [s.alignment["word"][0].symbol for s in found.supervisions] == ["early", "late"]
+
+
+def test_a_shar_is_known_by_its_metadata_until_a_cut_is_prepared(tmp_path):
+    cuts = [Recording.from_file(audio(tmp_path / f"{i}.wav", 2.0, seed=i)).to_cut().with_id(f"c{i}") for i in range(6)]
+    for cut in cuts:
+        cut.supervisions = [SupervisionSegment(cut.id, cut.recording_id, 0.0, 2.0, text="hello there")]
+    (tmp_path / "shar").mkdir()
+    CutSet.from_cuts(cuts).to_shar(tmp_path / "shar", {"recording": "wav"}, shard_size=3)
+    source = SourceConfig("shar", str(tmp_path / "shar"))
+    entries = list(read_shar(source))
+    assert [e.id for e in entries] == [f"c{i}" for i in range(6)] and len(pickle.dumps(entries[0])) < 1000
+    for place in (4, 1, 2, 0):  # forward without beginning again, backward with
+        assert np.array_equal(entries[place].load().load_audio(), cuts[place].load_audio())
+    assert len(prepared(tmp_path, source)) == 6
+    broken = tmp_path / "shar" / "recording.000001.tar"
+    broken.write_bytes(broken.read_bytes()[:70_000])
+    shutil.rmtree(tmp_path / "out")
+    assert {cut.id for cut in prepared(tmp_path, source)} == {"c0", "c1", "c2", "c3"}
+    assert sum(reasons(tmp_path).values()) == 2
+
+
+def test_cuts_wait_in_memory_as_little_more_than_their_text(tmp_path):
+    cut = Recording.from_file(audio(tmp_path / "a.wav", 9.0)).to_cut().with_id("a")
+    words = [AlignmentItem(f"word{i}", i * 0.3, 0.25) for i in range(25)]
+    cut.supervisions = [SupervisionSegment("a", "a", 0.0, 9.0, text="x", alignment={"word": words})]
+    CutSet.from_cuts([cut]).to_file(tmp_path / "c.jsonl")
+    [entry] = read_cuts(SourceConfig("cuts", str(tmp_path / "c.jsonl")))
+    assert len(pickle.dumps(entry.load)) < 2_000 and entry.load().to_dict() == cut.to_dict()
+
+
+def test_labels_of_common_voice():
+    rules = load_attributes()
+    assert [rules["gender"].label(v, {}) for v in ("male_masculine", "female_feminine")] == ["male", "female"]
+    written = ("teens", "Twenties", "fourties", "25-34", "sixties", "65+")
+    assert [rules["age"].label(v, {}) for v in written] == ["teenager", "adult", "adult", "adult", "senior", "senior"]
+
+
+def test_a_csv_is_one_whatever_its_name_is(tmp_path):
+    audio(tmp_path / "a.wav")
+    for kind, name in (("tsv", "t.CSV"), ("csv", "t.txt")):
+        (tmp_path / name).write_text('path,transcript\na.wav,"hello, there"\n')
+        [cut] = prepared(tmp_path, SourceConfig(kind, str(tmp_path / name)))
+        assert cut.supervisions[0].text == "hello, there"

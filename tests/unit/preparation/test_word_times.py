@@ -17,7 +17,7 @@ from nemo_mtbi.preparation.word_times import (
     Unalignable,
     build_aligner,
 )
-from tests.unit.preparation_helpers import config, cuts_of, tone
+from tests.unit.preparation_helpers import config, cuts_of, text_grid, tone
 
 pytestmark = pytest.mark.unit
 
@@ -46,12 +46,7 @@ def test_pocketsphinx_says_why_it_cannot_align():
 
 def test_textgrids(tmp_path):
     tone(tmp_path / "in" / "a.wav", 2.0).with_suffix(".txt").write_text("Hello, world")
-    grid = tmp_path / "grids" / "a.TextGrid"
-    grid.parent.mkdir()
-    interval = 'intervals [1]:\n xmin = {}\n xmax = {}\n text = "{}"\n'
-    words = interval.format(0.0, 0.4, "") + interval.format(0.4, 0.9, "hello") + interval.format(1.0, 1.6, "world")
-    phones = interval.format(0.4, 0.5, "HH")
-    grid.write_text(f'item [1]:\n name = "words"\n{words}\n item [2]:\n name = "phones"\n{phones}')
+    grid = text_grid(tmp_path / "grids" / "a.TextGrid", ("hello", 0.4, 0.9), ("world", 1.0, 1.6))
     written = Preparation(
         config(tmp_path, SourceConfig("folder", str(tmp_path / "in")), aligner=f"textgrids:{grid.parent}")
     ).run()
@@ -63,23 +58,25 @@ def test_match_words_on_empty_alignment():
     assert [w.start_seconds for w in match_words(["a", "b"], ())] == [None, None]
 
 
-def grid(*words):
-    tier = "".join(f'xmin = {a}\n xmax = {b}\n text = "{w}"\n' for w, a, b in words)
-    return f'item [1]:\n name = "words"\n{tier}item [2]:\n name = "phones"\n'
-
-
 def test_textgrids_are_found_by_name_whatever_it_holds(tmp_path, monkeypatch):
     folder = tmp_path / "grids" / "s1"
-    folder.mkdir(parents=True)
-    (folder / "rec [1].TextGrid").write_text(grid(("hello", 0, 0.4), ("", 0.4, 0.5), ("there", 0.5, 0.9)))
-    (folder / "long.TextGrid").write_text(grid(("hello", 0, 1000)))
-    (folder / "none.TextGrid").write_text(grid())
+    text_grid(folder / "rec [1].TextGrid", ("hello", 0, 0.4), ("", 0.4, 0.5), ("there", 0.5, 0.9))
+    text_grid(folder / "long.TextGrid", ("hello", 0, 1000))
+    text_grid(folder / "none.TextGrid")
+    text_grid(folder / "marks.TextGrid", ('"hi"', 1e-05, 0.4), ('5"', 0.4, 0.9), tier="1272 - words")
+    (folder / "utf16.TextGrid").write_bytes((folder / "rec [1].TextGrid").read_text().encode("utf-16"))
+    (folder / "broken.TextGrid").write_text((folder / "rec [1].TextGrid").read_text().replace("0.4", "0.4.1"))
+    (folder / "half.TextGrid").write_text((folder / "rec [1].TextGrid").read_text()[:150])
     grids = TextGrids(tmp_path / "grids")
 
     def words(name):
         return [w.text for w in grids.words(dummy_cut(0, recording=dummy_recording(0)).with_id(name))]
 
-    assert words("rec [1]") == words("s1/rec [1]") == ["hello", "there"]
+    assert words("rec [1]") == words("s1/rec [1]") == words("utf16") == ["hello", "there"]
+    assert words("marks") == ['"hi"', '5"']  # of one of several speakers, with marks within the text
+    for name in ("broken", "half"):
+        with pytest.raises(Unalignable, match=r"no TextGrid \("):
+            words(name)
     monkeypatch.setattr(Path, "rglob", None)  # looked through once
     assert words("rec [1]") == ["hello", "there"]
     for name, message in (("long", "beyond the audio"), ("none", "without words"), ("a**b", "no TextGrid")):

@@ -1,17 +1,25 @@
 """Exports: complete, readable, and refused where damaged, foreign or hostile."""
 
+import copy
 import io
 import json
+import os
+import stat
 import tarfile
 
 import pytest
 import torch
 
 from nemo_mtbi.checkpoints.archive import save_directory
+from nemo_mtbi.checkpoints.card import model_card
 from nemo_mtbi.checkpoints.round_trip import max_abs_logit_difference, require_same_logits
-from nemo_mtbi.errors import CheckpointError
+from nemo_mtbi.checkpoints.run_directory import RunDirectory
+from nemo_mtbi.errors import CheckpointError, ConfigError
+from nemo_mtbi.io.tensors import as_readable_as_others, save_tensors
 from nemo_mtbi.losses.vocabulary import VocabularyShard
 from nemo_mtbi.models import MTBISALM
+from nemo_mtbi.pretrained.fingerprint import fingerprint
+from nemo_mtbi.pretrained.offline import of_one_layout
 
 pytestmark = pytest.mark.unit
 
@@ -90,3 +98,67 @@ def test_a_rank_has_no_whole_model_to_save(exported, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="spread over tensor-parallel ranks"):
         model.save_to(tmp_path / "part.nemo")
     assert not (tmp_path / "part.nemo").exists()
+
+
+def test_files_are_as_readable_as_the_umask_says(tmp_path):
+    before = os.umask(0o022)
+    try:
+        save_tensors({"a": torch.zeros(2)}, tmp_path / "x" / "a.safetensors", {"k": "v"})
+        (tmp_path / "x" / "b").touch(mode=0o600)
+        as_readable_as_others(tmp_path / "x")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(f.stat().st_mode) for f in (tmp_path / "x").iterdir()} == {0o644}
+    assert {f.name for f in (tmp_path / "x").iterdir()} == {"a.safetensors", "b"}
+
+
+def test_save_pretrained_writes_what_from_pretrained_opens(exported, tmp_path):
+    model, *_ = exported
+    model.save_pretrained(tmp_path / "hf")
+    assert {"config.json", "model.safetensors", "tokenizer.json", "llm_backbone"} <= {
+        f.name for f in (tmp_path / "hf").iterdir()
+    }
+    again = MTBISALM.from_pretrained(tmp_path / "hf")
+    assert max_abs_logit_difference(model, again) < 1e-5
+
+
+def test_weights_of_another_size_are_named(exported, tmp_path):
+    model, *_ = exported
+    run = RunDirectory(tmp_path)
+    state = model.trained_state()
+    name = next(n for n, v in state.items() if v.ndim == 2)
+    state[name] = state[name][:, :1]
+    save_tensors(state, run.weights("imitation"), {"references": json.dumps(model.references)})
+    with pytest.raises(CheckpointError, match=f"does not fit the model: {name}"):
+        run.load_weights(model, "imitation")
+
+
+def test_a_finished_run_stays_as_it_is(exported, tmp_path):
+    model, *_ = exported
+    run, cfg = RunDirectory(tmp_path), {"prompt_format": "chatml", "perception": {"modality_adapter": {"layers": 2}}}
+    assert not run.check_same_model(model, cfg)  # nothing is there
+    run.save_config(model, cfg)
+    assert run.check_same_model(model, cfg) and not run.check_same_model(model, cfg | {"prompt_format": "other"})
+    run.save_weights(model, "imitation")
+    assert run.check_same_model(model, cfg)
+    with pytest.raises(ConfigError, match=r"another model\.prompt_format"):
+        run.check_same_model(model, cfg | {"prompt_format": "other"})
+    with pytest.raises(ConfigError, match=r"another model\.perception.modality_adapter.layers"):
+        run.check_same_model(model, cfg | {"perception": {"modality_adapter": {"layers": 3}}})
+
+
+def test_the_card_says_what_was_trained(exported):
+    model, *_ = exported
+    assert "| LLM (frozen) |" in model_card(model) and "speech encoder (frozen)" in model_card(model)
+    model = copy.copy(model)
+    model.references = model.references | {"llm": "x+lora"}
+    assert "LLM (with merged LoRA adapters)" in model_card(model)
+
+
+def test_offline_parts_have_one_fingerprint_whatever_has_written_them(tmp_path):
+    found = set()
+    for version in ("5.24.0", "5.9.1"):
+        (tmp_path / "config.json").write_text(f'{{\n  "a": 1,\n  "transformers_version": "{version}"\n}}\n')
+        of_one_layout(tmp_path)
+        found.add(fingerprint(tmp_path))
+    assert len(found) == 1

@@ -1,5 +1,6 @@
 """Target generation: resume after kills, bad input. The LLM is tiny, the code is all of it."""
 
+import errno
 import io
 import json
 import random
@@ -377,3 +378,39 @@ def test_shar_without_a_readable_recording_is_no_success(tmp_path, tiny_llm):
     with pytest.raises(DataError, match="No recording of .* can be read for Shar"):
         TargetGenerator(config(tmp_path, tiny_llm, cuts, shar_dir=str(tmp_path / "shar"))).run()
     assert not (tmp_path / "shar" / "train").exists()
+
+
+def test_a_lost_disk_is_no_broken_recording(tmp_path, tiny_llm, monkeypatch):
+    """Otherwise the Shar would lack it for good."""
+    generator = TargetGenerator(
+        config(tmp_path, tiny_llm, write_cuts(tmp_path / "cuts.jsonl", 3), shar_dir=str(tmp_path / "shar"))
+    )
+
+    def lost(*_):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr("lhotse.cut.MonoCut.load_audio", lost)
+    with pytest.raises(DataError, match="Stale file handle"):
+        generator.run()
+    assert not (tmp_path / "targets" / "shards" / "train" / "merged.json").exists()
+
+
+def test_a_broken_shard_leaves_the_others_to_be_finished(tmp_path, tiny_llm):
+    path = write_cuts(tmp_path / "cuts.jsonl", 8)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:2], lines[2], lines[2], *lines[4:]]))  # one id twice in the second shard
+    generator = TargetGenerator(config(tmp_path, tiny_llm, path, shard_cuts=2))
+    with pytest.raises(DataError, match="utt2"):
+        generator.run()
+    [shards] = generator.shards.values()
+    assert [generator.writer.status(shard) is not None for shard in shards] == [True, False, True, True]
+
+
+def test_near_duplicates_where_nothing_is_said(tmp_path, tiny_llm):
+    path = write_cuts(tmp_path / "cuts.jsonl", 2)
+    cuts = list(CutSet.from_file(path))
+    cuts[1].custom, cuts[1].supervisions[0].text = {"no_speech": True}, ""
+    CutSet(cuts).to_file(path)
+    settings = config(tmp_path, tiny_llm, path, filters=["empty", "near_duplicate"])
+    spoken, silent = CutSet.from_file(TargetGenerator(settings).run()["train"])
+    assert spoken.custom["targets"] and {t["task"] for t in silent.custom["targets"]} == {"no_speech"}

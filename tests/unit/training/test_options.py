@@ -71,3 +71,15 @@ def test_errors_of_others_are_one_message(error):
         raise error
     with pytest.raises(DataError, match="^ours"), named():
         raise DataError("ours")
+
+
+def test_a_checkpoint_within_a_step_and_scales_of_single_ranks_are_refused():
+    cfg = OmegaConf.create(
+        {"trainer": {"val_check_interval": 3, "accumulate_grad_batches": 2}, "data": {"train_ds": {}}}
+    )
+    with pytest.raises(ConfigError, match="val_check_interval=3 batches is no multiple"):
+        check_options(cfg)
+    cfg.trainer = {"tensor_model_parallel_size": 2, "precision": "16-mixed", "val_check_interval": 4}
+    check_options(cfg)
+    with pytest.raises(ConfigError, match="Use bf16-mixed"):
+        check_options(cfg, lora=True)

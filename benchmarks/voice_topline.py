@@ -19,7 +19,7 @@ from results_file import finish
 from transformers import AutoModelForCausalLM
 
 from nemo_mtbi import registration as registration  # the prompt formats
-from nemo_mtbi.data.conversation import transcript
+from nemo_mtbi.data.alignments import transcript
 from nemo_mtbi.data.description import DESCRIPTION_FIELD, TEMPLATE, DescribedText
 from nemo_mtbi.data.messages import user_message
 from nemo_mtbi.data.rendering import PromptRenderer, Spoken

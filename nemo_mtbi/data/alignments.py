@@ -28,6 +28,11 @@ def utterances(cut: Cut) -> list[tuple[SupervisionSegment, list[TimedWord]]]:
     return sorted(found, key=lambda own: own[0].start)
 
 
+def transcript(cut: Cut) -> str:
+    """The text of all supervisions of a cut, in order of time."""
+    return " ".join(s.text.strip() for s in sorted(cut.supervisions, key=lambda s: s.start) if s.text).strip()
+
+
 def _parts(cut: Cut) -> Iterator[tuple[Cut, float]]:
     """What a cut is mixed of, with the place of each in it."""
     if isinstance(cut, MixedCut):

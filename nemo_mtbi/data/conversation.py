@@ -23,7 +23,7 @@ from nemo.collections.common.data.lhotse.cutset import read_cutset_from_config
 from nemo.collections.common.data.lhotse.text_adapters import AudioTurn, NeMoMultimodalConversation, TextTurn
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_mtbi.data.alignments import utterances
+from nemo_mtbi.data.alignments import transcript, utterances
 from nemo_mtbi.data.audio_windows import EARLIEST_SHARE
 from nemo_mtbi.data.cut_lines import Share
 from nemo_mtbi.data.messages import NOTHING_HEARD, user_message
@@ -143,11 +143,6 @@ def without_targets(cut: Cut) -> Cut:
     cut = copy.copy(cut) if isinstance(cut, DataCut) else copy.deepcopy(cut)  # of a mixed one, the first track has it
     cut.custom = {key: value for key, value in (cut.custom or {}).items() if key not in (TARGETS_FIELD, PROMISE_FIELD)}
     return cut
-
-
-def transcript(cut: Cut) -> str:
-    """The text of all supervisions of a cut, in order of time."""
-    return " ".join(s.text.strip() for s in sorted(cut.supervisions, key=lambda s: s.start) if s.text).strip()
 
 
 def spoken_part(cut: Cut) -> Spoken:

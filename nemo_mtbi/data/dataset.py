@@ -9,10 +9,11 @@ from lhotse import CutSet
 from nemo.collections.common.prompts import PromptFormatter
 
 from nemo_mtbi.corpus.failures import raise_if_of_the_machine, sources_of
+from nemo_mtbi.data.alignments import transcript
 from nemo_mtbi.data.audio import collate_waveforms, mono_samples
 from nemo_mtbi.data.audio_windows import Windows
 from nemo_mtbi.data.chat_template import dialect
-from nemo_mtbi.data.conversation import MTBIConversation, transcript
+from nemo_mtbi.data.conversation import MTBIConversation
 from nemo_mtbi.data.example import Example
 from nemo_mtbi.data.feature_cache import FEATURES_FIELD, load_array, windows_of, written_of
 from nemo_mtbi.data.interleaving import timeline

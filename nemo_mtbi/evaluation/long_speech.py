@@ -17,9 +17,9 @@ import torch
 from lhotse import Recording, SupervisionSegment
 from lhotse.cut import Cut
 
+from nemo_mtbi.data.alignments import transcript
 from nemo_mtbi.data.audio import mono_samples
 from nemo_mtbi.data.chat_template import dialect
-from nemo_mtbi.data.conversation import transcript
 from nemo_mtbi.data.rendering import Message, PromptRenderer
 from nemo_mtbi.data.target import TARGETS_FIELD, Target
 from nemo_mtbi.io.text import normalized

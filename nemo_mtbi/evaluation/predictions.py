@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from nemo_mtbi.data.conversation import MTBIConversation, transcript
+from nemo_mtbi.data.alignments import transcript
+from nemo_mtbi.data.conversation import MTBIConversation
 from nemo_mtbi.data.feature_cache import features_key
 from nemo_mtbi.data.literal import literal_encoding
 from nemo_mtbi.evaluation.labelled import GROUP, label_of

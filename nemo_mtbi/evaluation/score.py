@@ -15,7 +15,7 @@ import jiwer
 import torch
 from lhotse import CutSet
 
-from nemo_mtbi.data.conversation import transcript
+from nemo_mtbi.data.alignments import transcript
 from nemo_mtbi.data.example import Example
 from nemo_mtbi.evaluation.silence import empty_share, own_transcripts
 from nemo_mtbi.evaluation.statistics import Sums

@@ -15,8 +15,9 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from nemo_mtbi import console
+from nemo_mtbi.data.alignments import transcript
 from nemo_mtbi.data.audio import collate_waveforms, mono_samples
-from nemo_mtbi.data.conversation import ConversationIterator, MTBIConversation, TargetSelection, transcript
+from nemo_mtbi.data.conversation import ConversationIterator, MTBIConversation, TargetSelection
 from nemo_mtbi.data.cut_lines import Share
 from nemo_mtbi.data.dataset import MTBIDataset
 from nemo_mtbi.data.example import Example

@@ -29,7 +29,7 @@ from lhotse.audio import AudioLoadingError
 from lhotse.cut import Cut
 
 from nemo_mtbi import console
-from nemo_mtbi.data.conversation import transcript
+from nemo_mtbi.data.alignments import transcript
 from nemo_mtbi.data.description import DESCRIPTION_FIELD, DescribedText
 from nemo_mtbi.errors import DataError
 from nemo_mtbi.evaluation.corpus_tables import CHOICE_PROMPT, fill, folder_of

@@ -29,9 +29,8 @@ from nemo_mtbi import console
 from nemo_mtbi.corpus.execution import LOCAL, RAY, check_execution, spread
 from nemo_mtbi.corpus.failures import explained, raise_if_of_the_machine, sources_of
 from nemo_mtbi.corpus.ray_data import RayConfig
-from nemo_mtbi.data.alignments import from_its_beginning
+from nemo_mtbi.data.alignments import from_its_beginning, transcript
 from nemo_mtbi.data.audio import mono_samples
-from nemo_mtbi.data.conversation import transcript
 from nemo_mtbi.data.rendering import LONE_SURROGATE, TimedWord
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.io import jsonl

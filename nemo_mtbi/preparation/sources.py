@@ -16,8 +16,8 @@ from lhotse.cut.data import DataCut
 from lhotse.serialization import deserialize_item
 from lhotse.shar.readers.lazy import LazySharIterator
 
+from nemo_mtbi.data.alignments import transcript
 from nemo_mtbi.data.audio import AUDIO_SUFFIXES, audio_files, part_of
-from nemo_mtbi.data.conversation import transcript
 from nemo_mtbi.data.manifest import ManifestLine, read_manifest
 from nemo_mtbi.errors import ConfigError, DataError, MTBIError
 from nemo_mtbi.io.tables import read_table

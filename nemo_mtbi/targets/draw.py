@@ -13,8 +13,8 @@ from nemo.collections.common.prompts import PromptFormatter
 from nemo.collections.common.tokenizers import AutoTokenizer
 
 from nemo_mtbi import registration as registration  # the prompt formats
+from nemo_mtbi.data.alignments import transcript
 from nemo_mtbi.data.chat_template import dialect
-from nemo_mtbi.data.conversation import transcript
 from nemo_mtbi.data.description import DescribedText, Description
 from nemo_mtbi.data.messages import NOTHING_HEARD, user_message
 from nemo_mtbi.data.rendering import PromptRenderer, RenderedPrompt, Spoken

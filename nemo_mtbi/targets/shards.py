@@ -20,7 +20,7 @@ from lhotse.cut.data import DataCut
 from nemo_mtbi import console
 from nemo_mtbi.corpus.index import Record
 from nemo_mtbi.corpus.shards import Shard
-from nemo_mtbi.data.conversation import transcript
+from nemo_mtbi.data.alignments import transcript
 from nemo_mtbi.data.literal import literal_encoding
 from nemo_mtbi.data.target import NO_SPEECH, TARGETS_FIELD, TEACHER_IDS_FIELD, TEACHER_LOG_PROBS_FIELD, Target
 from nemo_mtbi.errors import DataError

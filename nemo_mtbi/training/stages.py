@@ -27,7 +27,8 @@ from nemo_mtbi import console
 from nemo_mtbi.checkpoints.run_directory import ALIGNMENT, IMITATION, UNTRAINED, RunDirectory
 from nemo_mtbi.checkpoints.trained_state import CONNECTOR_PREFIX
 from nemo_mtbi.config import AUTO, ModelConfig, model_config, plain
-from nemo_mtbi.data.conversation import INPUT_TYPE, check_manifest, transcript
+from nemo_mtbi.data.alignments import transcript
+from nemo_mtbi.data.conversation import INPUT_TYPE, check_manifest
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.io.tensors import save_tensors

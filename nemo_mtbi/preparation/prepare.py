@@ -102,7 +102,7 @@ class SplitConfig:
         """The split of each utterance; stable under adding data, but for speakers who come to share recordings.
 
         Args:
-            together: of speakers who share recordings, the one by whom they are split (:func:`sharing`).
+            together: of speakers who share recordings, the one by whom they are split (:class:`Sharing`).
         """
         roots = together or {}
         fixed_speakers = cache(lambda: self.fixed(roots))  # one pass over them, not one for each utterance
@@ -126,23 +126,30 @@ class SplitConfig:
         return split
 
 
-def sharing(entries: Iterable[Entry]) -> dict[str, str]:
+class Sharing:
     """Speakers who share recordings, directly or through others -> the first of them, so that nobody is in two splits.
 
     Those who share none are left out.
     """
-    parent: dict[str, str] = {}
 
-    def root(speaker: str) -> str:
+    def __init__(self, entries: Iterable[Entry] = ()) -> None:
+        self.parent: dict[str, str] = {}
+        for entry in entries:
+            self.add(entry)
+
+    def add(self, entry: Entry) -> None:
+        for other in entry.others:
+            a, b = sorted((self._root(str(entry.speaker)), self._root(other)))
+            self.parent[b] = a
+
+    def roots(self) -> dict[str, str]:
+        return {speaker: self._root(speaker) for speaker in list(self.parent)}
+
+    def _root(self, speaker: str) -> str:
+        parent = self.parent
         while parent.setdefault(speaker, speaker) != speaker:
             parent[speaker] = speaker = parent[parent[speaker]]
         return speaker
-
-    for entry in entries:
-        for other in entry.others:
-            a, b = sorted((root(str(entry.speaker)), root(other)))
-            parent[b] = a
-    return {speaker: root(speaker) for speaker in list(parent)}
 
 
 @dataclass
@@ -276,31 +283,32 @@ class Preparation:
             return same and known[2] in (None, entry.identity)  # older records do not say of what they are
 
         with explained(self.folder), jsonl.Journal(self.folder / "prepared.jsonl", kept) as journal:
-            todo = self._count(finished)
-            records = self._records(e for e in self._entries() if not finished(e))
+            todo, sharing = self._first_pass(finished)
+            records = self._records(e for e in self._entries() if not finished(e)) if todo else iter(())
             for record in console.progress(records, total=todo, desc="prepare", unit="utt", disable=not todo):
                 journal.write(record)
-            return self._write(journal)
+            return self._write(journal, sharing)
 
-    def _count(self, finished: Callable[[Entry], bool]) -> int:
-        """Utterances that are still to be prepared.
+    def _first_pass(self, finished: Callable[[Entry], bool]) -> tuple[int, Sharing]:
+        """How many utterances are still to be prepared, and who shares recordings.
 
         Raises:
             DataError: an id occurs twice.
         """
-        known, twice, todo = set[bytes](), list[str](), 0
+        known, twice, todo, sharing = set[bytes](), list[str](), 0, Sharing()
         for entry in self._entries():
             digest = hashlib.blake2b(entry.id.encode(errors="replace"), digest_size=8).digest()
             twice += [entry.id] if digest in known else []
             known.add(digest)
             todo += not finished(entry)
+            sharing.add(entry)
         if twice:
             places = [e.where for e in self._entries() if e.id == twice[0] and e.where]
             raise DataError(
                 f"Utterance id {twice[0]} occurs twice ({len(twice)} such; {' and '.join(places[:2])}). "
                 "Give the sources names, or name every recording once."
             )
-        return todo
+        return todo, sharing
 
     def _records(self, todo: Iterator[Entry]) -> Iterator[dict[str, Any]]:
         """Of a stream of entries, of which some thousands are in memory."""
@@ -436,7 +444,7 @@ class Preparation:
             raise Unalignable("no aligner is configured")
         return self.aligner.align(samples, entry.text)
 
-    def _write(self, journal: jsonl.Journal) -> dict[str, Path]:
+    def _write(self, journal: jsonl.Journal, sharing: Sharing) -> dict[str, Path]:
         """Manifests and report, from one record at a time."""
 
         def entries() -> Iterator[Entry]:
@@ -449,7 +457,7 @@ class Preparation:
             kept = (e.id for e in entries() if not journal.places[e.id][1][0])
             contradicting = self.describer.contradictions(journal[name]["cut"] for name in kept)
         written: dict[str, Path] = {}
-        split_of = self.config.split.assigning(sharing(entries()) if self.config.split.by == "speaker" else {})
+        split_of = self.config.split.assigning(sharing.roots() if self.config.split.by == "speaker" else {})
         with ExitStack() as files:
             streams: dict[str, TextIO] = {}
             for entry in entries():

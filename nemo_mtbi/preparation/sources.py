@@ -321,7 +321,7 @@ def read_tsv(config: SourceConfig) -> Iterator[Entry]:
         relative = Path(audio)
         if relative.suffix.lower() in AUDIO_SUFFIXES:  # an id with dots is no suffix
             relative = relative.with_suffix("")
-        problem = row.problem or (None if audio else f"{config.audio_column} is empty")
+        problem, file = row.problem or (None if audio else f"{config.audio_column} is empty"), root / audio
         own = relative.as_posix().replace("/", "-") if problem is None else f"line-{row.line}"
         entry_id = f"{config.name or path.parent.name}-{own}"
         yield Entry(
@@ -329,7 +329,7 @@ def read_tsv(config: SourceConfig) -> Iterator[Entry]:
             partial(
                 utterance_cut,
                 entry_id,
-                root / audio,
+                file,
                 text,
                 speaker,
                 config.language,
@@ -340,7 +340,7 @@ def read_tsv(config: SourceConfig) -> Iterator[Entry]:
             row.cells.get(config.split_column) or None if config.split_column else None,
             f"{path}, line {row.line}",
             problem,
-            about=(root / audio, config.language, *(row.cells.get(name) for name in config.metadata)),
+            about=(file, config.language, *(row.cells.get(name) for name in config.metadata)),
         )
 
 

@@ -18,7 +18,7 @@ from nemo_mtbi.data.rendering import TimedWord
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.preparation.describe import all_words, load_attributes
 from nemo_mtbi.preparation.noisy import NoiseConfig
-from nemo_mtbi.preparation.prepare import Preparation, PrepareConfig, SplitConfig, sharing
+from nemo_mtbi.preparation.prepare import Preparation, PrepareConfig, Sharing, SplitConfig
 from nemo_mtbi.preparation.sources import Entry, SourceConfig, read_cuts, read_shar
 from nemo_mtbi.preparation.voice_measures import measure
 from nemo_mtbi.preparation.word_times import TextGrids, Unalignable
@@ -136,11 +136,13 @@ def test_noise_of_other_settings_is_another_file(tmp_path):
 def test_nobody_is_in_two_splits():
     pairs = [Entry(f"e{i}", lambda: None, f"s{i}", "t", others=(f"s{i + 1}",)) for i in range(0, 30, 2)]
     alone = [Entry(f"a{i}", lambda: None, f"s{i + 1}", "t") for i in range(0, 30, 2)]
-    split, together = SplitConfig(shares={"train": 0.5, "held_out": 0.5}), sharing(pairs + alone)
+    split, together = SplitConfig(shares={"train": 0.5, "held_out": 0.5}), Sharing(pairs + alone).roots()
     for pair, single in zip(pairs, alone, strict=True):
         assert split.assign(pair, together) == split.assign(single, together)
     assert {split.assign(e, together) for e in pairs} == {"train", "held_out"}
-    chain = sharing([Entry("x", lambda: None, "b", others=("c",)), Entry("y", lambda: None, "c", others=("a",))])
+    chain = Sharing(
+        [Entry("x", lambda: None, "b", others=("c",)), Entry("y", lambda: None, "c", others=("a",))]
+    ).roots()
     assert set(chain.values()) == {"a"}
 
 
@@ -149,7 +151,7 @@ def test_a_fixed_split_holds_for_all_who_share_recordings():
         Entry("x", lambda: None, "b", others=("c",)),
         Entry("y", lambda: None, "c"),
     )
-    together = sharing([shared, alone])
+    together = Sharing([shared, alone]).roots()
     split = SplitConfig(shares={"train": 1.0}, speakers={"c": "held_out"})
     assert {split.assign(entry, together) for entry in (shared, alone)} == {"held_out"}
     with pytest.raises(ConfigError, match="a recording is in one split"):

@@ -13,5 +13,9 @@ class DataError(MTBIError):
     """Input data that cannot be used."""
 
 
+class ShardError(DataError):
+    """A part of a manifest that cannot be used; the other parts may be."""
+
+
 class CheckpointError(MTBIError):
     """A checkpoint or exported model that cannot be loaded."""

@@ -24,6 +24,7 @@ from typing import Any
 from nemo.utils.get_rank import is_global_rank_zero
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import Tensor
 
 from nemo_mtbi.checkpoints.trained_state import TrainableCheckpoint
 from nemo_mtbi.errors import CheckpointError, ConfigError
@@ -112,7 +113,7 @@ class RunDirectory:
         jsonl.write_json(self.root / "data.json", paths)
 
     def check_same_model(self, model: TrainableCheckpoint, cfg: dict[str, Any]) -> bool:
-        """Whether ``model.json`` is there and says the same.
+        """Whether what the run began with (``untrained``) stays: stages are finished, or ``model.json`` says the same.
 
         Args:
             model: of a run that is begun or goes on here.
@@ -138,8 +139,8 @@ class RunDirectory:
                 "with its weights."
             )
         if finished:
-            self.load_weights(model, finished[-1])
-        return before == {"model": cfg, "references": model.references}
+            read_trained(model, self.weights(finished[-1]))
+        return bool(finished) or before == {"model": cfg, "references": model.references}
 
     def save_weights(self, model: TrainableCheckpoint, name: str, path: Path | None = None) -> Path:
         """Trained tensors and references, written under a temporary name and renamed.
@@ -188,6 +189,15 @@ def first_difference(before: Any, now: Any, keys: Iterable[str] | None = None) -
 
 def load_trained(model: TrainableCheckpoint, path: Path) -> None:
     """Load trained tensors into a model with the same frozen parts."""
+    model.load_trained_state(read_trained(model, path))
+
+
+def read_trained(model: TrainableCheckpoint, path: Path) -> dict[str, Tensor]:
+    """Trained tensors that fit a model.
+
+    Raises:
+        CheckpointError: they do not, or cannot be read.
+    """
     if not path.is_file():
         raise CheckpointError(f"There is no {path}.")
     try:
@@ -213,4 +223,4 @@ def load_trained(model: TrainableCheckpoint, path: Path) -> None:
                 f"{path} does not fit the model: {key} is {tuple(value.shape)} there, {shapes[key]} in the model. Give "
                 "model.perception (or model.lora) the values that it was trained with."
             )
-    model.load_trained_state(state)
+    return state

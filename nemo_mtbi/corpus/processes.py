@@ -38,7 +38,7 @@ def in_processes(
 ) -> Iterator[Result]:
     """Results in the order of the items.
 
-    Items that were at work when a process died are tried again, each in a process of its own.
+    With ``died``, items that were at work when a process died are tried again, each in a process of its own.
 
     Args:
         make: number of a worker -> its function, made once in each.
@@ -47,7 +47,7 @@ def in_processes(
         chunk: items that a process takes at once.
         fresh: the processes begin with imported modules, and without threads or CUDA contexts of this one; ``make`` and
             the items are pickled. Otherwise they are forks of this one, which begin at once.
-        died: the result of an item of which a process of its own has died too; None: none, that is an error.
+        died: the result of an item of which a process of its own has died too; None: any death is an error.
 
     Raises:
         MTBIError: a process has died; what was given before is valid.
@@ -56,21 +56,20 @@ def in_processes(
     done = 0
     while True:
         try:
-            for result in _together(make, items, workers, chunk, fresh, done, alone):
+            here = workers == 1 or (died is None and len(items) <= chunk)
+            for result in map(make(0), items) if here else _together(make, items, workers, chunk, fresh, done, alone):
                 done += 1
                 yield result
             return
         except _Died as error:
             suspects = [place for place in error.places if place >= done and place not in alone]
-            if not suspects:
+            if not suspects or died is None:
                 raise MTBIError(LOST) from error
         for place in suspects:
             log.warning(f"A worker process died, perhaps of item {place}; it is tried alone.")
             try:
-                [alone[place]] = _together(make, [items[place]], 1, 1, fresh, 0, {}, in_a_process=True)
-            except _Died as error:
-                if died is None:
-                    raise MTBIError(f"{LOST} It died of {str(items[place])[:200]}.") from error
+                [alone[place]] = _together(make, [items[place]], 1, 1, fresh, 0, {})
+            except _Died:
                 alone[place] = died(items[place])
 
 
@@ -90,16 +89,12 @@ def _together(
     fresh: bool,
     done: int,
     known: Mapping[int, Result],
-    in_a_process: bool = False,
 ) -> Iterator[Result]:
-    """Results from place ``done`` on; ``known``: of some places.
+    """Results from place ``done`` on, in processes; ``known``: of some places.
 
     Raises:
         _Died: a process has.
     """
-    if not in_a_process and (workers == 1 or len(items) <= chunk):
-        yield from map(make(0), items)
-        return
     context = multiprocessing.get_context("forkserver" if fresh else "fork")
     if fresh:
         context.set_forkserver_preload(IMPORTED)

@@ -16,7 +16,7 @@ from lhotse.cut import Cut
 from lhotse.serialization import deserialize_item
 
 from nemo_mtbi import console
-from nemo_mtbi.errors import DataError
+from nemo_mtbi.errors import DataError, ShardError
 from nemo_mtbi.io import jsonl
 
 
@@ -51,12 +51,12 @@ class Shard:
                 try:
                     item = deserialize_item(json.loads(line))
                 except Exception as error:
-                    raise DataError(
+                    raise ShardError(
                         f"Cut {number} after byte {self.offset} of {self.path} cannot be read "
                         f"({type(error).__name__}: {error})."
                     ) from error
                 if not isinstance(item, Cut):
-                    raise DataError(f"{self.path} holds a {type(item).__name__}, which is no cut.")
+                    raise ShardError(f"{self.path} holds a {type(item).__name__}, which is no cut.")
                 yield item
         if digest.hexdigest() != self.digest:
             raise DataError(f"{self.path} has changed since the run began. Run the same command again.")

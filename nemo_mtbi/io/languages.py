@@ -3,15 +3,9 @@
 from functools import lru_cache
 from typing import Any
 
-from nemo_mtbi.errors import ConfigError
-
 
 def identified(text: str, languages: tuple[str, ...] = ()) -> tuple[str, float]:
-    """The likeliest ISO 639-1 code and its probability; ``languages``: of these alone.
-
-    Raises:
-        ConfigError: py3langid is not installed.
-    """
+    """The likeliest ISO 639-1 code and its probability; ``languages``: of these alone."""
     return _identifier(languages).classify(text)
 
 
@@ -22,10 +16,8 @@ def known_languages() -> frozenset[str]:
 
 @lru_cache
 def _identifier(languages: tuple[str, ...]) -> Any:
-    try:
-        from py3langid.langid import MODEL_FILE, LanguageIdentifier
-    except ImportError as error:
-        raise ConfigError("To tell languages takes py3langid: pip install 'nemo-mtbi[targets]'.") from error
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier  # start-up
+
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
     if languages:
         identifier.set_languages(list(languages))

@@ -2,6 +2,8 @@
 
 import os
 import stat
+import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -11,12 +13,12 @@ from torch import Tensor
 def save_tensors(state: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """A safetensors file, with the permissions that the umask gives (safetensors' own: the owner's alone)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         temporary.touch()
         mode = stat.S_IMODE(temporary.stat().st_mode)
         save_file(state, temporary, metadata=metadata)
-        temporary.chmod(mode)
+        _change(temporary, mode)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -32,4 +34,9 @@ def as_readable_as_others(folder: Path) -> None:
     probe.unlink()
     for file in folder.rglob("*"):
         if file.is_file():
-            file.chmod(mode)
+            _change(file, mode)
+
+
+def _change(file: Path, mode: int) -> None:
+    with suppress(PermissionError):  # some file systems have permissions of their own
+        file.chmod(mode)

@@ -141,9 +141,11 @@ def measured(config: Any, size: int, trust_remote_code: bool = False) -> Measure
     queries, keys = head * heads, head * (getattr(config, "num_key_value_heads", None) or heads)
     experts = getattr(config, "num_experts_per_tok", None)
     inner = experts * (getattr(config, "moe_intermediate_size", None) or config.intermediate_size) if experts else None
-    norms = [p.numel() for n, p in llm.model.layers[0].named_parameters() if p.ndim == 1 and "norm" in n]
+    shared_expert = getattr(config, "shared_expert_intermediate_size", None) or 0
+    norms = [p.numel() for n, p in llm.model.layers[0].named_parameters() if p.ndim == 1 and n.endswith("norm.weight")]
     of_heads = any(size == head != config.hidden_size for size in norms)  # normalized queries and keys
-    shared = FEED_FORWARD_BYTES * (inner or config.intermediate_size) + 2 * ATTENTION_BYTES * (queries + keys)
+    inner = (inner or config.intermediate_size) + shared_expert
+    shared = FEED_FORWARD_BYTES * inner + 2 * ATTENTION_BYTES * (queries + keys)
     found = partial(
         Measured,
         whole,

@@ -104,10 +104,10 @@ def read_no_speech(config: SourceConfig, output_dir: Path) -> Iterator[Entry]:
             seconds = random.Random(name).uniform(shortest, longest)
 
             def load(name: str = name, seconds: float = seconds, sound: int = index % len(SOUNDS)) -> Cut:
-                path = output_dir / "audio" / f"{name}-{seconds:.3f}s.flac"
+                path = output_dir / "audio" / f"{name}-{seconds:.3f}s-{LOWEST_NOISE_HZ:g}Hz.flac"
                 if not path.exists():
                     rng = np.random.default_rng(list(name.encode()))
                     write_flac(path, SOUNDS[sound](round(seconds * RATE), rng), RATE)
                 return utterance_cut(name, path, "", None, config.language, {NO_SPEECH: True})
 
-            yield Entry(name, load, None, "", split, silent=True, about=(seconds, config.language))
+            yield Entry(name, load, None, "", split, silent=True, about=(seconds, config.language, LOWEST_NOISE_HZ))

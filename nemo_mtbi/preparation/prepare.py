@@ -8,9 +8,9 @@ reasons).
 import hashlib
 import json
 import logging
+import os
 import re
 import uuid
-import wave
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -23,6 +23,7 @@ from typing import Any, TextIO
 import numpy as np
 from lhotse.cut import Cut
 from lhotse.cut.data import DataCut
+from lhotse.utils import fastcopy
 from omegaconf import MISSING
 
 from nemo_mtbi import console
@@ -38,7 +39,7 @@ from nemo_mtbi.preparation.describe import DescribeConfig, Describer, Tally
 from nemo_mtbi.preparation.no_speech import LOWEST_NOISE_HZ, read_no_speech
 from nemo_mtbi.preparation.noisy import NoiseConfig, with_noise
 from nemo_mtbi.preparation.sentences import read_sentences
-from nemo_mtbi.preparation.sources import READERS, Entry, SourceConfig
+from nemo_mtbi.preparation.sources import READERS, Entry, SourceConfig, packed
 from nemo_mtbi.preparation.voice_measures import VERSION
 from nemo_mtbi.preparation.voice_report import write_voice_report
 from nemo_mtbi.preparation.word_times import (
@@ -57,8 +58,9 @@ KINDS = (*READERS, *MADE)
 DEFAULT_SHARES = {"train": 0.8, "held_out": 0.2}
 CHUNKS = {LOCAL: 8, RAY: 64}  # utterances that a worker takes at once
 AT_ONCE = {LOCAL: 1 << 16, RAY: 1 << 18}  # that are known at a time: about 2 kB each
+DEADLY = "a worker process died of it, twice"
 MAX_PLACES = 20  # of one reason, in the report
-UNKNOWN_BYTES = 0xFFFF0000  # sizes from here on stand for "not known" in headers of streamed WAV
+UNKNOWN_BYTES = 0x7FFF0000  # sizes from here on stand for "not known" in headers of streamed WAV
 
 
 @dataclass
@@ -194,21 +196,30 @@ class Skip(Exception):
     """The reason why an utterance is left out."""
 
 
-def require_whole_files(cut: Cut) -> None:
+def require_whole_files(cut: DataCut) -> None:
     """
     Raises:
-        Skip: a WAV file has less audio than its header announces (decoders give what there is, without a word).
+        Skip: a cut that reaches the end of its recording is of a WAV file with less audio than its header announces
+            (decoders give what there is, without a word).
     """
-    for source in sources_of(cut):
-        if source.type != "file" or not str(source.source).lower().endswith(".wav"):
-            continue
-        try:
-            with wave.open(str(source.source), "rb") as file:
-                announced = file.getnframes() * file.getnchannels() * file.getsampwidth()
-        except (wave.Error, EOFError):  # a kind of WAV that Python does not know; data that were streamed
-            continue
-        if announced < UNKNOWN_BYTES and Path(source.source).stat().st_size < announced:
-            raise Skip("the WAV file is shorter than its header says")
+    if cut.end < cut.recording.duration - 1 / cut.sampling_rate:  # a part that is there
+        return
+    files = [Path(s.source) for s in sources_of(cut) if s.type == "file" and str(s.source).lower().endswith(".wav")]
+    if any(file.is_file() and is_cut_off(file) for file in files):
+        raise Skip("the WAV file is shorter than its header says")
+
+
+def is_cut_off(wav: Path) -> bool:
+    """Whether a file ends before its RIFF chunk ``data`` does. (What was written to a pipe does not know its size.)"""
+    with open(wav, "rb") as file:
+        if file.read(4) != b"RIFF" or len(file.read(8)) < 8:
+            return False
+        while len(head := file.read(8)) == 8:
+            size = int.from_bytes(head[4:], "little")
+            if head[:4] == b"data":
+                return 0 < size < UNKNOWN_BYTES and wav.stat().st_size - file.tell() < size
+            file.seek(size + size % 2, os.SEEK_CUR)
+    return False
 
 
 def prefixed(entry: Entry, prefix: str) -> Entry:
@@ -216,9 +227,10 @@ def prefixed(entry: Entry, prefix: str) -> Entry:
 
     def load() -> Cut:
         cut = entry.load()
-        for supervision in cut.supervisions:
-            if supervision.speaker not in (None, ""):
-                supervision.speaker = f"{prefix}{supervision.speaker}"
+        if isinstance(cut, DataCut):
+            named = [s.speaker and f"{prefix}{s.speaker}" for s in cut.supervisions]
+            own = [fastcopy(s, speaker=speaker) for s, speaker in zip(cut.supervisions, named, strict=True)]
+            cut = fastcopy(cut, supervisions=own)
         return cut
 
     own = None if entry.speaker is None else f"{prefix}{entry.speaker}"
@@ -270,17 +282,19 @@ class Preparation:
         """
         settings = self.settings
 
-        def kept(record: dict[str, Any]) -> tuple[bool, Any, str | None] | None:
-            """Of a record of these settings: whether it is skipped, a hash of the transcript, what else it is of."""
+        def kept(record: dict[str, Any]) -> tuple[bool, bool, Any, str | None] | None:
+            """Of a record of these settings: whether it is skipped, and tried again; of which text, of what else."""
             if record.get("settings") != settings:
                 return None
-            return "skipped" in record, hash(record.get("text")), record.get("of")
+            why = record.get("skipped")
+            return why is not None, why not in (None, DEADLY), hash(record.get("text")), record.get("of")
 
         def finished(entry: Entry) -> bool:
-            """A changed transcript or recording is prepared again, and a skipped utterance is tried again."""
+            """A changed transcript or recording is prepared again, and a skipped utterance is tried again, unless it
+            kills who tries."""
             _, known = journal.places.get(entry.id, (0, None))
-            same = known is not None and known[:2] == (False, hash(entry.text))
-            return same and known[2] in (None, entry.identity)  # older records do not say of what they are
+            same = known is not None and known[1:3] == (False, hash(entry.text))
+            return same and known[3] in (None, entry.identity)  # older records do not say of what they are
 
         with explained(self.folder), jsonl.Journal(self.folder / "prepared.jsonl", kept) as journal:
             todo, sharing = self._first_pass(finished)
@@ -314,13 +328,13 @@ class Preparation:
         """Of a stream of entries, of which some thousands are in memory."""
         c = self.config
         make = partial(recorder, c) if c.executor == RAY else lambda worker: self.record
-        while some := list(islice(todo, AT_ONCE[c.executor])):
+        while some := list(map(packed, islice(todo, AT_ONCE[c.executor]))):
             yield from spread(
                 make, some, c.executor, c.workers, c.ray, chunk=CHUNKS[c.executor], died=self._skipped_as_deadly
             )
 
     def _skipped_as_deadly(self, entry: Entry) -> dict[str, Any]:
-        return self._beginning(entry) | {"skipped": "a worker process died of it, twice"}
+        return self._beginning(entry) | {"skipped": DEADLY}
 
     def _beginning(self, entry: Entry) -> dict[str, Any]:
         return {"id": entry.id, "settings": self.settings, "text": entry.text, "of": entry.identity}

@@ -4,9 +4,9 @@ import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.resources import files
+from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,16 @@ from lhotse.cut.data import DataCut
 from lhotse.serialization import deserialize_item
 from lhotse.shar.readers.lazy import LazySharIterator
 
+from nemo_mtbi.corpus.failures import raise_if_of_the_machine
 from nemo_mtbi.data.alignments import transcript
-from nemo_mtbi.data.audio import AUDIO_SUFFIXES, audio_files, part_of
+from nemo_mtbi.data.audio import audio_files, part_of
 from nemo_mtbi.data.manifest import ManifestLine, read_manifest
 from nemo_mtbi.errors import ConfigError, DataError, MTBIError
 from nemo_mtbi.io.tables import read_table
 from nemo_mtbi.io.text import read_text
 
 PACKAGE = "pkg://"  # as in Hydra's search path
+LEFT_OUT_OF_IDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")  # also the first to be taken of files of one name
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def _downmixed(recording: Recording, supervision: SupervisionSegment, custom: di
 def _in_package(path: str) -> Path:
     package, _, file = path.partition("/")
     try:
-        return Path(str(files(package))) / file
+        return Path(str(package_files(package))) / file
     except ModuleNotFoundError as error:
         raise ConfigError(f"{PACKAGE}{path}: there is no installed package {package!r}.") from error
 
@@ -161,11 +163,16 @@ def _require(path: str | None, kind: str) -> Path:
     return Path(path)
 
 
-def _cut_entries(cuts: Callable[[], Iterable[Cut]], name: str) -> Iterator[Entry]:
-    """Of Lhotse's cuts, which are opened here: what Lhotse says of another tool's file is said with its name."""
+def _cut_entries(
+    cuts: Callable[[], Iterable[Cut]], name: str, load: Callable[[int, Cut], Callable[[], Cut]] | None = None
+) -> Iterator[Entry]:
+    """Of Lhotse's cuts, which are opened here: what Lhotse says of another tool's file is said with its name.
+
+    ``load``: of place and metadata of a cut, what reads the cut itself.
+    """
     try:
-        for cut in cuts():
-            yield _cut_entry(cut)
+        for position, cut in enumerate(cuts()):
+            yield _cut_entry(cut, load and load(position, cut))
     except MTBIError:
         raise
     except Exception as error:  # of any kind, from Lhotse and what it reads with
@@ -182,7 +189,7 @@ def _cut_entry(cut: Cut, load: Callable[[], Cut] | None = None) -> Entry:
     if isinstance(cut, DataCut) and cut.has_recording:
         about = (cut.start, *(s.source for s in cut.recording.sources if s.type in ("file", "url")), *about)
     first, others = (speakers[0], tuple(speakers[1:])) if speakers else (None, ())
-    return Entry(cut.id, load or kept_small(cut), first, text, where=f"cut {cut.id}", about=about, others=others)
+    return Entry(cut.id, load or partial(_itself, cut), first, text, where=f"cut {cut.id}", about=about, others=others)
 
 
 def in_order(cut: Cut) -> Cut:
@@ -195,15 +202,18 @@ def in_order(cut: Cut) -> Cut:
     return cut
 
 
-def kept_small(cut: Cut) -> Callable[[], Cut]:
-    """Makes the cut again; many thousand wait in memory meanwhile."""
+def packed(entry: Entry) -> Entry:
+    """For waiting in memory, with many thousand others: with its cut compressed."""
+    if not (isinstance(entry.load, partial) and entry.load.func is _itself):
+        return entry
+    cut = entry.load.args[0]
     stored = isinstance(cut, DataCut) and cut.has_recording
     if stored and all(source.type in ("file", "url", "command") for source in cut.recording.sources):
         try:
-            return partial(unpacked, zlib.compress(json.dumps(cut.to_dict()).encode(), 1))
+            return replace(entry, load=partial(unpacked, zlib.compress(json.dumps(cut.to_dict()).encode(), 1)))
         except TypeError:  # fields that are no JSON
             pass
-    return partial(_itself, cut)
+    return entry
 
 
 def unpacked(data: bytes) -> Cut:
@@ -230,15 +240,12 @@ def read_shar(config: SourceConfig) -> Iterator[Entry]:
     except Exception as error:  # of any kind, from Lhotse
         raise DataError(f"{path} is no Lhotse Shar ({type(error).__name__}: {error}).") from error
     for number, shard in enumerate(shards):
+
+        def load(position: int, cut: Cut, number: int = number) -> Callable[[], Cut]:
+            return partial(SharReader.cut, path, number, position, cut.id)
+
         metadata = LazySharIterator({"cuts": [shard["cuts"]]})
-        try:
-            for position, cut in enumerate(metadata):
-                yield _cut_entry(cut, partial(SharReader.cut, path, number, position, cut.id))
-        except MTBIError:
-            raise
-        except Exception as error:
-            said = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise DataError(f"{shard['cuts']} cannot be read (any further) as Lhotse cuts ({said[:200]}).") from error
+        yield from _cut_entries(lambda metadata=metadata: metadata, str(shard["cuts"]), load)  # type: ignore[misc]
 
 
 class SharReader:
@@ -252,7 +259,7 @@ class SharReader:
     last: "SharReader | None" = None
 
     def __init__(self, path: str, number: int) -> None:
-        self.place, self.position = (path, number), 0
+        self.place, self.position, self.problem = (path, number), 0, ""
         shard = LazySharIterator(in_dir=path).shards[number]
         self.cuts = iter(LazySharIterator({field: [file] for field, file in shard.items()}))
 
@@ -264,17 +271,28 @@ class SharReader:
             DataError: the shard ends before it, or has another one there.
         """
         reader = cls.last
-        if reader is None or reader.place != (path, number) or reader.position > position:
-            reader = cls(path, number)
-        cls.last = None  # until it has read without an error
-        for found in reader.cuts:
-            reader.position += 1
-            if reader.position > position:
-                cls.last = reader
-                if found.id != name:
-                    raise DataError(f"the shard now has {found.id} there")
-                return in_order(found)
-        raise DataError("the shard's data end before it")
+        if reader is None or reader.place != (path, number) or (reader.position > position and not reader.problem):
+            reader = cls.last = cls(path, number)
+        if not reader.problem:
+            try:
+                while reader.position < position:
+                    next(reader.cuts)
+                    reader.position += 1
+                found = next(reader.cuts)
+                reader.position += 1
+            except StopIteration:
+                reader.problem = "the shard's data end before it"
+            except Exception as error:  # of any kind, from Lhotse: all cuts from here on are lost
+                raise_if_of_the_machine(error)
+                reader.problem = f"the shard cannot be read up to it ({type(error).__name__})"
+        if reader.problem and position < reader.position:  # before the place that is broken
+            cls.last = None
+            return cls.cut(path, number, position, name)
+        if reader.problem:
+            raise DataError(reader.problem)
+        if found.id != name:
+            raise DataError(f"the shard now has {found.id} there")
+        return in_order(found)
 
 
 def read_nemo(config: SourceConfig) -> Iterator[Entry]:
@@ -287,11 +305,15 @@ def read_nemo(config: SourceConfig) -> Iterator[Entry]:
         entry_id, problem = f"{name}-line-{line.number}", line.problem
         if problem is None:
             said = [line.fields.get("audio_filepath"), line.offset_seconds, line.duration_seconds]
-            digest = hashlib.blake2b(json.dumps(said).encode(errors="replace"), digest_size=6)
-            entry_id = f"{name}-{Path(str(line.audio)).stem}-{digest.hexdigest()}"
-            if (own := hash(entry_id)) in ids:
-                entry_id, problem = f"{name}-line-{line.number}", "another line has the same part of the same audio"
-            ids.add(own)
+            beginning = f"{name}-{Path(str(line.audio)).stem}"
+            entry_id = f"{beginning}-{_digest(said)}"
+            if line.text is not None and hash(entry_id) in ids:  # said in another language, written in another way
+                entry_id = f"{beginning}-{_digest([*said, line.language, line.text])}"
+            if line.text is None:
+                entry_id = f"{name}-line-{line.number}"
+            elif hash(entry_id) in ids:
+                entry_id, problem = f"{name}-line-{line.number}", "another line is the same"
+            ids.add(hash(entry_id))
 
         def load(line: ManifestLine = line, entry_id: str = entry_id) -> Cut:
             assert line.audio is not None and line.text is not None
@@ -308,6 +330,10 @@ def read_nemo(config: SourceConfig) -> Iterator[Entry]:
         yield Entry(entry_id, load, line.speaker, line.text or "", where=line.where, problem=problem, about=about)
 
 
+def _digest(values: list[Any]) -> str:
+    return hashlib.blake2b(json.dumps(values).encode(errors="replace"), digest_size=6).hexdigest()
+
+
 def read_tsv(config: SourceConfig) -> Iterator[Entry]:
     """A table with a header; columns are named in the configuration. See :mod:`nemo_mtbi.io.tables`."""
     path = _require(config.path, config.kind)
@@ -315,11 +341,12 @@ def read_tsv(config: SourceConfig) -> Iterator[Entry]:
     needed = {config.audio_column, config.text_column, *filter(None, [config.split_column]), *config.metadata}
     if config.speaker_column not in (None, SourceConfig.speaker_column):  # the default one may be missing
         needed.add(config.speaker_column)
-    for row in read_table(path, needed, config.encoding, quoted=True if config.kind == "csv" else None):
+    quoted = True if config.kind == "csv" and ".tsv" not in path.suffixes else None
+    for row in read_table(path, needed, config.encoding, quoted):
         audio, text = row.cells.get(config.audio_column, ""), row.cells.get(config.text_column, "")
         speaker = row.cells.get(config.speaker_column) or None if config.speaker_column else None
         relative = Path(audio)
-        if relative.suffix.lower() in AUDIO_SUFFIXES:  # an id with dots is no suffix
+        if relative.suffix.lower() in LEFT_OUT_OF_IDS:  # an id with dots is no suffix
             relative = relative.with_suffix("")
         problem, file = row.problem or (None if audio else f"{config.audio_column} is empty"), root / audio
         own = relative.as_posix().replace("/", "-") if problem is None else f"line-{row.line}"
@@ -347,7 +374,11 @@ def read_tsv(config: SourceConfig) -> Iterator[Entry]:
 def read_folder(config: SourceConfig) -> Iterator[Entry]:
     """Audio files with a transcript beside each (``a.wav`` and ``a.txt``); the parent folder's name is the speaker."""
     root = _require(config.path, config.kind)
-    for file in audio_files(root):
+    files = audio_files(root)
+    chosen: dict[Path, Path] = {}  # by name without its ending
+    for file in files:
+        chosen[file.with_suffix("")] = min(file, chosen.get(file.with_suffix(""), file), key=_preferred)
+    for file in files:
         relative = file.relative_to(root).with_suffix("").as_posix().replace("/", "-")
         entry_id = f"{config.name or root.name}-{relative}"
         text_file = file.with_suffix(".txt")
@@ -356,6 +387,8 @@ def read_folder(config: SourceConfig) -> Iterator[Entry]:
             text = " ".join(read_text(text_file, config.encoding).split()) if text_file.is_file() else ""
         except DataError as error:  # one broken transcript must not stop the run
             problem = str(error)
+        if chosen[file.with_suffix("")] != file:
+            entry_id, problem = f"{entry_id}{file.suffix}", "another audio file has the same name"
         speaker = file.parent.name if file.parent != root else None
         yield Entry(
             entry_id,
@@ -366,6 +399,13 @@ def read_folder(config: SourceConfig) -> Iterator[Entry]:
             problem=problem,
             about=(file, config.language),
         )
+
+
+def _preferred(file: Path) -> tuple[int, str]:
+    """Of an original and what it was converted to, the one that everything reads comes first."""
+    suffix = file.suffix.lower()
+    known = LEFT_OUT_OF_IDS.index(suffix) if suffix in LEFT_OUT_OF_IDS else len(LEFT_OUT_OF_IDS)
+    return known, suffix
 
 
 def read_recipe(config: SourceConfig) -> Iterator[Entry]:

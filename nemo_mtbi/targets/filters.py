@@ -5,11 +5,12 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from nemo_mtbi.data.description import Description
 from nemo_mtbi.errors import ConfigError
-from nemo_mtbi.io.languages import identified, known_languages
+from nemo_mtbi.io.languages import identified
 from nemo_mtbi.io.text import normalized
 from nemo_mtbi.tasks.forms import form_error, named_choices
 from nemo_mtbi.tasks.library import Task
@@ -23,7 +24,7 @@ REFUSAL = re.compile(
     re.IGNORECASE,
 )
 OF_VOICES = frozenset("voice speaker speaking speaks spoken talking talks sounds sounding recording audio".split())
-OF_PERSONS = frozenset({"gender", "accent"})
+OF_PERSONS = frozenset({"gender"})
 TIME = re.compile(r"\d\d:\d\d")
 LOOP_NGRAM, LOOP_REPEATS = 4, 3
 MIN_LANGUAGE_WORDS, MIN_LANGUAGE_PROBABILITY = 6, 0.95
@@ -75,10 +76,11 @@ def unasked(c: Candidate) -> str | None:
     if c.described is None or c.task.about_the_voice:
         return None
     answer, words = set(_words(c.response)), set(_words(c.transcript))
-    of_voices = bool((answer & OF_VOICES) - words)  # "some", "fast" or "high" may be said of anything
+    pairs = set(pairwise(_words(c.response)))  # "some", "fast" or "high" may be said of anything but a voice
+    beside = {word for pair in pairs for word, other in (pair, pair[::-1]) if other in OF_VOICES}
     for name, label in c.described.labels:
-        for what, telling in ((name, True), (label, of_voices or name in OF_PERSONS)):
-            if telling and set(_words(what)) <= answer and not set(_words(what)) <= words:
+        for what, telling in ((name, answer), (label, answer if name in OF_PERSONS else beside)):
+            if set(_words(what)) <= telling and not set(_words(what)) <= words:
                 return f"speaks of {what}"
     times = [t for t in TIME.findall(c.described.text) if t in c.response and t not in c.transcript]
     return f"says {times[0]!r}" if times else None
@@ -210,6 +212,4 @@ def choose_filters(names: list[str]) -> list[tuple[str, Filter]]:
     if unknown:
         known = ", ".join([*FILTERS, NEAR_DUPLICATE])
         raise ConfigError(f"Unknown filter {', '.join(unknown)}. Known filters: {known}.")
-    if "language" in names:
-        known_languages()  # a missing package is said now
     return [(n, FILTERS[n]) for n in names if n in FILTERS]

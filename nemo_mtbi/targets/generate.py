@@ -24,7 +24,7 @@ from nemo_mtbi.corpus.execution import check_execution
 from nemo_mtbi.corpus.failures import explained
 from nemo_mtbi.corpus.shards import Shard, plan_manifest
 from nemo_mtbi.data.conversation import check_manifest
-from nemo_mtbi.errors import ConfigError, DataError
+from nemo_mtbi.errors import ConfigError, ShardError
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.targets.answers import AnswerIndex
 from nemo_mtbi.targets.config import ENGINES, TargetsConfig
@@ -84,23 +84,23 @@ class TargetGenerator:
         """Take shards that nobody holds until all are finished. A shard whose worker died is taken over.
 
         Raises:
-            DataError: of the first shard that cannot be finished; the others are.
+            ShardError: of the first shard that cannot be finished; the others are.
         """
         waiting = [s for shards in self.shards.values() for s in shards]
-        broken: dict[Shard, DataError] = {}
+        broken: dict[Shard, ShardError] = {}
         while waiting := [s for s in waiting if s not in broken and self.writer.status(s) is None]:
             took_one = False
             for shard in waiting:
                 try:
                     took_one |= self.take(shard)
-                except DataError as error:
+                except ShardError as error:
                     broken[shard], took_one = error, True
             if not took_one:
                 time.sleep(POLL_SECONDS)
         if broken:
             first = next(iter(broken.values()))
             more = f" ({len(broken)} shards cannot be finished, all others are.)" if len(broken) > 1 else ""
-            raise DataError(f"{first}{more}") from first
+            raise ShardError(f"{first}{more}") from first
 
     def take(self, shard: Shard, wait: bool = False) -> bool:
         """Finish a shard if it is not; False if another process holds it, unless ``wait`` for that one."""

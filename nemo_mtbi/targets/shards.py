@@ -23,7 +23,7 @@ from nemo_mtbi.corpus.shards import Shard
 from nemo_mtbi.data.alignments import transcript
 from nemo_mtbi.data.literal import literal_encoding
 from nemo_mtbi.data.target import NO_SPEECH, TARGETS_FIELD, TEACHER_IDS_FIELD, TEACHER_LOG_PROBS_FIELD, Target
-from nemo_mtbi.errors import DataError
+from nemo_mtbi.errors import ShardError
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.io.array_storage import RawChunkyWriter
 from nemo_mtbi.targets.answers import AnswerFile, AnswerIndex
@@ -123,9 +123,9 @@ class ShardWriter:
         start, paths = time.time(), self.paths(shard)
         cuts = list(shard.cuts())
         if repeated := [i for i, n in Counter(c.id for c in cuts).items() if n > 1]:
-            raise DataError(f"{shard.path} holds the cut {repeated[0]!r} more than once; ids must be unique.")
+            raise ShardError(f"{shard.path} holds the cut {repeated[0]!r} more than once; ids must be unique.")
         if mixed := next((c for c in cuts if not isinstance(c, DataCut)), None):
-            raise DataError(
+            raise ShardError(
                 f"{shard.path} holds a {type(mixed).__name__}; targets need MonoCut or MultiCut. "
                 "Save mixed cuts as recordings first (CutSet.save_audios)."
             )

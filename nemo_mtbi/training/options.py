@@ -63,14 +63,14 @@ def check_options(cfg: DictConfig, lora: bool = False) -> None:
             "trainer.precision=16-mixed: each tensor-parallel rank would scale the loss by the overflows of its own "
             "part of LoRA. Use bf16-mixed."
         )
-    interval, together = cfg.trainer.get("val_check_interval"), cfg.trainer.get("accumulate_grad_batches") or 1
-    if isinstance(interval, int) and interval % together:
-        problems.append(
-            f"trainer.val_check_interval={interval} batches is no multiple of accumulate_grad_batches={together}: its "
-            "checkpoint would stand within a step, and could not go on to the same result."
-        )
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def of_whole_steps(interval: Any, together: int) -> Any:
+    """``val_check_interval`` so that validation, and its checkpoint, never stand within a step: a number of batches
+    becomes the next multiple of ``together``, the accumulated ones."""
+    return interval if not isinstance(interval, int) else -(-interval // together) * together
 
 
 @contextmanager

@@ -47,7 +47,7 @@ from nemo_mtbi.training.best import BestWeights, Ended, LastValidation
 from nemo_mtbi.training.data_module import ResumableData, input_entries
 from nemo_mtbi.training.data_module import data_module as data_module
 from nemo_mtbi.training.monitor import SampleAnswers, Throughput
-from nemo_mtbi.training.options import check_options, named
+from nemo_mtbi.training.options import check_options, named, of_whole_steps
 from nemo_mtbi.training.progress import StageProgress
 from nemo_mtbi.training.resume import (
     AtomicCheckpointIO,
@@ -106,11 +106,11 @@ def train(cfg: DictConfig) -> RunDirectory:
         require_fixed_features(model.perception)
     require_fine_types(model)
     own_cfg = {k: v for k, v in model_cfg.items() if k != "tensor_model_parallel_size"}
-    begun_alike = run.check_same_model(model, own_cfg)
+    begun = run.check_same_model(model, own_cfg)
     if not run.weights(IMITATION).is_file() and is_global_rank_zero():
         run.save_config(model, own_cfg)
         run.save_data_paths(all_data_paths([stage.data for stage in stages.values()]))
-    if not (begun_alike and run.weights(UNTRAINED).is_file()):
+    if not (begun and run.weights(UNTRAINED).is_file()):
         run.save_weights(model, UNTRAINED)
     if cfg.init_from is not None:
         start, furthest = RunDirectory.parse(cfg.init_from)
@@ -183,6 +183,10 @@ def run_stage(cfg: DictConfig, model: MTBISALM, run: RunDirectory, name: str) ->
     optimizer = fused_optimizer(stage.optimizer, stage.trainer)
     with open_dict(model.cfg):
         model.cfg.optimizer, model.cfg.lr_scheduler = optimizer, stage.lr_scheduler
+    together, interval = stage.trainer.get("accumulate_grad_batches") or 1, stage.trainer.get("val_check_interval")
+    stage.trainer.val_check_interval = of_whole_steps(interval, together)
+    if stage.trainer.val_check_interval != interval:
+        log.info(f"val_check_interval={interval} becomes {stage.trainer.val_check_interval}, a multiple of {together}.")
     own_folder = (stage.exp_manager.checkpoint_callback_params or {}).get("dirpath")
     settle_checkpoints(Path(own_folder or Path(stage.exp_manager.explicit_log_dir) / "checkpoints"))
     watched = stage.exp_manager.checkpoint_callback_params or {}

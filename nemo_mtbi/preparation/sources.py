@@ -306,14 +306,12 @@ def read_nemo(config: SourceConfig) -> Iterator[Entry]:
         if problem is None:
             said = [line.fields.get("audio_filepath"), line.offset_seconds, line.duration_seconds]
             beginning = f"{name}-{Path(str(line.audio)).stem}"
-            entry_id = f"{beginning}-{_digest(said)}"
-            if line.text is not None and hash(entry_id) in ids:  # said in another language, written in another way
-                entry_id = f"{beginning}-{_digest([*said, line.language, line.text])}"
-            if line.text is None:
-                entry_id = f"{name}-line-{line.number}"
-            elif hash(entry_id) in ids:
-                entry_id, problem = f"{name}-line-{line.number}", "another line is the same"
-            ids.add(hash(entry_id))
+            part, whole = (f"{beginning}-{_digest(own)}" for own in (said, [*said, line.language, line.text]))
+            if line.text is not None and hash(whole) in ids:
+                problem = "another line is the same"
+            elif line.text is not None:  # of one part, other texts (of another language, say) have ids of their own
+                entry_id = whole if hash(part) in ids else part
+                ids |= {hash(part), hash(whole)}
 
         def load(line: ManifestLine = line, entry_id: str = entry_id) -> Cut:
             assert line.audio is not None and line.text is not None

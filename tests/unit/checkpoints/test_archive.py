@@ -140,7 +140,12 @@ def test_a_finished_run_stays_as_it_is(exported, tmp_path):
     run.save_config(model, cfg)
     assert run.check_same_model(model, cfg) and not run.check_same_model(model, cfg | {"prompt_format": "other"})
     run.save_weights(model, "imitation")
-    assert run.check_same_model(model, cfg)
+    assert run.check_same_model(model, cfg) and run.check_same_model(model, cfg | {"imitation": {"w_kl": 2.0}})
+    before = {name: value.clone() for name, value in model.trained_state().items()}
+    zeros = {name: torch.zeros_like(value) for name, value in before.items()}
+    save_tensors(zeros, run.weights("imitation"), {"references": json.dumps(model.references)})
+    assert run.check_same_model(model, cfg)  # which looks, and loads nothing
+    assert all(torch.equal(value, before[name]) for name, value in model.trained_state().items())
     with pytest.raises(ConfigError, match=r"another model\.prompt_format"):
         run.check_same_model(model, cfg | {"prompt_format": "other"})
     with pytest.raises(ConfigError, match=r"another model\.perception.modality_adapter.layers"):

@@ -198,10 +198,16 @@ def test_silence_and_half_files_with_a_transcript_are_skipped(tmp_path):
     soundfile.write(folder / "zeros.wav", np.zeros(RATE), RATE)
     data = audio(folder / "half.wav", 4.0).read_bytes()
     (folder / "half.wav").write_bytes(data[: len(data) // 2])
-    for name in ("good", "zeros", "half"):
+    piped = audio(folder / "piped.wav", 2.0).read_bytes()  # as SoX writes to a pipe
+    place = piped.index(b"data") + 4
+    (folder / "piped.wav").write_bytes(piped[:place] + (0x7FFFF000).to_bytes(4, "little") + piped[place + 4 :])
+    soundfile.write(folder / "good.au", np.zeros(RATE), RATE)  # of the same name
+    for name in ("good", "zeros", "half", "piped"):
         (folder / f"{name}.txt").write_text("turn on the lights")
-    assert [cut.id for cut in prepared(tmp_path, SourceConfig("folder", str(folder)))] == ["corpus-good"]
+    kept = [cut.id for cut in prepared(tmp_path, SourceConfig("folder", str(folder)))]
+    assert kept == ["corpus-good", "corpus-piped"]
     assert reasons(tmp_path) == {
+        "another audio file has the same name": 1,
         "all samples are zero, and there is a transcript": 1,
         "the WAV file is shorter than its header says": 1,
     }
@@ -221,7 +227,11 @@ def test_ids_of_a_nemo_manifest_stay_when_lines_are_added(tmp_path):
     after = ids(rows)
     assert len(after) == 4 and {k: after[k] for k in before} == before
     ids([*rows, rows[0]])  # as corpora that are drawn with replacement have it
-    assert reasons(tmp_path) == {"another line has the same part of the same audio": 1}
+    assert reasons(tmp_path) == {"another line is the same": 1}
+    texts = [rows[0] | {"text": "hallo", "lang": "de"}, {k: v for k, v in rows[1].items() if k != "text"}]
+    more = ids([rows[0], *texts, rows[1]])  # another text of the same audio, a line without text
+    assert len(list(CutSet.from_file(tmp_path / "out" / "cuts.train.jsonl"))) == 3
+    assert more[rows[1]["audio_filepath"]] == after[rows[1]["audio_filepath"]]
 
 
 def test_speakers_of_two_corpora_may_have_one_name(tmp_path):

@@ -75,6 +75,8 @@ def test_what_the_speaker_repeats_may_be_repeated():
         ("A female speaker says hi quickly.", True),
         ("The woman is talking fast about her day.", True),
         ("She had a fast car and some tea.", False),
+        ("The speaker wants some help with a fast car.", False),
+        ("That sounds good, I will bring some cake.", False),
         ("The gender was not given.", True),
     ],
 )

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from nemo_mtbi import registration as registration
 from nemo_mtbi.data.target import Target
-from nemo_mtbi.errors import ConfigError, DataError, MTBIError
+from nemo_mtbi.errors import ConfigError, DataError, MTBIError, ShardError
 from nemo_mtbi.targets.config import OpenAIConfig
 from nemo_mtbi.targets.filters import (
     Candidate,
@@ -400,7 +400,7 @@ def test_a_broken_shard_leaves_the_others_to_be_finished(tmp_path, tiny_llm):
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*lines[:2], lines[2], lines[2], *lines[4:]]))  # one id twice in the second shard
     generator = TargetGenerator(config(tmp_path, tiny_llm, path, shard_cuts=2))
-    with pytest.raises(DataError, match="utt2"):
+    with pytest.raises(ShardError, match="utt2"):
         generator.run()
     [shards] = generator.shards.values()
     assert [generator.writer.status(shard) is not None for shard in shards] == [True, False, True, True]

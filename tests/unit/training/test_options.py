@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from nemo_mtbi.config import ModelConfig
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.examples._launcher import CONF, open_dictionaries
-from nemo_mtbi.training.options import check_options, named
+from nemo_mtbi.training.options import check_options, named, of_whole_steps
 
 pytestmark = pytest.mark.unit
 
@@ -73,13 +73,16 @@ def test_errors_of_others_are_one_message(error):
         raise DataError("ours")
 
 
-def test_a_checkpoint_within_a_step_and_scales_of_single_ranks_are_refused():
-    cfg = OmegaConf.create(
-        {"trainer": {"val_check_interval": 3, "accumulate_grad_batches": 2}, "data": {"train_ds": {}}}
-    )
-    with pytest.raises(ConfigError, match="val_check_interval=3 batches is no multiple"):
-        check_options(cfg)
-    cfg.trainer = {"tensor_model_parallel_size": 2, "precision": "16-mixed", "val_check_interval": 4}
+@pytest.mark.parametrize(
+    ("given", "together", "taken"),
+    [(3, 2, 4), (200, 16, 208), (200, 8, 200), (0.5, 4, 0.5), (None, 4, None), (7, 1, 7)],
+)
+def test_validation_stands_between_steps(given, together, taken):
+    assert of_whole_steps(given, together) == taken
+
+
+def test_scales_of_single_ranks_are_refused():
+    cfg = options("trainer", {"tensor_model_parallel_size": 2, "precision": "16-mixed"})
     check_options(cfg)
     with pytest.raises(ConfigError, match="Use bf16-mixed"):
         check_options(cfg, lora=True)

@@ -127,7 +127,7 @@ def test_weights_of_another_size_are_named(exported, tmp_path):
     run = RunDirectory(tmp_path)
     state = model.trained_state()
     name = next(n for n, v in state.items() if v.ndim == 2)
-    state[name] = state[name][:, :1]
+    state[name] = state[name][:, :1].contiguous()
     save_tensors(state, run.weights("imitation"), {"references": json.dumps(model.references)})
     with pytest.raises(CheckpointError, match=f"does not fit the model: {name}"):
         run.load_weights(model, "imitation")

@@ -224,6 +224,7 @@ def test_a_question_about_silence_gets_its_own_answer(config, streamed):
     assert model.chat(audio, "What?", max_new_tokens=4) not in ("I did not hear any speech.", heard)
 
 
+@pytest.mark.slow
 def test_silent_rows_do_not_change_the_others(config, monkeypatch):
     model = MTBISALM(copy.deepcopy(config)).eval()
     connector = model.perception.modality_adapter

@@ -109,6 +109,7 @@ def test_texts_come_to_features_that_are_there(config, model, manifest, tmp_path
     assert (report.cached, report.skipped) == (3, 0) and manifest.read_bytes() == b"".join(reversed(lines))
 
 
+@pytest.mark.slow
 def test_another_recognizers_texts_are_not_read(config, model, manifest):
     cached(config, manifest)
     connector = model.perception.modality_adapter

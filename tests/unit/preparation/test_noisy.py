@@ -62,6 +62,7 @@ def test_loud_recordings_are_not_clipped_and_silent_ones_stay(tmp_path):
     assert with_noise(cut, silent, RATE, config, tmp_path / "noisy")[0] is cut
 
 
+@pytest.mark.slow
 def test_prepare_keeps_word_times_and_describes_the_noisy_copy(tmp_path):
     (tmp_path / "transcripts.tsv").write_text(
         "path\ttranscript\n" + "".join(f"{i}.wav\thello there\n" for i in range(6))

@@ -6,6 +6,7 @@ import json
 import random
 import resource
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,6 +85,7 @@ def test_where_nothing_is_said_the_answer_is_fixed(tmp_path, tiny_llm):
     assert manifest["by_manifest"]["train"]["kept"] == 4 and len(manifest["targets_by_task_and_prompt"]) == 3
 
 
+@pytest.mark.slow
 def test_outputs_whose_names_begin_alike_keep_their_arrays(tmp_path, tiny_llm):
     cuts = write_cuts(tmp_path / "cuts.jsonl", 2)
     names = {"train": cuts, "train.960": cuts}
@@ -396,10 +398,10 @@ def test_a_lost_disk_is_no_broken_recording(tmp_path, tiny_llm, monkeypatch):
 
 
 def test_a_broken_shard_leaves_the_others_to_be_finished(tmp_path, tiny_llm):
-    path = write_cuts(tmp_path / "cuts.jsonl", 8)
+    path = Path(write_cuts(tmp_path / "cuts.jsonl", 8))
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*lines[:2], lines[2], lines[2], *lines[4:]]))  # one id twice in the second shard
-    generator = TargetGenerator(config(tmp_path, tiny_llm, path, shard_cuts=2))
+    generator = TargetGenerator(config(tmp_path, tiny_llm, str(path), shard_cuts=2))
     with pytest.raises(ShardError, match="utt2"):
         generator.run()
     [shards] = generator.shards.values()

@@ -39,7 +39,9 @@ def validated(best, values):
         if step == 1:
             best.setup(trainer, None, "fit")
         before = jsonl.read_json(best.run.best_record("imitation")).get("value")
-        best.on_validation_end(trainer, SimpleNamespace(trained_state=lambda: {"a": torch.zeros(1)}, references={}))
+        best.on_validation_end(
+            trainer, SimpleNamespace(trained_state=lambda needed: {"a": torch.zeros(1)}, references={})
+        )
         if jsonl.read_json(best.run.best_record("imitation")).get("value") != before:
             kept.append(step)
     return kept

@@ -11,7 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-from nemo_mtbi.models.work import Work, weights
+from nemo_mtbi.models.work import Work
+from nemo_mtbi.modules.causal_lm import used_and_trained
 from nemo_mtbi.training.data_module import Waited
 from nemo_mtbi.training.monitor import SampleAnswers, Throughput, peak_flops
 from tests.helpers import build, make_batch
@@ -81,9 +82,9 @@ def test_a_mixture_of_experts_counts_those_that_a_position_goes_to():
     attention = sum(p.numel() for p in layer.self_attn.parameters() if p.ndim == 2)
     chosen = 2 * 3 * 16 * 24  # gate, up and down of two experts
     assert work.taken() == 2 * 6 * (attention + chosen + 16 * 8)  # and the router
-    used, trained = weights(llm.model.layers.parameters(), llm.config)
+    used, trained = used_and_trained(llm.model.layers.parameters(), llm.config)
     assert (used, trained) == (attention + chosen + 16 * 8, 0)
-    assert weights(llm.requires_grad_(True).model.layers.parameters(), llm.config) == (used, used)
+    assert used_and_trained(llm.requires_grad_(True).model.layers.parameters(), llm.config) == (used, used)
 
 
 def test_an_online_teacher_works_too(tiny_config):

@@ -230,7 +230,7 @@ def test_ids_of_a_nemo_manifest_stay_when_lines_are_added(tmp_path):
     assert reasons(tmp_path) == {"another line is the same": 1}
     texts = [rows[0] | {"text": "hallo", "lang": "de"}, {k: v for k, v in rows[1].items() if k != "text"}]
     more = ids([rows[0], *texts, rows[1]])  # another text of the same audio, a line without text
-    assert len(list(CutSet.from_file(tmp_path / "out" / "cuts.train.jsonl"))) == 3
+    assert sum(len(path.read_text().splitlines()) for path in (tmp_path / "out").glob("cuts.*.jsonl")) == 3
     assert more[rows[1]["audio_filepath"]] == after[rows[1]["audio_filepath"]]
 
 

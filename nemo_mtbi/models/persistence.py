@@ -1,6 +1,5 @@
 """A speech LLM from files and to files: exports, training runs, hubs, merged LoRA."""
 
-import logging
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,7 +23,6 @@ from nemo_mtbi.errors import CheckpointError, ConfigError
 from nemo_mtbi.modules.causal_lm import lent_embedding
 from nemo_mtbi.parallel.launch import once_per_node
 
-log = logging.getLogger(__name__)
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
@@ -145,8 +143,8 @@ class PersistenceMixin:
         Raises:
             CheckpointError: the folder is in use, or the model is one rank's part of it.
         """
-        own = {name: hub.pop(name) for name in ("config", "model_card_kwargs") if name in hub}
-        log.debug(f"The configuration and the card are the model's own, not {list(own)}.")
+        for name in ("config", "model_card_kwargs"):  # these are the model's own
+            hub.pop(name, None)
         folder = export_directory(self, Path(save_directory))
         return self.push_to_hub(repo_id or folder.name, **hub) if push_to_hub else None
 

@@ -140,11 +140,11 @@ def measured(config: Any, size: int, trust_remote_code: bool = False) -> Measure
     head = getattr(config, "head_dim", None) or config.hidden_size // heads
     queries, keys = head * heads, head * (getattr(config, "num_key_value_heads", None) or heads)
     experts = getattr(config, "num_experts_per_tok", None)
-    inner = experts * (getattr(config, "moe_intermediate_size", None) or config.intermediate_size) if experts else None
-    shared_expert = getattr(config, "shared_expert_intermediate_size", None) or 0
+    of_experts = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    inner = experts * of_experts if experts else config.intermediate_size
+    inner += getattr(config, "shared_expert_intermediate_size", None) or 0
     norms = [p.numel() for n, p in llm.model.layers[0].named_parameters() if p.ndim == 1 and n.endswith("norm.weight")]
-    of_heads = any(size == head != config.hidden_size for size in norms)  # normalized queries and keys
-    inner = (inner or config.intermediate_size) + shared_expert
+    of_heads = any(own == head != config.hidden_size for own in norms)  # normalized queries and keys
     shared = FEED_FORWARD_BYTES * inner + 2 * ATTENTION_BYTES * (queries + keys)
     found = partial(
         Measured,

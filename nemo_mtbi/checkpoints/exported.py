@@ -113,9 +113,7 @@ def require_every_weight(model: Any, folder: Path, names: set[str]) -> None:
     state = model.state_dict()
     tied = {n for n in state if tie and n.endswith("lm_head.weight")}
     own = {n for n in state if not n.endswith("_extra_state")}  # Megatron's layers name one that is empty
-    added = getattr(model.perception.modality_adapter, "added_later", ())
-    later = tuple(f"perception.modality_adapter.{name}" for name in added)
-    own -= {n for n in own if n.startswith(later) or state[n].numel() == 0}
+    own -= {n for n in own if state[n].numel() == 0}
     missing = own - names - tied
     if missing:
         raise CheckpointError(

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from nemo_mtbi.data.alignments import transcript
@@ -126,19 +127,23 @@ class Predictions:
             yield record | label_of(conversation) | (asdict(forced[i]) if forced else {})
 
     def _choices(self, model: MTBISALM, system: System, reading: SystemBatch) -> list[str | None]:
-        """The most likely choice of each example whose task has choices, by log-likelihood of its tokens and the end
-        of turn.
+        """The most likely choice of each example whose task has choices, by the probability of its tokens and the end
+        of turn, as it is written and with a capital: an LLM answers "Male" to a question for male or female (surface
+        forms, Holtzman et al. 2021).
         """
         tokenizer, end = model.tokenizer.tokenizer, [model.end_of_turn()]
         scores: list[dict[str, float]] = [{} for _ in reading.examples]
         options = [self.choices(c) if system.teacher_forced else [] for c in reading.conversations]
-        for place in range(max(map(len, options))):
-            rows = [o[place % len(o)] if o else "" for o in options]
-            if not any(rows):
+        written = [[(c, form) for c in own for form in dict.fromkeys((c, c[:1].upper() + c[1:]))] for own in options]
+        for place in range(max(map(len, written))):
+            rows = [own[place % len(own)] if own else ("", "") for own in written]
+            if not any(form for _, form in rows):
                 continue
-            ids = [literal_encoding(tokenizer, r)[0] + end for r in rows]
-            for row, choice, value in zip(scores, rows, log_likelihoods(model, system, reading, ids), strict=True):
-                row[choice] = value
+            ids = [literal_encoding(tokenizer, form)[0] + end for _, form in rows]
+            values = log_likelihoods(model, system, reading, ids)
+            for row, own, (choice, _), value in zip(scores, written, rows, values, strict=True):
+                if place < len(own):
+                    row[choice] = float(np.logaddexp(row.get(choice, -np.inf), value))
         return [max(s, key=lambda c: s[c]) if o else None for s, o in zip(scores, options, strict=True)]
 
 

@@ -16,12 +16,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
 from nemo_mtbi.config import ModelConfig
-from nemo_mtbi.data.literal import literal_encoding
 from nemo_mtbi.errors import ConfigError, MTBIError
 from nemo_mtbi.modules.causal_lm import is_frozen
 from nemo_mtbi.modules.connectors.base import Connector
 from nemo_mtbi.modules.connectors.whisper_recognizer import WhisperRecognizer
 from nemo_mtbi.modules.connectors.whisper_weights import load_whisper_decoder, whisper_decoder_settings
+from nemo_mtbi.modules.connectors.wordings import wordings
 from nemo_mtbi.modules.fusion import Fusion
 from nemo_mtbi.modules.whisper import SUBSAMPLING, WINDOW_SECONDS
 from nemo_mtbi.pretrained.offline import resolve_pretrained
@@ -63,8 +63,7 @@ def setup_perception(model: Any) -> None:
         if adapter._target_.startswith("nemo_mtbi."):
             adapter.output_dim = model.llm.config.hidden_size
             if adapter.get("acoustic_prompt") is not None and "acoustic_prompt_ids" not in adapter:
-                ids, _ = literal_encoding(model.tokenizer.tokenizer, str(adapter.acoustic_prompt))
-                adapter.acoustic_prompt_ids = ids
+                adapter.acoustic_prompt_ids = wordings(model.tokenizer.tokenizer, str(adapter.acoustic_prompt))
             if "feat_in" not in adapter:
                 taps = len(perception.encoder.get("taps", [])) if whisper else 0
                 width = perception.encoder.config.d_model if whisper else _nemo_config(name).encoder.d_model

@@ -11,7 +11,7 @@ from nemo_mtbi.data.description import TEMPLATE
 from nemo_mtbi.data.messages import NOTHING_HEARD_ANSWER
 
 ENGINES = ("hf", "openai", "vllm")
-DEFAULT_FILTERS = ("empty", "refusal", "truncated", "repetition", "too_long", "unasked", "misread")
+DEFAULT_FILTERS = ("empty", "refusal", "truncated", "repetition", "too_long", "unasked", "misread", "one_sided")
 
 
 @dataclass

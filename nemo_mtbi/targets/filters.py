@@ -172,7 +172,49 @@ FILTERS: dict[str, Filter] = {
     "language": language,
     "too_long": too_long,
 }
-NEAR_DUPLICATE = "near_duplicate"  # looks at all answers to a wording, so it runs when shards are merged
+NEAR_DUPLICATE, ONE_SIDED = "near_duplicate", "one_sided"
+OF_ALL_ANSWERS = (
+    ONE_SIDED,
+    NEAR_DUPLICATE,
+)  # they look at all answers to a wording, so they run when shards are merged
+Readings = dict[str, dict[str, list[int]]]  # of each wording and label: questions, and how many were answered rightly
+
+
+class OneSided:
+    """Finds wordings whose answers follow the question and not the voice: small LLMs say "clean" whatever they read.
+
+    The filter ``misread`` would leave the answers that are right by chance, all of one label, which teach nothing about
+    voices. A wording is judged by its informedness (Youden 1950), ``(r - 1/k) / (1 - 1/k)`` with r the mean over k
+    labels of the share that is answered rightly; labels of fewer than ``FEWEST`` questions do not count.
+
+    Args:
+        readings: of all answers to questions about one attribute.
+    """
+
+    FEWEST, LEAST = 5, 0.5
+
+    def __init__(self, readings: Readings) -> None:
+        self.reasons: dict[str, str] = {}
+        for wording, by_label in readings.items():
+            shares = {label: right / asked for label, (asked, right) in by_label.items() if asked >= self.FEWEST}
+            if len(shares) < 2:
+                continue
+            chance, mean = 1 / len(shares), sum(shares.values()) / len(shares)
+            if (mean - chance) / (1 - chance) < self.LEAST - 1e-9:
+                said = ", ".join(f"{label} {share:.2f}" for label, share in sorted(shares.items()))
+                self.reasons[wording] = f"this wording is answered alike whatever the voice is (right: {said})"
+
+    def check(self, task: Task, prompt_id: str, response: str) -> str | None:
+        """Reason to reject an answer; None if its wording passes."""
+        return self.reasons.get(f"{task.name}/{prompt_id}")
+
+
+def asked_label(task: Task, described: Description | None) -> str | None:
+    """The label that a question about one attribute of the voice has as its answer; None for other questions."""
+    if described is None or len(task.needs) != 1 or not task.choices:
+        return None
+    labels = {label for name, label in described.labels if name in task.needs}
+    return labels.pop() if len(labels) == 1 and labels <= set(task.choices) else None
 
 
 class NearDuplicates:
@@ -203,13 +245,13 @@ class NearDuplicates:
 
 
 def choose_filters(names: list[str]) -> list[tuple[str, Filter]]:
-    """Filters of single answers by name, in the given order (``near_duplicate`` is none of them).
+    """Filters of single answers by name, in the given order (without those of ``OF_ALL_ANSWERS``).
 
     Raises:
         ConfigError: an unknown name.
     """
-    unknown = [n for n in names if n not in FILTERS and n != NEAR_DUPLICATE]
+    unknown = [n for n in names if n not in FILTERS and n not in OF_ALL_ANSWERS]
     if unknown:
-        known = ", ".join([*FILTERS, NEAR_DUPLICATE])
+        known = ", ".join([*FILTERS, *OF_ALL_ANSWERS])
         raise ConfigError(f"Unknown filter {', '.join(unknown)}. Known filters: {known}.")
     return [(n, FILTERS[n]) for n in names if n in FILTERS]

@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
@@ -25,12 +25,14 @@ from nemo_mtbi.errors import DataError
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.targets.config import TargetsConfig
 from nemo_mtbi.targets.draw import PromptDrawer
-from nemo_mtbi.targets.filters import NEAR_DUPLICATE, NearDuplicates
+from nemo_mtbi.targets.filters import NEAR_DUPLICATE, ONE_SIDED, NearDuplicates, OneSided, Readings
 from nemo_mtbi.targets.shards import ShardStatus, ShardWriter, context_limit, rejected_record
+from nemo_mtbi.tasks.library import Task
 
 LIBRARIES = ("nemo_toolkit", "transformers", "torch", "lhotse", "megatron-core")
 AUDIO = "audio"  # why a cut is not in Shar
 BYTES_PER_ENTRY = 6  # int32 id and float16 log-probability
+Check = Callable[[Task, str, str], str | None]  # of a task, a wording and an answer: why it is rejected
 
 
 def merge_manifest(name: str, shards: list[Shard], writer: ShardWriter, config: TargetsConfig) -> dict[str, Any]:
@@ -52,6 +54,11 @@ def merge_manifest(name: str, shards: list[Shard], writer: ShardWriter, config: 
             f"{folder}. Run this one again when that one has ended."
         )
     near = NEAR_DUPLICATE in config.filters
+    checks: dict[str, Check] = {}
+    if ONE_SIDED in config.filters:
+        checks[ONE_SIDED] = OneSided(_readings(statuses)).check
+    if near:
+        checks[NEAR_DUPLICATE] = NearDuplicates(config.max_duplicates).check
     digest = hashlib.blake2b(
         json.dumps(
             [
@@ -73,12 +80,11 @@ def merge_manifest(name: str, shards: list[Shard], writer: ShardWriter, config: 
         state.unlink(missing_ok=True)
         counts = _counts(statuses)
         with jsonl.replacing(rejected, "partial") as side, jsonl.replacing(output, "partial") as out:
-            duplicates = NearDuplicates(config.max_duplicates)
             for shard in shards:
                 paths = writer.paths(shard)
                 side.writelines(_lines(paths["rejected.jsonl"]))
                 for line in _lines(paths["cuts.jsonl"]):
-                    out.write(_without_duplicates(line, name, duplicates, writer, side, counts) if near else line)
+                    out.write(_checked(line, name, checks, writer, side, counts) if checks else line)
             if counts["kept"] == 0:
                 raise DataError(
                     f"No answer is left for {name}: all were rejected ({counts['rejected']}). Look at "
@@ -110,22 +116,33 @@ def _counts(statuses: list[ShardStatus]) -> dict[str, Any]:
     }
 
 
-def _without_duplicates(
-    line: str, name: str, duplicates: NearDuplicates, writer: ShardWriter, side: TextIO, counts: dict[str, Any]
+def _readings(statuses: list[ShardStatus]) -> Readings:
+    result: Readings = {}
+    for status in statuses:
+        for wording, by_label in status.readings.items():
+            for label, counts in by_label.items():
+                own = result.setdefault(wording, {}).setdefault(label, [0, 0])
+                own[:] = [a + b for a, b in zip(own, counts, strict=True)]
+    return result
+
+
+def _checked(
+    line: str, name: str, checks: dict[str, Check], writer: ShardWriter, side: TextIO, counts: dict[str, Any]
 ) -> str:
+    """A cut without the answers that some check rejects."""
     cut = json.loads(line)
     kept = []
     for target in cut["custom"][TARGETS_FIELD]:
         if (task := writer.drawer.by_name.get(target["task"])) is None:  # that nothing was heard
             kept.append(target)
             continue
-        reason = duplicates.check(task, target["prompt_id"], target["response"])
-        if reason is None:
+        own = (task, target["prompt_id"], target["response"])
+        found = next(((by, why) for by, check in checks.items() if (why := check(*own)) is not None), None)
+        if found is None:
             kept.append(target)
             continue
-        record = rejected_record(name, cut["id"], task.name, target["prompt_id"], NEAR_DUPLICATE, reason, target)
-        side.write(jsonl.dumps(record) + "\n")
-        counts["rejected"][NEAR_DUPLICATE] = counts["rejected"].get(NEAR_DUPLICATE, 0) + 1
+        side.write(jsonl.dumps(rejected_record(name, cut["id"], task.name, own[1], *found, target)) + "\n")
+        counts["rejected"][found[0]] = counts["rejected"].get(found[0], 0) + 1
         counts["prompts"][f"{task.name}/{target['prompt_id']}"] -= 1
         counts["kept"] -= 1
         counts["response_tokens"] -= len(target["response_ids"])

@@ -31,7 +31,7 @@ from nemo_mtbi.targets.config import TargetsConfig, decoded_by
 from nemo_mtbi.targets.decoder import Answer, Request
 from nemo_mtbi.targets.draw import Job, PromptDrawer
 from nemo_mtbi.targets.engine import Engine
-from nemo_mtbi.targets.filters import Candidate, choose_filters
+from nemo_mtbi.targets.filters import Candidate, Readings, asked_label, choose_filters
 
 CHUNK = 1024  # requests that an engine gets together
 # Settings that change how answers are come by, and not what is written.
@@ -53,11 +53,13 @@ OPERATIONAL = (
 IMPOSSIBLE = -100.0  # log-probability
 # Rejected without a filter: prompts that the LLM has no room for, and cuts that nothing can be asked about.
 CONTEXT, NO_TRANSCRIPT = "context", "no_transcript"
+MISREAD = "misread"
 
 
 @dataclass
 class ShardStatus:
-    """What a finished shard holds; ``digest`` is of the input lines and of everything that decides the output."""
+    """What a finished shard holds; ``digest`` is of the input lines and of everything that decides the output,
+    ``readings`` are for :class:`~nemo_mtbi.targets.filters.OneSided`."""
 
     digest: str
     kept: int = 0
@@ -65,6 +67,7 @@ class ShardStatus:
     seconds: float = 0.0
     prompts: dict[str, int] = field(default_factory=dict)
     rejected: dict[str, int] = field(default_factory=dict)
+    readings: Readings = field(default_factory=dict)
 
 
 def settings_of(config: TargetsConfig, drawer: PromptDrawer) -> str:
@@ -226,6 +229,11 @@ class ShardWriter:
             for job in by_cut.get(cut.id, []):
                 record = answers.records.get(job.request.key)
                 reason = self._reject(job, record)
+                label = asked_label(self.drawer.by_name[job.task], job.described) if job.described else None
+                if label is not None and (reason is None or reason[0] == MISREAD):
+                    asked = status.readings.setdefault(f"{job.task}/{job.prompt_id}", {}).setdefault(label, [0, 0])
+                    asked[0] += 1
+                    asked[1] += reason is None
                 if reason is not None:
                     rejected[reason[0]] += 1
                     side.append(rejected_record(shard.name, cut.id, job.task, job.prompt_id, *reason, record))

@@ -1,4 +1,4 @@
-"""What the LLM reads of a voice beside the words: a stream of positions, or a text that the voice moves.
+"""What the LLM reads of a voice beside the words: a stream of positions, or a text whose words the voice chooses.
 
 Letters: B utterances or windows, T encoder frames, K encoder layers, D their width, P output positions, H LLM width.
 """
@@ -14,12 +14,14 @@ from nemo_mtbi.errors import CheckpointError
 from nemo_mtbi.modules.connectors.base import NO_TOKEN, SpeechEmbeddings, frame_mask
 from nemo_mtbi.modules.connectors.dense import each_normalized
 from nemo_mtbi.modules.connectors.subsampling import ConvSubsampler
+from nemo_mtbi.modules.connectors.wordings import Wordings
 
 WHOLE = torch.inf  # center of a position that belongs to its utterance as a whole
 PASSES_COUNTED = 200  # of training, whose windows say what is usual
 SMALLEST_DEVIATION = 1e-4  # of normalized features and their statistics
 FARTHEST = 10.0  # deviations from the mean: silence, or a few frames, would drown everything else
 TEMPO_UNITS = 32
+TEMPO_SCALE = 8.0  # of three numbers beside thousands of statistics of frames
 FRAMES_PER_SECOND = 50  # of Whisper's encoder
 
 
@@ -57,7 +59,7 @@ class AcousticChannel(nn.Module):
         Args:
             features: (B, T, K D).
             lengths: (B,) frames.
-            written: (B,) tokens of the text channel.
+            written: (B, 2) tokens and words of the text channel.
             scale: () root mean square of the LLM's embeddings.
             embed_tokens: the LLM's.
         """
@@ -71,40 +73,54 @@ class AcousticChannel(nn.Module):
 
 
 class DescriptionChannel(nn.Module):
-    """A text of P tokens, moved by statistics of the whole window: a description of an average voice at first.
+    """A description of the voice in the LLM's own words, which what is heard chooses: P positions.
 
-    ::
+    A text with choices (:mod:`nemo_mtbi.modules.connectors.wordings`); the positions of choice c are ::
 
-        E_p  +  rms(E) project_p(gelu([hidden(standardized([mean_t x; std_t x])); tempo(standardized(r))]))
+        sum_a  softmax(project(gelu([hidden(standardized([mean_t x; std_t x])); tempo(standardized(r))])))_ca  E_ca
 
-    with x = norm(layers), and the mean and standard deviation over time of x-vectors (Snyder et al. 2018), of several
-    encoder layers side by side, standardized over the utterances of training: they differ little beside what they
-    share, which is all that untrained layers would see otherwise. r are the logarithms of the seconds and of the tokens
-    that the text channel writes in one: no statistic of frames counts words. ``project`` starts at zero, so the LLM
-    reads the text itself before the first step (as soft prompts that begin as words, Lester et al. 2021), and what
-    training adds says how this voice differs from it.
+    with E_ca the embeddings of its alternative a, x = norm(layers), and the mean and standard deviation over time of
+    x-vectors (Snyder et al. 2018), of several encoder layers side by side, standardized over the utterances of
+    training: they differ little beside what they share, which is all that untrained layers would see otherwise. r are
+    the logarithms of the seconds and of the tokens and words that the text channel writes in one, which no statistic of
+    frames counts (``TEMPO_SCALE`` times, so that few steps learn them).
+
+    ``project`` starts at zero, every choice at the mean of its alternatives. A position that is sure of its alternative
+    is what the text LLM reads, so questions of any wording are answered as of a text; the gradient of the imitation
+    objective decides among the words, as through a verbalizer (Schick and Schuetze 2021) that stands in the prompt.
 
     Args:
         encoder_layers: K.
         width: D.
         output_dim: H.
-        prompt_ids: the P tokens of the text, of the LLM.
+        prompt: the text with its choices, as tokens of the LLM.
     """
 
-    prompt_ids: Tensor
+    prompt: Tensor  # of every token of every alternative: itself, its position, the place of its weight
+    impossible: Tensor
 
-    def __init__(self, encoder_layers: int, width: int, output_dim: int, prompt_ids: list[int]) -> None:
+    def __init__(self, encoder_layers: int, width: int, output_dim: int, prompt: Wordings) -> None:
         super().__init__()
         self.encoder_layers = encoder_layers
         self.standardized = Standardization(2 * encoder_layers * width)
         self.hidden = nn.Linear(2 * encoder_layers * width, width)
-        self.tempo_standardized = Standardization(2)
-        self.tempo = new_tempo()
-        self.project = nn.Linear(width + TEMPO_UNITS, len(prompt_ids) * output_dim)
+        self.tempo_standardized = Standardization(3)
+        self.tempo = nn.Linear(3, TEMPO_UNITS)
+        choices = [piece for piece in prompt if len(piece) > 1]
+        most = max(map(len, choices))
+        self.project = nn.Linear(width + TEMPO_UNITS, len(choices) * most)
         nn.init.zeros_(self.project.weight)
         nn.init.zeros_(self.project.bias)
-        self.register_buffer("prompt_ids", torch.tensor(prompt_ids, dtype=torch.long))
-        self.positions_per_second, self.positions_per_window = 0.0, len(prompt_ids)
+        rows, count, choice = [], 0, 0
+        for piece in prompt:
+            for a, ids in enumerate(piece):
+                place = choice * most + a if len(piece) > 1 else len(choices) * most  # the last weight is 1
+                rows += [(token, count + i, place) for i, token in enumerate(ids)]
+            count, choice = count + len(piece[0]), choice + (len(piece) > 1)
+        self.positions_per_second, self.positions_per_window = 0.0, count
+        self.register_buffer("prompt", torch.tensor(rows))
+        sizes = torch.tensor([len(c) for c in choices])
+        self.register_buffer("impossible", torch.arange(most) >= sizes[:, None], persistent=False)
 
     def forward(
         self,
@@ -115,30 +131,35 @@ class DescriptionChannel(nn.Module):
         embed_tokens: Callable[[Tensor], Tensor],
     ) -> SpeechEmbeddings:
         """See :meth:`AcousticChannel.forward`."""
+        chosen = self.probabilities(features, lengths, written).flatten(1)
+        tokens, positions, places = self.prompt.unbind(1)
+        shares = torch.cat([chosen, torch.ones_like(chosen[:, :1])], 1)[:, places]
+        words = embed_tokens(tokens).to(shares.dtype)
+        embeddings = words.new_zeros(len(shares), self.positions_per_window, words.shape[1])
+        embeddings = embeddings.index_add(1, positions, shares[..., None] * words)
+        centers = torch.full(embeddings.shape[:2], WHOLE, device=embeddings.device)
+        return SpeechEmbeddings(embeddings, torch.full_like(lengths, embeddings.shape[1]), centers)
+
+    def probabilities(self, features: Tensor, lengths: Tensor, written: Tensor) -> Tensor:
+        """Of the alternatives of each choice, (B, choices, most alternatives), float32; see :meth:`forward`."""
         with torch.autocast(features.device.type, enabled=False):
             pooled = self.standardized(statistics(each_normalized(features.float(), self.encoder_layers), lengths))
-            rate = self.tempo_standardized(tempo(lengths, written))
+            rate = TEMPO_SCALE * self.tempo_standardized(tempo(lengths, written))
         weights = self.hidden.weight
-        hidden = torch.cat([self.hidden(pooled.to(weights.dtype)), self.tempo(rate.to(weights.dtype))], -1)
-        moved = self.project(nn.functional.gelu(hidden)) * scale
-        text = embed_tokens(self.prompt_ids).to(moved.dtype)
-        embeddings = text + moved.unflatten(-1, text.shape)
-        count = torch.full_like(lengths, len(text))
-        centers = torch.full(embeddings.shape[:2], WHOLE, device=embeddings.device)
-        return SpeechEmbeddings(embeddings, count, centers)
+        heard = torch.cat([self.hidden(pooled.to(weights.dtype)), self.tempo(rate.to(weights.dtype))], -1)
+        logits = self.project(nn.functional.gelu(heard)).unflatten(-1, self.impossible.shape)
+        return logits.float().masked_fill(self.impossible, -torch.inf).softmax(-1)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        given, own = state_dict.get(f"{prefix}prompt_ids"), self.prompt_ids
-        if given is not None and not own.is_meta and given.tolist() != own.tolist():
+        given, own = state_dict.get(f"{prefix}prompt"), self.prompt
+        if f"{prefix}prompt_ids" in state_dict or (
+            given is not None and not own.is_meta and given.tolist() != own.tolist()
+        ):
             raise CheckpointError(
-                f"The acoustic channel was trained with another text (modality_adapter.acoustic_prompt): tokens "
-                f"{given.tolist()}, now {own.tolist()}. Give the one that it was trained with."
+                "The acoustic channel was trained with another text (modality_adapter.acoustic_prompt), or, before "
+                "December 2026, with one without choices. Give the one that it was trained with."
             )
         super()._load_from_state_dict(state_dict, prefix, *rest)
-
-
-def new_tempo() -> nn.Linear:
-    return nn.Linear(2, TEMPO_UNITS)
 
 
 class Standardization(nn.Module):
@@ -212,9 +233,9 @@ def statistics(values: Tensor, lengths: Tensor) -> Tensor:
 
 
 def tempo(lengths: Tensor, written: Tensor) -> Tensor:
-    """(B,) frames, (B,) tokens -> logarithms of the seconds and of the tokens in a second, (B, 2)."""
+    """(B,) frames, (B, 2) tokens and words -> logarithms of the seconds and of both in a second, (B, 3)."""
     seconds = lengths.clamp_min(1) / FRAMES_PER_SECOND
-    return torch.stack([seconds.log(), ((written + 1) / seconds).log()], -1)
+    return torch.cat([seconds[:, None], (written + 1) / seconds[:, None]], -1).log()
 
 
 def joined(first: SpeechEmbeddings, second: SpeechEmbeddings) -> SpeechEmbeddings:

@@ -36,6 +36,7 @@ class SpeechEmbeddings:
         labels: (B, P) the token (of a CTC connector: the CTC label) of each position; None for connectors without
             tokens, ``NO_TOKEN`` for positions of a channel without tokens.
         content: (B, P) how much each position says, the sum of its 1 - P(blank); None for connectors without CTC.
+        words: (B,) written, of a connector that writes text; None for others.
     """
 
     embeddings: Tensor
@@ -46,6 +47,7 @@ class SpeechEmbeddings:
     labels: Tensor | None = None
     content: Tensor | None = None
     nothing_heard: Tensor | None = None
+    words: Tensor | None = None
 
     def rows(self, indices: list[int]) -> "SpeechEmbeddings":
         """Some of the utterances."""
@@ -82,7 +84,6 @@ class Connector(nn.Module):
     positions_per_second = 0.0  # beside the tokens, of a connector that emits them
     positions_per_window = 0  # of the encoder, likewise
     window_seconds = math.inf  # longest audio that the encoder is given at once
-    added_later: tuple[str, ...] = ()  # beginnings of state that earlier versions lack, which upgrade_state adds
     choice_group: Any = None  # process group that holds the LLM together (tensor parallelism)
 
     def agreed(self, choice: Tensor) -> Tensor:

@@ -6,13 +6,14 @@ Letters: B utterances, T encoder frames, K encoder layers, D their width, P outp
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nemo_mtbi.data.example import Example
 from nemo_mtbi.errors import ConfigError
-from nemo_mtbi.modules.connectors.acoustic import AcousticChannel, DescriptionChannel, joined, new_tempo
+from nemo_mtbi.modules.connectors.acoustic import AcousticChannel, DescriptionChannel, joined
 from nemo_mtbi.modules.connectors.base import NO_TOKEN, Hypotheses, SpeechEmbeddings, frame_mask
 from nemo_mtbi.modules.connectors.whisper_decoder import WhisperDecoderConnector
+from nemo_mtbi.modules.connectors.wordings import Wordings
 
 ORDERS = ("text_first", "acoustic_first")
 
@@ -30,9 +31,10 @@ class TwoChannelConnector(WhisperDecoderConnector):
         output_dim: H, LLM width.
         decoder: fields of ``transformers.WhisperConfig``, with the width D.
         acoustic_strides: 50 / 2^strides acoustic positions a second; 3 gives 6.25.
-        acoustic_prompt: text as whose positions the acoustic channel begins, for each window of the encoder, in place
-            of that stream and its strides (:class:`DescriptionChannel`). None: the stream.
-        acoustic_prompt_ids: its tokens; filled in from the LLM.
+        acoustic_prompt: text with choices, such as "The gender is {female|male}.", as whose positions the acoustic
+            channel describes each window of the encoder, in place of that stream and its strides
+            (:class:`DescriptionChannel`). None: the stream.
+        acoustic_prompt_ids: its tokens, from :func:`~nemo_mtbi.modules.connectors.wordings.wordings`.
         order: ``text_first`` or ``acoustic_first``.
         text: further arguments of :class:`WhisperDecoderConnector`.
 
@@ -41,7 +43,6 @@ class TwoChannelConnector(WhisperDecoderConnector):
     """
 
     acoustic_open: Tensor
-    added_later = (*WhisperDecoderConnector.added_later, "acoustic.tempo")
 
     def __init__(
         self,
@@ -50,7 +51,7 @@ class TwoChannelConnector(WhisperDecoderConnector):
         decoder: dict[str, Any],
         acoustic_strides: int = 3,
         acoustic_prompt: str | None = None,
-        acoustic_prompt_ids: list[int] | None = None,
+        acoustic_prompt_ids: Wordings | None = None,
         order: str = "text_first",
         **text: Any,
     ) -> None:
@@ -64,13 +65,9 @@ class TwoChannelConnector(WhisperDecoderConnector):
         self.acoustic: AcousticChannel | DescriptionChannel
         if acoustic_prompt is None:
             self.acoustic = AcousticChannel(feat_in // width, width, output_dim, acoustic_strides)
-        elif acoustic_prompt_ids:
-            self.acoustic = DescriptionChannel(feat_in // width, width, output_dim, list(acoustic_prompt_ids))
         else:
-            raise ConfigError(
-                f"acoustic_prompt={acoustic_prompt!r} has no tokens: give a text, such as 'The gender is female.', or "
-                "null."
-            )
+            assert acoustic_prompt_ids is not None, "filled in with the text"
+            self.acoustic = DescriptionChannel(feat_in // width, width, output_dim, acoustic_prompt_ids)
         self.positions_per_second = self.acoustic.positions_per_second
         self.positions_per_window = self.acoustic.positions_per_window
         self.register_buffer("acoustic_open", torch.zeros((), dtype=torch.bool))
@@ -87,13 +84,6 @@ class TwoChannelConnector(WhisperDecoderConnector):
     def upgrade_state(self, state: dict[str, Any], prefix: str) -> None:
         """Weights of a :class:`WhisperDecoderConnector` serve as the text channel of a new connector."""
         super().upgrade_state(state, prefix)
-        own, place = self.acoustic.state_dict(), f"{prefix}acoustic."
-        if f"{place}hidden.weight" in state and f"{place}tempo.weight" not in state:  # before it heard the tempo
-            fresh = new_tempo().state_dict()  # the module's own may have no values yet
-            state |= {f"{place}{name}": value for name, value in own.items() if name.startswith("tempo_standardized")}
-            state |= {f"{place}tempo.{name}": value for name, value in fresh.items()}
-            more = own["project.weight"].shape[1] - state[f"{place}project.weight"].shape[1]
-            state[f"{place}project.weight"] = nn.functional.pad(state[f"{place}project.weight"], (0, more))
         if f"{prefix}decoder.layer_norm.weight" in state and f"{prefix}acoustic_open" not in state:
             state.update({f"{prefix}acoustic.{k}": v for k, v in self.acoustic.state_dict().items()})
             state[f"{prefix}acoustic_open"] = torch.zeros_like(self.acoustic_open)
@@ -115,7 +105,9 @@ class TwoChannelConnector(WhisperDecoderConnector):
         if not self._open:
             return texts
         assert self._language_model is not None
-        acoustic = self.acoustic(features, lengths, texts[0].lengths, self.embedding_rms, self._language_model[1])
+        assert texts[0].words is not None
+        written = torch.stack([texts[0].lengths, texts[0].words], -1)
+        acoustic = self.acoustic(features, lengths, written, self.embedding_rms, self._language_model[1])
         return [joined(t, acoustic) if self.order == "text_first" else joined(acoustic, t) for t in texts]
 
     @torch.no_grad()

@@ -156,7 +156,9 @@ class WhisperDecoderConnector(WhisperRecognizer):
         for own, frames, start in zip(tokens, lengths.tolist(), starts or [True] * len(tokens), strict=True):
             written = self._language_model_tokens(tokenizer, own, start)
             rows.append([(token, index, (index + 0.5) / max(1, len(own)) * frames) for token, index in written])
-        about = [[float(not row)] for row in rows]
+        about = [
+            [float(not row), len(self.tokenizer.decode(own).split())] for row, own in zip(rows, tokens, strict=True)
+        ]
         for row, note in zip(rows, about, strict=True):
             if not row:
                 row += [(t, 0, 0.0) for t in tokenizer(NOTHING_HEARD, add_special_tokens=False)["input_ids"]]
@@ -164,7 +166,7 @@ class WhisperDecoderConnector(WhisperRecognizer):
         width = max(map(len, rows))
         flat = [(b * width + p, b, *own) for b, row in enumerate(rows) for p, own in enumerate(row)]
         numbers = [torch.tensor(own, dtype=torch.float64) for own in (flat, about)]
-        (*parts, centers), (nothing, counts) = (t.unbind(1) for t in all_to_device(numbers, device))
+        (*parts, centers), (nothing, words, counts) = (t.unbind(1) for t in all_to_device(numbers, device))
         at, utterance, token, index = (part.long() for part in parts)
 
         def padded(values: Tensor) -> Tensor:
@@ -184,7 +186,12 @@ class WhisperDecoderConnector(WhisperRecognizer):
             embedded = embedded.to(extra.dtype) + extra
         embeddings = padded(embedded)
         return SpeechEmbeddings(
-            embeddings, counts.long(), padded(centers.float()), labels=padded(token), nothing_heard=nothing.bool()
+            embeddings,
+            counts.long(),
+            padded(centers.float()),
+            labels=padded(token),
+            nothing_heard=nothing.bool(),
+            words=words.long(),
         )
 
     def fusable(self, speech: SpeechEmbeddings) -> Tensor | None:

@@ -1,6 +1,7 @@
 """Systems behind one interface."""
 
 import copy
+import types
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_mtbi.checkpoints.archive import save_directory
+from nemo_mtbi.evaluation.predictions import Predictions
 from nemo_mtbi.evaluation.systems import (
     SystemBatch,
     TextLLM,
@@ -29,7 +31,6 @@ def test_any_salm_is_a_system_of_the_benchmark(tiny_config, nemo_asr, tmp_path):
     from lhotse import CutSet
 
     from nemo_mtbi.data.target import TARGETS_FIELD, Target
-    from nemo_mtbi.evaluation.predictions import Predictions
     from nemo_mtbi.evaluation.systems import EvaluationSet, SALMSystem
     from nemo_mtbi.preparation.sources import utterance_cut
 
@@ -79,3 +80,26 @@ def test_each_answer_has_a_budget_of_its_own(smollm2):
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     rows = [tokenizer.encode("one two three four")] * 2
     assert decoded(tokenizer, rows, [2, 9]) == ["one two", "one two three four"]
+
+
+@torch.no_grad()
+def test_a_choice_is_as_likely_as_its_ways_of_writing_together(tiny_config, monkeypatch):
+    """Of "female", "Female" and "male": the sum of the first two decides, whichever alone is the likeliest."""
+    model = MTBISALM(copy.deepcopy(tiny_config)).eval()
+    batch = make_batch(model, 2)
+    conversations = [types.SimpleNamespace(target=types.SimpleNamespace(task="x")) for _ in range(2)]
+    reading = SystemBatch(conversations, batch["examples"], None)
+    written = {"female": -1.0, "Female": -1.0, "male": -0.7, "Male": -9.0, "B": -0.1, "A": -0.2}
+    tokenizer, asked = model.tokenizer.tokenizer, []
+
+    def scored(model, system, reading, responses):
+        assert all(ids[-1] == model.end_of_turn() for ids in responses)
+        asked.append([tokenizer.decode(ids[:-1]) for ids in responses])
+        return [written.get(text, 0.0) for text in asked[-1]]
+
+    monkeypatch.setattr("nemo_mtbi.evaluation.predictions.log_likelihoods", scored)
+    choices = iter([["male", "female"], ["A", "B"]])
+    predictions = Predictions(None, "key", lambda conversation: next(choices), lambda c: 4, 2)
+    assert predictions._choices(model, TextSystem(model, None), reading) == ["female", "B"]
+    assert [first for first, _ in asked] == ["male", "Male", "female", "Female"]
+    assert {second for _, second in asked} == {"A", "B"}

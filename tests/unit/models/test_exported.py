@@ -29,7 +29,7 @@ ADAPTERS = {
     "ctc": {"_target_": f"{CONNECTORS}CTCCompressConnector", "vocab_size": 9, "d_model": 32, "heads": 4},
     "decoder": {"_target_": f"{CONNECTORS}WhisperDecoderConnector"},
     "two_channel": {"_target_": f"{CONNECTORS}TwoChannelConnector", "acoustic_strides": 2},
-    "description": {"_target_": f"{CONNECTORS}TwoChannelConnector", "acoustic_prompt": " The gender is male."},
+    "description": {"_target_": f"{CONNECTORS}TwoChannelConnector", "acoustic_prompt": " The gender is {female|male}."},
 }
 
 

@@ -1,21 +1,26 @@
-"""The acoustic channel that begins as a text: what the LLM reads of it, and which speech it stays with."""
+"""The acoustic channel that is a text with choices: what the LLM reads of it, and which speech it stays with."""
+
+import itertools
+import re
 
 import pytest
 import torch
 
 from nemo_mtbi.data.conversation import AcousticPositions
 from nemo_mtbi.data.example import prompt_pieces
+from nemo_mtbi.data.literal import literal_encoding
 from nemo_mtbi.errors import CheckpointError, ConfigError
 from nemo_mtbi.models import MTBISALM
 from nemo_mtbi.models.layout import lay_out_batch
 from nemo_mtbi.models.speech import batch_features, connect
-from nemo_mtbi.modules.connectors.acoustic import TEMPO_UNITS, Standardization, statistics, tempo
+from nemo_mtbi.modules.connectors.acoustic import Standardization, statistics, tempo
 from nemo_mtbi.modules.connectors.base import NO_TOKEN
+from nemo_mtbi.modules.connectors.wordings import wordings
 from nemo_mtbi.training.stages import require_text_channel
 from tests.helpers import build, gradients, make_batch, two_channel
 
 pytestmark = pytest.mark.unit
-TEXT = " The gender is female. <|im_end|>"
+TEXT = " The gender is {female|male}. <|im_end|> It is {calm|loud|flat}."
 
 
 @pytest.fixture
@@ -40,17 +45,42 @@ def heard(model, batch):
     return model.perception.modality_adapter.connect(*model.encode(batch["audios"], batch["audio_lens"]))
 
 
+def own_positions(model, speech, row):
+    valid = int(speech.lengths[row])
+    return speech.embeddings[row, :valid][speech.labels[row, :valid] == NO_TOKEN]
+
+
+def written_out(text, *chosen):
+    for alternative in chosen:
+        text = re.sub(r"\{[^}]*\}", alternative, text, count=1)
+    return text
+
+
 @torch.no_grad()
-def test_before_training_the_llm_reads_the_text(model):
+def test_before_training_every_choice_is_the_mean_of_its_words(model):
     speech = heard(model, make_batch(model, 2))
-    tokenizer = model.tokenizer.tokenizer
-    ids = model.cfg.perception.modality_adapter.acoustic_prompt_ids
-    assert tokenizer.decode(ids) == TEXT and tokenizer.convert_tokens_to_ids("<|im_end|>") not in ids
+    every = [written_out(TEXT, a, b) for a in ("female", "male") for b in ("calm", "loud", "flat")]
+    ids = [literal_encoding(model.tokenizer.tokenizer, text)[0] for text in every]
+    assert len({len(own) for own in ids}) == 1  # of one length for this tokenizer
+    expected = torch.stack([model.embed_tokens(torch.tensor(own)) for own in ids]).mean(0)
     for row in range(2):
-        own = speech.labels[row, : int(speech.lengths[row])] == NO_TOKEN
-        assert own.sum() == len(ids)
-        written = speech.embeddings[row, : int(speech.lengths[row])][own]
-        torch.testing.assert_close(written, model.embed_tokens(torch.tensor(ids)))
+        torch.testing.assert_close(own_positions(model, speech, row), expected)
+    control = model.tokenizer.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert control not in model.perception.modality_adapter.acoustic.prompt[:, 0].tolist()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chosen", [("female", "loud"), ("male", "flat"), ("male", "calm")])
+def test_a_voice_that_is_sure_is_what_the_text_llm_reads(model, chosen):
+    acoustic = model.perception.modality_adapter.acoustic
+    alternatives = [["female", "male"], ["calm", "loud", "flat"]]
+    bias = torch.full(acoustic.impossible.shape, -50.0)
+    for place, word in enumerate(chosen):
+        bias[place, alternatives[place].index(word)] = 50.0
+    acoustic.project.bias.copy_(bias.flatten())
+    speech = heard(model, make_batch(model, 1))
+    ids, _ = literal_encoding(model.tokenizer.tokenizer, written_out(TEXT, *chosen))
+    torch.testing.assert_close(own_positions(model, speech, 0), model.embed_tokens(torch.tensor(ids)))
 
 
 @torch.no_grad()
@@ -78,8 +108,8 @@ def test_statistics_are_those_of_torch():
 
 
 def test_tempo_counts_what_the_text_channel_wrote():
-    found = tempo(torch.tensor([50, 200, 0]), torch.tensor([4, 39, 0])).exp()
-    torch.testing.assert_close(found, torch.tensor([[1.0, 5.0], [4.0, 10.0], [0.02, 50.0]]))
+    found = tempo(torch.tensor([50, 200, 0]), torch.tensor([[4, 1], [39, 15], [0, 0]])).exp()
+    torch.testing.assert_close(found, torch.tensor([[1.0, 5.0, 2.0], [4.0, 10.0, 4.0], [0.02, 50.0, 50.0]]))
 
 
 @torch.no_grad()
@@ -214,7 +244,7 @@ def test_a_broken_row_does_not_count():
 
 def test_weights_for_another_text_are_refused(model, config):
     state = model.perception.modality_adapter.state_dict()
-    config["perception"]["modality_adapter"]["acoustic_prompt"] = TEXT.replace("f", "m")
+    config["perception"]["modality_adapter"]["acoustic_prompt"] = TEXT.replace("flat", "bored")
     with pytest.raises(CheckpointError, match="acoustic_prompt"):
         build(config).perception.modality_adapter.load_state_dict(state)
 
@@ -232,22 +262,6 @@ def test_what_it_cannot_do_is_refused(config, section, change, message):
         build(config)
 
 
-@torch.no_grad()
-def test_weights_from_before_the_tempo_hear_the_same(model):
-    connector = moved(model).perception.modality_adapter
-    connector.acoustic.project.weight[:, -TEMPO_UNITS:] = 0
-    features, lengths = torch.randn(2, 90, 64), torch.tensor([90, 70])
-    expected = connector.connect(features, lengths).embeddings
-    state = {f"perception.modality_adapter.{name}": value.clone() for name, value in connector.state_dict().items()}
-    place = "perception.modality_adapter.acoustic."
-    state = {name: value for name, value in state.items() if not name.startswith(f"{place}tempo")}
-    state[f"{place}project.weight"] = state[f"{place}project.weight"][:, :-TEMPO_UNITS].clone()
-    for parameter in connector.acoustic.parameters():
-        parameter.add_(1.0)
-    model.load_state_dict(state, strict=False)
-    torch.testing.assert_close(connector.connect(features, lengths).embeddings, expected)
-
-
 def test_an_alignment_stage_that_would_train_nothing_is_refused(model, config):
     require_text_channel(model)
     frozen = [r"llm\..+", r"embed_tokens\..+", r"perception\.(encoder|modality_adapter\.(?!acoustic\.)).+"]
@@ -255,7 +269,40 @@ def test_an_alignment_stage_that_would_train_nothing_is_refused(model, config):
         require_text_channel(build(config, freeze_params=frozen))
 
 
-def test_a_text_without_tokens_is_refused(config):
-    config["perception"]["modality_adapter"]["acoustic_prompt"] = ""
-    with pytest.raises(ConfigError, match="acoustic_prompt"):
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "choices in braces"),
+        ("The gender is female.", "choices in braces"),
+        ("The gender is {female|male.", "choices in braces"),
+        ("The gender is female|male}.", "choices in braces"),
+        ("{ {a|b} | c}", "choices in braces"),
+        ("It is {female}.", "two or more"),
+        ("It is {}.", "two or more"),
+        ("It is {female| }.", "none of them empty"),
+        ("It is {female|male|male }.", "written twice"),
+        ("{a|b}{c|d}", "share a token"),
+    ],
+)
+def test_a_text_without_good_choices_is_refused(config, text, message):
+    config["perception"]["modality_adapter"]["acoustic_prompt"] = text
+    with pytest.raises(ConfigError, match=message):
         build(config)
+
+
+@pytest.mark.parametrize(
+    "text", ["{yes|no} {a|an|the}.", "Said {softly|loudly and long|with a sigh}", "{é|日本|😀}: x"]
+)
+def test_choices_are_what_the_alternatives_do_not_share(model, text):
+    tokenizer = model.tokenizer.tokenizer
+    pieces = wordings(tokenizer, text)
+    assert all(len({len(ids) for ids in piece}) == 1 for piece in pieces)
+    [space] = literal_encoding(tokenizer, " ")[0]
+    options = [a.split("|") for a in re.findall(r"\{([^}]*)\}", text)]
+    for indices in itertools.product(*(range(len(o)) for o in options)):
+        chosen = iter(indices)
+        ids = [i for piece in pieces for i in piece[next(chosen) if len(piece) > 1 else 0]]
+        expected = literal_encoding(
+            tokenizer, written_out(text, *(o[i] for o, i in zip(options, indices, strict=True)))
+        )
+        assert [i for i in ids if i != space] == [i for i in expected[0] if i != space]

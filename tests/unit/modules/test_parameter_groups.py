@@ -59,7 +59,10 @@ CONNECTORS = {
     "CTCCompressConnector": {"vocab_size": 9, "d_model": 32, "heads": 4},
     "WhisperDecoderConnector": {},
     "TwoChannelConnector": {"acoustic_strides": 2},
-    "description": {"_target_": "nemo_mtbi.modules.connectors.TwoChannelConnector", "acoustic_prompt": " A voice."},
+    "description": {
+        "_target_": "nemo_mtbi.modules.connectors.TwoChannelConnector",
+        "acoustic_prompt": " A {low|high} voice.",
+    },
 }
 LORA = {"task_type": "CAUSAL_LM", "r": 2, "target_modules": ["q_proj"]}
 

@@ -18,8 +18,9 @@ from nemo_mtbi.evaluation.corpora import READERS
 from nemo_mtbi.evaluation.questions import LabelledConfig
 from nemo_mtbi.models.language_model import teacher_hidden_states
 from nemo_mtbi.targets.config import DescriptionConfig
+from nemo_mtbi.targets.decoder import Answer
 from nemo_mtbi.targets.draw import PromptDrawer
-from nemo_mtbi.targets.filters import Candidate, misread, unasked
+from nemo_mtbi.targets.filters import Candidate, OneSided, misread, unasked
 from nemo_mtbi.targets.generate import TargetGenerator
 from nemo_mtbi.tasks.library import load_library
 from nemo_mtbi.training.stages import require_acoustics
@@ -235,3 +236,62 @@ def test_labels_are_balanced_and_parts_of_recordings_cut_out(tmp_path):
         samples, rate = soundfile.read(question.audio)
         assert len(samples) == pytest.approx(0.4 * rate, abs=1) and question.audio.parent == tmp_path / "audio"
         assert np.allclose(samples, cut.load_audio()[0], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("readings", "rejected"),
+    [
+        ({"male": [50, 50], "female": [50, 0]}, True),  # "male" whatever is read
+        ({"male": [50, 26], "female": [50, 24]}, True),
+        ({"male": [50, 40], "female": [50, 45]}, False),
+        ({"male": [50, 50], "female": [50, 25]}, False),  # informedness 0.5
+        ({"slow": [9, 9], "medium": [9, 9], "fast": [9, 0]}, False),
+        ({"slow": [9, 9], "medium": [9, 4], "fast": [9, 0]}, True),
+        ({"male": [50, 50], "female": [4, 0]}, False),  # too few to tell
+        ({"male": [50, 0]}, False),
+        ({}, False),
+    ],
+)
+def test_wordings_that_are_answered_alike_whatever_the_voice_is(readings, rejected):
+    task = load_library()["voice_gender"]
+    reason = OneSided({"voice_gender/a": readings}).check(task, "a", "Male")
+    assert (reason is not None) == rejected and (not rejected or "whatever the voice is" in reason)
+    assert OneSided({"voice_gender/a": readings}).check(task, "b", "Male") is None
+
+
+class Listener:
+    """A text LLM that reads the gender, if the question says "gender"; it says male to other questions."""
+
+    independent = True
+
+    def __init__(self, tokenizer, end):
+        self.tokenizer, self.end = tokenizer, end
+
+    def generate(self, requests, top_k=0, temperature=1.0):
+        for request in requests:
+            read = self.tokenizer.decode(request.prompt_ids)
+            female = "gender is female" in read and "gender" in read.replace("The gender is", "")
+            ids = [*self.tokenizer("Female" if female else "Male", add_special_tokens=False)["input_ids"], self.end]
+            yield Answer(
+                request.key, ids, True, torch.zeros(len(ids), top_k).int(), torch.zeros(len(ids), top_k).half()
+            )
+
+
+def test_answers_to_one_sided_wordings_are_rejected(tmp_path, tiny_llm, monkeypatch):
+    cuts = described_cuts(tmp_path / "cuts.jsonl", 24, lambda i: {"gender": "female" if i % 2 else "male"})
+    settings = described(
+        tmp_path, tiny_llm, cuts, task_names=["voice_gender"], filters=["misread", "one_sided"], prompts_per_task=0
+    )
+    drawer = PromptDrawer(settings)
+    listener = Listener(drawer.tokenizer.tokenizer, drawer.end_of_turn)
+    monkeypatch.setattr("nemo_mtbi.targets.shards.LazyEngine.get", lambda self: listener)
+    written = CutSet.from_file(TargetGenerator(settings).run()["train"])
+    targets = [Target(**t) for cut in written for t in cut.custom["targets"]]
+    wordings = {p.id: p.text for p in load_library()["voice_gender"].select("seen")}
+    fair = {name for name, text in wordings.items() if "gender" in text}
+    assert {t.prompt_id for t in targets} == fair and len(targets) == 24 * len(fair)
+    side = [json.loads(line) for line in (tmp_path / "targets/rejected/train.jsonl").read_text().splitlines()]
+    counts = {name: sum(r["filter"] == name for r in side) for name in ("misread", "one_sided")}
+    assert counts == {"misread": 12 * (len(wordings) - len(fair)), "one_sided": 12 * (len(wordings) - len(fair))}
+    manifest = json.loads((tmp_path / "targets/manifest.json").read_text())
+    assert manifest["targets"] == len(targets) and manifest["rejected"] == counts

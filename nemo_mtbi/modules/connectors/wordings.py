@@ -1,0 +1,62 @@
+"""A text with choices, ``The gender is {female|male}.``, as tokens of an LLM."""
+
+import re
+from typing import Any
+
+from nemo_mtbi.data.literal import literal_encoding
+from nemo_mtbi.errors import ConfigError
+
+CHOICES = re.compile(r"\{([^{}]*)\}")
+Wordings = list[list[list[int]]]  # pieces of a text; each as its alternatives, all of one length
+
+
+def wordings(tokenizer: Any, text: str) -> Wordings:
+    """Pieces of a text one after the other: what always stands there (one alternative), and choices.
+
+    A choice is what its alternatives do not share, as the LLM's tokenizer cuts the whole text with each of them;
+    shorter ones begin with spaces.
+
+    Args:
+        tokenizer: of the LLM, fast (Transformers).
+        text: with choices ``{one|other|...}``.
+
+    Raises:
+        ConfigError: no choice, a brace that stands alone, fewer than two alternatives, an empty or repeated one, or two
+            choices that share a token.
+    """
+    pieces = CHOICES.split(text)
+    fixed, choices = pieces[::2], [[a.strip() for a in piece.split("|")] for piece in pieces[1::2]]
+    if not choices or any(brace in piece for brace in "{}" for piece in fixed):
+        raise ConfigError(
+            f"acoustic_prompt={text!r}: write what the voice decides as choices in braces, such as 'The gender is "
+            "{female|male}.'"
+        )
+    for choice in choices:
+        if len(choice) < 2 or not all(choice) or len(set(choice)) < len(choice):
+            raise ConfigError(
+                f"acoustic_prompt: the choice {{{'|'.join(choice)}}} needs two or more alternatives, none of them "
+                "empty or written twice."
+            )
+
+    def tokens(chosen: list[str]) -> list[int]:
+        written = "".join(a + b for a, b in zip(fixed, [*chosen, ""], strict=True))
+        return literal_encoding(tokenizer, written)[0]
+
+    first = [choice[0] for choice in choices]
+    base, [space, *_] = tokens(first), literal_encoding(tokenizer, " ")[0]
+    result: Wordings = []
+    done = 0
+    for place, choice in enumerate(choices):
+        read = [tokens([*first[:place], alternative, *first[place + 1 :]]) for alternative in choice]
+        shortest = min(map(len, read))
+        begin = next((i for i in range(shortest) if len({ids[i] for ids in read}) > 1), shortest)
+        after = next((i for i in range(shortest - begin) if len({ids[-1 - i] for ids in read}) > 1), shortest - begin)
+        if begin < done:
+            raise ConfigError(f"acoustic_prompt={text!r}: two choices share a token; write something between them.")
+        own = [ids[begin : len(ids) - after] for ids in read]
+        longest = max(map(len, own))
+        if begin > done:
+            result.append([base[done:begin]])
+        result.append([[space] * (longest - len(ids)) + ids for ids in own])
+        done = len(base) - after
+    return [*result, [base[done:]]] if done < len(base) else result

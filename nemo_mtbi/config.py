@@ -42,6 +42,11 @@ class ImitationConfig:
     teacher: str = "online"
     task_weights: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def by_the_llm(self) -> bool:
+        """Whether the LLM's own loss counts: CE or KL."""
+        return self.w_ce > 0 or self.w_kl > 0
+
     def objective(self) -> ImitationObjective:
         return ImitationObjective(self.w_ce, self.w_kl, self.temperature, self.divergence)
 
@@ -202,17 +207,22 @@ def model_config(cfg: DictConfig | dict[str, Any]) -> ModelConfig:
             f"model.imitation: w_risk={imitation.w_risk} must be >= 0, risk_samples={imitation.risk_samples} at least "
             f"2, risk_temperature={imitation.risk_temperature} positive"
         )
-    if imitation.w_risk > 0 and imitation.w_ce == 0 and imitation.w_kl == 0:
+    if imitation.w_risk > 0 and not imitation.by_the_llm:
         problems.append("model.imitation: w_risk weighs hypotheses by CE and KL, so w_ce or w_kl must be above 0")
-    if config.imitation.w_ce == 0 and config.imitation.w_kl == 0 and not terms:
+    if not config.imitation.by_the_llm and not terms:
         problems.append("model.imitation: w_ce, w_kl, w_ctc and w_align are all 0, so nothing is trained")
     cuts_audio = config.interleaving.level == "waveform" and config.interleaving.probability > 0
     if cuts_audio and terms:
         problems.append(
             "model.interleaving.level=waveform cuts the audio, so imitation.w_ctc, w_align and w_risk must be 0"
         )
-    prompted = (config.perception.get("modality_adapter") or {}).get("acoustic_prompt") is not None
-    if cuts_audio and prompted:
+    prompt = (config.perception.get("modality_adapter") or {}).get("acoustic_prompt")
+    if prompt is not None and not isinstance(prompt, str):
+        problems.append(
+            f"model.perception.modality_adapter.acoustic_prompt={prompt} is no text: write it in quotes (braces are "
+            "YAML's own)"
+        )
+    if cuts_audio and prompt is not None:
         problems.append(
             "model.interleaving.level=waveform cuts the audio, an acoustic_prompt describes all of it: use embedding"
         )

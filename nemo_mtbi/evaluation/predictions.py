@@ -93,6 +93,7 @@ class Predictions:
         label = {name: value for name, value in label_of(conversation).items() if name != GROUP}
         said: list[Any] = [transcript(conversation.cut), label, self.budget(conversation) if self.generate else 0]
         said += [] if label else [self.choices(conversation)]  # a label has its own
+        said += ["ways of writing"] if self.choices(conversation) else []  # how choices are scored
         return key_of(
             self.key, target.rendering, target.prompt, target.response, *said, features_key(conversation.cut, "")
         )
@@ -128,13 +129,12 @@ class Predictions:
 
     def _choices(self, model: MTBISALM, system: System, reading: SystemBatch) -> list[str | None]:
         """The most likely choice of each example whose task has choices, by the probability of its tokens and the end
-        of turn, as it is written and with a capital: an LLM answers "Male" to a question for male or female (surface
-        forms, Holtzman et al. 2021).
+        of turn, summed over its ways of writing (:func:`ways_of_writing`).
         """
         tokenizer, end = model.tokenizer.tokenizer, [model.end_of_turn()]
         scores: list[dict[str, float]] = [{} for _ in reading.examples]
         options = [self.choices(c) if system.teacher_forced else [] for c in reading.conversations]
-        written = [[(c, form) for c in own for form in dict.fromkeys((c, c[:1].upper() + c[1:]))] for own in options]
+        written = [[(c, form) for c, forms in ways_of_writing(own).items() for form in forms] for own in options]
         for place in range(max(map(len, written))):
             rows = [own[place % len(own)] if own else ("", "") for own in written]
             if not any(form for _, form in rows):
@@ -145,6 +145,19 @@ class Predictions:
                 if place < len(own):
                     row[choice] = float(np.logaddexp(row.get(choice, -np.inf), value))
         return [max(s, key=lambda c: s[c]) if o else None for s, o in zip(scores, options, strict=True)]
+
+
+def ways_of_writing(choices: list[str]) -> dict[str, list[str]]:
+    """Each choice as it is, with a capital and with a small letter, without those that are another choice: an LLM
+    answers "Male" to a question for male or female (surface forms, Holtzman et al. 2021)."""
+    return {
+        choice: [
+            form
+            for form in dict.fromkeys((choice, choice[:1].upper() + choice[1:], choice[:1].lower() + choice[1:]))
+            if form == choice or form not in choices
+        ]
+        for choice in choices
+    }
 
 
 def resampled_with(conversation: MTBIConversation) -> dict[str, Any]:

@@ -302,7 +302,7 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
         loss.backward(*args, **kwargs)
 
     def on_train_start(self) -> None:
-        imitates = self.stage == "imitation" and (self.config.imitation.w_ce > 0 or self.config.imitation.w_kl > 0)
+        imitates = self.stage == "imitation" and self.config.imitation.by_the_llm
         if imitates and (connector := connector_of(self.perception)) is not None:
             connector.begin_imitation()
 

@@ -62,8 +62,8 @@ def setup_perception(model: Any) -> None:
             )
         if adapter._target_.startswith("nemo_mtbi."):
             adapter.output_dim = model.llm.config.hidden_size
-            if adapter.get("acoustic_prompt") is not None and "acoustic_prompt_ids" not in adapter:
-                adapter.acoustic_prompt_ids = wordings(model.tokenizer.tokenizer, str(adapter.acoustic_prompt))
+            if adapter.get("acoustic_prompt") is not None and adapter.get("acoustic_prompt_ids") is None:
+                adapter.acoustic_prompt_ids = wordings(model.tokenizer.tokenizer, adapter.acoustic_prompt)
             if "feat_in" not in adapter:
                 taps = len(perception.encoder.get("taps", [])) if whisper else 0
                 width = perception.encoder.config.d_model if whisper else _nemo_config(name).encoder.d_model

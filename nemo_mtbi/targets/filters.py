@@ -181,14 +181,14 @@ Readings = dict[str, dict[str, list[int]]]  # of each wording and label: questio
 
 
 class OneSided:
-    """Finds wordings whose answers follow the question and not the voice: small LLMs say "clean" whatever they read.
+    """Finds wordings whose answers do not follow the voice: small LLMs say "clean" to some whatever they read.
 
     The filter ``misread`` would leave the answers that are right by chance, all of one label, which teach nothing about
     voices. A wording is judged by its informedness (Youden 1950), ``(r - 1/k) / (1 - 1/k)`` with r the mean over k
     labels of the share that is answered rightly; labels of fewer than ``FEWEST`` questions do not count.
 
     Args:
-        readings: of all answers to questions about one attribute.
+        readings: of all answers to questions about one attribute, in one manifest.
     """
 
     FEWEST, LEAST = 5, 0.5
@@ -202,7 +202,7 @@ class OneSided:
             chance, mean = 1 / len(shares), sum(shares.values()) / len(shares)
             if (mean - chance) / (1 - chance) < self.LEAST - 1e-9:
                 said = ", ".join(f"{label} {share:.2f}" for label, share in sorted(shares.items()))
-                self.reasons[wording] = f"this wording is answered alike whatever the voice is (right: {said})"
+                self.reasons[wording] = f"the label is read too seldom in this wording (right: {said})"
 
     def check(self, task: Task, prompt_id: str, response: str) -> str | None:
         """Reason to reject an answer; None if its wording passes."""
@@ -210,11 +210,12 @@ class OneSided:
 
 
 def asked_label(task: Task, described: Description | None) -> str | None:
-    """The label that a question about one attribute of the voice has as its answer; None for other questions."""
+    """The label (in small letters) that a question about one attribute of the voice has as its answer; None for other
+    questions."""
     if described is None or len(task.needs) != 1 or not task.choices:
         return None
-    labels = {label for name, label in described.labels if name in task.needs}
-    return labels.pop() if len(labels) == 1 and labels <= set(task.choices) else None
+    labels = {label.casefold() for name, label in described.labels if name in task.needs}
+    return labels.pop() if len(labels) == 1 and labels <= {choice.casefold() for choice in task.choices} else None
 
 
 class NearDuplicates:

@@ -31,7 +31,7 @@ from nemo_mtbi.targets.config import TargetsConfig, decoded_by
 from nemo_mtbi.targets.decoder import Answer, Request
 from nemo_mtbi.targets.draw import Job, PromptDrawer
 from nemo_mtbi.targets.engine import Engine
-from nemo_mtbi.targets.filters import Candidate, Readings, asked_label, choose_filters
+from nemo_mtbi.targets.filters import Candidate, Readings, asked_label, choose_filters, misread
 
 CHUNK = 1024  # requests that an engine gets together
 # Settings that change how answers are come by, and not what is written.
@@ -53,7 +53,6 @@ OPERATIONAL = (
 IMPOSSIBLE = -100.0  # log-probability
 # Rejected without a filter: prompts that the LLM has no room for, and cuts that nothing can be asked about.
 CONTEXT, NO_TRANSCRIPT = "context", "no_transcript"
-MISREAD = "misread"
 
 
 @dataclass
@@ -229,11 +228,8 @@ class ShardWriter:
             for job in by_cut.get(cut.id, []):
                 record = answers.records.get(job.request.key)
                 reason = self._reject(job, record)
-                label = asked_label(self.drawer.by_name[job.task], job.described) if job.described else None
-                if label is not None and (reason is None or reason[0] == MISREAD):
-                    asked = status.readings.setdefault(f"{job.task}/{job.prompt_id}", {}).setdefault(label, [0, 0])
-                    asked[0] += 1
-                    asked[1] += reason is None
+                if record is not None and job.problem is None and job.described is not None:
+                    self._count_reading(status.readings, job, record)
                 if reason is not None:
                     rejected[reason[0]] += 1
                     side.append(rejected_record(shard.name, cut.id, job.task, job.prompt_id, *reason, record))
@@ -295,7 +291,22 @@ class ShardWriter:
             return None if job.task == NO_SPEECH or record is None else self._reject_given(job, record)
         if record is None:
             return CONTEXT, f"prompt of {len(job.request.prompt_ids)} tokens and {job.request.max_new_tokens} new ones"
-        candidate = Candidate(
+        candidate = self._candidate(job, record)
+        for filter_name, check in self.filters:
+            if (why := check(candidate)) is not None:
+                return filter_name, why
+        return None
+
+    def _count_reading(self, readings: Readings, job: Job, record: Record) -> None:
+        """Whether a question about one attribute was answered rightly, whatever filters there are."""
+        candidate = self._candidate(job, record)
+        if (label := asked_label(candidate.task, candidate.described)) is not None:
+            asked = readings.setdefault(f"{job.task}/{job.prompt_id}", {}).setdefault(label, [0, 0])
+            asked[0] += 1
+            asked[1] += record["finished"] and misread(candidate) is None
+
+    def _candidate(self, job: Job, record: Record) -> Candidate:
+        return Candidate(
             task=self.drawer.by_name[job.task],
             transcript=job.transcript,
             response=record["response"],
@@ -307,10 +318,6 @@ class ShardWriter:
             max_total_tokens=self.config.max_total_tokens,
             described=job.described,
         )
-        for filter_name, check in self.filters:
-            if (why := check(candidate)) is not None:
-                return filter_name, why
-        return None
 
     def _reject_given(self, job: Job, record: Record) -> tuple[str, str] | None:
         """Why an answer that a task gives cannot be trained on."""

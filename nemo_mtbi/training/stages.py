@@ -193,7 +193,7 @@ def run_stage(cfg: DictConfig, model: MTBISALM, run: RunDirectory, name: str) ->
     best = BestWeights(run, name, watched.get("monitor", "val_loss"), watched.get("mode", "min"))
     monitors = [Throughput(), SampleAnswers(run.kept(name), **cfg.sample_answers), best]
     with named():
-        imitates = name == IMITATION and (model.config.imitation.w_ce > 0 or model.config.imitation.w_kl > 0)
+        imitates = name == IMITATION and model.config.imitation.by_the_llm
         trainer = build_trainer(stage.trainer, name, monitors, find_unused=not imitates)
         exp_manager(trainer, stage.exp_manager)
     ended = Ended()

@@ -134,9 +134,12 @@ class DescriptionChannel(nn.Module):
         chosen = self.probabilities(features, lengths, written).flatten(1)
         tokens, positions, places = self.prompt.unbind(1)
         shares = torch.cat([chosen, torch.ones_like(chosen[:, :1])], 1)[:, places]
-        words = embed_tokens(tokens).to(shares.dtype)
-        embeddings = words.new_zeros(len(shares), self.positions_per_window, words.shape[1])
-        embeddings = embeddings.index_add(1, positions, shares[..., None] * words)
+        words = embed_tokens(tokens)
+        embeddings = shares.new_zeros(len(shares), self.positions_per_window, words.shape[1])
+        embeddings = embeddings.index_add(1, positions, shares[..., None] * words.float())
+        autocast = torch.is_autocast_enabled(words.device.type)
+        precision = torch.get_autocast_dtype(words.device.type) if autocast else self.project.weight.dtype
+        embeddings = embeddings.to(precision)
         centers = torch.full(embeddings.shape[:2], WHOLE, device=embeddings.device)
         return SpeechEmbeddings(embeddings, torch.full_like(lengths, embeddings.shape[1]), centers)
 
@@ -259,4 +262,5 @@ def joined(first: SpeechEmbeddings, second: SpeechEmbeddings) -> SpeechEmbedding
         torch.cat([first.centers, second.centers.to(first.centers.dtype)], 1).gather(1, index),
         labels=torch.cat(labels, 1).gather(1, index),
         nothing_heard=second.nothing_heard if first.nothing_heard is None else first.nothing_heard,
+        words=second.words if first.words is None else first.words,
     )

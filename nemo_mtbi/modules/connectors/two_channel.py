@@ -3,6 +3,7 @@
 Letters: B utterances, T encoder frames, K encoder layers, D their width, P output positions.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class TwoChannelConnector(WhisperDecoderConnector):
         text: further arguments of :class:`WhisperDecoderConnector`.
 
     Raises:
-        ConfigError: an unknown order, or an encoder that is not that Whisper's.
+        ConfigError: an unknown order, an encoder that is not that Whisper's, or ids of an earlier version.
     """
 
     acoustic_open: Tensor
@@ -66,7 +67,11 @@ class TwoChannelConnector(WhisperDecoderConnector):
         if acoustic_prompt is None:
             self.acoustic = AcousticChannel(feat_in // width, width, output_dim, acoustic_strides)
         else:
-            assert acoustic_prompt_ids is not None, "filled in with the text"
+            if acoustic_prompt_ids is None or not all(isinstance(p, Sequence) for p in acoustic_prompt_ids):
+                raise ConfigError(
+                    f"acoustic_prompt_ids={acoustic_prompt_ids}: leave them out, they are made of acoustic_prompt. "
+                    "(Connectors of before December 2026, with a text without choices, have to be trained again.)"
+                )
             self.acoustic = DescriptionChannel(feat_in // width, width, output_dim, acoustic_prompt_ids)
         self.positions_per_second = self.acoustic.positions_per_second
         self.positions_per_window = self.acoustic.positions_per_window

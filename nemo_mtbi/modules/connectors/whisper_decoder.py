@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nemo_mtbi.data.literal import literal_encoding
 from nemo_mtbi.data.messages import NOTHING_HEARD
 from nemo_mtbi.errors import ConfigError
-from nemo_mtbi.io.text import UNSPACED
+from nemo_mtbi.io.text import UNSPACED, word_count
 from nemo_mtbi.io.transfer import all_to_device
 from nemo_mtbi.modules.connectors.base import Hypotheses, SpeechEmbeddings, evaluation_mode
 from nemo_mtbi.modules.connectors.whisper_recognizer import WhisperRecognizer
@@ -157,7 +157,7 @@ class WhisperDecoderConnector(WhisperRecognizer):
             written = self._language_model_tokens(tokenizer, own, start)
             rows.append([(token, index, (index + 0.5) / max(1, len(own)) * frames) for token, index in written])
         about = [
-            [float(not row), len(self.tokenizer.decode(own).split())] for row, own in zip(rows, tokens, strict=True)
+            [float(not row), word_count(self.tokenizer.decode(own))] for row, own in zip(rows, tokens, strict=True)
         ]
         for row, note in zip(rows, about, strict=True):
             if not row:

@@ -46,6 +46,8 @@ def whole_utterances(speech: SpeechEmbeddings, windows: Windows | None) -> Speec
     if speech.ctc_log_probs is not None and speech.ctc_lengths is not None:
         result.ctc_log_probs, result.ctc_lengths = joined_rows(speech.ctc_log_probs, speech.ctc_lengths, windows)
     result.nothing_heard = nothing
+    if speech.words is not None:
+        result.words = speech.words.new_zeros(count).index_add(0, owners, speech.words)
     return result
 
 

@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from nemo_mtbi.data.literal import literal_encoding
-from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.errors import ConfigError, DataError
 
 CHOICES = re.compile(r"\{([^{}]*)\}")
 Wordings = list[list[list[int]]]  # pieces of a text; each as its alternatives, all of one length
@@ -21,8 +21,8 @@ def wordings(tokenizer: Any, text: str) -> Wordings:
         text: with choices ``{one|other|...}``.
 
     Raises:
-        ConfigError: no choice, a brace that stands alone, fewer than two alternatives, an empty or repeated one, or two
-            choices that share a token.
+        ConfigError: no choice, a brace that stands alone, fewer than two alternatives, an empty or repeated one, two
+            choices that share a token, or what this tokenizer cannot write or tell apart.
     """
     pieces = CHOICES.split(text)
     fixed, choices = pieces[::2], [[a.strip() for a in piece.split("|")] for piece in pieces[1::2]]
@@ -40,10 +40,13 @@ def wordings(tokenizer: Any, text: str) -> Wordings:
 
     def tokens(chosen: list[str]) -> list[int]:
         written = "".join(a + b for a, b in zip(fixed, [*chosen, ""], strict=True))
-        return literal_encoding(tokenizer, written)[0]
+        try:
+            return literal_encoding(tokenizer, written)[0]
+        except DataError as error:
+            raise ConfigError(f"acoustic_prompt: {error}") from error
 
     first = [choice[0] for choice in choices]
-    base, [space, *_] = tokens(first), literal_encoding(tokenizer, " ")[0]
+    base = tokens(first)
     result: Wordings = []
     done = 0
     for place, choice in enumerate(choices):
@@ -54,9 +57,19 @@ def wordings(tokenizer: Any, text: str) -> Wordings:
         if begin < done:
             raise ConfigError(f"acoustic_prompt={text!r}: two choices share a token; write something between them.")
         own = [ids[begin : len(ids) - after] for ids in read]
+        if len(set(map(tuple, own))) < len(own):
+            raise ConfigError(
+                f"acoustic_prompt: the LLM's tokenizer cannot tell the alternatives {{{'|'.join(choice)}}} apart."
+            )
         longest = max(map(len, own))
         if begin > done:
             result.append([base[done:begin]])
-        result.append([[space] * (longest - len(ids)) + ids for ids in own])
+        result.append([_space(tokenizer, longest - len(ids)) + ids for ids in own])
         done = len(base) - after
     return [*result, [base[done:]]] if done < len(base) else result
+
+
+def _space(tokenizer: Any, count: int) -> list[int]:
+    """So many positions that say nothing."""
+    signs = (literal_encoding(tokenizer, sign)[0][:1] for sign in (" ", "\n", ".")) if count else ()
+    return next(filter(None, signs), []) * count

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_mtbi.checkpoints.archive import save_directory
-from nemo_mtbi.evaluation.predictions import Predictions
+from nemo_mtbi.evaluation.predictions import Predictions, ways_of_writing
 from nemo_mtbi.evaluation.systems import (
     SystemBatch,
     TextLLM,
@@ -89,7 +89,7 @@ def test_a_choice_is_as_likely_as_its_ways_of_writing_together(tiny_config, monk
     batch = make_batch(model, 2)
     conversations = [types.SimpleNamespace(target=types.SimpleNamespace(task="x")) for _ in range(2)]
     reading = SystemBatch(conversations, batch["examples"], None)
-    written = {"female": -1.0, "Female": -1.0, "male": -0.7, "Male": -9.0, "B": -0.1, "A": -0.2}
+    written = {"female": -1.0, "Female": -1.0, "male": -0.7, "Male": -9.0, "B": -0.1, "A": -0.2, "a": -9.0, "b": -9.0}
     tokenizer, asked = model.tokenizer.tokenizer, []
 
     def scored(model, system, reading, responses):
@@ -102,4 +102,19 @@ def test_a_choice_is_as_likely_as_its_ways_of_writing_together(tiny_config, monk
     predictions = Predictions(None, "key", lambda conversation: next(choices), lambda c: 4, 2)
     assert predictions._choices(model, TextSystem(model, None), reading) == ["female", "B"]
     assert [first for first, _ in asked] == ["male", "Male", "female", "Female"]
-    assert {second for _, second in asked} == {"A", "B"}
+    assert {second for _, second in asked} == {"A", "a", "B", "b"}
+
+
+@pytest.mark.parametrize(
+    ("choices", "ways"),
+    [
+        (["male"], {"male": ["male", "Male"]}),
+        (["English", "german"], {"English": ["English", "english"], "german": ["german", "German"]}),
+        (["yes", "no", "no"], {"yes": ["yes", "Yes"], "no": ["no", "No"]}),
+        (["may", "May"], {"may": ["may"], "May": ["May"]}),
+        (["3", "", "\u00e9t\u00e9"], {"3": ["3"], "": [""], "\u00e9t\u00e9": ["\u00e9t\u00e9", "\u00c9t\u00e9"]}),
+        ([], {}),
+    ],
+)
+def test_ways_of_writing(choices, ways):
+    assert ways_of_writing(choices) == ways

@@ -6,7 +6,7 @@ import pytest
 
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.io.tables import read_table
-from nemo_mtbi.io.text import in_one, numbered_lines, read_text
+from nemo_mtbi.io.text import in_one, numbered_lines, read_text, word_count
 
 pytestmark = pytest.mark.unit
 WORDS = "naïve café, 東京"
@@ -123,3 +123,17 @@ def test_lines_are_read_as_they_are_asked_for(tmp_path):
     assert [next(lines), next(lines)] == [(1, "one"), (3, "two")]
     with pytest.raises(DataError, match="line 20004: byte 0xff"):
         list(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("", 0),
+        (" We  call it bear. ", 4),
+        ("\u4eca\u5929\u597d", 3),
+        ("\u4eca\u5929 hello", 3),
+        ("don\u2019t\nstop", 2),
+    ],
+)
+def test_word_count(text, count):
+    assert word_count(text) == count

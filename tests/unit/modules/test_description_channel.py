@@ -122,6 +122,8 @@ def test_more_words_in_the_same_time_are_another_voice(model):
         for row, length in zip(speech.embeddings, speech.lengths, strict=True)
     )
     assert float((slow - fast).abs().max()) > 1e-3
+    texts = [connector.tokenizer.decode(own) for own in ([5], [5, 6, 7])]
+    assert speech.words.tolist() == [len(text.split()) for text in texts]
 
 
 def test_standardization_is_that_of_all_that_training_saw():
@@ -282,12 +284,48 @@ def test_an_alignment_stage_that_would_train_nothing_is_refused(model, config):
         ("It is {female| }.", "none of them empty"),
         ("It is {female|male|male }.", "written twice"),
         ("{a|b}{c|d}", "share a token"),
+        ({"female|male": None}, "in quotes"),
+        (["It is", "{a|b}"], "in quotes"),
+        (3, "in quotes"),
     ],
 )
 def test_a_text_without_good_choices_is_refused(config, text, message):
     config["perception"]["modality_adapter"]["acoustic_prompt"] = text
     with pytest.raises(ConfigError, match=message):
         build(config)
+
+
+@pytest.mark.parametrize("ids", [[1, 2, 3], [[[1]], 2]])
+def test_tokens_of_earlier_versions_are_refused(config, ids):
+    config["perception"]["modality_adapter"]["acoustic_prompt_ids"] = ids
+    with pytest.raises(ConfigError, match="trained again"):
+        build(config)
+
+
+class Spaceless:
+    """A tokenizer without spaces, which reads small letters alone."""
+
+    added_tokens_decoder, chat_template = {}, None
+
+    def __call__(self, text, **options):
+        letters = [(i, c) for i, c in enumerate(text.lower()) if c != " "]
+        return {"input_ids": [ord(c) for _, c in letters], "offset_mapping": [(i, i + 1) for i, _ in letters]}
+
+
+def test_other_tokenizers_have_choices_too():
+    assert wordings(Spaceless(), "a {b|cd}") == [[[97]], [[10, 98], [99, 100]]]
+    with pytest.raises(ConfigError, match="apart"):
+        wordings(Spaceless(), "a {b|B}")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("order", ["text_first", "acoustic_first"])
+def test_it_is_of_the_precision_that_the_step_has(config, order):
+    config["perception"]["modality_adapter"]["order"] = order
+    model = build(config).eval()
+    model.perception.modality_adapter.begin_imitation()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert heard(model, make_batch(model, 2)).embeddings.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -255,35 +255,42 @@ def test_labels_are_balanced_and_parts_of_recordings_cut_out(tmp_path):
 def test_wordings_that_are_answered_alike_whatever_the_voice_is(readings, rejected):
     task = load_library()["voice_gender"]
     reason = OneSided({"voice_gender/a": readings}).check(task, "a", "Male")
-    assert (reason is not None) == rejected and (not rejected or "whatever the voice is" in reason)
+    assert (reason is not None) == rejected and (not rejected or "too seldom" in reason)
     assert OneSided({"voice_gender/a": readings}).check(task, "b", "Male") is None
 
 
 class Listener:
-    """A text LLM that reads the gender, if the question says "gender"; it says male to other questions."""
+    """A text LLM that reads the gender, if the question says "gender"; it says male, or what ``otherwise`` says of
+    female voices, to other questions."""
 
     independent = True
 
-    def __init__(self, tokenizer, end):
-        self.tokenizer, self.end = tokenizer, end
+    def __init__(self, tokenizer, end, otherwise):
+        self.tokenizer, self.end, self.otherwise = tokenizer, end, otherwise
 
     def generate(self, requests, top_k=0, temperature=1.0):
         for request in requests:
             read = self.tokenizer.decode(request.prompt_ids)
-            female = "gender is female" in read and "gender" in read.replace("The gender is", "")
-            ids = [*self.tokenizer("Female" if female else "Male", add_special_tokens=False)["input_ids"], self.end]
-            yield Answer(
-                request.key, ids, True, torch.zeros(len(ids), top_k).int(), torch.zeros(len(ids), top_k).half()
-            )
+            female, understood = "gender is female" in read, "gender" in read.replace("The gender is", "")
+            said = ("Female" if understood else self.otherwise) if female else "Male"
+            ids = [*self.tokenizer(said, add_special_tokens=False)["input_ids"], self.end]
+            nothing = torch.zeros(len(ids), top_k)
+            yield Answer(request.key, ids, True, nothing.int(), nothing.half())
 
 
-def test_answers_to_one_sided_wordings_are_rejected(tmp_path, tiny_llm, monkeypatch):
+@pytest.mark.parametrize(
+    ("otherwise", "filters", "first"),
+    [
+        ("Male", ["misread", "one_sided"], "misread"),
+        ("I cannot help with that.", ["refusal", "misread", "one_sided"], "refusal"),
+        ("Male", ["one_sided"], None),
+    ],
+)
+def test_answers_to_one_sided_wordings_are_rejected(tmp_path, tiny_llm, monkeypatch, otherwise, filters, first):
     cuts = described_cuts(tmp_path / "cuts.jsonl", 24, lambda i: {"gender": "female" if i % 2 else "male"})
-    settings = described(
-        tmp_path, tiny_llm, cuts, task_names=["voice_gender"], filters=["misread", "one_sided"], prompts_per_task=0
-    )
+    settings = described(tmp_path, tiny_llm, cuts, task_names=["voice_gender"], filters=filters, prompts_per_task=0)
     drawer = PromptDrawer(settings)
-    listener = Listener(drawer.tokenizer.tokenizer, drawer.end_of_turn)
+    listener = Listener(drawer.tokenizer.tokenizer, drawer.end_of_turn, otherwise)
     monkeypatch.setattr("nemo_mtbi.targets.shards.LazyEngine.get", lambda self: listener)
     written = CutSet.from_file(TargetGenerator(settings).run()["train"])
     targets = [Target(**t) for cut in written for t in cut.custom["targets"]]
@@ -291,7 +298,8 @@ def test_answers_to_one_sided_wordings_are_rejected(tmp_path, tiny_llm, monkeypa
     fair = {name for name, text in wordings.items() if "gender" in text}
     assert {t.prompt_id for t in targets} == fair and len(targets) == 24 * len(fair)
     side = [json.loads(line) for line in (tmp_path / "targets/rejected/train.jsonl").read_text().splitlines()]
-    counts = {name: sum(r["filter"] == name for r in side) for name in ("misread", "one_sided")}
-    assert counts == {"misread": 12 * (len(wordings) - len(fair)), "one_sided": 12 * (len(wordings) - len(fair))}
+    lost = 12 * (len(wordings) - len(fair))
+    counts = {first: lost, "one_sided": lost} if first else {"one_sided": 2 * lost}
+    assert {name: sum(r["filter"] == name for r in side) for name in counts} == counts
     manifest = json.loads((tmp_path / "targets/manifest.json").read_text())
     assert manifest["targets"] == len(targets) and manifest["rejected"] == counts

@@ -1,7 +1,9 @@
 """The model's configuration: every default in one place, checked before any weight is loaded."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -17,6 +19,16 @@ from nemo_mtbi.process import fast_bfloat16
 DTYPES = ("float32", "bfloat16")
 AUTO = "auto"  # bfloat16 where this machine computes faster in it, else float32
 TEACHERS = ("online", "cached", "unfused", "none")
+PERCEPTION_KEYS = (
+    "encoder_layers",
+    "encoder_taps",
+    "fusion",
+    "input_length",
+    "modality_adapter",
+    "round_seconds",
+    "window_seconds",
+    *("encoder", "preprocessor", "spec_augmentation", "output_dim", "target"),  # NeMo's
+)
 
 
 @dataclass
@@ -211,6 +223,20 @@ def model_config(cfg: DictConfig | dict[str, Any]) -> ModelConfig:
         problems.append("model.imitation: w_risk weighs hypotheses by CE and KL, so w_ce or w_kl must be above 0")
     if not config.imitation.by_the_llm and not terms:
         problems.append("model.imitation: w_ce, w_kl, w_ctc and w_align are all 0, so nothing is trained")
+    for key, value in {
+        "imitation.w_ctc": imitation.w_ctc,
+        "imitation.w_align": imitation.w_align,
+        "alignment_stage.w_ctc": config.alignment_stage.w_ctc,
+        "alignment_stage.w_align": config.alignment_stage.w_align,
+        "max_bad_steps": config.max_bad_steps,
+        "prefix_cache_tokens": config.prefix_cache_tokens,
+        **{f"imitation.task_weights.{task}": weight for task, weight in imitation.task_weights.items()},
+    }.items():
+        if value < 0:
+            problems.append(f"model.{key}={value} must be at least 0")
+    if config.ctc_vocabulary.max_size < 1:
+        problems.append(f"model.ctc_vocabulary.max_size={config.ctc_vocabulary.max_size} must be at least 1")
+    problems += misspelled("model.perception", config.perception, PERCEPTION_KEYS)
     cuts_audio = config.interleaving.level == "waveform" and config.interleaving.probability > 0
     if cuts_audio and terms:
         problems.append(
@@ -241,6 +267,12 @@ def model_config(cfg: DictConfig | dict[str, Any]) -> ModelConfig:
     if problems:
         raise ConfigError("; ".join(problems))
     return config
+
+
+def misspelled(place: str, keys: Any, known: Sequence[str]) -> list[str]:
+    """Problems: keys that look like known ones of ours. (NeMo's sections have more than we know.)"""
+    found = [(str(key), get_close_matches(str(key), known, 1, 0.85)) for key in keys or ()]
+    return [f"{place}.{key}: did you mean {near[0]}?" for key, near in found if near and key not in known]
 
 
 def plain(value: Any) -> Any:

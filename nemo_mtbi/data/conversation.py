@@ -296,9 +296,7 @@ def _numbered(cut: Cut, index: int) -> Cut:
     return cut if index == 0 else cut.with_id(f"{cut.id}#{index}")
 
 
-SHARED_KEYS = ("rank", "world_size", "dealt", "by_worker", "whole")
-KNOWN_KEYS = {
-    *SHARED_KEYS,
+ENTRY_KEYS = (  # what a user writes
     "type",
     "cuts_path",
     "shar_path",
@@ -309,6 +307,12 @@ KNOWN_KEYS = {
     "every_target",
     "seed",
     "perturb_speed",
+    "input_cfg",
+)
+SHARED_KEYS = ("rank", "world_size", "dealt", "by_worker", "whole")
+KNOWN_KEYS = {
+    *SHARED_KEYS,
+    *(set(ENTRY_KEYS) - {"input_cfg"}),
     "speech_position",
     "shared_prefix",
     "acoustic",
@@ -318,6 +322,21 @@ KNOWN_KEYS = {
     "entry",
     "place",
 }
+
+
+def task_weights(tasks: Any) -> dict[str, float] | None:
+    """``tasks`` of an ``input_cfg`` entry, a list or a mapping to weights, as weights; None: all tasks.
+
+    Raises:
+        ConfigError: a weight below 0.
+    """
+    if tasks is None:
+        return None
+    tasks = OmegaConf.to_container(tasks) if OmegaConf.is_config(tasks) else tasks
+    weights = {str(k): float(v) for k, v in tasks.items()} if isinstance(tasks, dict) else dict.fromkeys(tasks, 1.0)
+    if below := [task for task, weight in weights.items() if weight < 0]:
+        raise ConfigError(f"input_cfg.tasks: the weight of {', '.join(below)} is below 0.")
+    return weights
 
 
 def read_mtbi(config: DictConfig) -> tuple[CutSet, bool]:
@@ -345,10 +364,7 @@ def read_mtbi(config: DictConfig) -> tuple[CutSet, bool]:
     reader.force_finite = True  # we repeat by ourselves, to count the visits
     cuts, is_tarred = read_cutset_from_config(reader)
     cuts, shars = with_visits(cuts)
-    tasks: Any = config.get("tasks")
-    if tasks is not None:
-        tasks = OmegaConf.to_container(tasks) if OmegaConf.is_config(tasks) else tasks
-        tasks = {str(k): float(v) for k, v in tasks.items()} if isinstance(tasks, dict) else dict.fromkeys(tasks, 1.0)
+    tasks = task_weights(config.get("tasks"))
     selection = TargetSelection(
         tasks, config.get("task_temperature", 1.0), config.get("every_target", False), config.get("seed", 0)
     )

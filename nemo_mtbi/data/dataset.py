@@ -18,7 +18,7 @@ from nemo_mtbi.data.example import Example
 from nemo_mtbi.data.feature_cache import FEATURES_FIELD, load_array, windows_of, written_of
 from nemo_mtbi.data.interleaving import timeline
 from nemo_mtbi.data.rendering import PromptRenderer, Spoken
-from nemo_mtbi.data.target import TEACHER_IDS_FIELD, TEACHER_LOG_PROBS_FIELD, Target
+from nemo_mtbi.data.target import TEACHER_IDS_FIELD, TEACHER_LOG_PROBS_FIELD, Target, no_log_probabilities
 from nemo_mtbi.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -130,13 +130,7 @@ class MTBIDataset(torch.utils.data.Dataset):
     def _example(self, conversation: MTBIConversation) -> Example:
         target = conversation.target
         assert target is not None
-        own = Target.rendering_of(self.dialect, conversation.speech_position, self.llm_key)
-        if self.llm_key and target.rendering and target.rendering != own:
-            raise DataError(
-                f"The answer of {conversation.id} was given under {target.rendering} (prompt format / speech "
-                f"position / LLM), "
-                f"this model has {own}. Use the same in both, or generate the targets again."
-            )
+        self._require_rendering(conversation.id, target, conversation.speech_position)
         rendered = conversation.rendered or self.renderer.render(conversation.messages())
         duration = conversation.cut.duration
         described = None
@@ -155,17 +149,40 @@ class MTBIDataset(torch.utils.data.Dataset):
             described,
         )
 
+    def require_fitting(self, name: str, target: Target, speech_position: str) -> None:
+        """
+        Raises:
+            DataError: an answer of another LLM or under another prompt format; with a cached teacher, one without its
+                log-probabilities, or with those of another temperature.
+        """
+        self._require_rendering(name, target, speech_position)
+        if self.teacher_temperature is not None:
+            if target.teacher_begin < 0:
+                raise DataError(no_log_probabilities(name))
+            self._require_temperature(name, target)
+
+    def _require_rendering(self, name: str, target: Target, speech_position: str) -> None:
+        own = Target.rendering_of(self.dialect, speech_position, self.llm_key)
+        if self.llm_key and target.rendering and target.rendering != own:
+            raise DataError(
+                f"The answer of {name} was given under {target.rendering} (prompt format / speech position / LLM), "
+                f"this model has {own}. Use the same in both, or generate the targets again."
+            )
+
+    def _require_temperature(self, name: str, target: Target) -> None:
+        if target.teacher_temperature != self.teacher_temperature:
+            raise DataError(
+                f"The teacher log-probabilities of {name} were stored at temperature {target.teacher_temperature}, "
+                f"the objective uses {self.teacher_temperature}. Generate the targets again, or set "
+                "model.imitation.temperature to theirs."
+            )
+
     def _teacher(self, items: list[MTBIConversation]) -> dict[str, torch.Tensor]:
         ids, log_probs = [], []
         for item in items:
             target = item.target
             assert target is not None
-            if target.teacher_temperature != self.teacher_temperature:
-                raise DataError(
-                    f"The teacher log-probabilities of {item.id} were stored at temperature "
-                    f"{target.teacher_temperature}, the objective uses {self.teacher_temperature}. "
-                    "Generate the targets again, or set model.imitation.temperature to theirs."
-                )
+            self._require_temperature(item.id, target)
             rows = slice(target.teacher_begin, target.teacher_begin + len(target.response_ids))
             ids.append(np.asarray(item.cut.load_custom(TEACHER_IDS_FIELD)[rows], dtype=np.int64))
             log_probs.append(np.asarray(item.cut.load_custom(TEACHER_LOG_PROBS_FIELD)[rows], dtype=np.float32))

@@ -48,3 +48,11 @@ class Target:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def no_log_probabilities(name: str) -> str:
+    """What is said of a target without the teacher's log-probabilities where they are to be read."""
+    return (
+        f"model.imitation.teacher=cached, but {name} has no teacher log-probabilities. Set top_k in "
+        "generate_targets.py and run it again, or use teacher=online."
+    )

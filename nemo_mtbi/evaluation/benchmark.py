@@ -7,7 +7,7 @@
     <output_dir>/benchmark.json, .md, .html, .png
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,11 @@ from nemo_mtbi.evaluation.predictions import Predictions, digest, key_of
 from nemo_mtbi.evaluation.silence import nothing_heard
 from nemo_mtbi.evaluation.summary import summarize, summarize_labels
 from nemo_mtbi.evaluation.systems import EvaluationSet, SALMSystem, SpeechSystem, System, TextLLM, TextSystem
+from nemo_mtbi.io import jsonl
 from nemo_mtbi.models.mtbi_salm import MTBISALM
 from nemo_mtbi.targets import workers
 from nemo_mtbi.targets.config import TargetsConfig
-from nemo_mtbi.tasks.library import load_library, select_tasks
+from nemo_mtbi.tasks.library import Task, load_library, select_tasks
 
 SALM_PREFIX = "salm:"
 Records = dict[str, dict[str, Any]]
@@ -58,11 +59,16 @@ class Benchmark:
         self._check_names()
         folders = list(cfg.task_folders) if cfg.task_folders else None
         self.library = load_library(folders)
-        groups = ((cfg.trained_tasks, "train"), (cfg.unseen_tasks, "held_out"))
-        self.trained, self.unseen = (
-            [t.name for t in select_tasks(self.library, list(names) if names is not None else None, group)]
-            for names, group in groups
+        seen = trained_on(cfg.systems.values(), self.library) or None
+        groups = (
+            (seen if cfg.trained_tasks is None else list(cfg.trained_tasks), "train"),
+            (None if cfg.unseen_tasks is None else list(cfg.unseen_tasks), "held_out"),
         )
+        self.trained, self.unseen = (
+            [t.name for t in select_tasks(self.library, names, group)] for names, group in groups
+        )
+        if cfg.unseen_tasks is None:
+            self.unseen = [name for name in self.unseen if name not in self.trained]
         if given := [n for n in [*self.trained, *self.unseen] if self.library[n].answer is not None]:
             raise ConfigError(
                 f"Task {given[0]} gives the answer itself, so that there is none of the text LLM to compare with. "
@@ -109,7 +115,8 @@ class Benchmark:
             for manifest, systems in self.records.items()
         }
         for corpus, systems in self.label_records.items():
-            results[corpus] = {"labels": summarize_labels(systems, baseline, resamples)}
+            compared = list(self.cfg.compare_with)
+            results[corpus] = {"labels": summarize_labels(systems, baseline, resamples, compared)}
         about = {
             "trained_tasks": self.trained,
             "unseen_tasks": self.unseen,
@@ -128,8 +135,12 @@ class Benchmark:
         cascades = [CASCADE, *([NORMALIZED_CASCADE] if cfg.normalized_cascade else [])] if cfg.cascade else []
         if cfg.baseline not in {TOPLINE, *cfg.systems, *cascades}:
             raise ConfigError(f"baseline={cfg.baseline} is none of the systems ({', '.join(cfg.systems)}).")
-        if unknown := set(cfg.compare_with) - {TOPLINE, CASCADE, NORMALIZED_CASCADE, *cfg.systems}:
-            raise ConfigError(f"compare_with: {sorted(unknown)[0]} is none of the systems ({', '.join(cfg.systems)}).")
+        if unknown := set(cfg.compare_with) - {TOPLINE, *cascades, *cfg.systems}:
+            there = ", ".join([TOPLINE, *cascades, *cfg.systems])
+            raise ConfigError(f"compare_with: {sorted(unknown)[0]} is none of the systems ({there}).")
+        for key, least in (("resamples", 100), ("batch_size", 1), ("latency_utterances", 0)):
+            if cfg[key] < least:
+                raise ConfigError(f"{key}={cfg[key]}: at least {least}.")
         if shared := set(cfg.cuts) & set(cfg.labelled or {}):
             raise ConfigError(f"cuts and labelled: {sorted(shared)[0]} is a name of both; each set needs its own.")
         for path in [*cfg.cuts.values(), *filter(None, [cfg.no_speech])]:
@@ -228,6 +239,18 @@ class Benchmark:
                 )
                 for title, path in sets.items()
             }
+
+
+def trained_on(specs: Iterable[str], library: dict[str, Task]) -> list[str]:
+    """Tasks that the runs among the systems have seen (``seen.json``), of those that the benchmark can ask; none where
+    no run says so."""
+    seen: set[str] = set()
+    for spec in specs:
+        record = RunDirectory.parse(spec)[0].root / "seen.json"
+        if not spec.startswith(SALM_PREFIX) and record.is_file():
+            seen |= set(jsonl.read_json(record).get("tasks", {}))
+    known = (library[name] for name in sorted(seen & set(library)))
+    return [t.name for t in known if t.group != "control" and t.answer is None and not t.about_the_voice]
 
 
 def write_references(

@@ -46,7 +46,9 @@ def summarize(
     return result
 
 
-def summarize_labels(records: dict[str, dict[str, dict[str, Any]]], baseline: str, resamples: int) -> dict[str, Any]:
+def summarize_labels(
+    records: dict[str, dict[str, dict[str, Any]]], baseline: str, resamples: int, others: Sequence[str] = ()
+) -> dict[str, Any]:
     """Scores against labels: ``[system][id]`` -> :func:`entries`, and for each system
 
     ``tasks``: of each kind of question its ``scores`` and ``against``, and ``confusion``: how often each label was
@@ -62,11 +64,12 @@ def summarize_labels(records: dict[str, dict[str, dict[str, Any]]], baseline: st
         if len(choices[record["task"]]) > 1:  # no classes that answers have in common
             for measure in ("f1_text", "f1_likelihood"):
                 found.pop(measure, None)
-    result = entries(scored, baseline, resamples)
+    result = entries(scored, baseline, resamples, others)
     for task in sorted({r["task"] for rows in told.values() for r in rows.values()}):
         own = {name: {i: o for i, o in rows.items() if o[0]["task"] == task} for name, rows in scored.items()}
-        for name, entry in entries({name: rows for name, rows in own.items() if rows}, baseline, resamples).items():
-            about = {key: entry[key] for key in ("answers", "units", "scores", "against") if key in entry}
+        asked = {name: rows for name, rows in own.items() if rows}
+        for name, entry in entries(asked, baseline, resamples, others).items():
+            about = {key: entry[key] for key in ("answers", "units", "scores", "against", "compared") if key in entry}
             result[name].setdefault("tasks", {})[task] = about | confusion([r for r, _ in own[name].values()])
     return result
 

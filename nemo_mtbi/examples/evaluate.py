@@ -8,6 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from nemo_mtbi import console
+from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.evaluation.columns import CASCADE, NORMALIZED_CASCADE
 from nemo_mtbi.examples._launcher import announce, launcher
 
@@ -16,7 +17,7 @@ from nemo_mtbi.examples._launcher import announce, launcher
 def main(cfg: DictConfig) -> None:
     from lhotse import CutSet
 
-    from nemo_mtbi.checkpoints.run_directory import UNTRAINED, RunDirectory
+    from nemo_mtbi.checkpoints.run_directory import STAGES, UNTRAINED, RunDirectory
     from nemo_mtbi.data.conversation import check_manifest
     from nemo_mtbi.evaluation.asr import WhisperASR
     from nemo_mtbi.evaluation.report import write_report
@@ -28,11 +29,15 @@ def main(cfg: DictConfig) -> None:
     from nemo_mtbi.process import tune
 
     tune(cfg.threads)
+    if unknown := set(cfg.stages) - set(STAGES):
+        raise ConfigError(f"stages: {sorted(unknown)[0]} is none; there are {', '.join(STAGES)}.")
     for path in [*cfg.cuts.values(), *filter(None, [cfg.no_speech])]:
         check_manifest(path)
     device = join_ranks(cfg.tensor_model_parallel_size, "evaluate")
     run, output = RunDirectory(cfg.run), Path(cfg.output_dir or Path(cfg.run) / "evaluation")
     stages = [name for name in cfg.stages if run.weights(name).is_file()]
+    if left := [name for name in cfg.stages if name not in stages]:
+        console.say(f"Left out, since {cfg.run} does not have them: {', '.join(left)}.")
     model = MTBISALM.from_run(run, None, cfg.llm_dtype, cfg.tensor_model_parallel_size).to(device)
     command = shlex.join(["python", "-m", "nemo_mtbi.examples.evaluate", *sys.argv[1:]])
     results: dict[str, dict] = {}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nemo_mtbi.config import ImitationConfig
 from nemo_mtbi.data.example import Example
 from nemo_mtbi.data.interleaving import Unit
+from nemo_mtbi.data.target import no_log_probabilities
 from nemo_mtbi.errors import DataError
 from nemo_mtbi.io.transfer import to_device
 from nemo_mtbi.losses.alignment import word_alignment_loss
@@ -78,11 +79,7 @@ def imitation_terms(
     cached = None
     if teacher_hidden is None and config.w_kl > 0:
         if "teacher_ids" not in batch:
-            raise DataError(
-                f"model.imitation.teacher=cached, but {examples[0].id} or a neighbour has no teacher "
-                f"log-probabilities. "
-                "Set top_k in generate_targets.py and run it again, or use teacher=online."
-            )
+            raise DataError(no_log_probabilities(f"{examples[0].id} or a neighbour"))
         cached = CachedTeacher(batch["teacher_ids"], batch["teacher_log_probs"])
     return imitation_loss(
         student.hidden,

@@ -41,7 +41,8 @@ class PlanConfig:
         gpu_memory_gb, gpu_tflops: of one GPU; dense bf16.
         utilization: of ``gpu_tflops`` that the LLM's matrix products reach.
         activation_checkpointing: as ``model.activation_checkpointing``.
-        teacher: ``cached`` (its log-probabilities come with the targets) or ``online`` (one forward pass more).
+        teacher: ``online``, as training has it (one forward pass more), or ``cached`` (its log-probabilities come with
+            the targets).
         hours_of_speech, utterance_seconds: of the corpus.
         examples_per_utterance: that are trained on, of an epoch.
         epochs: rounds.
@@ -60,7 +61,7 @@ class PlanConfig:
     gpu_tflops: float = 989.0
     utilization: float = 0.35
     activation_checkpointing: bool = False
-    teacher: str = "cached"
+    teacher: str = "online"
     hours_of_speech: float = 10_000.0
     utterance_seconds: float = 10.0
     examples_per_utterance: float = 1.0

@@ -255,6 +255,11 @@ class Preparation:
                 f"split: shares {config.split.shares} must be from 0 to 1 and sum to 1, and by must be speaker or "
                 "utterance."
             )
+        if not 0 <= config.min_seconds < config.max_seconds or config.max_words_per_second <= 0:
+            raise ConfigError(
+                f"min_seconds={config.min_seconds}, max_seconds={config.max_seconds}, "
+                f"max_words_per_second={config.max_words_per_second}: no utterance could be kept."
+            )
         config.noise.check()
         check_execution(config.executor, config.workers)
         self.config = config

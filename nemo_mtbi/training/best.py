@@ -6,6 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from nemo_mtbi.checkpoints.run_directory import RunDirectory
+from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.io import jsonl
 
 
@@ -31,7 +32,15 @@ class BestWeights(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         value = trainer.callback_metrics.get(self.monitor)
-        if trainer.sanity_checking or value is None:
+        if trainer.sanity_checking:
+            return
+        if value is None and self.monitor.startswith("val") and trainer.callback_metrics:
+            measured = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val")))
+            raise ConfigError(
+                f"exp_manager.checkpoint_callback_params.monitor={self.monitor}: the stage {self.stage} does not "
+                f"measure it, so no weights would be the best. It measures {measured}."
+            )
+        if value is None:
             return
         now = float(trainer.strategy.broadcast(float(value)))  # all ranks take part in saving, or none
         if not math.isfinite(now):

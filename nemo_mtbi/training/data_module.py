@@ -294,17 +294,7 @@ def data_module(
                     }
                 entry.every_cut = model.stage == ALIGNMENT
                 entry.with_ids = any(key in part for part in parts_of(cfg[section]) for key in ("min_tpt", "max_tpt"))
-    imitation = model.config.imitation
-    dataset = MTBIDataset(
-        model.tokenizer,
-        model.cfg.prompt_format,
-        cached_features=cached,
-        teacher_temperature=imitation.temperature if imitation.teacher == "cached" and imitation.w_kl > 0 else None,
-        encoder_key=model.encoder_key,
-        writing_key=writing_key(model.perception) if cached else None,
-        llm_key=model.references["llm"],
-        sampling_rate=model.sampling_rate,
-    )
+    dataset = targets_dataset(model, cached)
     require_same_rendering(dataset.renderer, model.audio_locator_tag, model.config.speech_position)
     data = ResumableData(cfg, tokenizer=model.tokenizer, dataset=dataset)
     data.skip = step * accumulated
@@ -313,6 +303,21 @@ def data_module(
     data.in_segments, data.kept = in_segments, kept
     data.accumulated, data.connector = accumulated, connector
     return data
+
+
+def targets_dataset(model: MTBISALM, cached_features: bool = False) -> MTBIDataset:
+    """What a model reads of conversations."""
+    imitation = model.config.imitation
+    return MTBIDataset(
+        model.tokenizer,
+        model.cfg.prompt_format,
+        cached_features=cached_features,
+        teacher_temperature=imitation.temperature if imitation.teacher == "cached" and imitation.w_kl > 0 else None,
+        encoder_key=model.encoder_key,
+        writing_key=writing_key(model.perception) if cached_features else None,
+        llm_key=model.references["llm"],
+        sampling_rate=model.sampling_rate,
+    )
 
 
 def order_lines(section: DictConfig) -> bool:

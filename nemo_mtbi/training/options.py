@@ -8,6 +8,7 @@ from hydra.errors import HydraException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_mtbi import console
 from nemo_mtbi.errors import ConfigError, MTBIError
 from nemo_mtbi.parallel.strategy import requested_size
 
@@ -40,7 +41,30 @@ REFUSED: list[tuple[str, Callable[[Any], bool], str]] = [
         lambda v: not v,
         "SIGTERM is handled already, on GPUs and CPUs (nemo_mtbi.training.resume.Preemption)",
     ),
+    (
+        "trainer.max_steps",
+        lambda v: v is None or (type(v) is int and v >= 1),
+        "give a whole number of steps, at least 1",
+    ),
+    ("trainer.gradient_clip_val", lambda v: v is None or v >= 0, "give a norm above 0; null or 0: gradients stay"),
+    (
+        "trainer.accumulate_grad_batches",
+        lambda v: v is None or (type(v) is int and v >= 1),
+        "give a whole number of micro-batches, at least 1",
+    ),
+    (
+        "trainer.val_check_interval",
+        lambda v: v is None or (type(v) is int and v >= 1),
+        f"give a whole number of micro-batches; {ENDLESS}",
+    ),
+    ("optimizer.lr", lambda v: v is None or v >= 0, "a learning rate is at least 0"),
+    *(
+        (f"data.{section}.{key}", lambda v: v is None or v > 0, "must be above 0")
+        for section in ("train_ds", "validation_ds")
+        for key in ("batch_size", "batch_tokens")
+    ),
 ]
+RISING, FALLING = "val_agreement", ("val_loss", "val_kl")  # what the metrics of a validation begin with
 
 
 def check_options(cfg: DictConfig, lora: bool = False) -> None:
@@ -54,6 +78,16 @@ def check_options(cfg: DictConfig, lora: bool = False) -> None:
     """
     values = [(key, OmegaConf.select(cfg, key), fits, why) for key, fits, why in REFUSED]
     problems = [f"{key}={value}: {why}." for key, value, fits, why in values if not fits(value)]
+    monitor, mode = (
+        str(OmegaConf.select(cfg, f"exp_manager.checkpoint_callback_params.{key}", default=default))
+        for key, default in (("monitor", "val_loss"), ("mode", "min"))
+    )
+    better = "max" if monitor.startswith(RISING) else "min" if monitor.startswith(FALLING) else mode
+    if mode != better:
+        problems.append(
+            f"exp_manager.checkpoint_callback_params: monitor={monitor} with mode={mode} would keep the worst weights; "
+            f"set mode={better} too."
+        )
     if OmegaConf.select(cfg, "exp_manager.ema.enable") and lora and requested_size(cfg.trainer) > 1:
         problems.append(
             "exp_manager.ema.enable=true: LoRA that is spread over tensor-parallel ranks cannot be averaged and saved."
@@ -65,6 +99,11 @@ def check_options(cfg: DictConfig, lora: bool = False) -> None:
         )
     if problems:
         raise ConfigError("\n".join(problems))
+    warmup, steps = (OmegaConf.select(cfg, key) for key in ("lr_scheduler.warmup_steps", "trainer.max_steps"))
+    if isinstance(warmup, int) and isinstance(steps, int) and warmup > steps:
+        console.say(
+            f"lr_scheduler.warmup_steps={warmup} with trainer.max_steps={steps}: the learning rate is never reached."
+        )
 
 
 def of_whole_steps(interval: Any, together: int) -> Any:

@@ -26,9 +26,9 @@ from safetensors.torch import load_file
 from nemo_mtbi import console
 from nemo_mtbi.checkpoints.run_directory import ALIGNMENT, IMITATION, UNTRAINED, RunDirectory
 from nemo_mtbi.checkpoints.trained_state import CONNECTOR_PREFIX
-from nemo_mtbi.config import AUTO, ModelConfig, model_config, plain
+from nemo_mtbi.config import AUTO, ModelConfig, misspelled, model_config, plain
 from nemo_mtbi.data.alignments import transcript
-from nemo_mtbi.data.conversation import INPUT_TYPE, check_manifest
+from nemo_mtbi.data.conversation import ENTRY_KEYS, INPUT_TYPE, check_manifest
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.io.tensors import save_tensors
@@ -57,6 +57,7 @@ from nemo_mtbi.training.resume import (
     state_of_data,
     step_of,
 )
+from nemo_mtbi.training.targets_check import PEEKED_LINES, check_targets
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,8 @@ KEPT = ("best", "last")
 CTC_TARGET = "CTCCompressConnector"
 TOKENS_ALONE = ("WhisperDecoderConnector", "CTCCompressConnector")
 COARSE = ("bf16-true", "16-true")
-DESCRIBED, PEEKED_LINES = re.compile(r'"described": ?"[^"]'), 200
+STAGE_KEYS = {"enabled", "trainer", "data", "exp_manager", "optimizer", "lr_scheduler"}
+DESCRIBED = re.compile(r'"described": ?"[^"]')
 
 
 class Stopped(KeyboardInterrupt):
@@ -83,6 +85,9 @@ def train(cfg: DictConfig) -> RunDirectory:
     cfg = DictConfig(OmegaConf.to_container(cfg, resolve=True))
     config = model_config(cfg.model)
     choose_types(cfg, config)
+    require_parallel(cfg, config)
+    if unknown := sorted(set(cfg.alignment_stage) - STAGE_KEYS):
+        raise ConfigError(f"alignment_stage.{unknown[0]}: no such key; there are {', '.join(sorted(STAGE_KEYS))}.")
     if cfg.keep not in KEPT:
         raise ConfigError(
             f"keep={cfg.keep!r}: use {' or '.join(KEPT)}, the weights that a finished stage is used with."
@@ -115,11 +120,28 @@ def train(cfg: DictConfig) -> RunDirectory:
     if cfg.init_from is not None:
         start, furthest = RunDirectory.parse(cfg.init_from)
         start.load_weights(model, furthest)
+    if not run.weights(IMITATION).is_file():
+        check_targets(stages[IMITATION].data, model)
     if cfg.alignment_stage.enabled:
         require_text_channel(model)
         run_stage(cfg, model, run, ALIGNMENT)
     run_stage(cfg, model, run, IMITATION)
     return run
+
+
+def require_parallel(cfg: DictConfig, config: ModelConfig) -> None:
+    """
+    Raises:
+        ConfigError: tensor parallelism that the trainer does not have.
+    """
+    size = requested_size(cfg.trainer)
+    if config.tensor_model_parallel_size not in (1, size):
+        raise ConfigError(
+            f"model.tensor_model_parallel_size={config.tensor_model_parallel_size} is not asked for: set "
+            f"trainer.tensor_model_parallel_size, which is {size}."
+        )
+    if config.sequence_parallel and size == 1:
+        raise ConfigError("model.sequence_parallel=true needs trainer.tensor_model_parallel_size above 1.")
 
 
 def require_fine_types(model: MTBISALM) -> None:
@@ -313,6 +335,8 @@ def check_data(data_cfg: DictConfig, config: ModelConfig) -> None:
     for section in ("train_ds", "validation_ds"):
         if section in data_cfg:
             for entry in input_entries(data_cfg[section]):
+                if problems := misspelled(f"data.{section}.input_cfg", entry, ENTRY_KEYS):
+                    raise ConfigError("; ".join(problems))
                 check_manifest(entry.get("cuts_path") or entry.get("shar_path"))
                 require_acoustics(entry.get("cuts_path"), config)
     if data_cfg.cached_features and config.interleaving.level == "waveform" and config.interleaving.probability > 0:

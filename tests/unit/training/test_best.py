@@ -11,7 +11,7 @@ from nemo.utils.exp_manager import StatelessTimer, check_resume
 from omegaconf import OmegaConf
 
 from nemo_mtbi.checkpoints.run_directory import ALIGNMENT, IMITATION, RunDirectory
-from nemo_mtbi.errors import CheckpointError
+from nemo_mtbi.errors import CheckpointError, ConfigError
 from nemo_mtbi.examples import train as train  # registers the schema of its YAML
 from nemo_mtbi.examples._launcher import CONF
 from nemo_mtbi.io import jsonl
@@ -50,6 +50,14 @@ def validated(best, values):
 def test_what_is_no_number_is_never_the_best(tmp_path):
     best = BestWeights(RunDirectory(tmp_path), "imitation", "val_loss", "min")
     assert validated(best, [math.nan, 2.0, math.nan, 3.0, 1.0, math.inf]) == [2, 5]
+
+
+def test_a_metric_that_the_stage_does_not_have_is_refused(tmp_path):
+    best = BestWeights(RunDirectory(tmp_path), "alignment", "val_agreement", "max")
+    with pytest.raises(
+        ConfigError, match="val_agreement: the stage alignment does not measure .* It measures val_loss"
+    ):
+        validated(best, [1.0])
 
 
 def test_a_validation_of_no_example_says_nothing():

@@ -33,11 +33,48 @@ def options(key, value):
         ("trainer.max_time", "00:01:00:00"),
         ("trainer.fast_dev_run", True),
         ("trainer.overfit_batches", 2),
+        ("trainer.max_steps", -1),
+        ("trainer.max_steps", 0),
+        ("trainer.max_steps", 2.5),
+        ("trainer.gradient_clip_val", -1),
+        ("trainer.accumulate_grad_batches", 0),
+        ("trainer.val_check_interval", 0.5),
+        ("trainer.val_check_interval", 0),
+        ("optimizer.lr", -1e-4),
+        ("data.train_ds.batch_size", 0),
+        ("data.validation_ds.batch_size", -2),
+        ("data.train_ds.batch_tokens", -1),
     ],
 )
 def test_refusals(key, value):
     with pytest.raises(ConfigError, match=f"{key}={value}: "):
         check_options(options(key, value))
+
+
+@pytest.mark.parametrize(
+    ("monitor", "mode", "fits"),
+    [
+        ("val_loss", "max", False),
+        ("val_kl_held_out", "max", False),
+        ("val_agreement", "min", False),
+        ("val_agreement_by_task/repeat", "max", True),
+        ("val_loss", "min", True),
+        ("my_own", "max", True),
+    ],
+)
+def test_the_worst_weights_are_not_monitored(monitor, mode, fits):
+    cfg = options("exp_manager.checkpoint_callback_params", {"monitor": monitor, "mode": mode})
+    if fits:
+        check_options(cfg)
+    else:
+        with pytest.raises(ConfigError, match="would keep the worst weights"):
+            check_options(cfg)
+
+
+def test_a_learning_rate_that_is_never_reached_is_said(capsys):
+    for steps, said in ((20, True), (51, False)):
+        check_options(OmegaConf.merge(options("trainer.max_steps", steps), options("lr_scheduler.warmup_steps", 50)))
+        assert ("never reached" in "".join(capsys.readouterr())) == said
 
 
 def test_all_are_named_at_once():

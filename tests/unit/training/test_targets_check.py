@@ -1,0 +1,84 @@
+"""What does not fit a run is said before training, not at the first step of imitation."""
+
+import copy
+
+import pytest
+from lhotse import CutSet
+from omegaconf import OmegaConf
+
+from nemo_mtbi.data.target import TARGETS_FIELD, Target
+from nemo_mtbi.errors import ConfigError, DataError
+from nemo_mtbi.training.targets_check import check_targets
+from tests.helpers import build
+from tests.unit.targets_helpers import write_cuts
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def checked(tmp_path, tiny_config):
+    def check(target=None, entry=None, section="train_ds", **imitation):
+        config = copy.deepcopy(tiny_config)
+        config["imitation"] = {**config.get("imitation", {}), "w_ctc": 0.0, **imitation}
+        model = build(config)
+        own = Target.rendering_of("chatml", "after", model.references["llm"])
+        answer = Target("", "repeat", "repeat-01", "Repeat.", "yes", [300, 2], rendering=own).to_dict()
+        cuts = list(CutSet.from_file(write_cuts(tmp_path / "cuts.jsonl", 2)))
+        for cut in cuts:
+            cut.custom = {TARGETS_FIELD: [answer, answer | (target or {})]}
+        CutSet(cuts).to_file(tmp_path / "cuts.jsonl")
+        entries = [{"type": "mtbi", "cuts_path": str(tmp_path / "cuts.jsonl"), **(entry or {})}]
+        data = {"train_ds": {"input_cfg": []}, "validation_ds": {"datasets": {"held_out": {"input_cfg": []}}}}
+        (data[section] if section == "train_ds" else data[section]["datasets"]["held_out"])["input_cfg"] = entries
+        check_targets(OmegaConf.create(data), model)
+
+    return check
+
+
+def test_what_fits_passes(checked):
+    checked()
+    checked({"rendering": ""})
+    checked({"task": "my_own"}, {"tasks": {"my_own": 2.0}}, task_weights={"my_own": 0.5, "summary": 1.0})
+    checked({"task": "summary", "rendering": "llama3/after/0"}, {"tasks": ["repeat"]})  # not drawn
+    checked({"teacher_begin": 0}, teacher="cached", w_kl=0.0)
+
+
+@pytest.mark.parametrize("section", ["train_ds", "validation_ds"])
+@pytest.mark.parametrize(
+    ("target", "imitation", "message"),
+    [
+        ({"rendering": "llama3/after/0123456789ab"}, {}, "given under llama3/after"),
+        ({"rendering": "chatml/after/another"}, {}, "given under chatml/after/another"),
+        ({}, {"teacher": "cached"}, "has no teacher log-probabilities"),
+    ],
+)
+def test_answers_that_do_not_fit(checked, target, imitation, message, section):
+    with pytest.raises(DataError, match=message):
+        checked(target, section=section, **imitation)
+
+
+def test_another_temperature(checked):
+    stored = {"task": "about", "teacher_begin": 0, "teacher_temperature": 2.0}
+    with pytest.raises(DataError, match="stored at temperature 2.0"):
+        checked(stored, {"tasks": ["about"]}, teacher="cached")
+
+
+@pytest.mark.parametrize(
+    ("entry", "imitation", "message"),
+    [
+        ({"tasks": ["repeat", "abuot"]}, {}, "tasks: abuot is no task"),
+        ({"tasks": {"repeat": -1}}, {}, "below 0"),
+        ({}, {"task_weights": {"repat": 0.5}}, "task_weights: repat is no task"),
+        ({}, {"w_align": 0.5}, "needs word times"),
+    ],
+)
+def test_settings_that_do_not_fit(checked, entry, imitation, message):
+    with pytest.raises(ConfigError, match=message):
+        checked(None, entry, **imitation)
+
+
+def test_a_dense_connector_has_no_transcription_loss(checked, tiny_config):
+    target = "nemo_mtbi.modules.connectors.StackMLPConnector"
+    tiny_config["perception"] = {**tiny_config["perception"], "modality_adapter": {"_target_": target, "factor": 4}}
+    with pytest.raises(ConfigError, match="w_ctc=0.3 needs a connector that emits tokens"):
+        checked(w_ctc=0.3)

@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from nemo_mtbi.config import misspelled
 from nemo_mtbi.data.conversation import task_weights
 from nemo_mtbi.data.target import TARGETS_FIELD, Target
 from nemo_mtbi.errors import ConfigError
@@ -32,7 +33,7 @@ def check_targets(data: DictConfig, model: MTBISALM) -> None:
         model: that is to be trained on it.
 
     Raises:
-        ConfigError: a term that the connector cannot have, or a manifest without word times; a task that is none.
+        ConfigError: a term that the connector cannot have, a manifest without word times, a misspelled task.
         DataError: answers of another LLM, under another prompt format, without the teacher's log-probabilities or
             with those of another temperature.
     """
@@ -51,12 +52,10 @@ def check_targets(data: DictConfig, model: MTBISALM) -> None:
             targets = [t for line in lines for t in (line.get("custom") or {}).get(TARGETS_FIELD, [])]
             tasks = known | {t["task"] for t in targets}
             asked = task_weights(entry.get("tasks"))
-            named = [("tasks", asked or {}), ("model.imitation.task_weights", imitation.task_weights)]
-            for key, weights in named:
-                if unknown := sorted(set(weights) - tasks):
-                    raise ConfigError(
-                        f"{key}: {', '.join(unknown)} is no task of {entry.cuts_path}, nor of the library."
-                    )
+            problems = misspelled(f"{section}: tasks", asked, sorted(tasks))
+            problems += misspelled("model.imitation.task_weights", imitation.task_weights, sorted(tasks))
+            if problems:
+                raise ConfigError("; ".join(problems))
             for line in lines:
                 for target in (line.get("custom") or {}).get(TARGETS_FIELD, []):
                     if asked is None or target["task"] in asked:

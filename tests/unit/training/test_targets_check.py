@@ -66,9 +66,9 @@ def test_another_temperature(checked):
 @pytest.mark.parametrize(
     ("entry", "imitation", "message"),
     [
-        ({"tasks": ["repeat", "abuot"]}, {}, "tasks: abuot is no task"),
+        ({"tasks": ["repeat", "abouts"]}, {}, "tasks.abouts: did you mean about"),
         ({"tasks": {"repeat": -1}}, {}, "below 0"),
-        ({}, {"task_weights": {"repat": 0.5}}, "task_weights: repat is no task"),
+        ({}, {"task_weights": {"repat": 0.5}}, "task_weights.repat: did you mean repeat"),
         ({}, {"w_align": 0.5}, "needs word times"),
     ],
 )

@@ -27,7 +27,7 @@ PERCEPTION_KEYS = (
     "modality_adapter",
     "round_seconds",
     "window_seconds",
-    *("encoder", "preprocessor", "spec_augmentation", "output_dim", "target"),  # NeMo's
+    *("encoder", "preprocessor", "spec_augment", "output_dim", "target", "decoder", "_target_", "proj"),  # NeMo's
 )
 
 
@@ -236,7 +236,6 @@ def model_config(cfg: DictConfig | dict[str, Any]) -> ModelConfig:
             problems.append(f"model.{key}={value} must be at least 0")
     if config.ctc_vocabulary.max_size < 1:
         problems.append(f"model.ctc_vocabulary.max_size={config.ctc_vocabulary.max_size} must be at least 1")
-    problems += misspelled("model.perception", config.perception, PERCEPTION_KEYS)
     cuts_audio = config.interleaving.level == "waveform" and config.interleaving.probability > 0
     if cuts_audio and terms:
         problems.append(

@@ -59,9 +59,13 @@ class Benchmark:
         self._check_names()
         folders = list(cfg.task_folders) if cfg.task_folders else None
         self.library = load_library(folders)
-        seen = trained_on(cfg.systems.values(), self.library) or None
         groups = (
-            (seen if cfg.trained_tasks is None else list(cfg.trained_tasks), "train"),
+            (
+                trained_on(cfg.systems.values(), self.library)
+                if cfg.trained_tasks is None
+                else list(cfg.trained_tasks),
+                "train",
+            ),
             (None if cfg.unseen_tasks is None else list(cfg.unseen_tasks), "held_out"),
         )
         self.trained, self.unseen = (
@@ -69,6 +73,8 @@ class Benchmark:
         )
         if cfg.unseen_tasks is None:
             self.unseen = [name for name in self.unseen if name not in self.trained]
+        if not self.unseen:
+            raise ConfigError("unseen_tasks: the systems were trained on all of the group held_out; name other tasks.")
         if given := [n for n in [*self.trained, *self.unseen] if self.library[n].answer is not None]:
             raise ConfigError(
                 f"Task {given[0]} gives the answer itself, so that there is none of the text LLM to compare with. "
@@ -138,11 +144,11 @@ class Benchmark:
         if unknown := set(cfg.compare_with) - {TOPLINE, *cascades, *cfg.systems}:
             there = ", ".join([TOPLINE, *cascades, *cfg.systems])
             raise ConfigError(f"compare_with: {sorted(unknown)[0]} is none of the systems ({there}).")
-        for key, least in (("resamples", 100), ("batch_size", 1), ("latency_utterances", 0)):
-            if cfg[key] < least:
-                raise ConfigError(f"{key}={cfg[key]}: at least {least}.")
         if shared := set(cfg.cuts) & set(cfg.labelled or {}):
             raise ConfigError(f"cuts and labelled: {sorted(shared)[0]} is a name of both; each set needs its own.")
+        for key, least in (("resamples", 100), ("batch_size", 1), ("latency_utterances", 0)):
+            if (cfg[key] or 0) < least:
+                raise ConfigError(f"{key}={cfg[key]}: at least {least}.")
         for path in [*cfg.cuts.values(), *filter(None, [cfg.no_speech])]:
             check_manifest(path)
 
@@ -241,16 +247,16 @@ class Benchmark:
             }
 
 
-def trained_on(specs: Iterable[str], library: dict[str, Task]) -> list[str]:
-    """Tasks that the runs among the systems have seen (``seen.json``), of those that the benchmark can ask; none where
-    no run says so."""
+def trained_on(specs: Iterable[str], library: dict[str, Task]) -> list[str] | None:
+    """Tasks that the training runs among the systems have seen (``seen.json``, whatever the stage), of those that the
+    benchmark can ask; None where no run says so."""
     seen: set[str] = set()
     for spec in specs:
-        record = RunDirectory.parse(spec)[0].root / "seen.json"
+        record = Path(spec.partition("@")[0]) / "seen.json"
         if not spec.startswith(SALM_PREFIX) and record.is_file():
             seen |= set(jsonl.read_json(record).get("tasks", {}))
     known = (library[name] for name in sorted(seen & set(library)))
-    return [t.name for t in known if t.group != "control" and t.answer is None and not t.about_the_voice]
+    return [t.name for t in known if t.group != "control" and t.answer is None and not t.about_the_voice] or None
 
 
 def write_references(

@@ -142,10 +142,8 @@ def check_values(config: TargetsConfig) -> None:
     ):
         if getattr(config, field) < least:
             problems.append(f"{field}={getattr(config, field)}: at least {least}")
-    if config.max_total_tokens is not None and (config.max_total_tokens < 1 or "too_long" not in config.filters):
-        problems.append(
-            f"max_total_tokens={config.max_total_tokens}: at least 1, and with the filter too_long, which goes by it"
-        )
+    if config.max_total_tokens is not None and config.max_total_tokens < 1:
+        problems.append(f"max_total_tokens={config.max_total_tokens}: at least 1")
     if config.shar_audio not in SHAR_AUDIO:
         problems.append(f"shar_audio={config.shar_audio!r}: use {', '.join(SHAR_AUDIO)}")
     problems += check_vllm(config) if config.engine == "vllm" else []

@@ -43,13 +43,13 @@ REFUSED: list[tuple[str, Callable[[Any], bool], str]] = [
     ),
     (
         "trainer.max_steps",
-        lambda v: v is None or (type(v) is int and v >= 1),
+        lambda v: v is None or (v >= 1 and float(v).is_integer()),
         "give a whole number of steps, at least 1",
     ),
-    ("trainer.gradient_clip_val", lambda v: v is None or v >= 0, "give a norm above 0; null or 0: gradients stay"),
+    ("trainer.gradient_clip_val", lambda v: v is None or v >= 0, "give a norm; null or 0: gradients stay"),
     (
         "trainer.accumulate_grad_batches",
-        lambda v: v is None or (type(v) is int and v >= 1),
+        lambda v: v is None or (v >= 1 and float(v).is_integer()),
         "give a whole number of micro-batches, at least 1",
     ),
     (

@@ -26,9 +26,10 @@ from safetensors.torch import load_file
 from nemo_mtbi import console
 from nemo_mtbi.checkpoints.run_directory import ALIGNMENT, IMITATION, UNTRAINED, RunDirectory
 from nemo_mtbi.checkpoints.trained_state import CONNECTOR_PREFIX
-from nemo_mtbi.config import AUTO, ModelConfig, misspelled, model_config, plain
+from nemo_mtbi.config import AUTO, PERCEPTION_KEYS, ModelConfig, misspelled, model_config, plain
 from nemo_mtbi.data.alignments import transcript
 from nemo_mtbi.data.conversation import ENTRY_KEYS, INPUT_TYPE, check_manifest
+from nemo_mtbi.data.cut_lines import has_lines
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.io.tensors import save_tensors
@@ -86,6 +87,8 @@ def train(cfg: DictConfig) -> RunDirectory:
     config = model_config(cfg.model)
     choose_types(cfg, config)
     require_parallel(cfg, config)
+    if problems := misspelled("model.perception", config.perception, PERCEPTION_KEYS):
+        raise ConfigError("; ".join(problems))
     if unknown := sorted(set(cfg.alignment_stage) - STAGE_KEYS):
         raise ConfigError(f"alignment_stage.{unknown[0]}: no such key; there are {', '.join(sorted(STAGE_KEYS))}.")
     if cfg.keep not in KEPT:
@@ -349,7 +352,7 @@ def require_acoustics(manifest: Any, config: ModelConfig) -> None:
         ConfigError: answers to descriptions of the voice, and a connector that gives the LLM tokens alone.
     """
     target = str((config.perception.get("modality_adapter") or {}).get("_target_", "")).rpartition(".")[2]
-    if target not in TOKENS_ALONE or not isinstance(manifest, str) or not manifest.endswith(".jsonl"):
+    if target not in TOKENS_ALONE or not has_lines(manifest):
         return
     with open(manifest, encoding="utf-8") as lines:
         if any(DESCRIBED.search(line) for line in islice(lines, PEEKED_LINES)):

@@ -32,7 +32,9 @@ def test_bytes_are_those_of_the_layers():
 
 def test_what_fits_and_how_long_it_takes():
     connector = {"connector_parameters": 20e6, "connector_mb_per_example": 0.5, "positions": Positions(per_second=12.5)}
-    config = PlanConfig(llm="", gpus=4, hours_of_speech=100, utterance_seconds=8, gpu_memory_gb=6.0, **connector)
+    config = PlanConfig(
+        llm="", gpus=4, hours_of_speech=100, utterance_seconds=8, gpu_memory_gb=6.0, teacher="cached", **connector
+    )
     found = plan(config, LLAMA)
     assert found.example_positions == 60 + 100 + 60 and found.examples == 45_000 and found.fits
     free = 6e9 - sum(found.bytes_by_part.values())

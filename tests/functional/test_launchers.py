@@ -202,7 +202,7 @@ def test_benchmark_resumes_and_is_reproducible(root, trained, prepared):
         "trained_tasks=[repeat, sentiment]",
         "unseen_tasks=[reply, translation]",
         "max_new_tokens=6",
-        "resamples=50",
+        "resamples=100",
         "latency_utterances=1",
         f"labelled={{orders: {{kind: slots, path: {root}/labels.tsv}}}}",
     ]

@@ -78,6 +78,7 @@ class DescriptionChannel(nn.Module):
     A text with choices (:mod:`nemo_mtbi.modules.connectors.wordings`); the positions of choice c are ::
 
         sum_a  softmax(project(gelu([hidden(standardized([mean_t x; std_t x])); tempo(standardized(r))])))_ca  E_ca
+        + rms(E) offset_c
 
     with E_ca the embeddings of its alternative a, x = norm(layers), and the mean and standard deviation over time of
     x-vectors (Snyder et al. 2018), of several encoder layers side by side, standardized over the utterances of
@@ -88,6 +89,9 @@ class DescriptionChannel(nn.Module):
     ``project`` starts at zero, every choice at the mean of its alternatives. A position that is sure of its alternative
     is what the text LLM reads, so questions of any wording are answered as of a text; the gradient of the imitation
     objective decides among the words, as through a verbalizer (Schick and Schuetze 2021) that stands in the prompt.
+
+    ``offset`` is the same for all voices and begins at zero, as a soft prompt that begins as words (Lester et al.
+    2021): a text about a voice behind every transcript would be repeated, and summed up, with it.
 
     Args:
         encoder_layers: K.
@@ -118,6 +122,7 @@ class DescriptionChannel(nn.Module):
                 rows += [(token, count + i, place) for i, token in enumerate(ids)]
             count, choice = count + len(piece[0]), choice + (len(piece) > 1)
         self.positions_per_second, self.positions_per_window = 0.0, count
+        self.offset = nn.Parameter(torch.zeros(count, output_dim))
         self.register_buffer("prompt", torch.tensor(rows))
         sizes = torch.tensor([len(c) for c in choices])
         self.register_buffer("impossible", torch.arange(most) >= sizes[:, None], persistent=False)
@@ -135,7 +140,7 @@ class DescriptionChannel(nn.Module):
         tokens, positions, places = self.prompt.unbind(1)
         shares = torch.cat([chosen, torch.ones_like(chosen[:, :1])], 1)[:, places]
         words = embed_tokens(tokens)
-        embeddings = shares.new_zeros(len(shares), self.positions_per_window, words.shape[1])
+        embeddings = (self.offset.float() * scale).expand(len(shares), -1, -1)
         embeddings = embeddings.index_add(1, positions, shares[..., None] * words.float())
         autocast = torch.is_autocast_enabled(words.device.type)
         precision = torch.get_autocast_dtype(words.device.type) if autocast else self.project.weight.dtype

@@ -1,6 +1,7 @@
 """What does not fit a run is said before training, not at the first step of imitation."""
 
 import copy
+import json
 
 import pytest
 from lhotse import CutSet
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.unit
 
 @pytest.fixture
 def checked(tmp_path, tiny_config):
-    def check(target=None, entry=None, section="train_ds", **imitation):
+    def check(target=None, entry=None, section="train_ds", more=(), change=None, **imitation):
         config = copy.deepcopy(tiny_config)
         config["imitation"] = {**config.get("imitation", {}), "w_ctc": 0.0, **imitation}
         model = build(config)
@@ -27,7 +28,9 @@ def checked(tmp_path, tiny_config):
         for cut in cuts:
             cut.custom = {TARGETS_FIELD: [answer, answer | (target or {})]}
         CutSet(cuts).to_file(tmp_path / "cuts.jsonl")
-        entries = [{"type": "mtbi", "cuts_path": str(tmp_path / "cuts.jsonl"), **(entry or {})}]
+        if change is not None:
+            change(tmp_path / "cuts.jsonl")
+        entries = [*more, {"type": "mtbi", "cuts_path": str(tmp_path / "cuts.jsonl"), **(entry or {})}]
         data = {"train_ds": {"input_cfg": []}, "validation_ds": {"datasets": {"held_out": {"input_cfg": []}}}}
         (data[section] if section == "train_ds" else data[section]["datasets"]["held_out"])["input_cfg"] = entries
         check_targets(OmegaConf.create(data), model)
@@ -41,6 +44,7 @@ def test_what_fits_passes(checked):
     checked({"task": "my_own"}, {"tasks": {"my_own": 2.0}}, task_weights={"my_own": 0.5, "summary": 1.0})
     checked({"task": "summary", "rendering": "llama3/after/0"}, {"tasks": ["repeat"]})  # not drawn
     checked({"teacher_begin": 0}, teacher="cached", w_kl=0.0)
+    checked({"task": "about", "rendering": "llama3/after/0"}, {"tasks": {"repeat": 1, "about": 0}})
 
 
 @pytest.mark.parametrize("section", ["train_ds", "validation_ds"])
@@ -57,6 +61,26 @@ def test_answers_that_do_not_fit(checked, target, imitation, message, section):
         checked(target, section=section, **imitation)
 
 
+def test_what_looks_misspelled_is_said(checked, capsys):
+    checked(None, {"tasks": ["repeat", "abouts"]}, task_weights={"repat": 0.5})
+    said = "".join(capsys.readouterr())
+    assert "tasks.abouts: did you mean about?" in said and "task_weights.repat: did you mean repeat?" in said
+
+
+def test_empty_lines_are_passed_over_and_broken_ones_named(checked):
+    checked(change=lambda file: file.write_text("\n" + file.read_text() + "\n"))
+    with pytest.raises(DataError, match="line 3 is no JSON"):
+        checked(change=lambda file: file.write_text(file.read_text() + "{half"))
+
+
+def test_words_may_stand_in_tracks_or_elsewhere(checked, tmp_path):
+    word = {"symbol": "yes", "start": 0.0, "duration": 0.5}
+    timed = {"id": "mixed", "tracks": [{"cut": {"supervisions": [{"alignment": {"word": [word]}}]}}]}
+    (tmp_path / "timed.jsonl").write_text(json.dumps(timed) + "\n")
+    checked(more=[{"type": "mtbi", "cuts_path": str(tmp_path / "timed.jsonl")}], w_align=0.5)
+    checked(more=[{"type": "mtbi", "shar_path": str(tmp_path)}], w_align=0.5)  # not looked at
+
+
 def test_another_temperature(checked):
     stored = {"task": "about", "teacher_begin": 0, "teacher_temperature": 2.0}
     with pytest.raises(DataError, match="stored at temperature 2.0"):
@@ -66,9 +90,7 @@ def test_another_temperature(checked):
 @pytest.mark.parametrize(
     ("entry", "imitation", "message"),
     [
-        ({"tasks": ["repeat", "abouts"]}, {}, "tasks.abouts: did you mean about"),
         ({"tasks": {"repeat": -1}}, {}, "below 0"),
-        ({}, {"task_weights": {"repat": 0.5}}, "task_weights.repat: did you mean repeat"),
         ({}, {"w_align": 0.5}, "needs word times"),
     ],
 )

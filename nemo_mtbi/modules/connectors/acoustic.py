@@ -90,6 +90,9 @@ class DescriptionChannel(nn.Module):
     is what the text LLM reads, so questions of any wording are answered as of a text; the gradient of the imitation
     objective decides among the words, as through a verbalizer (Schick and Schuetze 2021) that stands in the prompt.
 
+    The gradient of the probabilities is that of a softmax at equal ones, wherever they are (straight-through, Bengio et
+    al. 2013): a choice that became sure of one alternative for all voices would never learn again from its own.
+
     ``offset`` is the same for all voices and begins at zero, as a soft prompt that begins as words (Lester et al.
     2021): a text about a voice behind every transcript would be repeated, and summed up, with it.
 
@@ -155,8 +158,14 @@ class DescriptionChannel(nn.Module):
             rate = TEMPO_SCALE * self.tempo_standardized(tempo(lengths, written))
         weights = self.hidden.weight
         heard = torch.cat([self.hidden(pooled.to(weights.dtype)), self.tempo(rate.to(weights.dtype))], -1)
-        logits = self.project(nn.functional.gelu(heard)).unflatten(-1, self.impossible.shape)
-        return logits.float().masked_fill(self.impossible, -torch.inf).softmax(-1)
+        logits = self.project(nn.functional.gelu(heard)).unflatten(-1, self.impossible.shape).float()
+        probabilities = logits.masked_fill(self.impossible, -torch.inf).softmax(-1)
+        if not torch.is_grad_enabled():
+            return probabilities
+        possible = (~self.impossible).float()
+        count = possible.sum(-1, keepdim=True)
+        apart = (logits - (logits * possible).sum(-1, keepdim=True) / count) * possible / count
+        return probabilities.detach() + apart - apart.detach()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         given, own = state_dict.get(f"{prefix}prompt"), self.prompt

@@ -159,6 +159,26 @@ def test_imitation_reaches_every_part_of_it(model):
     assert acoustic and all(float(grads[n].norm()) > 0 for n in acoustic)
 
 
+def test_a_choice_that_is_sure_learns_from_its_own_voices(model):
+    """The gradient is that of the softmax at equal probabilities, also where the softmax has none left."""
+    acoustic = model.perception.modality_adapter.acoustic
+    features, lengths, written = torch.randn(3, 40, 64), torch.tensor([40, 40, 30]), torch.tensor([[3, 2]] * 3)
+    weights = torch.randn(3, *acoustic.impossible.shape, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for sure in (0.0, 60.0):
+        with torch.no_grad():
+            acoustic.project.bias.zero_()[::3] = sure  # of the first alternative of each choice
+        values = acoustic.probabilities(features, lengths, written)
+        with torch.no_grad():
+            torch.testing.assert_close(values, acoustic.probabilities(features, lengths, written))
+        (found[sure],) = torch.autograd.grad((weights * values).sum(), acoustic.project.bias)
+    logits = torch.zeros(acoustic.impossible.shape, requires_grad=True)
+    soft = logits.masked_fill(acoustic.impossible, -torch.inf).softmax(-1)
+    (expected,) = torch.autograd.grad((weights.sum(0) * soft).sum(), logits)
+    torch.testing.assert_close(found[0.0], expected.flatten())
+    torch.testing.assert_close(found[60.0], expected.flatten())
+
+
 def test_a_constant_recording_has_a_gradient_too(model):
     connector = moved(model).perception.modality_adapter
     connector.connect(torch.ones(1, 40, 64), torch.tensor([40])).embeddings.sum().backward()

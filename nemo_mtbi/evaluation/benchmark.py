@@ -59,17 +59,13 @@ class Benchmark:
         self._check_names()
         folders = list(cfg.task_folders) if cfg.task_folders else None
         self.library = load_library(folders)
-        groups = (
-            (
-                trained_on(cfg.systems.values(), self.library)
-                if cfg.trained_tasks is None
-                else list(cfg.trained_tasks),
-                "train",
-            ),
-            (None if cfg.unseen_tasks is None else list(cfg.unseen_tasks), "held_out"),
-        )
+        trained = cfg.trained_tasks
+        if trained is None:
+            trained = trained_on(cfg.systems.values(), self.library)
+        groups = ((trained, "train"), (cfg.unseen_tasks, "held_out"))
         self.trained, self.unseen = (
-            [t.name for t in select_tasks(self.library, names, group)] for names, group in groups
+            [t.name for t in select_tasks(self.library, list(names) if names is not None else None, group)]
+            for names, group in groups
         )
         if cfg.unseen_tasks is None:
             self.unseen = [name for name in self.unseen if name not in self.trained]

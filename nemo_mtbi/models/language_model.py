@@ -15,7 +15,7 @@ from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.io.transfer import to_device
 from nemo_mtbi.models.packing import Prefix, packable, packed_states
 from nemo_mtbi.modules.causal_lm import causal_lm, without_adapters
-from nemo_mtbi.modules.connectors.base import evaluation_mode
+from nemo_mtbi.modules.connectors.base import computed_dtype, evaluation_mode
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def packs(llm: nn.Module, embed_tokens: nn.Module) -> bool:
     lengths, device = [3, 1], next(embed_tokens.parameters()).device
     inputs = embed_tokens(to_device([[7, 8, 9], [10, 0, 0]], device))
     valid = to_device([[True] * 3, [True, False, False]], device)
-    computed = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else inputs.dtype
+    computed = computed_dtype(device, inputs.dtype)
     tolerance = max(PACKING_TOLERANCE.get(dtype, 1e-3) for dtype in (inputs.dtype, computed))
     with evaluation_mode(llm):
         try:

@@ -173,10 +173,8 @@ FILTERS: dict[str, Filter] = {
     "too_long": too_long,
 }
 NEAR_DUPLICATE, ONE_SIDED = "near_duplicate", "one_sided"
-OF_ALL_ANSWERS = (
-    ONE_SIDED,
-    NEAR_DUPLICATE,
-)  # they look at all answers to a wording, so they run when shards are merged
+# They look at all answers to a wording, so they run when shards are merged.
+OF_ALL_ANSWERS = (ONE_SIDED, NEAR_DUPLICATE)
 Readings = dict[str, dict[str, list[int]]]  # of each wording and label: questions, and how many were answered rightly
 
 

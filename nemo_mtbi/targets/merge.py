@@ -54,11 +54,6 @@ def merge_manifest(name: str, shards: list[Shard], writer: ShardWriter, config: 
             f"{folder}. Run this one again when that one has ended."
         )
     near = NEAR_DUPLICATE in config.filters
-    checks: dict[str, Check] = {}
-    if ONE_SIDED in config.filters:
-        checks[ONE_SIDED] = OneSided(_readings(statuses)).check
-    if near:
-        checks[NEAR_DUPLICATE] = NearDuplicates(config.max_duplicates).check
     digest = hashlib.blake2b(
         json.dumps(
             [
@@ -79,6 +74,11 @@ def merge_manifest(name: str, shards: list[Shard], writer: ShardWriter, config: 
                 return merged["counts"]
         state.unlink(missing_ok=True)
         counts = _counts(statuses)
+        checks: dict[str, Check] = {}
+        if ONE_SIDED in config.filters:
+            checks[ONE_SIDED] = OneSided(_readings(statuses)).check
+        if near:
+            checks[NEAR_DUPLICATE] = NearDuplicates(config.max_duplicates).check
         with jsonl.replacing(rejected, "partial") as side, jsonl.replacing(output, "partial") as out:
             for shard in shards:
                 paths = writer.paths(shard)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nemo_mtbi.errors import CheckpointError
-from nemo_mtbi.modules.connectors.base import NO_TOKEN, SpeechEmbeddings, frame_mask
+from nemo_mtbi.modules.connectors.base import NO_TOKEN, SpeechEmbeddings, computed_dtype, frame_mask
 from nemo_mtbi.modules.connectors.dense import each_normalized
 from nemo_mtbi.modules.connectors.subsampling import ConvSubsampler
 from nemo_mtbi.modules.connectors.wordings import Wordings
@@ -145,9 +145,7 @@ class DescriptionChannel(nn.Module):
         words = embed_tokens(tokens)
         embeddings = (self.offset.float() * scale).expand(len(shares), -1, -1)
         embeddings = embeddings.index_add(1, positions, shares[..., None] * words.float())
-        autocast = torch.is_autocast_enabled(words.device.type)
-        precision = torch.get_autocast_dtype(words.device.type) if autocast else self.project.weight.dtype
-        embeddings = embeddings.to(precision)
+        embeddings = embeddings.to(computed_dtype(words.device, self.project.weight.dtype))
         centers = torch.full(embeddings.shape[:2], WHOLE, device=embeddings.device)
         return SpeechEmbeddings(embeddings, torch.full_like(lengths, embeddings.shape[1]), centers)
 

@@ -76,6 +76,11 @@ class Hypotheses:
         ]
 
 
+def computed_dtype(device: torch.device, own: torch.dtype) -> torch.dtype:
+    """Autocast's type where it is on, else ``own``."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else own
+
+
 class Connector(nn.Module):
     """Base class. ``connect`` is what we use; ``forward`` is NeMo's channel-first adapter contract."""
 

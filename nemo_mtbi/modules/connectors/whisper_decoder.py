@@ -16,7 +16,7 @@ from nemo_mtbi.data.messages import NOTHING_HEARD
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.io.text import UNSPACED, word_count
 from nemo_mtbi.io.transfer import all_to_device
-from nemo_mtbi.modules.connectors.base import Hypotheses, SpeechEmbeddings, evaluation_mode
+from nemo_mtbi.modules.connectors.base import Hypotheses, SpeechEmbeddings, computed_dtype, evaluation_mode
 from nemo_mtbi.modules.connectors.whisper_recognizer import WhisperRecognizer
 
 OLD_RESIDUAL_SCALE = 5.0
@@ -175,8 +175,7 @@ class WhisperDecoderConnector(WhisperRecognizer):
 
         embedded = embed_tokens(token)
         if states is None:
-            autocast = torch.is_autocast_enabled(device.type)
-            embedded = embedded.to(torch.get_autocast_dtype(device.type) if autocast else self.residual.weight.dtype)
+            embedded = embedded.to(computed_dtype(device, self.residual.weight.dtype))
         else:
             chosen = states[utterance, index]
             extra = self.residual(self.norm(chosen)) * (self.residual_scale * self.embedding_rms)

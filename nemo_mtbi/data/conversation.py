@@ -40,15 +40,16 @@ NO_TARGET = Target("", "alignment", "none", "Repeat.", "", [0])
 
 @dataclass(frozen=True)
 class AcousticPositions:
-    """Positions of a connector that emits tokens, beside them: for each second, and for each window of the encoder."""
+    """Positions of a connector that emits tokens, beside them: of a second, a window of the encoder, an audio."""
 
     per_second: float = 0.0
     per_window: int = 0
     window_seconds: float = 30.0
+    per_audio: int = 0
 
     def __call__(self, seconds: float) -> int:
         windows = 1 if seconds <= self.window_seconds else math.ceil(seconds / (EARLIEST_SHARE * self.window_seconds))
-        return math.ceil(seconds * self.per_second) + self.per_window * windows
+        return math.ceil(seconds * self.per_second) + self.per_window * windows + self.per_audio
 
 
 class Origin(NamedTuple):

@@ -18,7 +18,7 @@ from nemo_mtbi.tasks.library import SANDBOX
 
 DESCRIPTION_FIELD = "description"  # in a supervision's custom fields
 TEMPLATE = (  # of those that were tried, what small LLMs read best (docs/results.md, Voices)
-    "Transcript{% if several %} [{{ start }}-{{ end }}]{% endif %}: {{ text }}"
+    "The transcript of a recording{% if several %} from {{ start }} to {{ end }}{% endif %}:\n{{ text }}"
     "{% for name, label in described.items() %}\nThe {{ name }} is {{ label }}.{% endfor %}"
 )
 VARIABLES = ("start", "end", "text", "speaker", "several", "attributes", "described")

@@ -1,5 +1,6 @@
 """One training example as plain Python values, and its prompt as pieces of text and speech."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nemo_mtbi.data.interleaving import InterleavingPolicy, SpeechSpan, Unit, merge
@@ -39,21 +40,23 @@ class Example:
         return self.prompt_ids if self.teacher_ids is None else self.teacher_ids
 
 
-def plan_batch(examples: list[Example], policy: InterleavingPolicy | None, step: int) -> list[list[Piece]]:
-    """Pieces of every example; ``policy=None`` is pure speech. Example i speaks audio i."""
+def plan_batch(
+    examples: list[Example], policy: InterleavingPolicy | None, step: int, opening: Sequence[int] = ()
+) -> list[list[Piece]]:
+    """Pieces of every example; ``policy=None`` is pure speech. Example i speaks audio i, after ``opening``."""
     pieces = []
     for index, example in enumerate(examples):
         plan = [False] * len(example.units)
         if policy is not None:
             plan = policy.plan(example.units, example.id, example.visit, step)
-        pieces.append(prompt_pieces(example, index, plan))
+        pieces.append(prompt_pieces(example, index, plan, opening))
     return pieces
 
 
-def prompt_pieces(example: Example, audio: int, plan: list[bool]) -> list[Piece]:
-    """The prompt with its utterance as planned: token lists and speech spans in order."""
+def prompt_pieces(example: Example, audio: int, plan: list[bool], opening: Sequence[int] = ()) -> list[Piece]:
+    """The prompt with its utterance as planned, ``opening`` before it: token lists and speech spans in order."""
     units, ids = example.units, example.prompt_ids
-    pieces: list[Piece] = [ids[: units[0].token_begin]]
+    pieces: list[Piece] = [[*ids[: units[0].token_begin], *opening]]
     for piece in merge(units, plan, audio):
         pieces.append(piece if isinstance(piece, SpeechSpan) else ids[piece[0] : piece[1]])
     pieces.append(ids[units[-1].token_end :])

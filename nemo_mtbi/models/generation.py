@@ -269,7 +269,8 @@ class SpeechLLM(nn.Module):
         speech.
         """
         examples = batch["examples"]
-        pieces, seconds = plan_batch(examples, None, 0), [e.duration_seconds for e in examples]
+        pieces = plan_batch(examples, None, 0, self.opening)
+        seconds = [e.duration_seconds for e in examples]
         speech = fused(self.perception, connect(self.perception, *batch_features(self.perception, batch)), seconds)
         silent = self._nothing_heard(speech, [[row] for row in range(len(examples))])
         return self._greedy(*self._left_padded_inputs(pieces, speech, seconds), max_new_tokens, silent)
@@ -291,13 +292,13 @@ class SpeechLLM(nn.Module):
     def prompt_pieces(self, prompts: list[list[dict[str, Any]]]) -> tuple[list[list[Piece]], int]:
         """Dialogs as pieces, a span for each audio tag, numbered in order. -> pieces, audio tags."""
         renderer = PromptRenderer(self.tokenizer, self.prompt_formatter())
-        pieces, audio = [], 0
+        pieces, audio, opening = [], 0, self.opening
         for dialog in prompts:
             rendered = renderer.render([{"role": m["role"], "content": self._parts(m["content"])} for m in dialog])
             row: list[Piece] = []
             begin = 0
             for place in rendered.tags:
-                row += [rendered.ids[begin:place], SpeechSpan(audio, 0.0, float("inf"))]
+                row += [[*rendered.ids[begin:place], *opening], SpeechSpan(audio, 0.0, float("inf"))]
                 begin, audio = place + 1, audio + 1
             pieces.append([*row, rendered.ids[begin:]])
         return pieces, audio

@@ -137,6 +137,12 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
         return PromptFormatter.resolve(self.cfg.prompt_format)
 
     @property
+    def opening(self) -> list[int]:
+        """Tokens that stand before every utterance; see :attr:`Connector.opening`."""
+        connector = connector_of(self.perception)
+        return [] if connector is None else connector.opening
+
+    @property
     def packs(self) -> bool:
         """Whether the LLM computes no padding; found out when it is first asked, on all ranks of an LLM together."""
         if self._packs is None:
@@ -175,7 +181,8 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
         """The speech LLM on a batch, without logits."""
         examples: list[Example] = batch["examples"]
         policy = self.interleaving if interleave else None
-        pieces = plan_batch(examples, policy, self.global_step if self._trainer is not None else 0)
+        step = self.global_step if self._trainer is not None else 0
+        pieces = plan_batch(examples, policy, step, self.opening)
         level = policy.level if policy else None
         if level == "waveform" and self.interleaving.probability == 0:  # nothing is cut
             level = None
@@ -255,7 +262,7 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
         seconds = [e.duration_seconds for e in examples]
         with evaluation_mode(self.llm):  # dropout of LoRA would tell equal hypotheses apart
             fused = speech.fused(self.perception, heard, seconds)
-            pieces = plan_batch(examples, None, 0)
+            pieces = plan_batch(examples, None, 0, self.opening)
             student = self.answering(examples, speech.SpeechInput(pieces, fused, seconds, heard))
         return mean_by_example(self.imitation(batch, student, teacher).per_token, student.layout.response_counts)
 

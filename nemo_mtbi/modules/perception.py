@@ -21,7 +21,7 @@ from nemo_mtbi.modules.causal_lm import is_frozen
 from nemo_mtbi.modules.connectors.base import Connector
 from nemo_mtbi.modules.connectors.whisper_recognizer import WhisperRecognizer
 from nemo_mtbi.modules.connectors.whisper_weights import load_whisper_decoder, whisper_decoder_settings
-from nemo_mtbi.modules.connectors.wordings import wordings
+from nemo_mtbi.modules.connectors.wordings import around_words
 from nemo_mtbi.modules.fusion import Fusion
 from nemo_mtbi.modules.whisper import SUBSAMPLING, WINDOW_SECONDS
 from nemo_mtbi.pretrained.offline import resolve_pretrained
@@ -63,7 +63,8 @@ def setup_perception(model: Any) -> None:
         if adapter._target_.startswith("nemo_mtbi."):
             adapter.output_dim = model.llm.config.hidden_size
             if adapter.get("acoustic_prompt") is not None and adapter.get("acoustic_prompt_ids") is None:
-                adapter.acoustic_prompt_ids = wordings(model.tokenizer.tokenizer, adapter.acoustic_prompt)
+                opening, described = around_words(model.tokenizer.tokenizer, adapter.acoustic_prompt)
+                adapter.acoustic_opening_ids, adapter.acoustic_prompt_ids = opening, described
             if "feat_in" not in adapter:
                 taps = len(perception.encoder.get("taps", [])) if whisper else 0
                 width = perception.encoder.config.d_model if whisper else _nemo_config(name).encoder.d_model

@@ -88,6 +88,7 @@ class Connector(nn.Module):
     emits_tokens = False  # see TokenConnector
     positions_per_second = 0.0  # beside the tokens, of a connector that emits them
     positions_per_window = 0  # of the encoder, likewise
+    positions_per_audio = 0  # likewise: as many as ``opening`` comes to have
     window_seconds = math.inf  # longest audio that the encoder is given at once
     choice_group: Any = None  # process group that holds the LLM together (tensor parallelism)
 
@@ -106,6 +107,11 @@ class Connector(nn.Module):
 
         Not part of the checkpoint, called after a load.
         """
+
+    @property
+    def opening(self) -> list[int]:
+        """Tokens that the LLM reads before every utterance."""
+        return []
 
     def begin_imitation(self) -> None:
         """Called before the first step of an imitation stage in which CE or KL count."""

@@ -34,13 +34,16 @@ class TwoChannelConnector(WhisperDecoderConnector):
         acoustic_strides: 50 / 2^strides acoustic positions a second; 3 gives 6.25.
         acoustic_prompt: text with choices, such as "The gender is {female|male}.", as whose positions the acoustic
             channel describes each window of the encoder, in place of that stream and its strides
-            (:class:`DescriptionChannel`). None: the stream.
-        acoustic_prompt_ids: its tokens, from :func:`~nemo_mtbi.modules.connectors.wordings.wordings`.
+            (:class:`DescriptionChannel`). None: the stream. Whole lines may stand before the words, whose place is
+            ``{words}``: small LLMs that are told that they read a transcript understand its description better.
+        acoustic_prompt_ids, acoustic_opening_ids: its tokens after and before the words, from
+            :func:`~nemo_mtbi.modules.connectors.wordings.around_words`.
         order: ``text_first`` or ``acoustic_first``.
         text: further arguments of :class:`WhisperDecoderConnector`.
 
     Raises:
-        ConfigError: an unknown order, an encoder that is not that Whisper's, or ids of an earlier version.
+        ConfigError: an unknown order, ``acoustic_first`` with lines before the words, an encoder that is not that
+            Whisper's, or ids of an earlier version.
     """
 
     acoustic_open: Tensor
@@ -53,6 +56,7 @@ class TwoChannelConnector(WhisperDecoderConnector):
         acoustic_strides: int = 3,
         acoustic_prompt: str | None = None,
         acoustic_prompt_ids: Wordings | None = None,
+        acoustic_opening_ids: list[int] | None = None,
         order: str = "text_first",
         **text: Any,
     ) -> None:
@@ -75,8 +79,18 @@ class TwoChannelConnector(WhisperDecoderConnector):
             self.acoustic = DescriptionChannel(feat_in // width, width, output_dim, acoustic_prompt_ids)
         self.positions_per_second = self.acoustic.positions_per_second
         self.positions_per_window = self.acoustic.positions_per_window
+        self.opening_ids = list(acoustic_opening_ids or [])
+        if self.opening_ids and order != "text_first":
+            raise ConfigError(
+                f"order={order}: what follows {{words}} in acoustic_prompt comes after them (text_first)."
+            )
+        self.positions_per_audio = len(self.opening_ids)
         self.register_buffer("acoustic_open", torch.zeros((), dtype=torch.bool))
         self._open = False  # the buffer's value, without asking a GPU for it
+
+    @property
+    def opening(self) -> list[int]:
+        return self.opening_ids if self._open else []
 
     def begin_imitation(self) -> None:
         self.acoustic_open.fill_(True)

@@ -7,7 +7,36 @@ from nemo_mtbi.data.literal import literal_encoding
 from nemo_mtbi.errors import ConfigError, DataError
 
 CHOICES = re.compile(r"\{([^{}]*)\}")
+WORDS = "{words}"
 Wordings = list[list[list[int]]]  # pieces of a text; each as its alternatives, all of one length
+
+
+def around_words(tokenizer: Any, text: str) -> tuple[list[int], Wordings]:
+    """Tokens before the place of the words, ``{words}``, and the text with choices after it. Without that place all of
+    the text is after it.
+
+    Raises:
+        ConfigError: see :func:`wordings`; or choices before the words, more than one such place, or an opening that
+            does not end with its line, whose last token the words could be part of.
+    """
+    opening, _, described = text.rpartition(WORDS)
+    if opening and (any(brace in opening for brace in "{}") or not opening.endswith("\n")):
+        raise ConfigError(
+            f"acoustic_prompt={text!r}: before {WORDS} there are whole lines, without choices, such as 'Transcript:\\n"
+            f"{WORDS}\\nThe gender is {{female|male}}.'"
+        )
+    return literal_ids(tokenizer, opening) if opening else [], wordings(tokenizer, described)
+
+
+def literal_ids(tokenizer: Any, text: str) -> list[int]:
+    """
+    Raises:
+        ConfigError: the tokenizer cannot write the text.
+    """
+    try:
+        return literal_encoding(tokenizer, text)[0]
+    except DataError as error:
+        raise ConfigError(f"acoustic_prompt: {error}") from error
 
 
 def wordings(tokenizer: Any, text: str) -> Wordings:
@@ -39,11 +68,7 @@ def wordings(tokenizer: Any, text: str) -> Wordings:
             )
 
     def tokens(chosen: list[str]) -> list[int]:
-        written = "".join(a + b for a, b in zip(fixed, [*chosen, ""], strict=True))
-        try:
-            return literal_encoding(tokenizer, written)[0]
-        except DataError as error:
-            raise ConfigError(f"acoustic_prompt: {error}") from error
+        return literal_ids(tokenizer, "".join(a + b for a, b in zip(fixed, [*chosen, ""], strict=True)))
 
     first = [choice[0] for choice in choices]
     base = tokens(first)

@@ -2,12 +2,13 @@
 
 import itertools
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 from nemo_mtbi.data.conversation import AcousticPositions
-from nemo_mtbi.data.example import prompt_pieces
+from nemo_mtbi.data.example import plan_batch, prompt_pieces
 from nemo_mtbi.data.literal import literal_encoding
 from nemo_mtbi.errors import CheckpointError, ConfigError
 from nemo_mtbi.models import MTBISALM
@@ -364,3 +365,83 @@ def test_choices_are_what_the_alternatives_do_not_share(model, text):
             tokenizer, written_out(text, *(o[i] for o, i in zip(options, indices, strict=True)))
         )
         assert [i for i in ids if i != space] == [i for i in expected[0] if i != space]
+
+
+OPENING = "The words of a recording:\n"
+
+
+@pytest.fixture
+def opened(tiny_config):
+    config = two_channel(tiny_config, acoustic_prompt=f"{OPENING}{{words}}{TEXT}")
+    model = build(config).eval()
+    assert model.opening == []  # before imitation the LLM reads the words alone
+    model.perception.modality_adapter.begin_imitation()
+    return model
+
+
+def read_before(model, pieces):
+    """The text before the first speech."""
+    place = next(i for i, piece in enumerate(pieces) if not isinstance(piece, list))
+    return model.tokenizer.tokenizer.decode(list(itertools.chain(*pieces[:place])))
+
+
+def test_an_opening_stands_before_the_words_in_training_and_in_use(opened, model):
+    tokenizer = opened.tokenizer.tokenizer
+    assert tokenizer.decode(opened.opening) == OPENING and model.opening == []
+    assert opened.perception.modality_adapter.acoustic.prompt.tolist() == (
+        model.perception.modality_adapter.acoustic.prompt.tolist()
+    )
+    [example] = make_batch(opened, 1)["examples"]
+    [[*pieces]] = plan_batch([example], None, 0, opened.opening)
+    assert read_before(opened, pieces).endswith(OPENING)
+    words = [len(example.units) > 1, *[False] * (len(example.units) - 1)]
+    given = prompt_pieces(example, 0, words, opened.opening)  # the first words as text: after the opening
+    first = tokenizer.decode(example.prompt_ids[example.units[0].token_begin : example.units[0].token_end])
+    assert read_before(opened, given).endswith(OPENING + first)
+    turn = opened.user_turn("Who speaks?", audios=2)
+    [used], audios = opened.prompt_pieces([[turn]])
+    assert audios == 2 and read_before(opened, used).endswith("Who speaks?\n" + OPENING)
+    second = used.index(next(p for p in used if not isinstance(p, list) and p.audio == 1))
+    assert tokenizer.decode(used[second - 1]) == "\n" + OPENING
+
+
+def test_the_answer_is_to_what_stands_there(opened, model):
+    """The same as a prompt that holds the opening, for a model without one."""
+    batch, written = make_batch(opened, 2), make_batch(model, 2)
+    count = len(opened.opening)
+    for i, example in enumerate(written["examples"]):
+        begin = example.units[0].token_begin
+        ids = [*example.prompt_ids[:begin], *opened.opening, *example.prompt_ids[begin:]]
+        units = [replace(u, token_begin=u.token_begin + count, token_end=u.token_end + count) for u in example.units]
+        written["examples"][i] = replace(example, prompt_ids=ids, units=units)
+    with torch.no_grad():
+        torch.testing.assert_close(opened.student(batch, True).hidden, model.student(written, True).hidden)
+
+
+def test_positions_of_an_opening_count_in_batches(opened):
+    connector = opened.perception.modality_adapter
+    assert connector.positions_per_audio == len(opened.opening) > 0
+    own = AcousticPositions(
+        0.0, connector.positions_per_window, connector.window_seconds, connector.positions_per_audio
+    )
+    assert own(3.0) == connector.positions_per_window + len(opened.opening)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Words: {words}" + TEXT,  # the first word would share its token
+        "{a|b}\n{words}" + TEXT,
+        "One\n{words} two\n{words}" + TEXT,
+        "One\n{words} without choices",
+    ],
+)
+def test_an_opening_that_cannot_stand_there_is_refused(tiny_config, text):
+    with pytest.raises(ConfigError, match="acoustic_prompt"):
+        build(two_channel(tiny_config, acoustic_prompt=text))
+
+
+def test_an_opening_needs_the_words_first(tiny_config):
+    config = two_channel(tiny_config, acoustic_prompt=f"{OPENING}{{words}}{TEXT}", order="acoustic_first")
+    with pytest.raises(ConfigError, match="text_first"):
+        build(config)

@@ -24,7 +24,7 @@ from nemo_mtbi.models.layout import build_inputs
 from nemo_mtbi.models.speech import batch_features, connect, fused
 from nemo_mtbi.modules.causal_lm import end_of_turn, lent_embedding, stop_ids, without_adapters
 from nemo_mtbi.modules.connectors.base import SpeechEmbeddings
-from nemo_mtbi.modules.perception import context_of, fusion_of
+from nemo_mtbi.modules.perception import connector_of, context_of, fusion_of
 
 Audios = Tensor | Sequence[AudioBlocks] | Heard
 
@@ -288,6 +288,12 @@ class SpeechLLM(nn.Module):
         silent = silent or [False] * len(inputs)
         rows = self._answers(inputs, mask, silent, max_new_tokens=max_new_tokens, do_sample=False).tolist()
         return [row[: next((i for i, t in enumerate(row) if t in stop), len(row))] for row in rows]
+
+    @property
+    def opening(self) -> list[int]:
+        """Tokens that stand before every utterance; see :attr:`Connector.opening`."""
+        connector = connector_of(self.perception)
+        return [] if connector is None else connector.opening
 
     def prompt_pieces(self, prompts: list[list[dict[str, Any]]]) -> tuple[list[list[Piece]], int]:
         """Dialogs as pieces, a span for each audio tag, numbered in order. -> pieces, audio tags."""

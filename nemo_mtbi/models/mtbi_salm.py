@@ -137,12 +137,6 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
         return PromptFormatter.resolve(self.cfg.prompt_format)
 
     @property
-    def opening(self) -> list[int]:
-        """Tokens that stand before every utterance; see :attr:`Connector.opening`."""
-        connector = connector_of(self.perception)
-        return [] if connector is None else connector.opening
-
-    @property
     def packs(self) -> bool:
         """Whether the LLM computes no padding; found out when it is first asked, on all ranks of an LLM together."""
         if self._packs is None:

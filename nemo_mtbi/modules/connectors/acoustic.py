@@ -104,7 +104,8 @@ class DescriptionChannel(nn.Module):
     """
 
     prompt: Tensor  # of every token of every alternative: itself, its position, the place of its weight
-    impossible: Tensor
+    impossible: Tensor  # places of alternatives that a choice does not have
+    even: Tensor  # probabilities of alternatives of which each is as likely
 
     def __init__(self, encoder_layers: int, width: int, output_dim: int, prompt: Wordings) -> None:
         super().__init__()
@@ -129,6 +130,7 @@ class DescriptionChannel(nn.Module):
         self.register_buffer("prompt", torch.tensor(rows))
         sizes = torch.tensor([len(c) for c in choices])
         self.register_buffer("impossible", torch.arange(most) >= sizes[:, None], persistent=False)
+        self.register_buffer("even", ~self.impossible / sizes[:, None], persistent=False)
 
     def forward(
         self,
@@ -160,9 +162,7 @@ class DescriptionChannel(nn.Module):
         probabilities = logits.masked_fill(self.impossible, -torch.inf).softmax(-1)
         if not torch.is_grad_enabled():
             return probabilities
-        possible = (~self.impossible).float()
-        count = possible.sum(-1, keepdim=True)
-        apart = (logits - (logits * possible).sum(-1, keepdim=True) / count) * possible / count
+        apart = (logits - (logits * self.even).sum(-1, keepdim=True)) * self.even
         return probabilities.detach() + apart - apart.detach()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

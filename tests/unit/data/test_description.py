@@ -32,7 +32,10 @@ def test_attributes_and_their_order_are_drawn_for_each_key():
     describe = DescribedText()
     found = [describe(cut(LABELS), str(key)) for key in range(200)]
     assert found == [describe(cut(LABELS), str(key)) for key in range(200)]
-    read = [re.fullmatch(r"The transcript of a recording:\nwords 0 \{\{ text \}\}\n(.*)", f.text, re.DOTALL)[1] for f in found]
+    read = [
+        re.fullmatch(r"The transcript of a recording:\nwords 0 \{\{ text \}\}\n(.*)", f.text, re.DOTALL)[1]
+        for f in found
+    ]
     drawn = [text.splitlines() for text in read]
     assert {len(own) for own in drawn} == {1, 2, 3, 4} and len({tuple(own) for own in drawn}) > 40
     assert {line for own in drawn for line in own} == {f"The {k} is {v}." for k, v in LABELS.items()}

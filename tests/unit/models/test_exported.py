@@ -29,7 +29,10 @@ ADAPTERS = {
     "ctc": {"_target_": f"{CONNECTORS}CTCCompressConnector", "vocab_size": 9, "d_model": 32, "heads": 4},
     "decoder": {"_target_": f"{CONNECTORS}WhisperDecoderConnector"},
     "two_channel": {"_target_": f"{CONNECTORS}TwoChannelConnector", "acoustic_strides": 2},
-    "description": {"_target_": f"{CONNECTORS}TwoChannelConnector", "acoustic_prompt": " The gender is {female|male}."},
+    "description": {
+        "_target_": f"{CONNECTORS}TwoChannelConnector",
+        "acoustic_prompt": "A recording:\n{words} The gender is {female|male}.",
+    },
 }
 
 
@@ -38,6 +41,7 @@ def make(tiny_config, adapter, **changes):
     model = build(tiny_config, **{"perception": perception, "prompt_format": "chat_template", **changes})
     if adapter == "ctc":
         model.set_ctc_vocabulary(list(range(300, 309)))
+    model.perception.modality_adapter.begin_imitation()  # with what stands beside the words
     return model.eval()
 
 

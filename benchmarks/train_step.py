@@ -155,7 +155,7 @@ def pure_speech_inputs(
     examples = batch["examples"]
     responses, seconds = [e.response_ids for e in examples], [SECONDS] * BATCH
     speech = connect(model.perception, features, lengths)
-    pieces = plan_batch(examples, None, 0)
+    pieces = plan_batch(examples, None, 0, model.opening)
     inputs, _ = build_inputs(pieces, responses, speech, seconds, model.frame_seconds, model.embed_tokens)
     assert inputs.shape[1] == POSITIONS, inputs.shape
     return inputs.detach().requires_grad_()

@@ -290,7 +290,7 @@ def data_module(
                     entry.acoustic = {
                         "per_second": connector.positions_per_second,
                         "per_window": connector.positions_per_window,
-                        "per_audio": connector.positions_per_audio,
+                        "per_audio": 0 if model.prefixes is not None else connector.positions_per_audio,  # kept
                         "window_seconds": model.perception.window_seconds,
                     }
                 entry.every_cut = model.stage == ALIGNMENT

@@ -3,7 +3,7 @@
 Letters: B utterances or windows, T encoder frames, K encoder layers, D their width, P output positions, H LLM width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -101,15 +101,21 @@ class DescriptionChannel(nn.Module):
         width: D.
         output_dim: H.
         prompt: the text with its choices, as tokens of the LLM.
+        opening: tokens of the lines before the words.
     """
 
+    opening: Tensor  # tokens before the words
     prompt: Tensor  # of every token of every alternative: itself, its position, the place of its weight
     impossible: Tensor  # places of alternatives that a choice does not have
     even: Tensor  # probabilities of alternatives of which each is as likely
 
-    def __init__(self, encoder_layers: int, width: int, output_dim: int, prompt: Wordings) -> None:
+    def __init__(
+        self, encoder_layers: int, width: int, output_dim: int, prompt: Wordings, opening: Sequence[int] = ()
+    ) -> None:
         super().__init__()
         self.encoder_layers = encoder_layers
+        self.opening_ids = list(opening)  # the buffer's values, without asking a GPU for them
+        self.register_buffer("opening", torch.tensor(self.opening_ids, dtype=torch.long))
         self.standardized = Standardization(2 * encoder_layers * width)
         self.hidden = nn.Linear(2 * encoder_layers * width, width)
         self.tempo_standardized = Standardization(3)
@@ -166,9 +172,9 @@ class DescriptionChannel(nn.Module):
         return probabilities.detach() + apart - apart.detach()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        given, own = state_dict.get(f"{prefix}prompt"), self.prompt
-        if f"{prefix}prompt_ids" in state_dict or (
-            given is not None and not own.is_meta and given.tolist() != own.tolist()
+        pairs = [(state_dict.get(f"{prefix}{name}"), getattr(self, name)) for name in ("prompt", "opening")]
+        if f"{prefix}prompt_ids" in state_dict or any(
+            given is not None and not own.is_meta and given.tolist() != own.tolist() for given, own in pairs
         ):
             raise CheckpointError(
                 "The acoustic channel was trained with another text (modality_adapter.acoustic_prompt), or, before "

@@ -14,7 +14,7 @@ from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.modules.connectors.acoustic import AcousticChannel, DescriptionChannel, joined
 from nemo_mtbi.modules.connectors.base import NO_TOKEN, Hypotheses, SpeechEmbeddings, frame_mask
 from nemo_mtbi.modules.connectors.whisper_decoder import WhisperDecoderConnector
-from nemo_mtbi.modules.connectors.wordings import Wordings
+from nemo_mtbi.modules.connectors.wordings import WORDS, Wordings
 
 ORDERS = ("text_first", "acoustic_first")
 
@@ -76,21 +76,23 @@ class TwoChannelConnector(WhisperDecoderConnector):
                     f"acoustic_prompt_ids={acoustic_prompt_ids}: leave them out, they are made of acoustic_prompt. "
                     "(Connectors of before December 2026, with a text without choices, have to be trained again.)"
                 )
-            self.acoustic = DescriptionChannel(feat_in // width, width, output_dim, acoustic_prompt_ids)
+            if WORDS in acoustic_prompt and acoustic_opening_ids is None:
+                raise ConfigError(f"acoustic_opening_ids: give those before {WORDS} too, or leave both out.")
+            opening = acoustic_opening_ids or []
+            if opening and order != "text_first":
+                raise ConfigError(
+                    f"order={order}: what follows {WORDS} in acoustic_prompt comes after them (text_first)."
+                )
+            self.acoustic = DescriptionChannel(feat_in // width, width, output_dim, acoustic_prompt_ids, opening)
+            self.positions_per_audio = len(opening)
         self.positions_per_second = self.acoustic.positions_per_second
         self.positions_per_window = self.acoustic.positions_per_window
-        self.opening_ids = list(acoustic_opening_ids or [])
-        if self.opening_ids and order != "text_first":
-            raise ConfigError(
-                f"order={order}: what follows {{words}} in acoustic_prompt comes after them (text_first)."
-            )
-        self.positions_per_audio = len(self.opening_ids)
         self.register_buffer("acoustic_open", torch.zeros((), dtype=torch.bool))
         self._open = False  # the buffer's value, without asking a GPU for it
 
     @property
     def opening(self) -> list[int]:
-        return self.opening_ids if self._open else []
+        return self.acoustic.opening_ids if self._open and isinstance(self.acoustic, DescriptionChannel) else []
 
     def begin_imitation(self) -> None:
         self.acoustic_open.fill_(True)
@@ -106,6 +108,8 @@ class TwoChannelConnector(WhisperDecoderConnector):
         if f"{prefix}decoder.layer_norm.weight" in state and f"{prefix}acoustic_open" not in state:
             state.update({f"{prefix}acoustic.{k}": v for k, v in self.acoustic.state_dict().items()})
             state[f"{prefix}acoustic_open"] = torch.zeros_like(self.acoustic_open)
+        if f"{prefix}acoustic.prompt" in state:  # of before there were lines before the words
+            state.setdefault(f"{prefix}acoustic.opening", torch.zeros(0, dtype=torch.long))
 
     def connect(
         self,

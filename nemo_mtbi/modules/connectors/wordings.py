@@ -22,8 +22,8 @@ def around_words(tokenizer: Any, text: str) -> tuple[list[int], Wordings]:
     opening, _, described = text.rpartition(WORDS)
     if opening and (any(brace in opening for brace in "{}") or not opening.endswith("\n")):
         raise ConfigError(
-            f"acoustic_prompt={text!r}: before {WORDS} there are whole lines, without choices, such as 'Transcript:\\n"
-            f"{WORDS}\\nThe gender is {{female|male}}.'"
+            f"acoustic_prompt={text!r}: before {WORDS} there are whole lines, without choices, each with the line end "
+            f"after it ('\\n' within YAML's double quotes, in a shell $'...'), and {WORDS} stands there once."
         )
     return literal_ids(tokenizer, opening) if opening else [], wordings(tokenizer, described)
 

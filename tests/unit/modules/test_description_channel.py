@@ -445,3 +445,21 @@ def test_an_opening_needs_the_words_first(tiny_config):
     config = two_channel(tiny_config, acoustic_prompt=f"{OPENING}{{words}}{TEXT}", order="acoustic_first")
     with pytest.raises(ConfigError, match="text_first"):
         build(config)
+
+
+def test_weights_for_another_opening_are_refused(opened, model, tiny_config):
+    other = build(two_channel(tiny_config, acoustic_prompt=f"Words:\n{{words}}{TEXT}"))
+    for target in (other, model):
+        with pytest.raises(CheckpointError, match="another text"):
+            target.load_state_dict(opened.state_dict())
+    state = model.state_dict()
+    del state["perception.modality_adapter.acoustic.opening"]  # of before there were openings
+    model.perception.modality_adapter.upgrade_state(state, "perception.modality_adapter.")
+    model.load_state_dict(state)
+
+
+def test_tokens_of_a_prompt_come_with_those_of_its_opening(opened, tiny_config):
+    ids = opened.cfg.perception.modality_adapter.acoustic_prompt_ids
+    config = two_channel(tiny_config, acoustic_prompt=f"{OPENING}{{words}}{TEXT}", acoustic_prompt_ids=ids)
+    with pytest.raises(ConfigError, match="acoustic_opening_ids"):
+        build(config)

@@ -19,6 +19,7 @@ from nemo_mtbi.process import fast_bfloat16
 DTYPES = ("float32", "bfloat16")
 AUTO = "auto"  # bfloat16 where this machine computes faster in it, else float32
 TEACHERS = ("online", "cached", "unfused", "none")
+MEANS_OVER = ("tokens", "answers")
 PERCEPTION_KEYS = (
     "encoder_layers",
     "encoder_taps",
@@ -40,6 +41,8 @@ class ImitationConfig:
     connector that writes text (the greedy one, the others drawn at ``risk_temperature``); ``teacher`` is ``online``,
     ``cached`` (top-k stored with the targets), ``unfused`` (the student on all positions, where ``perception.fusion``
     merges some; validation has the online one) or ``none`` (CE alone); ``task_weights`` multiplies the loss of a task.
+    CE and KL are means over response ``tokens``, or over ``answers`` of the mean over their tokens (``mean_over``): one
+    word then weighs as much as a paragraph (verl's token-mean and seq-mean-token-mean).
     """
 
     w_ce: float = 1.0
@@ -52,7 +55,13 @@ class ImitationConfig:
     temperature: float = 1.0
     divergence: str = "forward_kl"
     teacher: str = "online"
+    mean_over: str = "tokens"
     task_weights: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def by_answer(self) -> bool:
+        """Whether answers weigh alike, not tokens."""
+        return self.mean_over == "answers"
 
     @property
     def by_the_llm(self) -> bool:
@@ -205,6 +214,8 @@ def model_config(cfg: DictConfig | dict[str, Any]) -> ModelConfig:
         problems.append(f"model.speech_position={config.speech_position!r}: use {' or '.join(SPEECH_POSITIONS)}")
     if config.imitation.teacher not in TEACHERS:
         problems.append(f"model.imitation.teacher={config.imitation.teacher!r}: use {', '.join(TEACHERS)}")
+    if config.imitation.mean_over not in MEANS_OVER:
+        problems.append(f"model.imitation.mean_over={config.imitation.mean_over!r}: use {' or '.join(MEANS_OVER)}")
     if config.imitation.teacher == "none" and config.imitation.w_kl > 0:
         problems.append("model.imitation: w_kl > 0 needs teacher=online, cached or unfused")
     fusion = config.perception.get("fusion") if isinstance(config.perception, dict) else None

@@ -29,15 +29,15 @@ from nemo_mtbi.models.gradients import GradientMixin
 from nemo_mtbi.models.language_model import PrefixStore, hidden_states, packs, teacher_hidden_states
 from nemo_mtbi.models.layout import build_inputs
 from nemo_mtbi.models.objective import (
-    RESPONSE_TOKENS,
     StepLoss,
     StudentOutput,
     alignment_loss,
     batch_counts,
     combined,
     imitation_terms,
-    mean_by_example,
+    losses_of_answers,
     of_rows,
+    reference,
     risk_term,
     step_loss,
     sums_by_task,
@@ -163,7 +163,8 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
             student = self.student(batch, interleave=True)
             teacher = self.unfused_hidden(batch, student) if unfused else teacher
             loss = self.imitation(batch, student, teacher)
-            step = step_loss(batch, student, loss, self.further_terms(batch, student.spoken.unfused, teacher))
+            extra = self.further_terms(batch, student.spoken.unfused, teacher)
+            step = step_loss(batch, student, loss, extra, self.config.imitation)
         self.count_tokens(step.count)
         self.seen.add(batch["examples"], self.stage)
         size = len(batch["examples"])
@@ -235,7 +236,7 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
     def further_terms(
         self, batch: dict[str, Any], spoken: SpeechEmbeddings, teacher: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]] | None:
-        """The terms beside CE and KL, in units of response tokens; None without such.
+        """The terms beside CE and KL, in units of what the loss is a mean over; None without such.
 
         ``spoken``: what the connector gave, before any fusion.
         """
@@ -244,7 +245,7 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
         if weights.w_risk > 0:
             losses = partial(self.answer_losses, batch, teacher=teacher)
             terms.append(risk_term(batch, self.perception, weights, losses))
-        return combined(terms, *self.counts(batch), RESPONSE_TOKENS) if terms else None
+        return combined(terms, *self.counts(batch), reference(weights)) if terms else None
 
     def answer_losses(
         self, batch: dict[str, Any], heard: SpeechEmbeddings, rows: list[int], teacher: Tensor | None = None
@@ -258,7 +259,8 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
             fused = speech.fused(self.perception, heard, seconds)
             pieces = plan_batch(examples, None, 0, self.opening)
             student = self.answering(examples, speech.SpeechInput(pieces, fused, seconds, heard))
-        return mean_by_example(self.imitation(batch, student, teacher).per_token, student.layout.response_counts)
+        loss = self.imitation(batch, student, teacher)
+        return losses_of_answers(loss, student.layout.response_counts, self.config.imitation)
 
     def counts(self, batch: dict[str, Any]) -> tuple[dict[str, int], Tensor]:
         """Of a micro-batch, and (4,) of its whole optimizer step over the data-parallel ranks."""
@@ -322,7 +324,8 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
                 continue
             student = self.student(part, interleave=False)
             loss = self.imitation(part, student)
-            self.validation.add(name, loss, sums_by_task(part["examples"], student.layout, loss))
+            by_task = sums_by_task(part["examples"], student.layout, loss, self.config.imitation)
+            self.validation.add(name, loss, by_task)
 
     def on_validation_epoch_end(self) -> None:
         self.validation.log(self.log, self.stage == "imitation", self.device, self.data_parallel_group())

@@ -88,15 +88,16 @@ def imitation_terms(
         config.objective(),
         teacher_hidden=teacher_hidden,
         cached_teacher=cached,
-        token_weights=_token_weights(examples, student.layout, config.task_weights),
+        token_weights=_token_weights(examples, student.layout, config),
     )
 
 
-def _token_weights(examples: list[Example], layout: BatchLayout, weights: dict[str, float]) -> Tensor | None:
-    if not weights:
+def _token_weights(examples: list[Example], layout: BatchLayout, config: ImitationConfig) -> Tensor | None:
+    if not config.task_weights and not config.by_answer:
         return None
-    counts = zip(examples, layout.response_counts, strict=True)
-    return torch.tensor([weights.get(e.task, 1.0) for e, n in counts for _ in range(n)], device=layout.index.device)
+    counts = list(zip(examples, layout.response_counts, strict=True))
+    weights = [config.task_weights.get(e.task, 1.0) / (n if config.by_answer else 1) for e, n in counts]
+    return to_device([w for w, (_, n) in zip(weights, counts, strict=True) for _ in range(n)], layout.index.device)
 
 
 @dataclass(frozen=True)
@@ -196,11 +197,12 @@ def of_rows(batch: dict[str, Any], teacher: Tensor | None, rows: list[int]) -> t
     return own, None if teacher is None else teacher[chosen]
 
 
-def mean_by_example(per_token: Tensor, counts: list[int]) -> Tensor:
-    """(R,) values of response tokens, R = sum of the B counts -> their means (B,)."""
+def losses_of_answers(loss: ImitationLoss, counts: list[int], config: ImitationConfig) -> Tensor:
+    """Mean loss (B,) of each answer's response tokens, of which there are ``counts``."""
+    per_token = loss.per_token
     owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(per_token.device)
     sums = per_token.new_zeros(len(counts)).index_add(0, owner, per_token)
-    return sums / torch.tensor(counts, device=per_token.device)
+    return sums if config.by_answer else sums / to_device(counts, per_token.device)
 
 
 def term_counts(examples: list[Example], connector: Connector | None) -> dict[str, int]:
@@ -326,34 +328,50 @@ def alignment_loss(terms: list[Term], own: dict[str, int], counts: Tensor) -> St
     return StepLoss(total, own[reference], metrics | {"loss": total.detach() / max(1, own[reference])})
 
 
+def reference(config: ImitationConfig) -> str:
+    """Kind of the count by which a step's loss is divided."""
+    return UTTERANCES if config.by_answer else RESPONSE_TOKENS
+
+
 def step_loss(
-    batch: dict[str, Any], student: StudentOutput, loss: ImitationLoss, extra: tuple[Tensor, dict[str, Tensor]] | None
+    batch: dict[str, Any],
+    student: StudentOutput,
+    loss: ImitationLoss,
+    extra: tuple[Tensor, dict[str, Tensor]] | None,
+    config: ImitationConfig,
 ) -> StepLoss:
-    """The sum of all terms of an imitation step, and its metrics per response token.
+    """The sum of all terms of an imitation step; its loss per response token or answer, CE and KL per token.
 
     Args:
         batch: of :class:`nemo_mtbi.data.dataset.MTBIDataset`.
         student: its forward pass.
         loss: CE and KL.
-        extra: :func:`combined` further terms in units of response tokens, if any.
+        extra: :func:`combined` further terms in units of ``reference(config)``, if any.
+        config: what the loss is a mean over.
     """
-    count, layout = len(student.layout.response_ids), student.layout
+    layout, tokens = student.layout, len(student.layout.response_ids)
+    count = len(batch["examples"]) if config.by_answer else tokens
     total = loss.loss if extra is None else loss.loss + extra[0]
-    metrics = {"ce": loss.ce / count, "kl": loss.kl / count, "agreement": loss.agreed.float().mean()}
+    metrics = {"ce": loss.ce / tokens, "kl": loss.kl / tokens, "agreement": loss.agreed.float().mean()}
     metrics |= extra[1] if extra else {}
     metrics["loss"] = total.detach() / count
     metrics["padding_fraction"] = 1 - layout.lengths.sum() / layout.index.numel()
     metrics["empty_spans"] = torch.tensor(float(layout.empty_spans))  # their words were lost to the LLM
-    sums = sums_by_task(batch["examples"], layout, loss)
-    metrics |= {f"loss_by_task/{task}": own[0] / own[2] for task, own in sums.items()}
+    sums = sums_by_task(batch["examples"], layout, loss, config)
+    metrics |= {f"loss_by_task/{task}": own[0] / own[3] for task, own in sums.items()}
     return StepLoss(total, count, metrics)
 
 
-def sums_by_task(examples: list[Example], layout: BatchLayout, loss: ImitationLoss) -> dict[str, Tensor]:
-    """Sums over the response tokens of each task: (loss, agreed, tokens)."""
+def sums_by_task(
+    examples: list[Example], layout: BatchLayout, loss: ImitationLoss, config: ImitationConfig
+) -> dict[str, Tensor]:
+    """Sums over the response tokens of each task: (loss, agreed, tokens, what the loss is divided by)."""
     tasks = list(dict.fromkeys(e.task for e in examples))
-    places = [tasks.index(e.task) for e, n in zip(examples, layout.response_counts, strict=True) for _ in range(n)]
+    owners = list(zip(examples, layout.response_counts, strict=True))
+    places = [tasks.index(e.task) for e, n in owners for _ in range(n)]
     values = loss.per_token.detach()
-    rows = torch.stack([values, loss.agreed.to(values.dtype), torch.ones_like(values)], 1)
-    sums = rows.new_zeros(len(tasks), 3).index_add(0, to_device(places, rows.device), rows)
+    ones = torch.ones_like(values)
+    counted = to_device([1 / n for _, n in owners for _ in range(n)], ones.device) if config.by_answer else ones
+    rows = torch.stack([values, loss.agreed.to(values.dtype), ones, counted.to(values.dtype)], 1)
+    sums = rows.new_zeros(len(tasks), 4).index_add(0, to_device(places, rows.device), rows)
     return dict(zip(tasks, sums, strict=True))

@@ -53,6 +53,7 @@ class AcousticChannel(nn.Module):
         written: Tensor,
         scale: Tensor,
         embed_tokens: Callable[[Tensor], Tensor],
+        agreed: Callable[[Tensor], Tensor] = torch.clone,
     ) -> SpeechEmbeddings:
         """What the LLM reads.
 
@@ -62,6 +63,7 @@ class AcousticChannel(nn.Module):
             written: (B, 2) tokens and words of the text channel.
             scale: () root mean square of the LLM's embeddings.
             embed_tokens: the LLM's.
+            agreed: makes a discrete choice that of all ranks that hold the LLM (:meth:`Connector.agreed`).
         """
         layers = self.norm_in(features.unflatten(-1, (len(self.layer_weights), -1)))
         mixed = torch.einsum("btkd,k->btd", layers, self.layer_weights.softmax(0).to(layers.dtype))
@@ -75,10 +77,11 @@ class AcousticChannel(nn.Module):
 class DescriptionChannel(nn.Module):
     """A description of the voice in the LLM's own words, which what is heard chooses: P positions.
 
-    A text with choices (:mod:`nemo_mtbi.modules.connectors.wordings`); the positions of choice c are ::
+    A text with choices (:mod:`nemo_mtbi.modules.connectors.wordings`). Of the alternatives of choice c the most likely
+    one stands in the text, its embeddings less or more the offset that all voices share::
 
-        sum_a  softmax(project(gelu([hidden(standardized([mean_t x; std_t x])); tempo(standardized(r))])))_ca  E_ca
-        + rms(E) offset_c
+        a_c = argmax_a z_ca,    z = project(gelu([hidden(standardized([mean_t x; std_t x])); tempo(standardized(r))]))
+        positions of c:  E_{c a_c} + rms(E) offset_c
 
     with E_ca the embeddings of its alternative a, x = norm(layers), and the mean and standard deviation over time of
     x-vectors (Snyder et al. 2018), of several encoder layers side by side, standardized over the utterances of
@@ -86,12 +89,12 @@ class DescriptionChannel(nn.Module):
     the logarithms of the seconds and of the tokens and words that the text channel writes in one, which no statistic of
     frames counts (``TEMPO_SCALE`` times, so that few steps learn them).
 
-    ``project`` starts at zero, every choice at the mean of its alternatives. A position that is sure of its alternative
-    is what the text LLM reads, so questions of any wording are answered as of a text; the gradient of the imitation
-    objective decides among the words, as through a verbalizer (Schick and Schuetze 2021) that stands in the prompt.
-
-    The gradient of the probabilities is that of a softmax at equal ones, wherever they are (straight-through, Bengio et
-    al. 2013): a choice that became sure of one alternative for all voices would never learn again from its own.
+    So the LLM reads what the text LLM does, and questions of any wording are answered as of a text: a mixture of
+    alternatives would be answered as the LLM likes. In training the choice is drawn from softmax(z) (Gumbel-max), and
+    the gradient of the imitation objective decides among the words, as through a verbalizer (Schick and Schuetze 2021)
+    that stands in the prompt: it goes straight through (Bengio et al. 2013; Jang et al. 2017) to the probabilities, as
+    of a softmax at equal ones, wherever they are. A choice that became sure of one alternative for all voices would
+    never learn again from its own.
 
     ``offset`` is the same for all voices and begins at zero, as a soft prompt that begins as words (Lester et al.
     2021): a text about a voice behind every transcript would be repeated, and summed up, with it.
@@ -145,9 +148,10 @@ class DescriptionChannel(nn.Module):
         written: Tensor,
         scale: Tensor,
         embed_tokens: Callable[[Tensor], Tensor],
+        agreed: Callable[[Tensor], Tensor] = torch.clone,
     ) -> SpeechEmbeddings:
         """See :meth:`AcousticChannel.forward`."""
-        chosen = self.probabilities(features, lengths, written).flatten(1)
+        chosen = self.chosen(self.logits(features, lengths, written), agreed).flatten(1)
         tokens, positions, places = self.prompt.unbind(1)
         shares = torch.cat([chosen, torch.ones_like(chosen[:, :1])], 1)[:, places]
         words = embed_tokens(tokens)
@@ -157,19 +161,29 @@ class DescriptionChannel(nn.Module):
         centers = torch.full(embeddings.shape[:2], WHOLE, device=embeddings.device)
         return SpeechEmbeddings(embeddings, torch.full_like(lengths, embeddings.shape[1]), centers)
 
-    def probabilities(self, features: Tensor, lengths: Tensor, written: Tensor) -> Tensor:
-        """Of the alternatives of each choice, (B, choices, most alternatives), float32; see :meth:`forward`."""
+    def logits(self, features: Tensor, lengths: Tensor, written: Tensor) -> Tensor:
+        """Of the alternatives of each choice, (B, choices, most alternatives), float32, -inf where a choice has fewer;
+        see :meth:`forward`."""
         with torch.autocast(features.device.type, enabled=False):
             pooled = self.standardized(statistics(each_normalized(features.float(), self.encoder_layers), lengths))
             rate = TEMPO_SCALE * self.tempo_standardized(tempo(lengths, written))
         weights = self.hidden.weight
         heard = torch.cat([self.hidden(pooled.to(weights.dtype)), self.tempo(rate.to(weights.dtype))], -1)
         logits = self.project(nn.functional.gelu(heard)).unflatten(-1, self.impossible.shape).float()
-        probabilities = logits.masked_fill(self.impossible, -torch.inf).softmax(-1)
+        return logits.masked_fill(self.impossible, -torch.inf)
+
+    def chosen(self, logits: Tensor, agreed: Callable[[Tensor], Tensor] = torch.clone) -> Tensor:
+        """1 at the alternative of each choice that the LLM reads, else 0: (B, choices, most alternatives)."""
+        scores = logits.detach()
+        if self.training and torch.is_grad_enabled():
+            scores = scores - torch.empty_like(scores).exponential_().log()
+        best = agreed(scores.argmax(-1))
+        hard = torch.zeros_like(scores).scatter_(-1, best[..., None], 1.0)
         if not torch.is_grad_enabled():
-            return probabilities
-        apart = (logits - (logits * self.even).sum(-1, keepdim=True)) * self.even
-        return probabilities.detach() + apart - apart.detach()
+            return hard
+        own = logits.masked_fill(self.impossible, 0.0)
+        apart = (own - (own * self.even).sum(-1, keepdim=True)) * self.even
+        return hard + (apart - apart.detach())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         pairs = [(state_dict.get(f"{prefix}{name}"), getattr(self, name)) for name in ("prompt", "opening")]

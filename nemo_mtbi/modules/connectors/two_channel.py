@@ -130,7 +130,8 @@ class TwoChannelConnector(WhisperDecoderConnector):
         assert self._language_model is not None
         assert texts[0].words is not None
         written = torch.stack([texts[0].lengths, texts[0].words], -1)
-        acoustic = self.acoustic(features, lengths, written, self.embedding_rms, self._language_model[1])
+        embed_tokens = self._language_model[1]
+        acoustic = self.acoustic(features, lengths, written, self.embedding_rms, embed_tokens, self.agreed)
         return [joined(t, acoustic) if self.order == "text_first" else joined(acoustic, t) for t in texts]
 
     @torch.no_grad()

@@ -58,46 +58,50 @@ def written_out(text, *chosen):
 
 
 @torch.no_grad()
-def test_before_training_every_choice_is_the_mean_of_its_words(model):
+def test_before_training_the_first_alternatives_stand_in_the_text(model):
     speech = heard(model, make_batch(model, 2))
-    every = [written_out(TEXT, a, b) for a in ("female", "male") for b in ("calm", "loud", "flat")]
-    ids = [literal_encoding(model.tokenizer.tokenizer, text)[0] for text in every]
-    assert len({len(own) for own in ids}) == 1  # of one length for this tokenizer
-    expected = torch.stack([model.embed_tokens(torch.tensor(own)) for own in ids]).mean(0)
+    ids, _ = literal_encoding(model.tokenizer.tokenizer, written_out(TEXT, "female", "calm"))
     for row in range(2):
-        torch.testing.assert_close(own_positions(model, speech, row), expected)
+        torch.testing.assert_close(own_positions(model, speech, row), model.embed_tokens(torch.tensor(ids)))
     control = model.tokenizer.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert control not in model.perception.modality_adapter.acoustic.prompt[:, 0].tolist()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("chosen", [("female", "loud"), ("male", "flat"), ("male", "calm")])
-def test_a_voice_that_is_sure_is_what_the_text_llm_reads(model, chosen):
+def test_what_a_voice_chooses_is_what_the_text_llm_reads(model, chosen):
     acoustic = model.perception.modality_adapter.acoustic
     alternatives = [["female", "male"], ["calm", "loud", "flat"]]
-    bias = torch.full(acoustic.impossible.shape, -50.0)
+    bias = torch.zeros(acoustic.impossible.shape)
     for place, word in enumerate(chosen):
-        bias[place, alternatives[place].index(word)] = 50.0
+        bias[place, alternatives[place].index(word)] = 0.1
     acoustic.project.bias.copy_(bias.flatten())
     speech = heard(model, make_batch(model, 1))
     ids, _ = literal_encoding(model.tokenizer.tokenizer, written_out(TEXT, *chosen))
     torch.testing.assert_close(own_positions(model, speech, 0), model.embed_tokens(torch.tensor(ids)))
 
 
+@pytest.fixture
+def scored(model, monkeypatch):
+    """The logits by which the alternatives are chosen, of one call after the other."""
+    acoustic, seen = model.perception.modality_adapter.acoustic, []
+    chosen = acoustic.chosen
+    monkeypatch.setattr(acoustic, "chosen", lambda logits, *rest: seen.append(logits) or chosen(logits, *rest))
+    return seen
+
+
 @torch.no_grad()
-def test_voices_are_told_apart_and_padding_is_not_heard(model):
+def test_voices_are_told_apart_and_padding_is_not_heard(model, scored):
     connector = moved(model).perception.modality_adapter
     features = torch.randn(3, 400, 64, generator=torch.Generator().manual_seed(0))
     lengths = torch.tensor([400, 90, 33])
     batch = connector.connect(features, lengths)
-    count = connector.positions_per_window
-    ends = []
     for row, length in enumerate(lengths.tolist()):
         alone = connector.connect(features[row : row + 1, :length], lengths[row : row + 1])
         valid = int(alone.lengths[0])
         torch.testing.assert_close(batch.embeddings[row, :valid], alone.embeddings[0], atol=1e-4, rtol=1e-3)
-        ends.append(alone.embeddings[0, valid - count :])
-    assert float((ends[0] - ends[1]).abs().max()) > 1e-3
+        torch.testing.assert_close(scored[-1][0], scored[0][row], atol=1e-4, rtol=1e-3)
+    assert float((scored[0][0, 0] - scored[0][1, 0])[:2].abs().max()) > 1e-3
 
 
 def test_statistics_are_those_of_torch():
@@ -114,14 +118,11 @@ def test_tempo_counts_what_the_text_channel_wrote():
 
 
 @torch.no_grad()
-def test_more_words_in_the_same_time_are_another_voice(model):
+def test_more_words_in_the_same_time_are_another_voice(model, scored):
     connector = moved(model).perception.modality_adapter
     features = torch.randn(1, 100, 64).expand(2, -1, -1)
     speech = connector.connect(features, torch.tensor([100, 100]), written=[[5], [5, 6, 7]])
-    slow, fast = (
-        row[: int(length)][-connector.positions_per_window :]
-        for row, length in zip(speech.embeddings, speech.lengths, strict=True)
-    )
+    slow, fast = scored[0][:, 0, :2]
     assert float((slow - fast).abs().max()) > 1e-3
     texts = [connector.tokenizer.decode(own) for own in ([5], [5, 6, 7])]
     assert speech.words.tolist() == [len(text.split()) for text in texts]
@@ -169,15 +170,34 @@ def test_a_choice_that_is_sure_learns_from_its_own_voices(model):
     for sure in (0.0, 60.0):
         with torch.no_grad():
             acoustic.project.bias.zero_()[::3] = sure  # of the first alternative of each choice
-        values = acoustic.probabilities(features, lengths, written)
+        logits = acoustic.logits(features, lengths, written)
+        values = acoustic.chosen(logits)
         with torch.no_grad():
-            torch.testing.assert_close(values, acoustic.probabilities(features, lengths, written))
+            torch.testing.assert_close(values, acoustic.chosen(logits), rtol=0, atol=0)
         (found[sure],) = torch.autograd.grad((weights * values).sum(), acoustic.project.bias)
     logits = torch.zeros(acoustic.impossible.shape, requires_grad=True)
     soft = logits.masked_fill(acoustic.impossible, -torch.inf).softmax(-1)
     (expected,) = torch.autograd.grad((weights.sum(0) * soft).sum(), logits)
     torch.testing.assert_close(found[0.0], expected.flatten())
     torch.testing.assert_close(found[60.0], expected.flatten())
+
+
+def test_training_draws_and_use_takes_the_most_likely(model):
+    acoustic = model.perception.modality_adapter.acoustic
+    probabilities = torch.tensor([[0.8, 0.2, 0.0], [0.5, 0.1, 0.4]])
+    logits = probabilities.log().expand(4000, -1, -1).clone().requires_grad_()
+    torch.manual_seed(0)
+    assert bool((acoustic.chosen(logits)[:, :, 0] == 1).all())
+    acoustic.train()
+    torch.manual_seed(0)
+    drawn = acoustic.chosen(logits).detach()
+    torch.testing.assert_close(drawn.mean(0), probabilities, atol=0.03, rtol=0)
+    torch.manual_seed(0)
+    assert torch.equal(acoustic.chosen(logits), drawn)
+    with torch.no_grad():
+        assert bool((acoustic.chosen(logits)[:, :, 0] == 1).all())
+    swapped = acoustic.chosen(logits, lambda best: 1 - best.clamp_max(1))  # what another rank chose
+    assert bool((swapped[:, 0, 0] + swapped[:, 0, 1] == 1).all()) and not torch.equal(swapped.detach(), drawn)
 
 
 def test_a_constant_recording_has_a_gradient_too(model):

@@ -61,6 +61,7 @@ class Attribute:
         plausible: of labels in ``by``, lowest and highest median of the measure over a speaker's utterances. A speaker
             beyond them is not what the corpus says, so the attributes in ``by`` are left out.
         within: lowest and highest number that a field can hold.
+        unless: labels of other attributes beside which nothing is said of this one.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Attribute:
     by: list[str] = dataclasses.field(default_factory=list)
     plausible: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     within: list[float] | None = None
+    unless: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
     def group(self, known: dict[str, str]) -> str:
         """The label of an attribute in ``by`` that chooses the cut points; ``other`` where none does."""
@@ -138,7 +140,8 @@ def load_attributes(path: str | Path | None = None) -> dict[str, Attribute]:
         if problem := _problem(rule, rules):
             raise ConfigError(f"describe.attributes={file}, {name}: {problem}")
     try:
-        order = list(TopologicalSorter({name: rule.by for name, rule in rules.items()}).static_order())
+        needed = {name: [*rule.by, *rule.unless] for name, rule in rules.items()}
+        order = list(TopologicalSorter(needed).static_order())
     except CycleError as error:
         raise ConfigError(f"describe.attributes={file}: {', '.join(error.args[1])} depend on each other.") from error
     return {name: rules[name] for name in sorted(rules, key=order.index)}
@@ -155,6 +158,9 @@ def _problem(rule: Attribute, rules: dict[str, Attribute]) -> str | None:
         return "a measure needs labels and cuts"
     if rule.by and not (set(rule.by) <= set(rules) and isinstance(rule.cuts, dict)):
         return f"by: {rule.by} needs those attributes, and cuts for their labels"
+    for other, labels in rule.unless.items():
+        if other not in rules or not labels or not set(labels) <= set(rules[other].choices):
+            return f"unless: {other} has no labels {', '.join(labels)}"
     for label, bounds in rule.plausible.items():
         numbers = isinstance(bounds, list) and all(isinstance(b, int | float) for b in bounds)
         if rule.measure is None or label not in (rule.cuts or {}) or not rule.by:
@@ -180,6 +186,10 @@ def _type_problem(rule: Attribute) -> str | None:
             return (
                 f"values: {label!r} has {spellings!r}; give a list of spellings, and put yes, no, true, false in quotes"
             )
+    if not isinstance(rule.unless, dict) or not all(
+        isinstance(own, list) and all(isinstance(label, str) for label in own) for own in rule.unless.values()
+    ):
+        return f"unless is {rule.unless!r}, no mapping of attributes to lists of their labels"
     if not isinstance(rule.plausible, dict):
         return f"plausible is {rule.plausible!r}, no mapping of labels to a lowest and a highest number"
     cuts = rule.cuts.values() if isinstance(rule.cuts, dict) else [rule.cuts or []]
@@ -244,6 +254,8 @@ class Describer:
         found: dict[str, str] = {}
         for name, rule in self.rules.items():
             value = custom.get(VOICE_FIELD, {}).get(rule.measure) if rule.measure else known.get(rule.field or "")
+            if any(found.get(other) in labels for other, labels in rule.unless.items()):
+                value = None
             try:
                 label = rule.label(value, found)
             except DataError as error:
@@ -277,7 +289,9 @@ class Describer:
         return {
             "attributes": {name: dict(own.most_common()) for name, own in tally.counts.items()},
             "rules": {
-                r.name: {"from": r.field or r.measure, "labels": r.choices, "cuts": r.cuts} for r in self.rules.values()
+                r.name: {"from": r.field or r.measure, "labels": r.choices, "cuts": r.cuts}
+                | ({"unless": r.unless} if r.unless else {})
+                for r in self.rules.values()
             },
             "missing": dict(tally.missing.most_common()),
             "problems": dict(tally.problems.most_common(50)),

@@ -127,6 +127,11 @@ def test_the_packages_rules():
         ("a: {measure: seconds, labels: [x, y], cuts: 5}", "lists of numbers"),
         ("a: {measure: seconds, labels: [x, y], cuts: [5], plausible: [60, 200]}", "plausible is"),
         ("a: {field: age, labels: [x, y], cuts: [5], within: [9, 1]}", "within is"),
+        ("a: {field: x, unless: {b: [y]}}", "unless: b has no labels y"),
+        ("a: {field: x, unless: {b: [z]}}\nb: {field: b, values: {y: []}}", "unless: b has no labels z"),
+        ("a: {field: x, unless: {b: y}}\nb: {field: b, values: {y: []}}", "unless is"),
+        ("a: {field: x, unless: [b]}", "unless is"),
+        ("a: {field: x, values: {y: []}, unless: {a: [y]}}", "depend on each other"),
     ],
 )
 def test_impossible_rules_are_named(tmp_path, text, message):
@@ -194,6 +199,17 @@ def test_a_voice_that_is_not_what_the_corpus_says_has_neither_age_nor_gender():
     assert tally.problems == {f"age: {reason}": 4, f"gender: {reason}": 4}
 
 
+@pytest.mark.parametrize(
+    ("age", "expected"), [(8, None), ("child", None), (15, "male"), (40, "male"), (None, "male"), ("odd", "male")]
+)
+def test_nothing_is_said_of_a_childs_gender(age, expected):
+    describer, missing = Describer(DescribeConfig(enabled=True)), Counter()
+    supervision = {"id": "a", "gender": "m", "custom": {"age": age}}
+    assert describer.describe(supervision, missing, Counter()).get("gender") == expected
+    assert missing["gender"] == (expected is None)
+    assert describer.report(Tally())["rules"]["gender"]["unless"] == {"age": ["child"]}
+
+
 @pytest.fixture
 def corpus(tmp_path):
     rows = ["path\ttranscript\tspeaker\tgender\tage"]
@@ -215,7 +231,7 @@ def prepared(folder, out="out", **options):
 def test_prepare_describes_and_reports(corpus):
     cuts, report = prepared(corpus, describe=DescribeConfig(enabled=True))
     labels = [c.supervisions[0].custom[DESCRIPTION_FIELD] for c in sorted(cuts, key=lambda c: c.id)]
-    assert [d["gender"] for d in labels] == ["male", "female", "female"]
+    assert [d.get("gender") for d in labels] == ["male", None, "female"]  # the second is a child
     assert [d.get("age") for d in labels] == ["adult", "child", None]
     assert [d["pitch"] for d in labels] == ["medium", "low", "medium"]
     assert all(c.supervisions[0].custom["voice"]["seconds"] == 2 for c in cuts)

@@ -8,6 +8,7 @@ import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 from filelock import FileLock
@@ -18,6 +19,9 @@ from lhotse.serialization import deserialize_item
 from nemo_mtbi import console
 from nemo_mtbi.errors import DataError, ShardError
 from nemo_mtbi.io import jsonl
+
+SHARDS = 8  # at least, of a manifest with lines enough: workers, of whatever number, end at about the same time
+FEWEST_LINES = 64  # of such a smaller shard, in which batches of like lengths are made
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class Shard:
 def plan_manifest(name: str, manifest: str, folder: Path, shard_cuts: int) -> list[Shard]:
     """Shards of a manifest; kept in ``<folder>/plan.json`` and made anew when the manifest or ``shard_cuts`` changes.
 
+    Of at most ``shard_cuts`` lines, less where there would be fewer than :data:`SHARDS` (not by the number of workers:
+    a run may be continued with others).
     One pass over the bytes: nothing is parsed. A compressed manifest is written out to ``<folder>/input.jsonl`` first.
     """
     source = Path(manifest).resolve()
@@ -101,6 +107,9 @@ def plan_manifest(name: str, manifest: str, folder: Path, shard_cuts: int) -> li
 
 
 def _shards(name: str, path: Path, shard_cuts: int) -> Iterator[Shard]:
+    with open(path, "rb") as stream:
+        known = sum(1 for _ in islice(stream, SHARDS * shard_cuts))
+    shard_cuts = min(shard_cuts, max(FEWEST_LINES, -(-known // SHARDS)))
     index = begin = offset = lines = 0
     digest = hashlib.blake2b(digest_size=12)
     with (

@@ -92,7 +92,7 @@ class TargetsConfig:
         dtype, batch_size: how ``hf`` runs it; ``vllm`` takes the dtype, and batches by itself.
         executor, workers, ray: ``local``: so many processes on this machine (with CUDA: one a GPU); the same command on
             other machines adds theirs. ``ray``: workers of a Ray cluster.
-        shard_cuts: cuts of one unit of work.
+        shard_cuts: cuts of one unit of work, at most: small manifests have smaller ones.
         prompt_format, speech_position: as in training.
         task_names: tasks (None: all of the train group); task_folders adds the user's own.
         prompt_split: ``seen``, ``held_out`` or ``all``; ``splits`` overrides it by output name.

@@ -20,8 +20,8 @@ from nemo_mtbi import console
 from nemo_mtbi.errors import DataError, ShardError
 from nemo_mtbi.io import jsonl
 
-SHARDS = 8  # at least, of a manifest with lines enough: workers, of whatever number, end at about the same time
-FEWEST_LINES = 64  # of such a smaller shard, in which batches of like lengths are made
+SHARDS = 8  # about, of a small manifest: workers, of whatever number, end at about the same time
+FEWEST_LINES = 64  # of such a shard, or a multiple of them: batches of like lengths are made of them
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,9 @@ def plan_manifest(name: str, manifest: str, folder: Path, shard_cuts: int) -> li
 def _shards(name: str, path: Path, shard_cuts: int) -> Iterator[Shard]:
     with open(path, "rb") as stream:
         known = sum(1 for _ in islice(stream, SHARDS * shard_cuts))
-    shard_cuts = min(shard_cuts, max(FEWEST_LINES, -(-known // SHARDS)))
+    shard_cuts = min(
+        shard_cuts, FEWEST_LINES * max(1, -(-known // (SHARDS * FEWEST_LINES)))
+    )  # more lines, the same shards
     index = begin = offset = lines = 0
     digest = hashlib.blake2b(digest_size=12)
     with (

@@ -7,7 +7,8 @@
 Only hidden states of *response positions* come in (the position before token ``r_i`` predicts ``r_i``). They pass
 through ``lm_head`` a chunk of rows at a time, and the gradient is taken in the same pass, so no (R, V) tensor is ever
 held.
-The result is a sum: the caller divides by the number of response tokens over all ranks and accumulation steps.
+The result is a sum: the caller divides by the number of response tokens (or answers) over all ranks and accumulation
+steps.
 
 Letters: R response tokens, H hidden size, V vocabulary (V_local on a tensor-parallel rank), K cached teacher entries.
 """

@@ -62,7 +62,7 @@ class GradientMixin(LightningModule):
         )
 
     def data_parallel_group(self) -> Any:
-        """Process group over which a step's response tokens are counted (None: all ranks)."""
+        """Process group over which a step's response tokens (or answers) are counted (None: all ranks)."""
         return None if self.device_mesh is None else self.device_mesh["data_parallel"].get_group()
 
     def count_tokens(self, count: int) -> None:
@@ -81,7 +81,7 @@ class GradientMixin(LightningModule):
         )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divide the accumulated gradients by the number of response tokens over all data-parallel ranks.
+        """Divide the accumulated gradients by the number of response tokens (or answers) over all data-parallel ranks.
 
         Lightning has divided each micro-batch by ``accumulate_grad_batches`` and DDP has averaged over ranks, so both
         are undone here. A step with a non-finite gradient is skipped and counted.

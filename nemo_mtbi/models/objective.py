@@ -53,7 +53,7 @@ class StudentOutput:
 
 @dataclass(frozen=True)
 class StepLoss:
-    """One micro-batch: the sum that is differentiated, the tokens that it is divided by, and what is logged."""
+    """One micro-batch: the sum that is differentiated, the count that it is divided by, and what is logged."""
 
     total: Tensor
     count: int
@@ -96,7 +96,7 @@ def _token_weights(examples: list[Example], layout: BatchLayout, config: Imitati
     if not config.task_weights and not config.by_answer:
         return None
     counts = list(zip(examples, layout.response_counts, strict=True))
-    weights = [config.task_weights.get(e.task, 1.0) / (n if config.by_answer else 1) for e, n in counts]
+    weights = [config.task_weights.get(e.task, 1.0) / (max(1, n) if config.by_answer else 1) for e, n in counts]
     return to_device([w for w, (_, n) in zip(weights, counts, strict=True) for _ in range(n)], layout.index.device)
 
 
@@ -202,7 +202,7 @@ def losses_of_answers(loss: ImitationLoss, counts: list[int], config: ImitationC
     per_token = loss.per_token
     owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(per_token.device)
     sums = per_token.new_zeros(len(counts)).index_add(0, owner, per_token)
-    return sums if config.by_answer else sums / to_device(counts, per_token.device)
+    return sums if config.by_answer else sums / to_device([max(1, n) for n in counts], per_token.device)
 
 
 def term_counts(examples: list[Example], connector: Connector | None) -> dict[str, int]:

@@ -136,20 +136,19 @@ def load_attributes(path: str | Path | None = None) -> dict[str, Attribute]:
         rules = {name: Attribute(name, **options) for name, options in raw.items()}
     except (OSError, yaml.YAMLError, TypeError, AttributeError, UnicodeDecodeError) as error:
         raise ConfigError(f"describe.attributes={file}: {type(error).__name__}: {error}") from error
-    for name, rule in rules.items():
-        if problem := _problem(rule, rules):
+    problems = [(name, _type_problem(rule)) for name, rule in rules.items()]
+    problems += [] if any(p for _, p in problems) else [(name, _problem(rule, rules)) for name, rule in rules.items()]
+    for name, problem in problems:
+        if problem:
             raise ConfigError(f"describe.attributes={file}, {name}: {problem}")
     try:
-        needed = {name: [*rule.by, *rule.unless] for name, rule in rules.items()}
-        order = list(TopologicalSorter(needed).static_order())
+        order = list(TopologicalSorter({name: rule.by for name, rule in rules.items()}).static_order())
     except CycleError as error:
         raise ConfigError(f"describe.attributes={file}: {', '.join(error.args[1])} depend on each other.") from error
     return {name: rules[name] for name in sorted(rules, key=order.index)}
 
 
 def _problem(rule: Attribute, rules: dict[str, Attribute]) -> str | None:
-    if problem := _type_problem(rule):
-        return problem
     if (rule.field is None) == (rule.measure is None):
         return "give field or measure"
     if rule.measure is not None and rule.measure not in MEASURES:
@@ -160,7 +159,7 @@ def _problem(rule: Attribute, rules: dict[str, Attribute]) -> str | None:
         return f"by: {rule.by} needs those attributes, and cuts for their labels"
     for other, labels in rule.unless.items():
         if other not in rules or not labels or not set(labels) <= set(rules[other].choices):
-            return f"unless: {other} has no labels {', '.join(labels)}"
+            return f"unless: {other} has no labels {', '.join(labels) or labels}"
     for label, bounds in rule.plausible.items():
         numbers = isinstance(bounds, list) and all(isinstance(b, int | float) for b in bounds)
         if rule.measure is None or label not in (rule.cuts or {}) or not rule.by:
@@ -240,13 +239,20 @@ class Describer:
             found = measure(part, rate, words, supervision.text or "", voice) if len(part) else {}
             supervision.custom = {**(supervision.custom or {}), VOICE_FIELD: found}
 
-    def describe(self, supervision: dict[str, Any], missing: Counter[str], problems: Counter[str]) -> dict[str, str]:
+    def describe(
+        self,
+        supervision: dict[str, Any],
+        missing: Counter[str],
+        problems: Counter[str],
+        contradicting: dict[str, str] | None = None,
+    ) -> dict[str, str]:
         """Labels of a supervision (as a manifest holds it) from its measures and fields.
 
         Args:
             supervision: read alone.
-            missing: counts attributes of which nothing is known.
-            problems: counts values that no rule understands.
+            missing: counts attributes of which nothing is known, or to be said.
+            problems: counts values that no rule understands, and what is left out by the next.
+            contradicting: attributes that are left out, and why.
         """
         custom = supervision.get("custom") or {}
         known = {**custom, **{k: v for k, v in supervision.items() if v is not None}}
@@ -254,8 +260,6 @@ class Describer:
         found: dict[str, str] = {}
         for name, rule in self.rules.items():
             value = custom.get(VOICE_FIELD, {}).get(rule.measure) if rule.measure else known.get(rule.field or "")
-            if any(found.get(other) in labels for other, labels in rule.unless.items()):
-                value = None
             try:
                 label = rule.label(value, found)
             except DataError as error:
@@ -263,9 +267,17 @@ class Describer:
                 continue
             if label is None:
                 missing[name] += 1
+            elif contradicting and name in contradicting:
+                problems[f"{name}: speaker {supervision['speaker']} {contradicting[name]}"] += 1
             else:
                 found[name] = label
-        return found
+        unsaid = {
+            name
+            for name in found
+            if any(found.get(other) in labels for other, labels in self.rules[name].unless.items())
+        }
+        missing.update(unsaid)
+        return {name: label for name, label in found.items() if name not in unsaid}
 
     def rewrite(self, cut: dict[str, Any], contradicting: dict[str, dict[str, str]], tally: "Tally") -> None:
         """Give a cut (as a manifest holds it) its descriptions.
@@ -275,11 +287,8 @@ class Describer:
             tally: counts.
         """
         for supervision in cut["supervisions"]:
-            labels = self.describe(supervision, tally.missing, tally.problems)
-            for name, reason in sorted(contradicting.get(str(supervision.get("speaker")), {}).items()):
-                if labels.pop(name, None) is not None:
-                    tally.problems[f"{name}: speaker {supervision['speaker']} {reason}"] += 1
-                    self._relabel(supervision, labels, name)
+            own = contradicting.get(str(supervision.get("speaker")))
+            labels = self.describe(supervision, tally.missing, tally.problems, own)
             supervision["custom"] = {**(supervision.get("custom") or {}), DESCRIPTION_FIELD: labels}
             for name, label in labels.items():
                 tally.counts[name][label] += 1
@@ -296,14 +305,6 @@ class Describer:
             "missing": dict(tally.missing.most_common()),
             "problems": dict(tally.problems.most_common(50)),
         }
-
-    def _relabel(self, supervision: dict[str, Any], labels: dict[str, str], gone: str) -> None:
-        """Labels of measures whose cut points hung on an attribute that has gone."""
-        measures = (supervision.get("custom") or {}).get(VOICE_FIELD, {})
-        for name, rule in self.rules.items():
-            if gone in rule.by and rule.measure and labels.pop(name, None) is not None:
-                label = rule.label(measures.get(rule.measure), labels)
-                labels |= {name: label} if label is not None else {}
 
     def contradictions(self, cuts: Iterable[dict[str, Any]]) -> dict[str, dict[str, str]]:
         """By speaker, attributes that are left out of all utterances, and why.

@@ -97,6 +97,12 @@ def check_options(cfg: DictConfig, lora: bool = False) -> None:
             "trainer.precision=16-mixed: each tensor-parallel rank would scale the loss by the overflows of its own "
             "part of LoRA. Use bf16-mixed."
         )
+    by_answer = OmegaConf.select(cfg, "model.imitation.mean_over") == "answers"
+    if by_answer and str(cfg.trainer.get("precision")) in ("16", "16-mixed"):
+        problems.append(
+            "trainer.precision=16-mixed with model.imitation.mean_over=answers: the gradients of a long answer would "
+            "round to nothing. Use bf16-mixed."
+        )
     if problems:
         raise ConfigError("\n".join(problems))
     warmup, steps = (OmegaConf.select(cfg, key) for key in ("lr_scheduler.warmup_steps", "trainer.max_steps"))

@@ -90,11 +90,12 @@ class DescriptionChannel(nn.Module):
     frames counts (``TEMPO_SCALE`` times, so that few steps learn them).
 
     So the LLM reads what the text LLM does, and questions of any wording are answered as of a text: a mixture of
-    alternatives would be answered as the LLM likes. In training the choice is drawn from softmax(z) (Gumbel-max), and
+    alternatives is answered as the LLM likes. In training it reads such a mixture, sum_a softmax(z)_ca E_ca, in which
     the gradient of the imitation objective decides among the words, as through a verbalizer (Schick and Schuetze 2021)
-    that stands in the prompt: it goes straight through (Bengio et al. 2013; Jang et al. 2017) to the probabilities, as
-    of a softmax at equal ones, wherever they are. A choice that became sure of one alternative for all voices would
-    never learn again from its own.
+    that stands in the prompt: where one word stands alone, it is many times weaker (docs/results.md, Voices).
+
+    The gradient of the probabilities is that of a softmax at equal ones, wherever they are (straight-through, Bengio et
+    al. 2013): a choice that became sure of one alternative for all voices would never learn again from its own.
 
     ``offset`` is the same for all voices and begins at zero, as a soft prompt that begins as words (Lester et al.
     2021): a text about a voice behind every transcript would be repeated, and summed up, with it.
@@ -151,7 +152,7 @@ class DescriptionChannel(nn.Module):
         agreed: Callable[[Tensor], Tensor] = torch.clone,
     ) -> SpeechEmbeddings:
         """See :meth:`AcousticChannel.forward`."""
-        chosen = self.chosen(self.logits(features, lengths, written), agreed).flatten(1)
+        chosen = self.shares(self.logits(features, lengths, written), agreed).flatten(1)
         tokens, positions, places = self.prompt.unbind(1)
         shares = torch.cat([chosen, torch.ones_like(chosen[:, :1])], 1)[:, places]
         words = embed_tokens(tokens)
@@ -167,23 +168,22 @@ class DescriptionChannel(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             pooled = self.standardized(statistics(each_normalized(features.float(), self.encoder_layers), lengths))
             rate = TEMPO_SCALE * self.tempo_standardized(tempo(lengths, written))
-        weights = self.hidden.weight
-        heard = torch.cat([self.hidden(pooled.to(weights.dtype)), self.tempo(rate.to(weights.dtype))], -1)
-        logits = self.project(nn.functional.gelu(heard)).unflatten(-1, self.impossible.shape).float()
+            own = self.hidden.weight.dtype  # near ties would fall otherwise in autocast's type
+            heard = torch.cat([self.hidden(pooled.to(own)), self.tempo(rate.to(own))], -1)
+            logits = self.project(nn.functional.gelu(heard)).unflatten(-1, self.impossible.shape).float()
         return logits.masked_fill(self.impossible, -torch.inf)
 
-    def chosen(self, logits: Tensor, agreed: Callable[[Tensor], Tensor] = torch.clone) -> Tensor:
-        """1 at the alternative of each choice that the LLM reads, else 0: (B, choices, most alternatives)."""
-        scores = logits.detach()
-        if self.training and torch.is_grad_enabled():
-            scores = scores - torch.empty_like(scores).exponential_().log()
-        best = agreed(scores.argmax(-1))
-        hard = torch.zeros_like(scores).scatter_(-1, best[..., None], 1.0)
-        if not torch.is_grad_enabled():
-            return hard
+    def shares(self, logits: Tensor, agreed: Callable[[Tensor], Tensor] = torch.clone) -> Tensor:
+        """Of each alternative in what the LLM reads, (B, choices, most alternatives).
+
+        Its probability while it is trained, else 1 for the most likely one.
+        """
+        if not (self.training and logits.requires_grad):
+            best = agreed(logits.detach().argmax(-1))
+            return torch.zeros_like(logits).scatter_(-1, best[..., None], 1.0)
         own = logits.masked_fill(self.impossible, 0.0)
         apart = (own - (own * self.even).sum(-1, keepdim=True)) * self.even
-        return hard + (apart - apart.detach())
+        return logits.detach().softmax(-1) + (apart - apart.detach())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         pairs = [(state_dict.get(f"{prefix}{name}"), getattr(self, name)) for name in ("prompt", "opening")]

@@ -85,8 +85,8 @@ def test_what_a_voice_chooses_is_what_the_text_llm_reads(model, chosen):
 def scored(model, monkeypatch):
     """The logits by which the alternatives are chosen, of one call after the other."""
     acoustic, seen = model.perception.modality_adapter.acoustic, []
-    chosen = acoustic.chosen
-    monkeypatch.setattr(acoustic, "chosen", lambda logits, *rest: seen.append(logits) or chosen(logits, *rest))
+    shares = acoustic.shares
+    monkeypatch.setattr(acoustic, "shares", lambda logits, *rest: seen.append(logits) or shares(logits, *rest))
     return seen
 
 
@@ -163,7 +163,7 @@ def test_imitation_reaches_every_part_of_it(model):
 
 def test_a_choice_that_is_sure_learns_from_its_own_voices(model):
     """The gradient is that of the softmax at equal probabilities, also where the softmax has none left."""
-    acoustic = model.perception.modality_adapter.acoustic
+    acoustic = model.perception.modality_adapter.acoustic.train()
     features, lengths, written = torch.randn(3, 40, 64), torch.tensor([40, 40, 30]), torch.tensor([[3, 2]] * 3)
     weights = torch.randn(3, *acoustic.impossible.shape, generator=torch.Generator().manual_seed(0))
     found = {}
@@ -171,9 +171,8 @@ def test_a_choice_that_is_sure_learns_from_its_own_voices(model):
         with torch.no_grad():
             acoustic.project.bias.zero_()[::3] = sure  # of the first alternative of each choice
         logits = acoustic.logits(features, lengths, written)
-        values = acoustic.chosen(logits)
-        with torch.no_grad():
-            torch.testing.assert_close(values, acoustic.chosen(logits), rtol=0, atol=0)
+        values = acoustic.shares(logits)
+        torch.testing.assert_close(values.detach(), logits.detach().softmax(-1), rtol=0, atol=0)
         (found[sure],) = torch.autograd.grad((weights * values).sum(), acoustic.project.bias)
     logits = torch.zeros(acoustic.impossible.shape, requires_grad=True)
     soft = logits.masked_fill(acoustic.impossible, -torch.inf).softmax(-1)
@@ -182,26 +181,21 @@ def test_a_choice_that_is_sure_learns_from_its_own_voices(model):
     torch.testing.assert_close(found[60.0], expected.flatten())
 
 
-def test_training_draws_and_use_takes_the_most_likely(model):
+def test_training_reads_a_mixture_and_use_the_most_likely(model):
     acoustic = model.perception.modality_adapter.acoustic
     probabilities = torch.tensor([[0.8, 0.2, 0.0], [0.5, 0.1, 0.4]])
-    logits = probabilities.log().expand(4000, -1, -1).clone().requires_grad_()
-    torch.manual_seed(0)
-    assert bool((acoustic.chosen(logits)[:, :, 0] == 1).all())
+    logits = probabilities.log().expand(2, -1, -1).clone().requires_grad_()
+    sure = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]).expand(2, -1, -1)
+    assert torch.equal(acoustic.shares(logits), sure)
     acoustic.train()
-    torch.manual_seed(0)
-    drawn = acoustic.chosen(logits).detach()
-    torch.testing.assert_close(drawn.mean(0), probabilities, atol=0.03, rtol=0)
-    torch.manual_seed(0)
-    assert torch.equal(acoustic.chosen(logits), drawn)
-    with torch.no_grad():
-        assert bool((acoustic.chosen(logits)[:, :, 0] == 1).all())
-    swapped = acoustic.chosen(logits, lambda best: 1 - best.clamp_max(1))  # what another rank chose
-    assert bool((swapped[:, 0, 0] + swapped[:, 0, 1] == 1).all()) and not torch.equal(swapped.detach(), drawn)
+    torch.testing.assert_close(acoustic.shares(logits), probabilities.expand(2, -1, -1))
+    assert torch.equal(acoustic.shares(logits.detach()), sure)  # validation, or a channel that is frozen
+    other = acoustic.shares(logits.detach(), lambda best: best + 1)  # what the first rank chose
+    assert torch.equal(other, sure.roll(1, -1))
 
 
 def test_a_constant_recording_has_a_gradient_too(model):
-    connector = moved(model).perception.modality_adapter
+    connector = moved(model).perception.modality_adapter.train()
     connector.connect(torch.ones(1, 40, 64), torch.tensor([40])).embeddings.sum().backward()
     assert all(bool(p.grad.isfinite().all()) for p in connector.acoustic.parameters())
 

@@ -131,7 +131,9 @@ def test_the_packages_rules():
         ("a: {field: x, unless: {b: [z]}}\nb: {field: b, values: {y: []}}", "unless: b has no labels z"),
         ("a: {field: x, unless: {b: y}}\nb: {field: b, values: {y: []}}", "unless is"),
         ("a: {field: x, unless: [b]}", "unless is"),
-        ("a: {field: x, values: {y: []}, unless: {a: [y]}}", "depend on each other"),
+        ("a: {field: x, unless: {b: []}}\nb: {field: b, values: {y: []}}", "unless: b has no labels"),
+        ("a: {field: x, unless: {b: [y]}}\nb: {field: b, labels: 5}", "b: labels is 5"),
+        ("a: {field: x, unless: {b: [y]}}\nb: {field: b, values: 5}", "b: values is 5"),
     ],
 )
 def test_impossible_rules_are_named(tmp_path, text, message):
@@ -208,6 +210,17 @@ def test_nothing_is_said_of_a_childs_gender(age, expected):
     assert describer.describe(supervision, missing, Counter()).get("gender") == expected
     assert missing["gender"] == (expected is None)
     assert describer.report(Tally())["rules"]["gender"]["unless"] == {"age": ["child"]}
+
+
+def test_labels_keep_their_order_whatever_is_left_unsaid():
+    """Prompts draw attributes by it."""
+    describer, custom = Describer(DescribeConfig(enabled=True)), {"age": 40, "voice": {"pitch_hz": 120.0}}
+    supervision = {"id": "a", "speaker": "s", "gender": "m", "custom": custom}
+    found = describer.describe(supervision, Counter(), Counter())
+    assert list(found.items()) == [("gender", "male"), ("age", "adult"), ("pitch", "medium")]
+    problems = Counter()
+    found = describer.describe(supervision, Counter(), problems, {"gender": "has several"})
+    assert found == {"age": "adult", "pitch": "low"} and problems == {"gender: speaker s has several": 1}
 
 
 @pytest.fixture

@@ -123,3 +123,11 @@ def test_scales_of_single_ranks_are_refused():
     check_options(cfg)
     with pytest.raises(ConfigError, match="Use bf16-mixed"):
         check_options(cfg, lora=True)
+
+
+def test_gradients_that_would_round_to_nothing_are_refused():
+    cfg = options("trainer.precision", "16-mixed")
+    check_options(cfg)
+    cfg = OmegaConf.merge(cfg, {"model": {"imitation": {"mean_over": "answers"}}})
+    with pytest.raises(ConfigError, match="mean_over=answers"):
+        check_options(cfg)

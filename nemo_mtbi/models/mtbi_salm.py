@@ -123,6 +123,7 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
         connector = connector_of(self.perception)
         if connector is not None:
             connector.bind_language_model(self.tokenizer.tokenizer, self.embed_tokens)
+            connector.by_risk = self.config.imitation.w_risk > 0
 
     def set_ctc_vocabulary(self, token_ids: list[int]) -> None:
         """Give a CTC connector the tokens of the training transcripts (see

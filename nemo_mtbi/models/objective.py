@@ -162,10 +162,10 @@ def risk_term(
         config: number and temperature of the samples.
         answer_losses: losses (N,) of the answers of N examples, where the LLM reads a hypothesis of each.
     """
-    features, lengths, windows, _ = batch_features(perception, batch)
+    features, lengths, windows, written = batch_features(perception, batch)
     features, connector = connector_dtype(perception, features), connector_of(perception) or Connector()
     starts, count = windows_start(windows), config.risk_samples
-    readings = connector.hypotheses(features, lengths, count, config.risk_temperature, starts)
+    readings = connector.hypotheses(features, lengths, count, config.risk_temperature, starts, written)
     utterances = len(lengths) if windows is None else len(windows.firsts)
     first = readings.first_alike() if windows is None else [[s] * utterances for s in range(count)]
     with torch.no_grad():
@@ -178,7 +178,7 @@ def risk_term(
     if windows is not None:
         risks = risks * torch.tensor(windows.alone, device=risks.device)[:, None]
         features, lengths = features[windows.firsts], lengths[windows.firsts]
-        readings.tokens = [[sample[row] for row in windows.firsts] for sample in readings.tokens]
+        readings = readings.rows(windows.firsts)
     return Term(config.w_risk, connector.risk_loss(features, lengths, readings, risks), UTTERANCES)
 
 

@@ -112,6 +112,7 @@ class DescriptionChannel(nn.Module):
     prompt: Tensor  # of every token of every alternative: itself, its position, the place of its weight
     impossible: Tensor  # places of alternatives that a choice does not have
     even: Tensor  # probabilities of alternatives of which each is as likely
+    by_risk = False  # what it chooses is trained by ``risk_loss``
 
     def __init__(
         self, encoder_layers: int, width: int, output_dim: int, prompt: Wordings, opening: Sequence[int] = ()
@@ -152,15 +153,21 @@ class DescriptionChannel(nn.Module):
         agreed: Callable[[Tensor], Tensor] = torch.clone,
     ) -> SpeechEmbeddings:
         """See :meth:`AcousticChannel.forward`."""
-        chosen = self.shares(self.logits(features, lengths, written), agreed).flatten(1)
+        shares = self.shares(self.logits(features, lengths, written), agreed)
+        return self.written_out(shares, scale, embed_tokens)
+
+    def written_out(self, shares: Tensor, scale: Tensor, embed_tokens: Callable[[Tensor], Tensor]) -> SpeechEmbeddings:
+        """The text with ``shares`` (B, choices, most alternatives) of its alternatives; see :meth:`forward`."""
+        chosen = shares.flatten(1)
         tokens, positions, places = self.prompt.unbind(1)
-        shares = torch.cat([chosen, torch.ones_like(chosen[:, :1])], 1)[:, places]
+        weights = torch.cat([chosen, torch.ones_like(chosen[:, :1])], 1)[:, places]
         words = embed_tokens(tokens)
-        embeddings = (self.offset.float() * scale).expand(len(shares), -1, -1)
-        embeddings = embeddings.index_add(1, positions, shares[..., None] * words.float())
+        embeddings = (self.offset.float() * scale).expand(len(weights), -1, -1)
+        embeddings = embeddings.index_add(1, positions, weights[..., None] * words.float())
         embeddings = embeddings.to(computed_dtype(words.device, self.project.weight.dtype))
         centers = torch.full(embeddings.shape[:2], WHOLE, device=embeddings.device)
-        return SpeechEmbeddings(embeddings, torch.full_like(lengths, embeddings.shape[1]), centers)
+        lengths = torch.full(embeddings.shape[:1], embeddings.shape[1], device=embeddings.device)
+        return SpeechEmbeddings(embeddings, lengths, centers)
 
     def logits(self, features: Tensor, lengths: Tensor, written: Tensor) -> Tensor:
         """Of the alternatives of each choice, (B, choices, most alternatives), float32, -inf where a choice has fewer;
@@ -178,12 +185,59 @@ class DescriptionChannel(nn.Module):
 
         Its probability while it is trained, else 1 for the most likely one.
         """
-        if not (self.training and logits.requires_grad):
-            best = agreed(logits.detach().argmax(-1))
-            return torch.zeros_like(logits).scatter_(-1, best[..., None], 1.0)
+        if self.by_risk or not (self.training and logits.requires_grad):
+            return self.only(agreed(logits.detach().argmax(-1)))
         own = logits.masked_fill(self.impossible, 0.0)
         apart = (own - (own * self.even).sum(-1, keepdim=True)) * self.even
         return logits.detach().softmax(-1) + (apart - apart.detach())
+
+    def only(self, choices: Tensor) -> Tensor:
+        """Alternatives (B, choices) as shares of 1 and 0."""
+        shape = (len(choices), *self.impossible.shape)
+        return torch.zeros(shape, device=choices.device).scatter_(-1, choices[..., None], 1.0)
+
+    @torch.no_grad()
+    def neighbours(self, logits: Tensor, count: int) -> Tensor:
+        """The most likely alternatives, and ``count - 1`` times those with one other choice: (S, B, choices).
+
+        Choices take turns, in an order that is drawn for each row, and so do nearly always their alternatives.
+        """
+        best = logits.argmax(-1)
+        sizes = (~self.impossible).sum(-1)
+        order = torch.rand(best.shape, device=best.device).argsort(-1)
+        found = [best]
+        for turn in range(count - 1):
+            choice = order[:, turn % best.shape[1], None]
+            others = sizes[choice] - 1
+            step = 1 + (torch.rand(choice.shape, device=best.device) * others).long().minimum(others - 1)
+            found.append(best.scatter(1, choice, (best.gather(1, choice) + step) % sizes[choice]))
+        return torch.stack(found)
+
+    def risk_loss(self, logits: Tensor, choices: Tensor, risks: Tensor) -> Tensor:
+        """Sum over rows of the risk of what is most likely, with a gradient that lowers it.
+
+        Of alternatives a (most likely) and b of a choice, all others being equal, the one with the lower risk is right,
+        and as important as the difference (cost-sensitive logistic loss, as of pairs in Herbrich et al. 2000)::
+
+            sum_b  |risk_b - risk_a| log(1 + exp(-(z_better - z_worse)))
+
+        which the drawn b stand for all of. It is not weaker where a wrong choice is sure, and nothing moves a choice
+        that the answer does not depend on, other than with the derivative of the loss by an embedding.
+
+        Args:
+            logits: z, (B, choices, most alternatives).
+            choices: (S, B, choices) of :meth:`neighbours`.
+            risks: (B, S).
+        """
+        first, others = choices[0], choices[1:]
+        values = logits.gather(-1, choices.permute(1, 2, 0))  # (B, choices, S)
+        other = (others != first).permute(1, 2, 0)  # (B, choices, S - 1), one of the choices
+        margins = torch.where(other, values[..., 1:] - values[..., :1], 0.0).sum(1)
+        sizes = (~self.impossible).sum(-1)
+        drawn = (other * (sizes - 1)[:, None]).sum(1) * len(sizes) / len(others)  # for how many alternatives it stands
+        worse = (risks[:, 1:] - risks[:, :1]).float()
+        loss = (drawn * worse.abs() * nn.functional.softplus(worse.sign() * margins)).sum()
+        return loss + (risks[:, 0].float().sum() - loss).detach()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         pairs = [(state_dict.get(f"{prefix}{name}"), getattr(self, name)) for name in ("prompt", "opening")]

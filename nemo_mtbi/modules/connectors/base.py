@@ -61,12 +61,25 @@ class Hypotheses:
     """Several readings of the same utterances by a connector that writes text.
 
     Attributes:
-        tokens: S lists of the B utterances' tokens, in the connector's own vocabulary.
+        tokens: S lists of the B utterances' tokens, in the connector's own vocabulary; of descriptions, which all
+            differ, their number.
         speech: of each of the S lists, what the LLM would read.
+        choices: (S, B, C) alternatives of a description's choices; None of readings that are texts.
+        written: (B, 2) tokens and words beside the descriptions.
     """
 
     tokens: list[list[list[int]]]
     speech: list[SpeechEmbeddings]
+    choices: Tensor | None = None
+    written: Tensor | None = None
+
+    def rows(self, indices: list[int]) -> "Hypotheses":
+        """Of some of the utterances, without their ``speech``."""
+        tokens = [[reading[row] for row in indices] for reading in self.tokens]
+        if self.choices is None or self.written is None:
+            return Hypotheses(tokens, [])
+        chosen = to_device(indices, self.choices.device)
+        return Hypotheses(tokens, [], self.choices[:, chosen], self.written[chosen])
 
     def first_alike(self) -> list[list[int]]:
         """The number (S, B) of the first reading that has the same text."""
@@ -90,6 +103,7 @@ class Connector(nn.Module):
     positions_per_window = 0  # of the encoder, likewise
     positions_per_audio = 0  # likewise: as many as ``opening`` comes to have
     window_seconds = math.inf  # longest audio that the encoder is given at once
+    by_risk = False  # of what it chooses it learns by ``risk_loss``
     choice_group: Any = None  # process group that holds the LLM together (tensor parallelism)
 
     def agreed(self, choice: Tensor) -> Tensor:
@@ -168,14 +182,20 @@ class Connector(nn.Module):
         )
 
     def hypotheses(
-        self, features: Tensor, lengths: Tensor, count: int, temperature: float, starts: list[bool] | None = None
+        self,
+        features: Tensor,
+        lengths: Tensor,
+        count: int,
+        temperature: float,
+        starts: list[bool] | None = None,
+        written: list[list[int]] | None = None,
     ) -> Hypotheses:
         """The greedy reading of the utterances and ``count - 1`` sampled ones, without a graph.
 
         Only of connectors that write text; others are refused with the configuration.
 
         Args:
-            features, lengths, starts: as in ``connect``.
+            features, lengths, starts, written: as in ``connect``.
             count: S.
             temperature: of the samples.
         """

@@ -12,7 +12,7 @@ from torch import Tensor
 from nemo_mtbi.data.example import Example
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.modules.connectors.acoustic import AcousticChannel, DescriptionChannel, joined
-from nemo_mtbi.modules.connectors.base import NO_TOKEN, Hypotheses, SpeechEmbeddings, frame_mask
+from nemo_mtbi.modules.connectors.base import NO_TOKEN, Hypotheses, SpeechEmbeddings, evaluation_mode, frame_mask
 from nemo_mtbi.modules.connectors.whisper_decoder import WhisperDecoderConnector
 from nemo_mtbi.modules.connectors.wordings import WORDS, Wordings
 
@@ -131,16 +131,49 @@ class TwoChannelConnector(WhisperDecoderConnector):
         assert texts[0].words is not None
         written = torch.stack([texts[0].lengths, texts[0].words], -1)
         embed_tokens = self._language_model[1]
+        if isinstance(self.acoustic, DescriptionChannel):
+            self.acoustic.by_risk = self._chooses_by_risk
         acoustic = self.acoustic(features, lengths, written, self.embedding_rms, embed_tokens, self.agreed)
         return [joined(t, acoustic) if self.order == "text_first" else joined(acoustic, t) for t in texts]
 
+    @property
+    def _chooses_by_risk(self) -> bool:
+        """Whether ``w_risk`` is about the description: its text is that of a frozen decoder."""
+        trained = any(p.requires_grad for p in self.decoder.parameters())
+        return self.by_risk and self._open and isinstance(self.acoustic, DescriptionChannel) and not trained
+
     @torch.no_grad()
     def hypotheses(
-        self, features: Tensor, lengths: Tensor, count: int, temperature: float, starts: list[bool] | None = None
+        self,
+        features: Tensor,
+        lengths: Tensor,
+        count: int,
+        temperature: float,
+        starts: list[bool] | None = None,
+        written: list[list[int]] | None = None,
     ) -> Hypotheses:
-        result = super().hypotheses(features, lengths, count, temperature, starts)
-        result.speech = self._with_acoustic(features, lengths, result.speech)
-        return result
+        """Texts, or, where the decoder is frozen, the description that is chosen and others that differ by a choice."""
+        if not self._chooses_by_risk:
+            result = super().hypotheses(features, lengths, count, temperature, starts)
+            result.speech = self._with_acoustic(features, lengths, result.speech)
+            return result
+        assert isinstance(self.acoustic, DescriptionChannel) and self._language_model is not None
+        text = super().connect(features, lengths, starts, written)
+        assert text.words is not None
+        counts = torch.stack([text.lengths, text.words], -1)
+        choices = self.agreed(self.acoustic.neighbours(self.acoustic.logits(features, lengths, counts), count))
+        rms, embed_tokens = self.embedding_rms, self._language_model[1]
+        described = [self.acoustic.written_out(self.acoustic.only(own), rms, embed_tokens) for own in choices]
+        speech = [joined(text, own) if self.order == "text_first" else joined(own, text) for own in described]
+        return Hypotheses([[[s]] * len(lengths) for s in range(count)], speech, choices, counts)
+
+    def risk_loss(self, features: Tensor, lengths: Tensor, hypotheses: Hypotheses, risks: Tensor) -> Tensor:
+        if hypotheses.choices is None or hypotheses.written is None:
+            return super().risk_loss(features, lengths, hypotheses, risks)
+        assert isinstance(self.acoustic, DescriptionChannel)
+        with evaluation_mode(self):
+            logits = self.acoustic.logits(features, lengths, hypotheses.written)
+        return self.acoustic.risk_loss(logits, hypotheses.choices, risks)
 
     def fusable(self, speech: SpeechEmbeddings) -> Tensor | None:
         """The positions of the stream; the others are the LLM's own tokens. (An ``acoustic_prompt`` has no fusion.)"""

@@ -199,7 +199,13 @@ class WhisperDecoderConnector(WhisperRecognizer):
 
     @torch.no_grad()
     def hypotheses(
-        self, features: Tensor, lengths: Tensor, count: int, temperature: float, starts: list[bool] | None = None
+        self,
+        features: Tensor,
+        lengths: Tensor,
+        count: int,
+        temperature: float,
+        starts: list[bool] | None = None,
+        written: list[list[int]] | None = None,
     ) -> Hypotheses:
         tokens, speech = [], []
         with evaluation_mode(self):

@@ -1,0 +1,143 @@
+"""Minimum risk over the alternatives of a description, against plain PyTorch; and what it is for."""
+
+import pytest
+import torch
+
+from nemo_mtbi.data.audio_windows import Windows
+from nemo_mtbi.models.objective import KINDS, WINDOW_COUNTS, risk_term, term_counts
+from nemo_mtbi.models.speech import batch_features
+from tests.helpers import assert_same, build, gradients, make_batch, split, two_channel
+
+pytestmark = pytest.mark.unit
+TEXT = " The gender is {female|male}. It is {calm|loud|flat}."
+FREEZE = [r"llm\..+", r"embed_tokens\..+", r"perception\.(encoder|modality_adapter\.(?!acoustic\.)).+"]
+
+
+@pytest.fixture
+def model(tiny_config):
+    config = two_channel(tiny_config, acoustic_prompt=TEXT)
+    model = build(
+        config,
+        freeze_params=FREEZE,
+        imitation={"w_ce": 0.0, "w_risk": 1.0, "risk_samples": 3},
+        interleaving={"probability": 0.0},
+    )
+    model.perception.modality_adapter.begin_imitation()
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.perception.modality_adapter.acoustic.project.weight, std=0.05)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_descriptions_differ_by_one_choice(model, count):
+    connector = model.eval().perception.modality_adapter
+    features, lengths, _, _ = batch_features(model.perception, make_batch(model, 8))
+    found = connector.hypotheses(features, lengths, count, 1.0)
+    own = connector.connect(features, lengths)
+    torch.testing.assert_close(found.speech[0].embeddings, own.embeddings)
+    assert found.choices.shape == (count, 8, 2)
+    changed = found.choices[1:] != found.choices[0]
+    assert bool((changed.sum(-1) == 1).all())
+    assert count == 2 or bool(changed.any(0).all())  # each of the choices takes its turn
+    assert bool((found.choices >= 0).all()) and int(found.choices[..., 0].max()) < 2 and int(found.choices.max()) < 3
+    for reading in found.speech[1:]:
+        assert bool((reading.embeddings != own.embeddings).flatten(1).any(1).all())
+
+
+@torch.no_grad()
+def test_all_alternatives_are_drawn(model):
+    acoustic = model.perception.modality_adapter.acoustic
+    logits = torch.zeros(200, 2, 3).masked_fill(acoustic.impossible, -torch.inf)
+    found = acoustic.neighbours(logits, 2)[1]
+    assert {tuple(row) for row in found.tolist()} == {(1, 0), (0, 1), (0, 2)}
+
+
+def test_value_and_gradient_are_the_plain_ones(model):
+    acoustic = model.perception.modality_adapter.acoustic
+    logits = torch.randn(4, 2, 3).masked_fill(acoustic.impossible, -torch.inf).requires_grad_()
+    choices, risks = acoustic.neighbours(logits.detach(), 3), torch.rand(4, 3)
+    plain = 0.0
+    for row in range(4):
+        for s in (1, 2):
+            [c] = (choices[s, row] != choices[0, row]).nonzero().flatten().tolist()
+            a, b = logits[row, c, choices[0, row, c]], logits[row, c, choices[s, row, c]]
+            better, worse = (a, b) if risks[row, 0] < risks[row, s] else (b, a)
+            stands_for = (1, 2)[c] * 2 / 2  # alternatives of this choice, choices over the drawn ones
+            difference = (risks[row, s] - risks[row, 0]).abs()
+            plain = plain + stands_for * difference * torch.log1p((worse - better).exp())
+    loss = acoustic.risk_loss(logits, choices, risks)
+    assert float(loss) == pytest.approx(float(risks[:, 0].sum()), rel=1e-5)
+    (got,), (expected,) = torch.autograd.grad(loss, logits), torch.autograd.grad(plain, logits)
+    torch.testing.assert_close(got, expected)
+
+
+def test_a_sure_mistake_is_corrected_and_what_does_not_matter_stays(model):
+    """Of 8 recordings, each is to choose the alternative with the lower risk; the other choice has no influence."""
+    acoustic = model.perception.modality_adapter.acoustic
+    z = torch.zeros(8, 2, 3)
+    z[:, 0, 1] = 3.0  # all are sure of "male"
+    z = z.masked_fill(acoustic.impossible, -torch.inf).requires_grad_()
+    right, optimizer = torch.arange(8) % 2, torch.optim.SGD([z], 1.0)
+    for _ in range(30):
+        choices = acoustic.neighbours(z.detach(), 3)
+        risks = (choices[..., 0] != right).float().t()
+        optimizer.zero_grad()
+        acoustic.risk_loss(z, choices, risks).backward()
+        optimizer.step()
+    assert torch.equal(z[:, 0].argmax(-1), right)
+    assert bool((z[:, 1] == 0).all())
+
+
+def test_only_the_offset_learns_from_kl(model):
+    model.config.imitation.w_risk = 0.0  # the term; the connector still leaves its choices to it
+    grads = gradients(model, [make_batch(model, 3)])
+    assert {name.rpartition(".acoustic.")[2] for name, g in grads.items() if float(g.abs().sum()) > 0} == {"offset"}
+    model.config.imitation.w_risk = 1.0
+    batch = make_batch(model, 3)
+    batch["audio_lens"] -= torch.tensor([0, 3200, 6400])  # one tempo would have no slope
+    grads = gradients(model, [batch])
+    assert all(float(g.abs().sum()) > 0 for g in grads.values()) and len(grads) > 3
+
+
+def test_a_step_does_not_depend_on_how_it_is_cut(model, monkeypatch):
+    """Descriptions are drawn for a batch, so here the next alternative takes each turn."""
+    acoustic, connector = model.perception.modality_adapter.acoustic, model.perception.modality_adapter
+
+    def neighbours(logits, count):
+        best = logits.argmax(-1)
+        sizes = (~acoustic.impossible).sum(-1)
+        eye = torch.eye(len(sizes), dtype=torch.long)
+        return torch.stack([best, *((best + eye[turn]) % sizes for turn in range(count - 1))])
+
+    monkeypatch.setattr(acoustic, "neighbours", neighbours)
+    acoustic.standardized._passes = acoustic.tempo_standardized._passes = 10**6  # it depends on the cut
+    batch = make_batch(model, 4)
+    whole = gradients(model, [batch])
+    parts = split(batch, [1, 3])
+    counts = {k: sum(term_counts(p["examples"], connector)[k] for p in parts) for k in KINDS}
+    assert_same(gradients(model, [{**p, WINDOW_COUNTS: counts} for p in parts]), whole, 1e-3)
+
+
+def test_utterances_of_several_windows_add_no_risk(model):
+    rows = {"encoder_features": torch.randn(3, 60, 64), "encoder_feature_lens": torch.tensor([60, 40, 50])}
+    batch = {**rows, "windows": Windows([0, 0, 1], [0, 60, 0])}
+    heard = []
+
+    def answer_losses(speech, rows):
+        heard.append(speech)
+        return torch.tensor([5.0 + len(heard), 0.5])  # the risks of the second utterance are equal
+
+    term = risk_term(batch, model.perception, model.config.imitation, answer_losses)
+    assert float(term.total) == pytest.approx(0.5) and [len(speech.lengths) for speech in heard] == [2, 2, 2]
+    trained = [p for p in model.perception.modality_adapter.acoustic.parameters() if p.requires_grad]
+    found = torch.autograd.grad(term.total, trained, allow_unused=True)
+    assert all(g is None or float(g.abs().max()) == 0 for g in found)
+
+
+def test_cached_text_is_not_written_again(model, monkeypatch):
+    connector = model.eval().perception.modality_adapter
+    features, lengths, _, _ = batch_features(model.perception, make_batch(model, 2))
+    monkeypatch.setattr(type(connector), "_write", lambda *a, **k: pytest.fail("written again"))
+    found = connector.hypotheses(features, lengths, 3, 1.0, None, [[5], [5, 6, 7]])
+    assert found.written[:, 1].tolist() == [len(connector.tokenizer.decode(own).split()) for own in ([5], [5, 6, 7])]

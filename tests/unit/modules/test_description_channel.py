@@ -1,5 +1,6 @@
 """The acoustic channel that is a text with choices: what the LLM reads of it, and which speech it stays with."""
 
+import copy
 import itertools
 import re
 from dataclasses import replace
@@ -21,6 +22,7 @@ from nemo_mtbi.training.stages import require_text_channel
 from tests.helpers import build, gradients, make_batch, two_channel
 
 pytestmark = pytest.mark.unit
+BUILT = []  # one model, of which every test has a copy
 TEXT = " The gender is {female|male}. <|im_end|> It is {calm|loud|flat}."
 
 
@@ -31,9 +33,10 @@ def config(tiny_config):
 
 @pytest.fixture
 def model(config):
-    model = build(config).eval()
-    model.perception.modality_adapter.begin_imitation()
-    return model
+    if not BUILT:
+        BUILT.append(build(config).eval())
+        BUILT[0].perception.modality_adapter.begin_imitation()
+    return copy.deepcopy(BUILT[0])
 
 
 def moved(model):

@@ -1,5 +1,7 @@
 """Minimum risk over the alternatives of a description, against plain PyTorch; and what it is for."""
 
+import copy
+
 import pytest
 import torch
 
@@ -9,23 +11,25 @@ from nemo_mtbi.models.speech import batch_features
 from tests.helpers import assert_same, build, gradients, make_batch, split, two_channel
 
 pytestmark = pytest.mark.unit
+BUILT = []  # one model, of which every test has a copy
 TEXT = " The gender is {female|male}. It is {calm|loud|flat}."
 FREEZE = [r"llm\..+", r"embed_tokens\..+", r"perception\.(encoder|modality_adapter\.(?!acoustic\.)).+"]
 
 
 @pytest.fixture
 def model(tiny_config):
-    config = two_channel(tiny_config, acoustic_prompt=TEXT)
-    model = build(
-        config,
-        freeze_params=FREEZE,
-        imitation={"w_ce": 0.0, "w_risk": 1.0, "risk_samples": 3},
-        interleaving={"probability": 0.0},
-    )
-    model.perception.modality_adapter.begin_imitation()
-    torch.manual_seed(0)
-    torch.nn.init.normal_(model.perception.modality_adapter.acoustic.project.weight, std=0.05)
-    return model
+    if not BUILT:
+        model = build(
+            two_channel(tiny_config, acoustic_prompt=TEXT),
+            freeze_params=FREEZE,
+            imitation={"w_ce": 0.0, "w_risk": 1.0, "risk_samples": 3},
+            interleaving={"probability": 0.0},
+        )
+        model.perception.modality_adapter.begin_imitation()
+        torch.manual_seed(0)
+        torch.nn.init.normal_(model.perception.modality_adapter.acoustic.project.weight, std=0.05)
+        BUILT.append(model)
+    return copy.deepcopy(BUILT[0])
 
 
 @torch.no_grad()

@@ -154,7 +154,7 @@ def risk_term(
 ) -> Term:
     """Minimum risk over the connector's hypotheses (w_risk): an utterance's risk is the mean loss of a response token.
 
-    Utterances of several windows count, and add none. A text that was drawn twice is read once.
+    Utterances of several windows count, and add none. A text, or description, that was drawn twice is read once.
 
     Args:
         batch: of :class:`nemo_mtbi.data.dataset.MTBIDataset`.
@@ -171,7 +171,9 @@ def risk_term(
     with torch.no_grad():
         risks = torch.zeros(utterances, count, device=features.device)
         for s, reading in enumerate(readings.speech):
-            if rows := [row for row, own in enumerate(first[s]) if own == s]:
+            if rows := [
+                row for row, own in enumerate(first[s]) if own == s and (windows is None or windows.alone[row])
+            ]:
                 losses = answer_losses(whole_utterances(reading, windows).rows(rows), rows)
                 risks[to_device(rows, risks.device), s] = losses.float()
         risks = risks.gather(1, to_device(first, risks.device).t())

@@ -161,7 +161,8 @@ def check_trainable(model: Any, config: ModelConfig) -> None:
     """
     Raises:
         ConfigError: weights of the LLM itself are trained under tensor parallelism, or with the LLM as its own online
-            teacher; embeddings of which a connector keeps a copy; one of two names of a tensor.
+            teacher; embeddings of which a connector keeps a copy; one of two names of a tensor; w_risk has nothing to
+            train.
     """
     both = [n for n, p in model.named_parameters(remove_duplicate=False) if p is model.embed_tokens.weight]
     if len({is_frozen_by(config, name) for name in both}) > 1:
@@ -172,6 +173,13 @@ def check_trainable(model: Any, config: ModelConfig) -> None:
         raise ConfigError(
             "model.freeze_params leaves embed_tokens trainable, and the connector gives the LLM its own tokens, whose "
             "embeddings it has read once. Freeze '^embed_tokens\\..+$' (and a head that is tied to it), or train LoRA."
+        )
+    encoder = any(p.requires_grad for p in model.perception.encoder.parameters())
+    connector = connector_of(model.perception)
+    if config.imitation.w_risk > 0 and not encoder and connector is not None and not connector.learns_by_risk:
+        raise ConfigError(
+            f"model.imitation.w_risk={config.imitation.w_risk} trains what a connector writes, or chooses of an "
+            "acoustic_prompt, and model.freeze_params freezes both."
         )
     llm_parts = ("llm.", "embed_tokens.")
     trained = [

@@ -53,7 +53,6 @@ class AcousticChannel(nn.Module):
         written: Tensor,
         scale: Tensor,
         embed_tokens: Callable[[Tensor], Tensor],
-        agreed: Callable[[Tensor], Tensor] = torch.clone,
     ) -> SpeechEmbeddings:
         """What the LLM reads.
 
@@ -63,7 +62,6 @@ class AcousticChannel(nn.Module):
             written: (B, 2) tokens and words of the text channel.
             scale: () root mean square of the LLM's embeddings.
             embed_tokens: the LLM's.
-            agreed: makes a discrete choice that of all ranks that hold the LLM (:meth:`Connector.agreed`).
         """
         layers = self.norm_in(features.unflatten(-1, (len(self.layer_weights), -1)))
         mixed = torch.einsum("btkd,k->btd", layers, self.layer_weights.softmax(0).to(layers.dtype))
@@ -112,7 +110,6 @@ class DescriptionChannel(nn.Module):
     prompt: Tensor  # of every token of every alternative: itself, its position, the place of its weight
     impossible: Tensor  # places of alternatives that a choice does not have
     even: Tensor  # probabilities of alternatives of which each is as likely
-    by_risk = False  # what it chooses is trained by ``risk_loss``
 
     def __init__(
         self, encoder_layers: int, width: int, output_dim: int, prompt: Wordings, opening: Sequence[int] = ()
@@ -151,9 +148,15 @@ class DescriptionChannel(nn.Module):
         scale: Tensor,
         embed_tokens: Callable[[Tensor], Tensor],
         agreed: Callable[[Tensor], Tensor] = torch.clone,
+        only: bool = False,
     ) -> SpeechEmbeddings:
-        """See :meth:`AcousticChannel.forward`."""
-        shares = self.shares(self.logits(features, lengths, written), agreed)
+        """See :meth:`AcousticChannel.forward`.
+
+        ``agreed`` makes a discrete choice that of all ranks that hold the LLM (:meth:`Connector.agreed`); ``only`` the
+        most likely alternatives are read, in training too, and :meth:`risk_loss` trains them.
+        """
+        logits = self.logits(features, lengths, written)
+        shares = self.shares(logits.detach() if only else logits, agreed)
         return self.written_out(shares, scale, embed_tokens)
 
     def written_out(self, shares: Tensor, scale: Tensor, embed_tokens: Callable[[Tensor], Tensor]) -> SpeechEmbeddings:
@@ -183,13 +186,18 @@ class DescriptionChannel(nn.Module):
     def shares(self, logits: Tensor, agreed: Callable[[Tensor], Tensor] = torch.clone) -> Tensor:
         """Of each alternative in what the LLM reads, (B, choices, most alternatives).
 
-        Its probability while it is trained, else 1 for the most likely one.
+        Its probability while it is trained by a gradient through it, else 1 for the most likely one.
         """
-        if self.by_risk or not (self.training and logits.requires_grad):
+        if not (self.training and logits.requires_grad):
             return self.only(agreed(logits.detach().argmax(-1)))
         own = logits.masked_fill(self.impossible, 0.0)
         apart = (own - (own * self.even).sum(-1, keepdim=True)) * self.even
         return logits.detach().softmax(-1) + (apart - apart.detach())
+
+    @property
+    def learns(self) -> bool:
+        """Whether its choices are trained."""
+        return any(p.requires_grad for part in (self.hidden, self.tempo, self.project) for p in part.parameters())
 
     def only(self, choices: Tensor) -> Tensor:
         """Alternatives (B, choices) as shares of 1 and 0."""
@@ -200,16 +208,17 @@ class DescriptionChannel(nn.Module):
     def neighbours(self, logits: Tensor, count: int) -> Tensor:
         """The most likely alternatives, and ``count - 1`` times those with one other choice: (S, B, choices).
 
-        Choices take turns, in an order that is drawn for each row, and so do nearly always their alternatives.
+        Choices take turns, and so do the alternatives of each, in an order that is drawn for each row.
         """
         best = logits.argmax(-1)
         sizes = (~self.impossible).sum(-1)
         order = torch.rand(best.shape, device=best.device).argsort(-1)
+        begin = (torch.rand(best.shape, device=best.device) * (sizes - 1)).long().minimum(sizes - 2)
         found = [best]
         for turn in range(count - 1):
-            choice = order[:, turn % best.shape[1], None]
-            others = sizes[choice] - 1
-            step = 1 + (torch.rand(choice.shape, device=best.device) * others).long().minimum(others - 1)
+            around, place = divmod(turn, best.shape[1])
+            choice = order[:, place, None]
+            step = 1 + (begin.gather(1, choice) + around) % (sizes[choice] - 1)
             found.append(best.scatter(1, choice, (best.gather(1, choice) + step) % sizes[choice]))
         return torch.stack(found)
 

@@ -61,8 +61,7 @@ class Hypotheses:
     """Several readings of the same utterances by a connector that writes text.
 
     Attributes:
-        tokens: S lists of the B utterances' tokens, in the connector's own vocabulary; of descriptions, which all
-            differ, their number.
+        tokens: S lists of the B utterances' tokens, in the connector's own vocabulary; of descriptions, their choices.
         speech: of each of the S lists, what the LLM would read.
         choices: (S, B, C) alternatives of a description's choices; None of readings that are texts.
         written: (B, 2) tokens and words beside the descriptions.
@@ -103,7 +102,7 @@ class Connector(nn.Module):
     positions_per_window = 0  # of the encoder, likewise
     positions_per_audio = 0  # likewise: as many as ``opening`` comes to have
     window_seconds = math.inf  # longest audio that the encoder is given at once
-    by_risk = False  # of what it chooses it learns by ``risk_loss``
+    by_risk = False  # ``risk_loss`` is a term of the training
     choice_group: Any = None  # process group that holds the LLM together (tensor parallelism)
 
     def agreed(self, choice: Tensor) -> Tensor:
@@ -121,6 +120,11 @@ class Connector(nn.Module):
 
         Not part of the checkpoint, called after a load.
         """
+
+    @property
+    def learns_by_risk(self) -> bool:
+        """Whether there is something that ``risk_loss`` trains."""
+        return False
 
     @property
     def opening(self) -> list[int]:
@@ -190,19 +194,21 @@ class Connector(nn.Module):
         starts: list[bool] | None = None,
         written: list[list[int]] | None = None,
     ) -> Hypotheses:
-        """The greedy reading of the utterances and ``count - 1`` sampled ones, without a graph.
+        """The greedy reading of the utterances and ``count - 1`` others, without a graph.
 
-        Only of connectors that write text; others are refused with the configuration.
+        Sampled texts, or descriptions with another choice; connectors that have neither are refused with the
+        configuration.
 
         Args:
             features, lengths, starts, written: as in ``connect``.
             count: S.
-            temperature: of the samples.
+            temperature: of sampled texts.
         """
         raise NotImplementedError
 
     def risk_loss(self, features: Tensor, lengths: Tensor, hypotheses: Hypotheses, risks: Tensor) -> Tensor:
-        """Sum over the utterances of the expected risk (:mod:`nemo_mtbi.losses.risk`).
+        """Sum over the utterances of the expected risk (:mod:`nemo_mtbi.losses.risk`); of descriptions, the risk of the
+        first, with the gradient of a loss that lowers it.
 
         Args:
             features, lengths: as in ``connect``.

@@ -131,16 +131,22 @@ class TwoChannelConnector(WhisperDecoderConnector):
         assert texts[0].words is not None
         written = torch.stack([texts[0].lengths, texts[0].words], -1)
         embed_tokens = self._language_model[1]
+        read = (features, lengths, written, self.embedding_rms, embed_tokens)
         if isinstance(self.acoustic, DescriptionChannel):
-            self.acoustic.by_risk = self._chooses_by_risk
-        acoustic = self.acoustic(features, lengths, written, self.embedding_rms, embed_tokens, self.agreed)
+            acoustic = self.acoustic(*read, self.agreed, only=self._chooses_by_risk)
+        else:
+            acoustic = self.acoustic(*read)
         return [joined(t, acoustic) if self.order == "text_first" else joined(acoustic, t) for t in texts]
 
     @property
     def _chooses_by_risk(self) -> bool:
-        """Whether ``w_risk`` is about the description: its text is that of a frozen decoder."""
-        trained = any(p.requires_grad for p in self.decoder.parameters())
-        return self.by_risk and self._open and isinstance(self.acoustic, DescriptionChannel) and not trained
+        """Whether ``w_risk`` is about the description: the text is frozen."""
+        written = super().learns_by_risk
+        return self.by_risk and self._open and isinstance(self.acoustic, DescriptionChannel) and not written
+
+    @property
+    def learns_by_risk(self) -> bool:
+        return super().learns_by_risk or (isinstance(self.acoustic, DescriptionChannel) and self.acoustic.learns)
 
     @torch.no_grad()
     def hypotheses(
@@ -165,7 +171,7 @@ class TwoChannelConnector(WhisperDecoderConnector):
         rms, embed_tokens = self.embedding_rms, self._language_model[1]
         described = [self.acoustic.written_out(self.acoustic.only(own), rms, embed_tokens) for own in choices]
         speech = [joined(text, own) if self.order == "text_first" else joined(own, text) for own in described]
-        return Hypotheses([[[s]] * len(lengths) for s in range(count)], speech, choices, counts)
+        return Hypotheses(choices.tolist(), speech, choices, counts)
 
     def risk_loss(self, features: Tensor, lengths: Tensor, hypotheses: Hypotheses, risks: Tensor) -> Tensor:
         if hypotheses.choices is None or hypotheses.written is None:

@@ -180,11 +180,19 @@ class WhisperRecognizer(TokenConnector):
         something = torch.log(-torch.expm1(nothing.clamp_max(-1e-6)))
         return loss - torch.where(counts == 0, nothing, something).sum(), len(flat) + len(kept)
 
+    def _writing_weights(self) -> list[nn.Parameter]:
+        """What decides a text."""
+        parts = (self.encoder_layers, self.encoder_norm, self.decoder)
+        return [parameter for part in parts for parameter in part.parameters()]
+
+    @property
+    def learns_by_risk(self) -> bool:
+        return any(weight.requires_grad for weight in self._writing_weights())
+
     @torch.no_grad()
     def writing_key(self) -> str | None:
         """The weights (as bfloat16, so that any precision of them has one key) and settings that decide a text."""
-        parts = (self.encoder_layers, self.encoder_norm, self.decoder)
-        weights = [parameter for part in parts for parameter in part.parameters()]
+        weights = self._writing_weights()
         if any(weight.requires_grad for weight in weights):
             return None
         no_speech = (self.no_speech_id, self.no_speech_threshold)

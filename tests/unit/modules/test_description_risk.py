@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nemo_mtbi.data.audio_windows import Windows
+from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.models.objective import KINDS, WINDOW_COUNTS, risk_term, term_counts
 from nemo_mtbi.models.speech import batch_features
 from tests.helpers import assert_same, build, gradients, make_batch, split, two_channel
@@ -55,19 +56,22 @@ def test_all_alternatives_are_drawn(model):
     logits = torch.zeros(200, 2, 3).masked_fill(acoustic.impossible, -torch.inf)
     found = acoustic.neighbours(logits, 2)[1]
     assert {tuple(row) for row in found.tolist()} == {(1, 0), (0, 1), (0, 2)}
+    every = acoustic.neighbours(logits, 5)[1:]  # a second turn has the other alternative
+    assert all({(1, 0), (0, 1), (0, 2)} == set(map(tuple, every[:, row].tolist())) for row in range(200))
 
 
-def test_value_and_gradient_are_the_plain_ones(model):
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_value_and_gradient_are_the_plain_ones(model, count):
     acoustic = model.perception.modality_adapter.acoustic
     logits = torch.randn(4, 2, 3).masked_fill(acoustic.impossible, -torch.inf).requires_grad_()
-    choices, risks = acoustic.neighbours(logits.detach(), 3), torch.rand(4, 3)
+    choices, risks = acoustic.neighbours(logits.detach(), count), torch.rand(4, count)
     plain = 0.0
     for row in range(4):
-        for s in (1, 2):
+        for s in range(1, count):
             [c] = (choices[s, row] != choices[0, row]).nonzero().flatten().tolist()
             a, b = logits[row, c, choices[0, row, c]], logits[row, c, choices[s, row, c]]
             better, worse = (a, b) if risks[row, 0] < risks[row, s] else (b, a)
-            stands_for = (1, 2)[c] * 2 / 2  # alternatives of this choice, choices over the drawn ones
+            stands_for = (1, 2)[c] * 2 / (count - 1)  # alternatives of this choice, choices over the drawn ones
             difference = (risks[row, s] - risks[row, 0]).abs()
             plain = plain + stands_for * difference * torch.log1p((worse - better).exp())
     loss = acoustic.risk_loss(logits, choices, risks)
@@ -126,14 +130,15 @@ def test_a_step_does_not_depend_on_how_it_is_cut(model, monkeypatch):
 def test_utterances_of_several_windows_add_no_risk(model):
     rows = {"encoder_features": torch.randn(3, 60, 64), "encoder_feature_lens": torch.tensor([60, 40, 50])}
     batch = {**rows, "windows": Windows([0, 0, 1], [0, 60, 0])}
-    heard = []
+    heard, risks = [], [0.5, 0.5, 0.5]
 
     def answer_losses(speech, rows):
         heard.append(speech)
-        return torch.tensor([5.0 + len(heard), 0.5])  # the risks of the second utterance are equal
+        assert rows == [1]  # not the long one
+        return torch.tensor([risks[len(heard) - 1]])
 
     term = risk_term(batch, model.perception, model.config.imitation, answer_losses)
-    assert float(term.total) == pytest.approx(0.5) and [len(speech.lengths) for speech in heard] == [2, 2, 2]
+    assert float(term.total) == pytest.approx(0.5) and [len(speech.lengths) for speech in heard] == [1, 1, 1]
     trained = [p for p in model.perception.modality_adapter.acoustic.parameters() if p.requires_grad]
     found = torch.autograd.grad(term.total, trained, allow_unused=True)
     assert all(g is None or float(g.abs().max()) == 0 for g in found)
@@ -145,3 +150,21 @@ def test_cached_text_is_not_written_again(model, monkeypatch):
     monkeypatch.setattr(type(connector), "_write", lambda *a, **k: pytest.fail("written again"))
     found = connector.hypotheses(features, lengths, 3, 1.0, None, [[5], [5, 6, 7]])
     assert found.written[:, 1].tolist() == [len(connector.tokenizer.decode(own).split()) for own in ([5], [5, 6, 7])]
+
+
+@pytest.mark.parametrize(
+    ("freeze", "by_text"),
+    [(FREEZE[:2] + [r"perception\.encoder\..+"], True), (FREEZE, False)],
+)
+def test_what_is_written_comes_first(tiny_config, freeze, by_text):
+    config = two_channel(tiny_config, acoustic_prompt=TEXT)
+    connector = build(config, freeze_params=freeze, imitation={"w_risk": 1.0}).perception.modality_adapter
+    connector.begin_imitation()
+    assert connector.learns_by_risk and connector._chooses_by_risk is not by_text
+
+
+def test_nothing_to_learn_is_refused(tiny_config):
+    config = two_channel(tiny_config, acoustic_prompt=TEXT)
+    frozen = [*FREEZE, r"perception\.modality_adapter\.acoustic\.(?!offset).+"]
+    with pytest.raises(ConfigError, match="w_risk=1.0 trains what a connector writes"):
+        build(config, freeze_params=frozen, imitation={"w_risk": 1.0})

@@ -210,17 +210,19 @@ def read_trained(model: TrainableCheckpoint, path: Path) -> dict[str, Tensor]:
         if references.get(part) != reference:
             raise CheckpointError(f"{path} was trained with another {part}: {references.get(part)}, now {reference}.")
     model.upgrade_state(state)
+    # A sharded layer's extra state is no tensor.
+    own = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
     missing = model.trainable_names() - set(state)
-    unexpected = set(state) - set(model.state_dict())
+    unexpected = set(state) - set(own)
     if missing or unexpected:
         raise CheckpointError(
             f"{path} does not fit the model: {len(missing)} tensors missing, {len(unexpected)} unexpected."
         )
-    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     for key, value in model.own_state(state).items():
-        if shapes[key] != tuple(value.shape):
+        there, here = tuple(value.shape), tuple(own[key].shape)
+        if there != here:
             raise CheckpointError(
-                f"{path} does not fit the model: {key} is {tuple(value.shape)} there, {shapes[key]} in the model. Give "
+                f"{path} does not fit the model: {key} is {there} there, {here} in the model. Give "
                 "model.perception (or model.lora) the values that it was trained with."
             )
     return state

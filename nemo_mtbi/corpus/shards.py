@@ -109,9 +109,8 @@ def plan_manifest(name: str, manifest: str, folder: Path, shard_cuts: int) -> li
 def _shards(name: str, path: Path, shard_cuts: int) -> Iterator[Shard]:
     with open(path, "rb") as stream:
         known = sum(1 for _ in islice(stream, SHARDS * shard_cuts))
-    shard_cuts = min(
-        shard_cuts, FEWEST_LINES * max(1, -(-known // (SHARDS * FEWEST_LINES)))
-    )  # more lines, the same shards
+    multiple = max(1, -(-known // (SHARDS * FEWEST_LINES)))  # so that a few more lines leave the shards as they are
+    shard_cuts = min(shard_cuts, multiple * FEWEST_LINES)
     index = begin = offset = lines = 0
     digest = hashlib.blake2b(digest_size=12)
     with (

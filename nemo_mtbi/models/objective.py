@@ -5,6 +5,7 @@ Letters: R response tokens, W words with a time, B utterances, P connector posit
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -369,11 +370,11 @@ def sums_by_task(
 ) -> dict[str, Tensor]:
     """Sums over the response tokens of each task: (loss, agreed, tokens, what the loss is divided by)."""
     tasks = list(dict.fromkeys(e.task for e in examples))
-    owners = list(zip(examples, layout.response_counts, strict=True))
-    places = [tasks.index(e.task) for e, n in owners for _ in range(n)]
+    places = [tasks.index(e.task) for e, n in zip(examples, layout.response_counts, strict=True) for _ in range(n)]
+    tokens = Counter(places)
+    counted = Counter(tasks.index(e.task) for e in examples) if config.by_answer else tokens
     values = loss.per_token.detach()
-    ones = torch.ones_like(values)
-    counted = to_device([1 / n for _, n in owners for _ in range(n)], ones.device) if config.by_answer else ones
-    rows = torch.stack([values, loss.agreed.to(values.dtype), ones, counted.to(values.dtype)], 1)
-    sums = rows.new_zeros(len(tasks), 4).index_add(0, to_device(places, rows.device), rows)
-    return dict(zip(tasks, sums, strict=True))
+    rows = torch.stack([values, loss.agreed.to(values.dtype)], 1)
+    sums = rows.new_zeros(len(tasks), 2).index_add(0, to_device(places, rows.device), rows)
+    counts = to_device([[float(tokens[place]), float(counted[place])] for place in range(len(tasks))], rows.device)
+    return dict(zip(tasks, torch.cat([sums, counts.to(sums.dtype)], 1), strict=True))

@@ -8,6 +8,7 @@ import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -136,11 +137,10 @@ def load_attributes(path: str | Path | None = None) -> dict[str, Attribute]:
         rules = {name: Attribute(name, **options) for name, options in raw.items()}
     except (OSError, yaml.YAMLError, TypeError, AttributeError, UnicodeDecodeError) as error:
         raise ConfigError(f"describe.attributes={file}: {type(error).__name__}: {error}") from error
-    problems = [(name, _type_problem(rule)) for name, rule in rules.items()]
-    problems += [] if any(p for _, p in problems) else [(name, _problem(rule, rules)) for name, rule in rules.items()]
-    for name, problem in problems:
-        if problem:
-            raise ConfigError(f"describe.attributes={file}, {name}: {problem}")
+    for check in (_type_problem, partial(_problem, rules=rules)):  # rules read each other's values
+        for name, rule in rules.items():
+            if problem := check(rule):
+                raise ConfigError(f"describe.attributes={file}, {name}: {problem}")
     try:
         order = list(TopologicalSorter({name: rule.by for name, rule in rules.items()}).static_order())
     except CycleError as error:

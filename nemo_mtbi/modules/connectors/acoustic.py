@@ -195,6 +195,11 @@ class DescriptionChannel(nn.Module):
         return logits.detach().softmax(-1) + (apart - apart.detach())
 
     @property
+    def sizes(self) -> Tensor:
+        """Number of alternatives of each choice."""
+        return (~self.impossible).sum(-1)
+
+    @property
     def learns(self) -> bool:
         """Whether its choices are trained."""
         return any(p.requires_grad for part in (self.hidden, self.tempo, self.project) for p in part.parameters())
@@ -211,7 +216,7 @@ class DescriptionChannel(nn.Module):
         Choices take turns, and so do the alternatives of each, in an order that is drawn for each row.
         """
         best = logits.argmax(-1)
-        sizes = (~self.impossible).sum(-1)
+        sizes = self.sizes
         order = torch.rand(best.shape, device=best.device).argsort(-1)
         begin = (torch.rand(best.shape, device=best.device) * (sizes - 1)).long().minimum(sizes - 2)
         found = [best]
@@ -242,7 +247,7 @@ class DescriptionChannel(nn.Module):
         values = logits.gather(-1, choices.permute(1, 2, 0))  # (B, choices, S)
         other = (others != first).permute(1, 2, 0)  # (B, choices, S - 1), one of the choices
         margins = torch.where(other, values[..., 1:] - values[..., :1], 0.0).sum(1)
-        sizes = (~self.impossible).sum(-1)
+        sizes = self.sizes
         drawn = (other * (sizes - 1)[:, None]).sum(1) * len(sizes) / len(others)  # for how many alternatives it stands
         worse = (risks[:, 1:] - risks[:, :1]).float()
         loss = (drawn * worse.abs() * nn.functional.softplus(worse.sign() * margins)).sum()

@@ -19,6 +19,12 @@ from nemo_mtbi.modules.connectors.wordings import WORDS, Wordings
 ORDERS = ("text_first", "acoustic_first")
 
 
+def written_counts(text: SpeechEmbeddings) -> Tensor:
+    """Tokens and words of a text channel, (B, 2)."""
+    assert text.words is not None
+    return torch.stack([text.lengths, text.words], -1)
+
+
 class TwoChannelConnector(WhisperDecoderConnector):
     """The text that Whisper's decoder writes, and acoustic positions beside it, trained by imitation.
 
@@ -128,21 +134,21 @@ class TwoChannelConnector(WhisperDecoderConnector):
         if not self._open:
             return texts
         assert self._language_model is not None
-        assert texts[0].words is not None
-        written = torch.stack([texts[0].lengths, texts[0].words], -1)
-        embed_tokens = self._language_model[1]
-        read = (features, lengths, written, self.embedding_rms, embed_tokens)
+        read = (features, lengths, written_counts(texts[0]), self.embedding_rms, self._language_model[1])
         if isinstance(self.acoustic, DescriptionChannel):
             acoustic = self.acoustic(*read, self.agreed, only=self._chooses_by_risk)
         else:
             acoustic = self.acoustic(*read)
-        return [joined(t, acoustic) if self.order == "text_first" else joined(acoustic, t) for t in texts]
+        return [self._in_order(text, acoustic) for text in texts]
+
+    def _in_order(self, text: SpeechEmbeddings, acoustic: SpeechEmbeddings) -> SpeechEmbeddings:
+        return joined(text, acoustic) if self.order == "text_first" else joined(acoustic, text)
 
     @property
     def _chooses_by_risk(self) -> bool:
         """Whether ``w_risk`` is about the description: the text is frozen."""
-        written = super().learns_by_risk
-        return self.by_risk and self._open and isinstance(self.acoustic, DescriptionChannel) and not written
+        describes = self.by_risk and self._open and isinstance(self.acoustic, DescriptionChannel)
+        return describes and not super().learns_by_risk
 
     @property
     def learns_by_risk(self) -> bool:
@@ -165,12 +171,11 @@ class TwoChannelConnector(WhisperDecoderConnector):
             return result
         assert isinstance(self.acoustic, DescriptionChannel) and self._language_model is not None
         text = super().connect(features, lengths, starts, written)
-        assert text.words is not None
-        counts = torch.stack([text.lengths, text.words], -1)
+        counts = written_counts(text)
         choices = self.agreed(self.acoustic.neighbours(self.acoustic.logits(features, lengths, counts), count))
         rms, embed_tokens = self.embedding_rms, self._language_model[1]
-        described = [self.acoustic.written_out(self.acoustic.only(own), rms, embed_tokens) for own in choices]
-        speech = [joined(text, own) if self.order == "text_first" else joined(own, text) for own in described]
+        described = (self.acoustic.written_out(self.acoustic.only(own), rms, embed_tokens) for own in choices)
+        speech = [self._in_order(text, own) for own in described]
         return Hypotheses(choices.tolist(), speech, choices, counts)
 
     def risk_loss(self, features: Tensor, lengths: Tensor, hypotheses: Hypotheses, risks: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from nemo_mtbi.models.objective import (
     combined,
     imitation_terms,
     losses_of_answers,
+    losses_of_speech,
     of_rows,
     reference,
     risk_term,
@@ -164,7 +165,7 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
             student = self.student(batch, interleave=True)
             teacher = self.unfused_hidden(batch, student) if unfused else teacher
             loss = self.imitation(batch, student, teacher)
-            extra = self.further_terms(batch, student.spoken.unfused, teacher)
+            extra = self.further_terms(batch, student, loss, teacher)
             step = step_loss(batch, student, loss, extra, self.config.imitation)
         self.count_tokens(step.count)
         self.seen.add(batch["examples"], self.stage)
@@ -235,17 +236,15 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
         return imitation_terms(batch, student, self.head(), self.config.imitation, teacher)
 
     def further_terms(
-        self, batch: dict[str, Any], spoken: SpeechEmbeddings, teacher: Tensor | None
+        self, batch: dict[str, Any], student: StudentOutput, loss: ImitationLoss, teacher: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]] | None:
-        """The terms beside CE and KL, in units of what the loss is a mean over; None without such.
-
-        ``spoken``: what the connector gave, before any fusion.
-        """
+        """The terms beside CE and KL (``loss``), in units of what the loss is a mean over; None without such."""
         weights = self.config.imitation
-        terms = transcript_terms(batch, spoken, self.perception, self.embed_tokens, weights)
+        terms = transcript_terms(batch, student.spoken.unfused, self.perception, self.embed_tokens, weights)
         if weights.w_risk > 0:
             losses = partial(self.answer_losses, batch, teacher=teacher)
-            terms.append(risk_term(batch, self.perception, weights, losses))
+            known = losses_of_speech(student, loss, weights) if is_frozen(self.llm) else None  # no dropout
+            terms.append(risk_term(batch, self.perception, weights, losses, known))
         return combined(terms, *self.counts(batch), reference(weights)) if terms else None
 
     def answer_losses(

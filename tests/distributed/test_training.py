@@ -13,13 +13,17 @@ from functools import partial
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from nemo_mtbi.checkpoints.run_directory import RunDirectory
+from nemo_mtbi.models import MTBISALM
+from nemo_mtbi.parallel.launch import initialize
 from nemo_mtbi.targets.config import TargetsConfig
 from nemo_mtbi.targets.generate import TargetGenerator
-from tests.launching import Started, killed_until_done
+from tests.launching import Started, killed_until_done, on_ranks
 
 pytestmark = pytest.mark.distributed
 WORDS = "one two three four five six seven eight nine ten".split()
@@ -156,6 +160,17 @@ def test_the_weights_that_are_kept(root, overrides, whole, tmp_path):
     assert "keep='newest': use best or last" in process.communicate(timeout=100)[0] and process.returncode == 1
 
 
+def opened(rank, run, results):
+    """The trained tensors of a model whose LLM two ranks hold."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method="tcp://127.0.0.1:29573", rank=rank, world_size=2)
+    initialize(2)
+    model = MTBISALM.from_run(RunDirectory(run), tensor_model_parallel_size=2)
+    assert model.vocabulary_shard.group is not None
+    results[rank] = model.trained_state()
+    dist.destroy_process_group()
+
+
 @pytest.mark.parametrize(
     "name, launch, options",
     [
@@ -171,6 +186,10 @@ def test_the_weights_that_are_kept(root, overrides, whole, tmp_path):
 def test_layouts_train_alike(root, overrides, whole, name, launch, options):
     got = launch(root / name, overrides, *options)
     assert_same(got, whole, 1e-4)
+    if name == "tp2":
+        kept = load_file(root / name / "imitation" / "trained.safetensors")
+        for state in on_ranks(2, opened, root / name):
+            assert_same(state, kept, 0.0)
     assert [s for s, _ in curve(root / name)]
     for tag in ("val_kl", "val_loss"):
         alone = [

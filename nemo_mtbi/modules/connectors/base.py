@@ -65,20 +65,22 @@ class Hypotheses:
         speech: of each of the S lists, what the LLM would read.
         choices: (S, B, C) alternatives of a description's choices; None of readings that are texts.
         written: (B, 2) tokens and words beside the descriptions.
+        tasks: (B,) of the answers, where descriptions are drawn by what they ask.
     """
 
     tokens: list[list[list[int]]]
     speech: list[SpeechEmbeddings]
     choices: Tensor | None = None
     written: Tensor | None = None
+    tasks: Tensor | None = None
 
     def rows(self, indices: list[int]) -> "Hypotheses":
         """Of some of the utterances, without their ``speech``."""
         tokens = [[reading[row] for row in indices] for reading in self.tokens]
-        if self.choices is None or self.written is None:
+        if self.choices is None or self.written is None or self.tasks is None:
             return Hypotheses(tokens, [])
         chosen = to_device(indices, self.choices.device)
-        return Hypotheses(tokens, [], self.choices[:, chosen], self.written[chosen])
+        return Hypotheses(tokens, [], self.choices[:, chosen], self.written[chosen], self.tasks[chosen])
 
     def first_alike(self) -> list[list[int]]:
         """The number (S, B) of the first reading that has the same text."""
@@ -193,6 +195,7 @@ class Connector(nn.Module):
         temperature: float,
         starts: list[bool] | None = None,
         written: list[list[int]] | None = None,
+        tasks: Tensor | None = None,
     ) -> Hypotheses:
         """The greedy reading of the utterances and ``count - 1`` others, without a graph.
 
@@ -203,6 +206,7 @@ class Connector(nn.Module):
             features, lengths, starts, written: as in ``connect``.
             count: S.
             temperature: of sampled texts.
+            tasks: (B,) of the answers, numbers of :func:`~nemo_mtbi.modules.connectors.running.task_numbers`.
         """
         raise NotImplementedError
 

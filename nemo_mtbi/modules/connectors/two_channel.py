@@ -114,8 +114,11 @@ class TwoChannelConnector(WhisperDecoderConnector):
         if f"{prefix}decoder.layer_norm.weight" in state and f"{prefix}acoustic_open" not in state:
             state.update({f"{prefix}acoustic.{k}": v for k, v in self.acoustic.state_dict().items()})
             state[f"{prefix}acoustic_open"] = torch.zeros_like(self.acoustic_open)
-        if f"{prefix}acoustic.prompt" in state:  # of before there were lines before the words
+        if f"{prefix}acoustic.prompt" in state:  # of before there were lines before the words, or influences
             state.setdefault(f"{prefix}acoustic.opening", torch.zeros(0, dtype=torch.long))
+            for name, value in self.acoustic.state_dict().items():
+                if name.startswith("influence."):
+                    state.setdefault(f"{prefix}acoustic.{name}", torch.zeros_like(value))
 
     def connect(
         self,
@@ -163,6 +166,7 @@ class TwoChannelConnector(WhisperDecoderConnector):
         temperature: float,
         starts: list[bool] | None = None,
         written: list[list[int]] | None = None,
+        tasks: Tensor | None = None,
     ) -> Hypotheses:
         """Texts, or, where the decoder is frozen, the description that is chosen and others that differ by a choice."""
         if not self._chooses_by_risk:
@@ -172,19 +176,21 @@ class TwoChannelConnector(WhisperDecoderConnector):
         assert isinstance(self.acoustic, DescriptionChannel) and self._language_model is not None
         text = super().connect(features, lengths, starts, written)
         counts = written_counts(text)
-        choices = self.agreed(self.acoustic.neighbours(self.acoustic.logits(features, lengths, counts), count))
+        tasks = torch.zeros_like(lengths) if tasks is None else tasks
+        logits = self.acoustic.logits(features, lengths, counts)
+        choices = self.agreed(self.acoustic.neighbours(logits, count, tasks))
         rms, embed_tokens = self.embedding_rms, self._language_model[1]
         described = (self.acoustic.written_out(self.acoustic.only(own), rms, embed_tokens) for own in choices)
         speech = [self._in_order(text, own) for own in described]
-        return Hypotheses(choices.tolist(), speech, choices, counts)
+        return Hypotheses(choices.tolist(), speech, choices, counts, tasks)
 
     def risk_loss(self, features: Tensor, lengths: Tensor, hypotheses: Hypotheses, risks: Tensor) -> Tensor:
-        if hypotheses.choices is None or hypotheses.written is None:
+        if hypotheses.choices is None or hypotheses.written is None or hypotheses.tasks is None:
             return super().risk_loss(features, lengths, hypotheses, risks)
         assert isinstance(self.acoustic, DescriptionChannel)
         with evaluation_mode(self):
             logits = self.acoustic.logits(features, lengths, hypotheses.written)
-        return self.acoustic.risk_loss(logits, hypotheses.choices, risks)
+        return self.acoustic.risk_loss(logits, hypotheses.choices, risks, hypotheses.tasks)
 
     def fusable(self, speech: SpeechEmbeddings) -> Tensor | None:
         """The positions of the stream; the others are the LLM's own tokens. (An ``acoustic_prompt`` has no fusion.)"""

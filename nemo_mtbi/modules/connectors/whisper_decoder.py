@@ -206,6 +206,7 @@ class WhisperDecoderConnector(WhisperRecognizer):
         temperature: float,
         starts: list[bool] | None = None,
         written: list[list[int]] | None = None,
+        tasks: Tensor | None = None,
     ) -> Hypotheses:
         tokens, speech = [], []
         with evaluation_mode(self):

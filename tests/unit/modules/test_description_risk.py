@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from nemo_mtbi.data.audio_windows import Windows
+from nemo_mtbi.data.interleaving import InterleavingPolicy
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.models.objective import KINDS, WINDOW_COUNTS, risk_term, term_counts
 from nemo_mtbi.models.speech import batch_features
+from nemo_mtbi.modules.connectors.running import task_numbers
 from tests.helpers import assert_same, build, gradients, make_batch, split, two_channel
 
 pytestmark = pytest.mark.unit
@@ -54,9 +56,10 @@ def test_descriptions_differ_by_one_choice(model, count):
 def test_all_alternatives_are_drawn(model):
     acoustic = model.perception.modality_adapter.acoustic
     logits = torch.zeros(200, 2, 3).masked_fill(acoustic.impossible, -torch.inf)
-    found = acoustic.neighbours(logits, 2)[1]
+    tasks = torch.zeros(200, dtype=torch.long)
+    found = acoustic.neighbours(logits, 2, tasks)[1]
     assert {tuple(row) for row in found.tolist()} == {(1, 0), (0, 1), (0, 2)}
-    every = acoustic.neighbours(logits, 5)[1:]  # a second turn has the other alternative
+    every = acoustic.neighbours(logits, 5, tasks)[1:]  # a second turn has the other alternative
     assert all({(1, 0), (0, 1), (0, 2)} == set(map(tuple, every[:, row].tolist())) for row in range(200))
 
 
@@ -64,20 +67,93 @@ def test_all_alternatives_are_drawn(model):
 def test_value_and_gradient_are_the_plain_ones(model, count):
     acoustic = model.perception.modality_adapter.acoustic
     logits = torch.randn(4, 2, 3).masked_fill(acoustic.impossible, -torch.inf).requires_grad_()
-    choices, risks = acoustic.neighbours(logits.detach(), count), torch.rand(4, count)
-    plain = 0.0
+    tasks = torch.tensor([7, 7, 8, 9])
+    acoustic.influence.sums[7] = torch.tensor([3.0, 1.0])
+    acoustic.influence.counts[7] = torch.tensor([4.0, 2.0])
+    means = torch.tensor([[3.25 / 4.25, 1.25 / 2.25]] * 2 + [[1.0, 1.0]] * 2)
+    chances = 0.9 * means / means.sum(1, keepdim=True) + 0.05
+    choices, risks = acoustic.neighbours(logits.detach(), count, tasks), torch.rand(4, count)
+    plain, differences = 0.0, torch.zeros(256, 2)
     for row in range(4):
         for s in range(1, count):
             [c] = (choices[s, row] != choices[0, row]).nonzero().flatten().tolist()
             a, b = logits[row, c, choices[0, row, c]], logits[row, c, choices[s, row, c]]
             better, worse = (a, b) if risks[row, 0] < risks[row, s] else (b, a)
-            stands_for = (1, 2)[c] * 2 / (count - 1)  # alternatives of this choice, choices over the drawn ones
+            stands_for = (1, 2)[c] / (chances[row, c] * (count - 1))  # other alternatives over how many are drawn
             difference = (risks[row, s] - risks[row, 0]).abs()
+            differences[tasks[row], c] += difference
             plain = plain + stands_for * difference * torch.log1p((worse - better).exp())
-    loss = acoustic.risk_loss(logits, choices, risks)
+    differences[7] += torch.tensor([3.0, 1.0])
+    loss = acoustic.risk_loss(logits, choices, risks, tasks)
+    torch.testing.assert_close(acoustic.influence.sums, differences)
+    assert float(acoustic.influence.counts.sum()) == 4 * (count - 1) + 6
     assert float(loss) == pytest.approx(float(risks[:, 0].sum()), rel=1e-5)
     (got,), (expected,) = torch.autograd.grad(loss, logits), torch.autograd.grad(plain, logits)
     torch.testing.assert_close(got, expected)
+
+
+def test_what_a_task_asks_about_is_changed_more_often_and_means_the_same(model):
+    """The expected weight of every alternative is 1, whatever the chances."""
+    acoustic, rows = model.perception.modality_adapter.acoustic, 20000
+    acoustic.influence.sums[3], acoustic.influence.counts[3] = torch.tensor([8.0, 0.5]), torch.tensor([8.0, 8.0])
+    tasks = torch.full((rows,), 3)
+    z = torch.zeros(rows, 2, 3).masked_fill(acoustic.impossible, -torch.inf)
+    for count in (2, 4):
+        choices = acoustic.neighbours(z, count, tasks)
+        changed = (choices[1:] != choices[0]).float().mean((0, 1))
+        assert changed.tolist() == pytest.approx(acoustic.influence.chances(tasks)[0].tolist(), abs=0.02)
+        assert changed[0] > 4 * changed[1]
+        own = z.clone().requires_grad_()
+        risks = torch.zeros(rows, count)
+        risks[:, 1:] = 1.0  # whatever is changed makes it worse by 1
+        before = acoustic.influence.sums.clone(), acoustic.influence.counts.clone()
+        acoustic.risk_loss(own, choices, risks, tasks).backward()
+        acoustic.influence.sums.copy_(before[0])
+        acoustic.influence.counts.copy_(before[1])
+        # of each of the other alternatives, the slope of softplus at 0
+        assert own.grad.mean(0).tolist() == [
+            pytest.approx([-0.5, 0.5, 0.0], abs=0.05),
+            pytest.approx([-1.0, 0.5, 0.5], abs=0.1),
+        ]
+
+
+def test_rows_without_a_risk_say_nothing_of_influence(model):
+    acoustic = model.perception.modality_adapter.acoustic
+    z = torch.zeros(2, 2, 3).masked_fill(acoustic.impossible, -torch.inf)
+    tasks = torch.tensor(task_numbers(["voice_age", "repeat"]))
+    choices = acoustic.neighbours(z, 3, tasks)
+    acoustic.risk_loss(z, choices, torch.tensor([[0.5, 0.7, 0.5], [0.0, 0.0, 0.0]]), tasks)
+    assert acoustic.influence.counts[tasks].tolist() == [[1.0, 1.0], [0.0, 0.0]]
+    assert acoustic.half().influence.counts.dtype == torch.float32
+
+
+def test_the_students_own_pass_is_the_first_reading(model, monkeypatch):
+    """The same loss and gradient as where the chosen description is read again."""
+    model.config.imitation.w_kl, model.config.imitation.w_ce = 0.0, 1.0
+    batch, rows_read = make_batch(model, 4), []
+    batch["audio_lens"] -= torch.tensor([0, 1600, 3200, 4800])
+    read = type(model).answer_losses
+
+    def counted(self, batch, heard, rows, teacher=None):
+        rows_read.append(rows)
+        return read(self, batch, heard, rows, teacher)
+
+    monkeypatch.setattr(type(model), "answer_losses", counted)
+    again = copy.deepcopy(model)
+    torch.manual_seed(0)
+    reused = gradients(model, [batch])
+    assert rows_read == [[0, 1, 2, 3]] * 2
+    rows_read.clear()
+    monkeypatch.setattr("nemo_mtbi.models.mtbi_salm.losses_of_speech", lambda *a: None)
+    torch.manual_seed(0)
+    assert_same(reused, gradients(again, [batch]), 1e-4)
+    assert rows_read == [[0, 1, 2, 3]] * 3
+    rows_read.clear()
+    monkeypatch.undo()
+    monkeypatch.setattr(type(model), "answer_losses", counted)
+    model.interleaving = InterleavingPolicy(probability=1.0, text_share=1.0)  # the student reads another prompt
+    gradients(model, [batch])
+    assert rows_read[0] == [0, 1, 2, 3]
 
 
 def test_a_sure_mistake_is_corrected_and_what_does_not_matter_stays(model):
@@ -88,10 +164,10 @@ def test_a_sure_mistake_is_corrected_and_what_does_not_matter_stays(model):
     z = z.masked_fill(acoustic.impossible, -torch.inf).requires_grad_()
     right, optimizer = torch.arange(8) % 2, torch.optim.SGD([z], 1.0)
     for _ in range(30):
-        choices = acoustic.neighbours(z.detach(), 3)
+        choices = acoustic.neighbours(z.detach(), 3, torch.zeros(8, dtype=torch.long))
         risks = (choices[..., 0] != right).float().t()
         optimizer.zero_grad()
-        acoustic.risk_loss(z, choices, risks).backward()
+        acoustic.risk_loss(z, choices, risks, torch.zeros(8, dtype=torch.long)).backward()
         optimizer.step()
     assert torch.equal(z[:, 0].argmax(-1), right)
     assert bool((z[:, 1] == 0).all())
@@ -112,7 +188,7 @@ def test_a_step_does_not_depend_on_how_it_is_cut(model, monkeypatch):
     """Descriptions are drawn for a batch, so here the next alternative takes each turn."""
     acoustic, connector = model.perception.modality_adapter.acoustic, model.perception.modality_adapter
 
-    def neighbours(logits, count):
+    def neighbours(logits, count, tasks):
         best = logits.argmax(-1)
         sizes = (~acoustic.impossible).sum(-1)
         eye = torch.eye(len(sizes), dtype=torch.long)
@@ -120,6 +196,7 @@ def test_a_step_does_not_depend_on_how_it_is_cut(model, monkeypatch):
 
     monkeypatch.setattr(acoustic, "neighbours", neighbours)
     acoustic.standardized._passes = acoustic.tempo_standardized._passes = 10**6  # it depends on the cut
+    monkeypatch.setattr(acoustic.influence, "add", lambda *a: None)  # likewise
     batch = make_batch(model, 4)
     whole = gradients(model, [batch])
     parts = split(batch, [1, 3])
@@ -129,7 +206,7 @@ def test_a_step_does_not_depend_on_how_it_is_cut(model, monkeypatch):
 
 def test_utterances_of_several_windows_add_no_risk(model):
     rows = {"encoder_features": torch.randn(3, 60, 64), "encoder_feature_lens": torch.tensor([60, 40, 50])}
-    batch = {**rows, "windows": Windows([0, 0, 1], [0, 60, 0])}
+    batch = {**rows, "windows": Windows([0, 0, 1], [0, 60, 0]), "examples": make_batch(model, 2)["examples"]}
     heard, risks = [], [0.5, 0.5, 0.5]
 
     def answer_losses(speech, rows):

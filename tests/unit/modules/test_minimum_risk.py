@@ -82,7 +82,7 @@ def test_value_and_gradient_are_the_plain_ones(model):
 def test_utterances_of_several_windows_add_no_risk(model):
     connector = model.perception.modality_adapter
     rows = {"encoder_features": torch.randn(3, 60, 32), "encoder_feature_lens": torch.tensor([60, 40, 50])}
-    batch = {**rows, "windows": Windows([0, 0, 1], [0, 60, 0])}
+    batch = {**rows, "windows": Windows([0, 0, 1], [0, 60, 0]), "examples": make_batch(model, 2)["examples"]}
     heard = []
 
     def answer_losses(speech, rows):

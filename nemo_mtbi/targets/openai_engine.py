@@ -4,6 +4,7 @@ The prompt is rendered here, as in training, and sent as text (or token ids); a 
 template.
 """
 
+import json
 import logging
 import os
 import threading
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 # which counts the transcript too: "repeat" would not. vLLM knows it by this name; `transformers serve` refuses the
 # name, and takes the frequency penalty for it.
 PENALTY = "repetition_penalty"
+SAID = 500  # letters of an error that are shown
 ENDS = {"stop": True, "length": False, "content_filter": False}  # finish_reason of a completion, and whether it ended
 
 
@@ -123,19 +125,21 @@ class OpenAIEngine:
             )
         except (e.AuthenticationError, e.PermissionDeniedError) as error:
             raise ConfigError(
-                f"{where} refuses the key in ${self.config.api_key_variable}: {error}. Set that variable."
+                f"{where} refuses the key in ${self.config.api_key_variable}: {said(error)}. Set that variable."
             ) from error
         except e.NotFoundError as error:
-            raise ConfigError(f"{where}: {error}. Check openai.model and openai.base_url (it ends in /v1).") from error
+            raise ConfigError(
+                f"{where}: {said(error)}. Check openai.model and openai.base_url (it ends in /v1)."
+            ) from error
         except (e.BadRequestError, e.UnprocessableEntityError) as error:
-            if PENALTY in extra and PENALTY in str(error):
+            if PENALTY in extra and PENALTY in said(error):
                 if self.extra:
                     log.warning("%s takes no %s: that of the LLM's generation_config.json holds.", where, PENALTY)
                 self.extra = {}
                 return self._completion(request)
             raise ConfigError(
                 f"{where} refuses a prompt of {len(request.prompt_ids)} tokens with {request.max_new_tokens} new ones: "
-                f"{error.message}. If it is too long, set openai.context_tokens; such prompts are then rejected "
+                f"{said(error)}. If it is too long, set openai.context_tokens; such prompts are then rejected "
                 f"and counted."
             ) from error
         except e.APITimeoutError as error:
@@ -152,7 +156,7 @@ class OpenAIEngine:
         except e.APIStatusError as error:
             raise DataError(
                 f"{where} still fails after {self.config.max_retries} retries: HTTP {error.status_code}, "
-                f"{error.message}. "
+                f"{said(error)}. "
                 "Lower openai.concurrency or set openai.requests_per_minute; the same command continues."
             ) from error
         except e.OpenAIError as error:
@@ -180,3 +184,11 @@ class OpenAIEngine:
             start = max(self._next_start, time.monotonic())
             self._next_start = start + 60.0 / self.config.requests_per_minute
         time.sleep(max(0.0, start - time.monotonic()))
+
+
+def said(error: Any) -> str:
+    """A server's words: the client leaves out all that is not called ``message`` (FastAPI's ``detail``)."""
+    body = getattr(error, "body", None)
+    if not body or (isinstance(body, dict) and body.get("message")):
+        return str(error)
+    return f"{error}: {body if isinstance(body, str) else json.dumps(body, ensure_ascii=False)}"[:SAID]

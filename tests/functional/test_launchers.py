@@ -140,9 +140,20 @@ def test_an_interrupted_stage_continues_from_its_checkpoint(root, targets, model
     assert seen["examples"] == 16  # 4 steps of 4, the first two from the checkpoint's record
 
 
-def test_evaluation_export_and_an_answer(root, trained, targets):
+@pytest.fixture(scope="module")
+def results(trained, targets):
     launch("evaluate", f"run={trained}", f"cuts={{held_out: {targets}/held_out.jsonl}}", "cached_features=true")
-    results = json.loads((trained / "evaluation" / "results.json").read_text())["results"]["held_out"]
+    return json.loads((trained / "evaluation" / "results.json").read_text())["results"]["held_out"]
+
+
+@pytest.fixture(scope="module")
+def exported(root, trained, results):
+    """m.nemo, hf and small, with a card of the results."""
+    launch("export", f"run={trained}", f"nemo={root}/m.nemo", f"hf={root}/hf", f"trainable_only={root}/small")
+    return root
+
+
+def test_evaluation_export_and_an_answer(root, trained, targets, results, exported):
     assert set(results) == {"text_topline", "cascade", "untrained", "alignment", "imitation"}
     assert results["text_topline"]["token_agreement"] == 1.0
     assert abs(results["text_topline"]["kl_per_token"]) < 1e-5
@@ -150,7 +161,6 @@ def test_evaluation_export_and_an_answer(root, trained, targets):
         results["text_topline"]["repeat_wer"] < 0.15
     )  # padded and refilled batches round differently: near ties may flip
     assert (trained / "evaluation" / "results.png").stat().st_size > 5000
-    launch("export", f"run={trained}", f"nemo={root}/m.nemo", f"hf={root}/hf", f"trainable_only={root}/small")
     assert json.loads((trained / "export.json").read_text())["round_trip_max_abs_diff"] < 1e-5
     assert sum(f.stat().st_size for f in (root / "small").rglob("*")) < 2**20
     card = (root / "hf" / "README.md").read_text()
@@ -172,8 +182,7 @@ def test_evaluation_export_and_an_answer(root, trained, targets):
     assert "left out" in out and len((root / "answers.jsonl").read_text().splitlines()) == 1
 
 
-def test_questions_arrive_letter_by_letter_and_nothing_else_is_printed(root, trained, tmp_path):
-    """After the test above, whose export it reads."""
+def test_questions_arrive_letter_by_letter_and_nothing_else_is_printed(root, trained, exported, tmp_path):
     recording = root / "recording (1), a=b.wav"
     recording.write_bytes((root / "3.wav").read_bytes())
     questions = ['7 "things": {x}, it\'s ${HOME} = \\ ä 🙂\n[end', "Why?"]
@@ -242,9 +251,7 @@ def test_benchmark_resumes_and_is_reproducible(root, trained, prepared):
 
 
 @pytest.mark.slow
-def test_two_ranks_evaluate_and_answer_like_one(root, trained, targets):
-    """After the test above, whose files it reads."""
-    results = json.loads((trained / "evaluation" / "results.json").read_text())["results"]["held_out"]
+def test_two_ranks_evaluate_and_answer_like_one(root, trained, targets, results, exported):
     spread = root / "spread"
     launch(
         "evaluate",

@@ -90,7 +90,7 @@ class Misbehaving(BaseHTTPRequestHandler):
 
     replies: list[int] = []
     ends: list[str] = []  # finish reasons of the next answers
-    text, read, refused = "fine", None, ""
+    text, read, refused, details = "fine", None, "", False
     received: list[dict] = []
 
     def do_POST(self) -> None:
@@ -104,7 +104,8 @@ class Misbehaving(BaseHTTPRequestHandler):
         body = {"id": "x", "object": "text_completion", "created": 0, "model": "m", "choices": [choice]}
         if self.read is not None:
             body["usage"] = {"prompt_tokens": self.read, "completion_tokens": 1, "total_tokens": self.read + 1}
-        data = json.dumps(body if status == 200 else {"error": {"message": message}}).encode()
+        error = {"detail": message} if self.details else {"error": {"message": message}}
+        data = json.dumps(body if status == 200 else error).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
@@ -173,13 +174,18 @@ def test_only_answers_that_ended_or_were_cut_off_are_kept(smollm2, misbehaving):
         list(engine(smollm2, misbehaving).generate(requests(smollm2)))
 
 
-def test_greedy_whatever_penalty_the_server_would_take(smollm2, misbehaving, monkeypatch):
+@pytest.mark.parametrize("details", [False, True])
+def test_greedy_whatever_penalty_the_server_would_take(smollm2, misbehaving, monkeypatch, details):
+    monkeypatch.setattr(Misbehaving, "details", details)  # as servers on FastAPI do
     list(engine(smollm2, misbehaving).generate(requests(smollm2)))
     assert Misbehaving.received[-1]["repetition_penalty"] == 1.0
     monkeypatch.setattr(Misbehaving, "refused", "repetition_penalty")  # as `transformers serve` does
     own = engine(smollm2, misbehaving)
     assert all(answer.finished for answer in own.generate(requests(smollm2, 3)))
     assert Misbehaving.received[-1]["frequency_penalty"] == 0.0 and "repetition_penalty" not in Misbehaving.received[-1]
+    Misbehaving.replies = [404]
+    with pytest.raises(ConfigError, match="status 404"):
+        list(own.generate(requests(smollm2)))
 
 
 def test_letters_of_a_control_token_are_no_control_token(smollm2, misbehaving, monkeypatch):

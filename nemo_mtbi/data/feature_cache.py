@@ -20,6 +20,7 @@ FEATURES_FIELD = "encoder_features"
 KEY_FIELD = "encoder_features_key"
 AUDIO_FIELD = "encoder_features_audio"
 SPAN_FIELD = "encoder_features_of"
+SAMPLE_BYTES = 16384  # of each place of an audio file that is compared
 SPAN_SECONDS = 0.02  # to which a span is the same: resampling rounds to samples
 WINDOWS, WRITTEN = "_windows", "_written"  # fields beside a field of features
 
@@ -67,15 +68,52 @@ def features_key(cut: Cut, encoder_key: str) -> str:
 
 
 def audio_identity(cut: Cut) -> str | None:
-    """Size and time of change of the cut's audio files; None if one is not a file on this machine.
+    """Size, time of change and a digest of some of the content of the cut's audio files; None if one is not a file on
+    this machine.
 
     A cut that is resampled on the way keeps it, other than :func:`features_key`.
     """
+    files = _audio_files(cut)
+    if files is None:
+        return None
+    stats = [file.stat() for file in files]
+    return ",".join(f"{s.st_size}/{s.st_mtime_ns}/{_sample(f, s.st_size)}" for f, s in zip(files, stats, strict=True))
+
+
+def is_same_audio(cut: Cut, noted: str) -> bool:
+    """Whether the cut's audio files are those of an :func:`audio_identity`, or copies of them, which have other times.
+
+    Files of which only the time is noted (before December 2026) have to have that; what is not on this machine cannot
+    be told apart.
+    """
+    files = _audio_files(cut)
+    if files is None:
+        return True
+    before = [one.split("/") for one in noted.split(",")]
+    return len(before) == len(files) and all(_is_same(f, *one) for f, one in zip(files, before, strict=True))
+
+
+def _is_same(file: Path, size: str, time: str, content: str | None = None) -> bool:
+    stat = file.stat()
+    if str(stat.st_size) != size:
+        return False
+    return str(stat.st_mtime_ns) == time or (content is not None and _sample(file, stat.st_size) == content)
+
+
+def _audio_files(cut: Cut) -> list[Path] | None:
     sources = cut.recording.sources if getattr(cut, "has_recording", False) else []
     files = [Path(source.source) for source in sources if source.type == "file"]
-    if not files or len(files) < len(sources) or not all(file.exists() for file in files):
-        return None
-    return ",".join(f"{stat.st_size}/{stat.st_mtime_ns}" for stat in (file.stat() for file in files))
+    return files if files and len(files) == len(sources) and all(file.exists() for file in files) else None
+
+
+def _sample(file: Path, size: int) -> str:
+    """Digest of the beginning, the middle and the end of a file."""
+    digest = hashlib.blake2b(digest_size=8)
+    with file.open("rb") as content:
+        for begin in (0, size // 2, max(0, size - SAMPLE_BYTES)):
+            content.seek(begin)
+            digest.update(content.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def span_of(cut: DataCut) -> list[Any]:
@@ -184,11 +222,11 @@ def load_array(cut: Cut, field: str, encoder_key: str | None) -> torch.Tensor:
             f"The cached features of {cut.id} come from another encoder or input length "
             f"({custom.get(KEY_FIELD)}, now {encoder_key}). Run cache_features.py again."
         )
-    heard, now = custom.get(AUDIO_FIELD), audio_identity(cut)
-    if heard is not None and now is not None and heard != now:
+    heard = custom.get(AUDIO_FIELD)
+    if heard is not None and not is_same_audio(cut, heard):
         raise DataError(
-            f"The audio of {cut.id} has changed since its features were cached ({heard}, now {now}). "
-            "Run cache_features.py again."
+            f"The audio of {cut.id} has changed since its features were cached ({heard}, now {audio_identity(cut)}: "
+            "bytes, time of change, content). Run cache_features.py again."
         )
     span, of = custom.get(SPAN_FIELD), span_of(cut)
     in_memory = getattr(custom[field], "is_in_memory", False)  # read with the cut, from a Shar that Lhotse wrote

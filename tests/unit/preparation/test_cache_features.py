@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import shutil
 
 import numpy as np
@@ -15,7 +16,7 @@ from omegaconf import OmegaConf
 
 from nemo_mtbi import registration as registration
 from nemo_mtbi.data.dataset import MTBIDataset
-from nemo_mtbi.data.feature_cache import FEATURES_FIELD, load_array
+from nemo_mtbi.data.feature_cache import AUDIO_FIELD, FEATURES_FIELD, load_array
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.preparation import cache_features as caching
 from nemo_mtbi.preparation import feature_shards
@@ -69,6 +70,40 @@ def test_cached_features_are_the_encoders_and_only_its(manifest, tiny_config, sm
     with pytest.raises(DataError, match="no cut could be encoded, so it stays as it was"):
         cache_features(encoder, manifest)
     assert manifest.read_bytes() == before
+
+
+def test_features_of_copied_audio_are_used_and_of_other_audio_are_not(manifest, tiny_config, tmp_path):
+    """A copy has another time of change; the time alone says nothing of what is inside."""
+    encoder = FrozenEncoder(encoder_config(tiny_config))
+    cache_features(encoder, manifest)
+    cuts, file = CutSet.from_file(manifest).to_eager(), tmp_path / "0.wav"
+    cut, content, written = cuts["utt0"], file.read_bytes(), file.stat()
+
+    def refused(own=cut):
+        with pytest.raises(DataError, match="has changed since its features were cached"):
+            load_array(own, FEATURES_FIELD, encoder.key)
+
+    expected = load_array(cut, FEATURES_FIELD, encoder.key)
+    file.unlink()
+    file.write_bytes(content)
+    os.utime(file, ns=(0, 1))
+    assert torch.equal(load_array(cut, FEATURES_FIELD, encoder.key), expected)
+    for place in (0, len(content) // 2, len(content) - 1):  # of the same size, changed in one place
+        changed = bytearray(content)
+        changed[place] ^= 255
+        file.write_bytes(bytes(changed))
+        refused()
+    file.write_bytes(content[:-2])
+    refused()
+    file.write_bytes(content)
+    os.utime(file, ns=(0, 1))
+    size, time, _ = cut.custom[AUDIO_FIELD].split("/")
+    old = cut.with_custom(AUDIO_FIELD, f"{size}/{time}")  # of before the content was noted
+    refused(old)
+    os.utime(file, ns=(written.st_atime_ns, written.st_mtime_ns))
+    assert torch.equal(load_array(old, FEATURES_FIELD, encoder.key), expected)
+    file.unlink()  # elsewhere: nothing can be said
+    assert torch.equal(load_array(cut, FEATURES_FIELD, encoder.key), expected)
 
 
 def as_cached(manifest):

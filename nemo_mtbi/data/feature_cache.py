@@ -4,6 +4,7 @@ beside them what a frozen recognizer writes of them."""
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ FEATURES_FIELD = "encoder_features"
 KEY_FIELD = "encoder_features_key"
 AUDIO_FIELD = "encoder_features_audio"
 SPAN_FIELD = "encoder_features_of"
-SAMPLE_BYTES = 16384  # of each place of an audio file that is compared
+PLACES, PLACE_BYTES = 64, 16384  # of an audio file that are compared: of one up to 1 MiB, all
+SAMPLES_KEPT = 65536  # of files, in a process
 SPAN_SECONDS = 0.02  # to which a span is the same: resampling rounds to samples
 WINDOWS, WRITTEN = "_windows", "_written"  # fields beside a field of features
 
@@ -68,16 +70,17 @@ def features_key(cut: Cut, encoder_key: str) -> str:
 
 
 def audio_identity(cut: Cut) -> str | None:
-    """Size, time of change and a digest of some of the content of the cut's audio files; None if one is not a file on
+    """Size, time of change and a digest of the content of the cut's audio files; None if one is not a file on
     this machine.
 
     A cut that is resampled on the way keeps it, other than :func:`features_key`.
     """
-    files = _audio_files(cut)
-    if files is None:
+    try:
+        files = [(file, file.stat()) for file in _audio_files(cut)]
+        known = [f"{s.st_size}/{s.st_mtime_ns}/{_sample(f, s.st_size, s.st_mtime_ns)}" for f, s in files]
+    except OSError:
         return None
-    stats = [file.stat() for file in files]
-    return ",".join(f"{s.st_size}/{s.st_mtime_ns}/{_sample(f, s.st_size)}" for f, s in zip(files, stats, strict=True))
+    return ",".join(known) or None
 
 
 def is_same_audio(cut: Cut, noted: str) -> bool:
@@ -86,33 +89,44 @@ def is_same_audio(cut: Cut, noted: str) -> bool:
     Files of which only the time is noted (before December 2026) have to have that; what is not on this machine cannot
     be told apart.
     """
-    files = _audio_files(cut)
-    if files is None:
-        return True
     before = [one.split("/") for one in noted.split(",")]
-    return len(before) == len(files) and all(_is_same(f, *one) for f, one in zip(files, before, strict=True))
+    try:
+        files = _audio_files(cut)
+        same = len(before) == len(files) and all(_is_same(f, *one) for f, one in zip(files, before, strict=True))
+    except OSError:
+        return True
+    return same or not files
 
 
 def _is_same(file: Path, size: str, time: str, content: str | None = None) -> bool:
     stat = file.stat()
     if str(stat.st_size) != size:
         return False
-    return str(stat.st_mtime_ns) == time or (content is not None and _sample(file, stat.st_size) == content)
+    same_time = str(stat.st_mtime_ns) == time
+    return same_time or (content is not None and _sample(file, stat.st_size, stat.st_mtime_ns) == content)
 
 
-def _audio_files(cut: Cut) -> list[Path] | None:
+def _audio_files(cut: Cut) -> list[Path]:
+    """Of the cut; none if some of its audio is no file.
+
+    Raises:
+        OSError: one is not on this machine.
+    """
     sources = cut.recording.sources if getattr(cut, "has_recording", False) else []
-    files = [Path(source.source) for source in sources if source.type == "file"]
-    return files if files and len(files) == len(sources) and all(file.exists() for file in files) else None
+    return [Path(source.source) for source in sources] if all(source.type == "file" for source in sources) else []
 
 
-def _sample(file: Path, size: int) -> str:
-    """Digest of the beginning, the middle and the end of a file."""
+@lru_cache(SAMPLES_KEPT)
+def _sample(file: Path, size: int, time: int) -> str:
+    """Digest of a file of ``size`` bytes, changed at ``time``; of a long one, of places all over it."""
     digest = hashlib.blake2b(digest_size=8)
     with file.open("rb") as content:
-        for begin in (0, size // 2, max(0, size - SAMPLE_BYTES)):
-            content.seek(begin)
-            digest.update(content.read(SAMPLE_BYTES))
+        if size <= PLACES * PLACE_BYTES:
+            digest.update(content.read())
+        else:
+            for number in range(PLACES):
+                content.seek(number * (size - PLACE_BYTES) // (PLACES - 1))
+                digest.update(content.read(PLACE_BYTES))
     return digest.hexdigest()
 
 

@@ -173,7 +173,9 @@ def risk_term(
     tasks = to_device(numbers if windows is None else [numbers[owner] for owner in windows.owners], features.device)
     readings = connector.hypotheses(features, lengths, count, config.risk_temperature, starts, written, tasks)
     utterances = len(lengths) if windows is None else len(windows.firsts)
-    first = readings.first_alike() if windows is None else [[s] * utterances for s in range(count)]
+    first = readings.first_alike()
+    if windows is not None:
+        first = [[alike[window] for window in windows.firsts] for alike in first]
     known, values = ([], None) if student is None or readings.choices is None else student
     with torch.no_grad():
         risks = torch.zeros(utterances, count, device=features.device)
@@ -189,7 +191,7 @@ def risk_term(
                 risks[to_device(rows, risks.device), s] = losses.float()
         risks = risks.gather(1, to_device(first, risks.device).t())
     if windows is not None:
-        risks = risks * torch.tensor(windows.alone, device=risks.device)[:, None]
+        risks = torch.where(to_device(windows.alone, risks.device)[:, None], risks, 0.0)
         features, lengths = features[windows.firsts], lengths[windows.firsts]
         readings = readings.rows(windows.firsts)
     return Term(config.w_risk, connector.risk_loss(features, lengths, readings, risks), UTTERANCES)

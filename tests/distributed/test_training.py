@@ -163,7 +163,7 @@ def test_the_weights_that_are_kept(root, overrides, whole, tmp_path):
 def opened(rank, run, results):
     """The trained tensors of a model whose LLM two ranks hold."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method="tcp://127.0.0.1:29573", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{run}.joined", rank=rank, world_size=2)
     initialize(2)
     model = MTBISALM.from_run(RunDirectory(run), tensor_model_parallel_size=2)
     assert model.vocabulary_shard.group is not None

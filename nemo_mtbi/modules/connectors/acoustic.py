@@ -227,7 +227,7 @@ class DescriptionChannel(nn.Module):
         found = best.expand(drawn, -1, -1).scatter(-1, choice.t()[..., None], other.t()[..., None])
         return torch.cat([best[None], found])
 
-    def risk_loss(self, logits: Tensor, choices: Tensor, risks: Tensor, tasks: Tensor) -> Tensor:
+    def risk_loss(self, logits: Tensor, choices: Tensor, risks: Tensor, tasks: Tensor, copies: int = 1) -> Tensor:
         """Sum over rows of the risk of what is most likely, with a gradient that lowers it.
 
         Of alternatives a (most likely) and b of a choice, all others being equal, the one with the lower risk is right,
@@ -245,6 +245,7 @@ class DescriptionChannel(nn.Module):
             choices: (S, B, choices) of :meth:`neighbours`.
             risks: (B, S); rows of equal ones teach nothing.
             tasks: (B,) of :meth:`neighbours`.
+            copies: ranks that have the same rows.
         """
         changed = (choices[1:] != choices[0]).transpose(0, 1)  # (B, S - 1, choices), one of them
         values = logits.gather(-1, choices.permute(1, 2, 0)).transpose(1, 2)  # (B, S, choices)
@@ -253,7 +254,7 @@ class DescriptionChannel(nn.Module):
         worse = (risks[:, 1:] - risks[:, :1]).float()
         weights = worse.abs() / torch.where(changed, chances, 0.0).sum(-1)
         loss = (weights * nn.functional.softplus(worse.sign() * margins)).sum()
-        self.influence.add(tasks, changed, worse.abs())
+        self.influence.add(tasks, changed, worse.abs(), copies)
         return loss + (risks[:, 0].float().sum() - loss).detach()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

@@ -118,11 +118,20 @@ class Influence(Running):
         return (1 - EVEN_SHARE) * means / means.sum(-1, keepdim=True) + EVEN_SHARE / means.shape[-1]
 
     @torch.no_grad()
-    def add(self, tasks: Tensor, changed: Tensor, differences: Tensor) -> None:
-        """Differences (B, S) of risks, each of the one choice that ``changed`` (B, S, C); of rows without any, none."""
-        counted = changed & (differences > 0).any(1)[:, None, None]
-        own = torch.stack([(counted * differences[..., None]).sum(1), counted.sum(1).to(differences.dtype)])
-        added = torch.zeros(2, *self.sums.shape, device=own.device).index_add(1, tasks, own.float())
+    def add(self, tasks: Tensor, changed: Tensor, differences: Tensor, copies: int = 1) -> None:
+        """What was found out in a micro-batch, so the draws of the next one depend on how a step is cut.
+
+        Args:
+            tasks: (B,).
+            changed: (B, S, C), True for the one choice that a hypothesis changes.
+            differences: (B, S) of risks. Rows without any, and those that are not finite, say nothing.
+            copies: ranks that add the same.
+        """
+        told = differences.isfinite().all(1) & (differences > 0).any(1)
+        counted = (changed & told[:, None, None]).float()
+        known = torch.where(told[:, None], differences, 0.0).float()
+        own = torch.stack([(counted * known[..., None]).sum(1), counted.sum(1)])
+        added = torch.zeros(2, *self.sums.shape, device=own.device).index_add(1, tasks, own)
         of_all_ranks(added)
-        self.sums += added[0]
-        self.counts += added[1]
+        self.sums += added[0] / copies
+        self.counts += added[1] / copies

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from nemo_mtbi.data.example import Example
@@ -190,7 +191,8 @@ class TwoChannelConnector(WhisperDecoderConnector):
         assert isinstance(self.acoustic, DescriptionChannel)
         with evaluation_mode(self):
             logits = self.acoustic.logits(features, lengths, hypotheses.written)
-        return self.acoustic.risk_loss(logits, hypotheses.choices, risks, hypotheses.tasks)
+        copies = 1 if self.choice_group is None else dist.get_world_size(self.choice_group)
+        return self.acoustic.risk_loss(logits, hypotheses.choices, risks, hypotheses.tasks, copies)
 
     def fusable(self, speech: SpeechEmbeddings) -> Tensor | None:
         """The positions of the stream; the others are the LLM's own tokens. (An ``acoustic_prompt`` has no fusion.)"""

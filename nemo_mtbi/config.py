@@ -38,10 +38,9 @@ class ImitationConfig:
 
     ``w_ctc`` weighs the connector's own loss on the transcripts (CTC; cross-entropy of an attention decoder),
     ``w_align`` the word-level alignment term, ``w_risk`` the minimum risk over ``risk_samples`` hypotheses of a
-    connector that writes text (the greedy one, the others drawn at ``risk_temperature``) or chooses a description;
-    ``teacher`` is ``online``, ``cached`` (top-k stored with the targets), ``unfused`` (the student on all positions,
-    where ``perception.fusion`` merges some; validation has the online one) or ``none`` (CE alone); ``task_weights``
-    multiplies the loss of a task.
+    connector that writes text (the greedy one, the others drawn at ``risk_temperature``); ``teacher`` is ``online``,
+    ``cached`` (top-k stored with the targets), ``unfused`` (the student on all positions, where ``perception.fusion``
+    merges some; validation has the online one) or ``none`` (CE alone); ``task_weights`` multiplies the loss of a task.
     CE and KL are means over response ``tokens``, or over ``answers`` of the mean over their tokens (``mean_over``): one
     word then weighs as much as a paragraph (verl's token-mean and seq-mean-token-mean).
     """

@@ -53,11 +53,6 @@ def plan_batch(
     return pieces
 
 
-def speech_alone(pieces: list[Piece]) -> bool:
-    """Whether the utterance of a prompt's pieces is one span of speech."""
-    return len(pieces) == 3 and isinstance(pieces[1], SpeechSpan)
-
-
 def prompt_pieces(example: Example, audio: int, plan: list[bool], opening: Sequence[int] = ()) -> list[Piece]:
     """The prompt with its utterance as planned, ``opening`` before it: token lists and speech spans in order."""
     units, ids = example.units, example.prompt_ids

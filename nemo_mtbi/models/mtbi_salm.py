@@ -36,7 +36,6 @@ from nemo_mtbi.models.objective import (
     combined,
     imitation_terms,
     losses_of_answers,
-    losses_of_speech,
     of_rows,
     reference,
     risk_term,
@@ -124,7 +123,6 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
         connector = connector_of(self.perception)
         if connector is not None:
             connector.bind_language_model(self.tokenizer.tokenizer, self.embed_tokens)
-            connector.by_risk = self.config.imitation.w_risk > 0
 
     def set_ctc_vocabulary(self, token_ids: list[int]) -> None:
         """Give a CTC connector the tokens of the training transcripts (see
@@ -165,7 +163,7 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
             student = self.student(batch, interleave=True)
             teacher = self.unfused_hidden(batch, student) if unfused else teacher
             loss = self.imitation(batch, student, teacher)
-            extra = self.further_terms(batch, student, loss, teacher)
+            extra = self.further_terms(batch, student.spoken.unfused, teacher)
             step = step_loss(batch, student, loss, extra, self.config.imitation)
         self.count_tokens(step.count)
         self.seen.add(batch["examples"], self.stage)
@@ -236,15 +234,17 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
         return imitation_terms(batch, student, self.head(), self.config.imitation, teacher)
 
     def further_terms(
-        self, batch: dict[str, Any], student: StudentOutput, loss: ImitationLoss, teacher: Tensor | None
+        self, batch: dict[str, Any], spoken: SpeechEmbeddings, teacher: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]] | None:
-        """The terms beside CE and KL (``loss``), in units of what the loss is a mean over; None without such."""
+        """The terms beside CE and KL, in units of what the loss is a mean over; None without such.
+
+        ``spoken``: what the connector gave, before any fusion.
+        """
         weights = self.config.imitation
-        terms = transcript_terms(batch, student.spoken.unfused, self.perception, self.embed_tokens, weights)
+        terms = transcript_terms(batch, spoken, self.perception, self.embed_tokens, weights)
         if weights.w_risk > 0:
             losses = partial(self.answer_losses, batch, teacher=teacher)
-            known = losses_of_speech(student, loss, weights) if is_frozen(self.llm) else None  # no dropout
-            terms.append(risk_term(batch, self.perception, weights, losses, known))
+            terms.append(risk_term(batch, self.perception, weights, losses))
         return combined(terms, *self.counts(batch), reference(weights)) if terms else None
 
     def answer_losses(

@@ -15,7 +15,7 @@ from nemo.collections.speechlm2.modules import AudioPerceptionModule
 from torch import Tensor, nn
 
 from nemo_mtbi.config import ImitationConfig
-from nemo_mtbi.data.example import Example, speech_alone
+from nemo_mtbi.data.example import Example
 from nemo_mtbi.data.interleaving import Unit
 from nemo_mtbi.data.target import no_log_probabilities
 from nemo_mtbi.errors import DataError
@@ -27,7 +27,6 @@ from nemo_mtbi.losses.objective import CachedTeacher
 from nemo_mtbi.models.layout import BatchLayout
 from nemo_mtbi.models.speech import SpeechInput, batch_features, connect, connector_dtype, windows_start
 from nemo_mtbi.modules.connectors.base import Connector, SpeechEmbeddings, frame_mask
-from nemo_mtbi.modules.connectors.running import task_numbers
 from nemo_mtbi.modules.connectors.windows import whole_utterances
 from nemo_mtbi.modules.perception import connector_of, encoder_frame_seconds
 from nemo_mtbi.parallel.ranks import summed
@@ -153,39 +152,30 @@ def risk_term(
     perception: AudioPerceptionModule,
     config: ImitationConfig,
     answer_losses: Callable[[SpeechEmbeddings, list[int]], Tensor],
-    student: tuple[list[int], Tensor] | None = None,
 ) -> Term:
     """Minimum risk over the connector's hypotheses (w_risk): an utterance's risk is the mean loss of a response token.
 
-    Utterances of several windows count, and add none. A text, or description, that was drawn twice is read once.
+    Utterances of several windows count, and add none. A text that was drawn twice is read once.
 
     Args:
         batch: of :class:`nemo_mtbi.data.dataset.MTBIDataset`.
         perception: encoder and connector.
         config: number and temperature of the samples.
         answer_losses: losses (N,) of the answers of N examples, where the LLM reads a hypothesis of each.
-        student: rows for which its forward pass was that of the first description, and the losses of their answers.
     """
-    features, lengths, windows, written = batch_features(perception, batch)
+    features, lengths, windows, _ = batch_features(perception, batch)
     features, connector = connector_dtype(perception, features), connector_of(perception) or Connector()
     starts, count = windows_start(windows), config.risk_samples
-    numbers = task_numbers([e.task for e in batch["examples"]])
-    tasks = to_device(numbers if windows is None else [numbers[owner] for owner in windows.owners], features.device)
-    readings = connector.hypotheses(features, lengths, count, config.risk_temperature, starts, written, tasks)
+    readings = connector.hypotheses(features, lengths, count, config.risk_temperature, starts)
     utterances = len(lengths) if windows is None else len(windows.firsts)
     first = readings.first_alike()
     if windows is not None:
         first = [[alike[window] for window in windows.firsts] for alike in first]
-    known, values = ([], None) if student is None or readings.choices is None else student
     with torch.no_grad():
         risks = torch.zeros(utterances, count, device=features.device)
-        if values is not None:
-            risks[to_device(known, risks.device, torch.long), 0] = values.float()
         for s, reading in enumerate(readings.speech):
             if rows := [
-                row
-                for row, own in enumerate(first[s])
-                if own == s and (windows is None or windows.alone[row]) and not (s == 0 and row in known)
+                row for row, own in enumerate(first[s]) if own == s and (windows is None or windows.alone[row])
             ]:
                 losses = answer_losses(whole_utterances(reading, windows).rows(rows), rows)
                 risks[to_device(rows, risks.device), s] = losses.float()
@@ -193,7 +183,7 @@ def risk_term(
     if windows is not None:
         risks = torch.where(to_device(windows.alone, risks.device)[:, None], risks, 0.0)
         features, lengths = features[windows.firsts], lengths[windows.firsts]
-        readings = readings.rows(windows.firsts)
+        readings.tokens = [[sample[row] for row in windows.firsts] for sample in readings.tokens]
     return Term(config.w_risk, connector.risk_loss(features, lengths, readings, risks), UTTERANCES)
 
 
@@ -218,18 +208,6 @@ def losses_of_answers(loss: ImitationLoss, counts: list[int], config: ImitationC
     owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(per_token.device)
     sums = per_token.new_zeros(len(counts)).index_add(0, owner, per_token)
     return sums if config.by_answer else sums / to_device([max(1, n) for n in counts], per_token.device)
-
-
-def losses_of_speech(
-    student: StudentOutput, loss: ImitationLoss, config: ImitationConfig
-) -> tuple[list[int], Tensor] | None:
-    """Rows of a batch whose speech the student read without any text in its place, and the losses of their answers;
-    None where something was merged."""
-    if student.spoken.unfused is not student.spoken.embeddings:
-        return None
-    whole = [row for row, pieces in enumerate(student.spoken.pieces) if speech_alone(pieces)]
-    losses = losses_of_answers(loss, student.layout.response_counts, config).detach()
-    return whole, losses[to_device(whole, losses.device, torch.long)]
 
 
 def term_counts(examples: list[Example], connector: Connector | None) -> dict[str, int]:

@@ -178,8 +178,8 @@ def check_trainable(model: Any, config: ModelConfig) -> None:
     connector = connector_of(model.perception)
     if config.imitation.w_risk > 0 and not encoder and connector is not None and not connector.learns_by_risk:
         raise ConfigError(
-            f"model.imitation.w_risk={config.imitation.w_risk} trains what a connector writes, or chooses of an "
-            "acoustic_prompt, and model.freeze_params freezes both."
+            f"model.imitation.w_risk={config.imitation.w_risk} trains what a connector writes, and model.freeze_params "
+            "freezes it."
         )
     llm_parts = ("llm.", "embed_tokens.")
     trained = [

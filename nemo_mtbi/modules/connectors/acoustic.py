@@ -7,16 +7,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from nemo_mtbi.errors import CheckpointError
 from nemo_mtbi.modules.connectors.base import NO_TOKEN, SpeechEmbeddings, computed_dtype, frame_mask
 from nemo_mtbi.modules.connectors.dense import each_normalized
-from nemo_mtbi.modules.connectors.running import SMALLEST_DEVIATION, Influence, Standardization
 from nemo_mtbi.modules.connectors.subsampling import ConvSubsampler
 from nemo_mtbi.modules.connectors.wordings import Wordings
 
 WHOLE = torch.inf  # center of a position that belongs to its utterance as a whole
+PASSES_COUNTED = 200  # of training, whose windows say what is usual
+SMALLEST_DEVIATION = 1e-4  # of normalized features and their statistics
+FARTHEST = 10.0  # deviations from the mean: silence, or a few frames, would drown everything else
 TEMPO_UNITS = 32
 TEMPO_SCALE = 8.0  # of three numbers beside thousands of statistics of frames
 FRAMES_PER_SECOND = 50  # of Whisper's encoder
@@ -50,6 +53,7 @@ class AcousticChannel(nn.Module):
         written: Tensor,
         scale: Tensor,
         embed_tokens: Callable[[Tensor], Tensor],
+        agreed: Callable[[Tensor], Tensor] = torch.clone,
     ) -> SpeechEmbeddings:
         """What the LLM reads.
 
@@ -59,6 +63,7 @@ class AcousticChannel(nn.Module):
             written: (B, 2) tokens and words of the text channel.
             scale: () root mean square of the LLM's embeddings.
             embed_tokens: the LLM's.
+            agreed: makes a discrete choice that of all ranks that hold the LLM (:meth:`Connector.agreed`).
         """
         layers = self.norm_in(features.unflatten(-1, (len(self.layer_weights), -1)))
         mixed = torch.einsum("btkd,k->btd", layers, self.layer_weights.softmax(0).to(layers.dtype))
@@ -136,7 +141,6 @@ class DescriptionChannel(nn.Module):
         sizes = torch.tensor([len(c) for c in choices])
         self.register_buffer("impossible", torch.arange(most) >= sizes[:, None], persistent=False)
         self.register_buffer("even", ~self.impossible / sizes[:, None], persistent=False)
-        self.influence = Influence(len(choices))
 
     def forward(
         self,
@@ -146,29 +150,17 @@ class DescriptionChannel(nn.Module):
         scale: Tensor,
         embed_tokens: Callable[[Tensor], Tensor],
         agreed: Callable[[Tensor], Tensor] = torch.clone,
-        only: bool = False,
     ) -> SpeechEmbeddings:
-        """See :meth:`AcousticChannel.forward`.
-
-        ``agreed`` makes a discrete choice that of all ranks that hold the LLM (:meth:`Connector.agreed`); ``only`` the
-        most likely alternatives are read, in training too, and :meth:`risk_loss` trains them.
-        """
-        logits = self.logits(features, lengths, written)
-        shares = self.shares(logits.detach() if only else logits, agreed)
-        return self.written_out(shares, scale, embed_tokens)
-
-    def written_out(self, shares: Tensor, scale: Tensor, embed_tokens: Callable[[Tensor], Tensor]) -> SpeechEmbeddings:
-        """The text with ``shares`` (B, choices, most alternatives) of its alternatives; see :meth:`forward`."""
-        chosen = shares.flatten(1)
+        """See :meth:`AcousticChannel.forward`."""
+        chosen = self.shares(self.logits(features, lengths, written), agreed).flatten(1)
         tokens, positions, places = self.prompt.unbind(1)
-        weights = torch.cat([chosen, torch.ones_like(chosen[:, :1])], 1)[:, places]
+        shares = torch.cat([chosen, torch.ones_like(chosen[:, :1])], 1)[:, places]
         words = embed_tokens(tokens)
-        embeddings = (self.offset.float() * scale).expand(len(weights), -1, -1)
-        embeddings = embeddings.index_add(1, positions, weights[..., None] * words.float())
+        embeddings = (self.offset.float() * scale).expand(len(shares), -1, -1)
+        embeddings = embeddings.index_add(1, positions, shares[..., None] * words.float())
         embeddings = embeddings.to(computed_dtype(words.device, self.project.weight.dtype))
         centers = torch.full(embeddings.shape[:2], WHOLE, device=embeddings.device)
-        lengths = torch.full(embeddings.shape[:1], embeddings.shape[1], device=embeddings.device)
-        return SpeechEmbeddings(embeddings, lengths, centers)
+        return SpeechEmbeddings(embeddings, torch.full_like(lengths, embeddings.shape[1]), centers)
 
     def logits(self, features: Tensor, lengths: Tensor, written: Tensor) -> Tensor:
         """Of the alternatives of each choice, (B, choices, most alternatives), float32, -inf where a choice has fewer;
@@ -184,78 +176,14 @@ class DescriptionChannel(nn.Module):
     def shares(self, logits: Tensor, agreed: Callable[[Tensor], Tensor] = torch.clone) -> Tensor:
         """Of each alternative in what the LLM reads, (B, choices, most alternatives).
 
-        Its probability while it is trained by a gradient through it, else 1 for the most likely one.
+        Its probability while it is trained, else 1 for the most likely one.
         """
         if not (self.training and logits.requires_grad):
-            return self.only(agreed(logits.detach().argmax(-1)))
+            best = agreed(logits.detach().argmax(-1))
+            return torch.zeros_like(logits).scatter_(-1, best[..., None], 1.0)
         own = logits.masked_fill(self.impossible, 0.0)
         apart = (own - (own * self.even).sum(-1, keepdim=True)) * self.even
         return logits.detach().softmax(-1) + (apart - apart.detach())
-
-    @property
-    def sizes(self) -> Tensor:
-        """Number of alternatives of each choice."""
-        return (~self.impossible).sum(-1)
-
-    @property
-    def learns(self) -> bool:
-        """Whether its choices are trained."""
-        return any(p.requires_grad for part in (self.hidden, self.tempo, self.project) for p in part.parameters())
-
-    def only(self, choices: Tensor) -> Tensor:
-        """Alternatives (B, choices) as shares of 1 and 0."""
-        shape = (len(choices), *self.impossible.shape)
-        return torch.zeros(shape, device=choices.device).scatter_(-1, choices[..., None], 1.0)
-
-    @torch.no_grad()
-    def neighbours(self, logits: Tensor, count: int, tasks: Tensor) -> Tensor:
-        """The most likely alternatives, and ``count - 1`` times those with one other choice: (S, B, choices).
-
-        The other choice is drawn by the influence that it has had on the answers to such ``tasks`` (B,) (systematic
-        sampling: with equal influences, all have their turn). Where it is the same one again, its alternatives take
-        turns.
-        """
-        best, drawn = logits.argmax(-1), count - 1
-        chances = self.influence.chances(tasks)
-        points = (torch.rand_like(chances[:, :1]) + torch.arange(drawn, device=best.device)) / drawn
-        choice = torch.searchsorted(chances.cumsum(-1), points, right=True).clamp_max(best.shape[1] - 1)
-        others = self.sizes - 1
-        begin = (torch.rand_like(chances) * others).long().minimum(others - 1)
-        again = torch.arange(drawn, device=best.device) - torch.searchsorted(choice, choice)  # they are in order
-        step = 1 + (begin.gather(1, choice) + again) % others[choice]
-        other = (best.gather(1, choice) + step) % self.sizes[choice]
-        found = best.expand(drawn, -1, -1).scatter(-1, choice.t()[..., None], other.t()[..., None])
-        return torch.cat([best[None], found])
-
-    def risk_loss(self, logits: Tensor, choices: Tensor, risks: Tensor, tasks: Tensor, copies: int = 1) -> Tensor:
-        """Sum over rows of the risk of what is most likely, with a gradient that lowers it.
-
-        Of alternatives a (most likely) and b of a choice, all others being equal, the one with the lower risk is right,
-        and as important as the difference (cost-sensitive logistic loss, as of pairs in Herbrich et al. 2000)::
-
-            sum_b  |risk_b - risk_a| log(1 + exp(-(z_better - z_worse)))
-
-        which the drawn b, each over its chance, stand for. It is not weaker where a wrong choice is sure, and nothing
-        moves a choice that the answer does not depend on, other than with the derivative of the loss by an embedding.
-
-        The differences are added to the influence of the choices.
-
-        Args:
-            logits: z, (B, choices, most alternatives).
-            choices: (S, B, choices) of :meth:`neighbours`.
-            risks: (B, S); rows of equal ones teach nothing.
-            tasks: (B,) of :meth:`neighbours`.
-            copies: ranks that have the same rows.
-        """
-        changed = (choices[1:] != choices[0]).transpose(0, 1)  # (B, S - 1, choices), one of them
-        values = logits.gather(-1, choices.permute(1, 2, 0)).transpose(1, 2)  # (B, S, choices)
-        margins = torch.where(changed, values[:, 1:] - values[:, :1], 0.0).sum(-1)
-        chances = self.influence.chances(tasks)[:, None] * changed.shape[1] / (self.sizes - 1)
-        worse = (risks[:, 1:] - risks[:, :1]).float()
-        weights = worse.abs() / torch.where(changed, chances, 0.0).sum(-1)
-        loss = (weights * nn.functional.softplus(worse.sign() * margins)).sum()
-        self.influence.add(tasks, changed, worse.abs(), copies)
-        return loss + (risks[:, 0].float().sum() - loss).detach()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         pairs = [(state_dict.get(f"{prefix}{name}"), getattr(self, name)) for name in ("prompt", "opening")]
@@ -267,6 +195,67 @@ class DescriptionChannel(nn.Module):
                 "December 2026, with one without choices. Give the one that it was trained with."
             )
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class Standardization(nn.Module):
+    """Values less their mean, over their standard deviation, of the first ``PASSES_COUNTED`` micro-batches of training.
+
+    In training as in use (batch normalization would differ); of all ranks together. Before the first of them it only
+    clips, at ``FARTHEST``. Vectors that are not finite do not count. During these passes a gradient depends on how a
+    step is cut into micro-batches, as with batch normalization.
+
+    Args:
+        size: F, of the vectors.
+    """
+
+    count: Tensor
+    mean: Tensor
+    squares: Tensor
+    passes: Tensor
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("squares", torch.zeros(size))  # sum of squared differences from the mean
+        self.register_buffer("passes", torch.zeros((), dtype=torch.long))
+        self._passes = 0  # the buffer's value, without asking a GPU for it
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Standardization":
+        """Move to a device, but never to another precision: the mean is many times the deviation."""
+        for name, buffer in self.named_buffers(recurse=False):
+            moved = fn(buffer)
+            setattr(self, name, moved if moved.dtype == buffer.dtype else buffer.to(moved.device))
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._passes = int(state_dict.get(f"{prefix}passes", self._passes))
+
+    def forward(self, values: Tensor) -> Tensor:
+        """(B, F) -> (B, F), float32."""
+        if self.training and torch.is_grad_enabled() and self._passes < PASSES_COUNTED:
+            self._add(values)
+        deviation = (self.squares / self.count.clamp_min(1)).sqrt()
+        known = self.count > 1
+        apart = (values - self.mean) / torch.where(known, deviation.clamp_min(SMALLEST_DEVIATION), 1.0)
+        return apart.clamp(-FARTHEST, FARTHEST)
+
+    @torch.no_grad()
+    def _add(self, values: Tensor) -> None:
+        """Chan et al. 1979, with sums that are relative to the mean so far."""
+        self._passes += 1
+        self.passes.fill_(self._passes)
+        finite = values.isfinite().all(1, keepdim=True)
+        apart = torch.where(finite, values - self.mean, 0.0).double()
+        sums = torch.cat([apart.sum(0), apart.square().sum(0), finite.sum()[None].double()])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(sums)
+        (first, second), added = sums[:-1].view(2, -1), sums[-1]
+        total = self.count + added
+        self.squares += second - first.square() / total.clamp_min(1)
+        self.mean += first / total.clamp_min(1)
+        self.count.copy_(total)
 
 
 def statistics(values: Tensor, lengths: Tensor) -> Tensor:

@@ -61,26 +61,12 @@ class Hypotheses:
     """Several readings of the same utterances by a connector that writes text.
 
     Attributes:
-        tokens: S lists of the B utterances' tokens, in the connector's own vocabulary; of descriptions, their choices.
+        tokens: S lists of the B utterances' tokens, in the connector's own vocabulary.
         speech: of each of the S lists, what the LLM would read.
-        choices: (S, B, C) alternatives of a description's choices; None of readings that are texts.
-        written: (B, 2) tokens and words beside the descriptions.
-        tasks: (B,) of the answers, where descriptions are drawn by what they ask.
     """
 
     tokens: list[list[list[int]]]
     speech: list[SpeechEmbeddings]
-    choices: Tensor | None = None
-    written: Tensor | None = None
-    tasks: Tensor | None = None
-
-    def rows(self, indices: list[int]) -> "Hypotheses":
-        """Of some of the utterances, without their ``speech``."""
-        tokens = [[reading[row] for row in indices] for reading in self.tokens]
-        if self.choices is None or self.written is None or self.tasks is None:
-            return Hypotheses(tokens, [])
-        chosen = to_device(indices, self.choices.device)
-        return Hypotheses(tokens, [], self.choices[:, chosen], self.written[chosen], self.tasks[chosen])
 
     def first_alike(self) -> list[list[int]]:
         """The number (S, B) of the first reading that has the same text."""
@@ -104,7 +90,6 @@ class Connector(nn.Module):
     positions_per_window = 0  # of the encoder, likewise
     positions_per_audio = 0  # likewise: as many as ``opening`` comes to have
     window_seconds = math.inf  # longest audio that the encoder is given at once
-    by_risk = False  # ``risk_loss`` is a term of the training
     choice_group: Any = None  # process group that holds the LLM together (tensor parallelism)
 
     def agreed(self, choice: Tensor) -> Tensor:
@@ -188,31 +173,21 @@ class Connector(nn.Module):
         )
 
     def hypotheses(
-        self,
-        features: Tensor,
-        lengths: Tensor,
-        count: int,
-        temperature: float,
-        starts: list[bool] | None = None,
-        written: list[list[int]] | None = None,
-        tasks: Tensor | None = None,
+        self, features: Tensor, lengths: Tensor, count: int, temperature: float, starts: list[bool] | None = None
     ) -> Hypotheses:
-        """The greedy reading of the utterances and ``count - 1`` others, without a graph.
+        """The greedy reading of the utterances and ``count - 1`` sampled ones, without a graph.
 
-        Sampled texts, or descriptions with another choice; connectors that have neither are refused with the
-        configuration.
+        Only of connectors that write text; others are refused with the configuration.
 
         Args:
-            features, lengths, starts, written: as in ``connect``.
+            features, lengths, starts: as in ``connect``.
             count: S.
-            temperature: of sampled texts.
-            tasks: (B,) of the answers, numbers of :func:`~nemo_mtbi.modules.connectors.running.task_numbers`.
+            temperature: of the samples.
         """
         raise NotImplementedError
 
     def risk_loss(self, features: Tensor, lengths: Tensor, hypotheses: Hypotheses, risks: Tensor) -> Tensor:
-        """Sum over the utterances of the expected risk (:mod:`nemo_mtbi.losses.risk`); of descriptions, the risk of the
-        first, with the gradient of a loss that lowers it.
+        """Sum over the utterances of the expected risk (:mod:`nemo_mtbi.losses.risk`).
 
         Args:
             features, lengths: as in ``connect``.

@@ -7,23 +7,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from nemo_mtbi.data.example import Example
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.modules.connectors.acoustic import AcousticChannel, DescriptionChannel, joined
-from nemo_mtbi.modules.connectors.base import NO_TOKEN, Hypotheses, SpeechEmbeddings, evaluation_mode, frame_mask
+from nemo_mtbi.modules.connectors.base import NO_TOKEN, Hypotheses, SpeechEmbeddings, frame_mask
 from nemo_mtbi.modules.connectors.whisper_decoder import WhisperDecoderConnector
 from nemo_mtbi.modules.connectors.wordings import WORDS, Wordings
 
 ORDERS = ("text_first", "acoustic_first")
-
-
-def written_counts(text: SpeechEmbeddings) -> Tensor:
-    """Tokens and words of a text channel, (B, 2)."""
-    assert text.words is not None
-    return torch.stack([text.lengths, text.words], -1)
 
 
 class TwoChannelConnector(WhisperDecoderConnector):
@@ -115,11 +108,8 @@ class TwoChannelConnector(WhisperDecoderConnector):
         if f"{prefix}decoder.layer_norm.weight" in state and f"{prefix}acoustic_open" not in state:
             state.update({f"{prefix}acoustic.{k}": v for k, v in self.acoustic.state_dict().items()})
             state[f"{prefix}acoustic_open"] = torch.zeros_like(self.acoustic_open)
-        if f"{prefix}acoustic.prompt" in state:  # of before there were lines before the words, or influences
+        if f"{prefix}acoustic.prompt" in state:  # of before there were lines before the words
             state.setdefault(f"{prefix}acoustic.opening", torch.zeros(0, dtype=torch.long))
-            for name, value in self.acoustic.state_dict().items():
-                if name.startswith("influence."):
-                    state.setdefault(f"{prefix}acoustic.{name}", torch.zeros_like(value))
 
     def connect(
         self,
@@ -138,61 +128,19 @@ class TwoChannelConnector(WhisperDecoderConnector):
         if not self._open:
             return texts
         assert self._language_model is not None
-        read = (features, lengths, written_counts(texts[0]), self.embedding_rms, self._language_model[1])
-        if isinstance(self.acoustic, DescriptionChannel):
-            acoustic = self.acoustic(*read, self.agreed, only=self._chooses_by_risk)
-        else:
-            acoustic = self.acoustic(*read)
-        return [self._in_order(text, acoustic) for text in texts]
-
-    def _in_order(self, text: SpeechEmbeddings, acoustic: SpeechEmbeddings) -> SpeechEmbeddings:
-        return joined(text, acoustic) if self.order == "text_first" else joined(acoustic, text)
-
-    @property
-    def _chooses_by_risk(self) -> bool:
-        """Whether ``w_risk`` is about the description: the text is frozen."""
-        describes = self.by_risk and self._open and isinstance(self.acoustic, DescriptionChannel)
-        return describes and not super().learns_by_risk
-
-    @property
-    def learns_by_risk(self) -> bool:
-        return super().learns_by_risk or (isinstance(self.acoustic, DescriptionChannel) and self.acoustic.learns)
+        assert texts[0].words is not None
+        written = torch.stack([texts[0].lengths, texts[0].words], -1)
+        embed_tokens = self._language_model[1]
+        acoustic = self.acoustic(features, lengths, written, self.embedding_rms, embed_tokens, self.agreed)
+        return [joined(t, acoustic) if self.order == "text_first" else joined(acoustic, t) for t in texts]
 
     @torch.no_grad()
     def hypotheses(
-        self,
-        features: Tensor,
-        lengths: Tensor,
-        count: int,
-        temperature: float,
-        starts: list[bool] | None = None,
-        written: list[list[int]] | None = None,
-        tasks: Tensor | None = None,
+        self, features: Tensor, lengths: Tensor, count: int, temperature: float, starts: list[bool] | None = None
     ) -> Hypotheses:
-        """Texts, or, where the decoder is frozen, the description that is chosen and others that differ by a choice."""
-        if not self._chooses_by_risk:
-            result = super().hypotheses(features, lengths, count, temperature, starts)
-            result.speech = self._with_acoustic(features, lengths, result.speech)
-            return result
-        assert isinstance(self.acoustic, DescriptionChannel) and self._language_model is not None
-        text = super().connect(features, lengths, starts, written)
-        counts = written_counts(text)
-        tasks = torch.zeros_like(lengths) if tasks is None else tasks
-        logits = self.acoustic.logits(features, lengths, counts)
-        choices = self.agreed(self.acoustic.neighbours(logits, count, tasks))
-        rms, embed_tokens = self.embedding_rms, self._language_model[1]
-        described = (self.acoustic.written_out(self.acoustic.only(own), rms, embed_tokens) for own in choices)
-        speech = [self._in_order(text, own) for own in described]
-        return Hypotheses(choices.tolist(), speech, choices, counts, tasks)
-
-    def risk_loss(self, features: Tensor, lengths: Tensor, hypotheses: Hypotheses, risks: Tensor) -> Tensor:
-        if hypotheses.choices is None or hypotheses.written is None or hypotheses.tasks is None:
-            return super().risk_loss(features, lengths, hypotheses, risks)
-        assert isinstance(self.acoustic, DescriptionChannel)
-        with evaluation_mode(self):
-            logits = self.acoustic.logits(features, lengths, hypotheses.written)
-        copies = 1 if self.choice_group is None else dist.get_world_size(self.choice_group)
-        return self.acoustic.risk_loss(logits, hypotheses.choices, risks, hypotheses.tasks, copies)
+        result = super().hypotheses(features, lengths, count, temperature, starts)
+        result.speech = self._with_acoustic(features, lengths, result.speech)
+        return result
 
     def fusable(self, speech: SpeechEmbeddings) -> Tensor | None:
         """The positions of the stream; the others are the LLM's own tokens. (An ``acoustic_prompt`` has no fusion.)"""

@@ -199,14 +199,7 @@ class WhisperDecoderConnector(WhisperRecognizer):
 
     @torch.no_grad()
     def hypotheses(
-        self,
-        features: Tensor,
-        lengths: Tensor,
-        count: int,
-        temperature: float,
-        starts: list[bool] | None = None,
-        written: list[list[int]] | None = None,
-        tasks: Tensor | None = None,
+        self, features: Tensor, lengths: Tensor, count: int, temperature: float, starts: list[bool] | None = None
     ) -> Hypotheses:
         tokens, speech = [], []
         with evaluation_mode(self):

@@ -17,9 +17,8 @@ from nemo_mtbi.errors import CheckpointError, ConfigError
 from nemo_mtbi.models import MTBISALM
 from nemo_mtbi.models.layout import lay_out_batch
 from nemo_mtbi.models.speech import batch_features, connect
-from nemo_mtbi.modules.connectors.acoustic import statistics, tempo
+from nemo_mtbi.modules.connectors.acoustic import Standardization, statistics, tempo
 from nemo_mtbi.modules.connectors.base import NO_TOKEN
-from nemo_mtbi.modules.connectors.running import Standardization
 from nemo_mtbi.modules.connectors.wordings import wordings
 from nemo_mtbi.training.stages import require_text_channel
 from tests.helpers import build, gradients, make_batch, two_channel
@@ -474,8 +473,6 @@ def test_weights_for_another_opening_are_refused(opened, model, tiny_config):
             target.load_state_dict(opened.state_dict())
     state = model.state_dict()
     del state["perception.modality_adapter.acoustic.opening"]  # of before there were openings
-    for name in ("sums", "counts"):  # of before influences were kept
-        del state[f"perception.modality_adapter.acoustic.influence.{name}"]
     require_every_weight(model, Path("exported"), set(state))  # neither does an export of then lack anything
     model.perception.modality_adapter.upgrade_state(state, "perception.modality_adapter.")
     model.load_state_dict(state)

@@ -82,7 +82,7 @@ def test_value_and_gradient_are_the_plain_ones(model):
 def test_utterances_of_several_windows_add_no_risk(model):
     connector = model.perception.modality_adapter
     rows = {"encoder_features": torch.randn(3, 60, 32), "encoder_feature_lens": torch.tensor([60, 40, 50])}
-    batch = {**rows, "windows": Windows([0, 0, 1], [0, 60, 0]), "examples": make_batch(model, 2)["examples"]}
+    batch = {**rows, "windows": Windows([0, 0, 1], [0, 60, 0])}
     heard = []
 
     def answer_losses(speech, rows):
@@ -189,3 +189,9 @@ def test_impossible_settings_are_named_before_any_weight_is_loaded(
     cfg = config(str(tmp_path / "nothing"), tiny_whisper, connector, **imitation)
     with pytest.raises(ConfigError, match=message):
         MTBISALM(cfg)
+
+
+def test_nothing_to_learn_is_refused(tiny_llm, tiny_whisper):
+    frozen = [r"llm\..+", r"embed_tokens\..+", r"perception\..+"]
+    with pytest.raises(ConfigError, match="w_risk=1.0 trains what a connector writes"):
+        MTBISALM({**config(tiny_llm, tiny_whisper), "freeze_params": frozen})

@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from nemo_mtbi.errors import CheckpointError
@@ -108,16 +107,14 @@ def checked_directory(folder: Path) -> set[str]:
 def require_every_weight(model: Any, folder: Path, names: set[str]) -> None:
     """
     Raises:
-        CheckpointError: the model has tensors that are not among the ``names`` in ``folder``, and were in its version.
+        CheckpointError: the model has tensors that are not among the ``names`` in ``folder``.
     """
-    given = dict.fromkeys(names, torch.zeros(()))
-    model.upgrade_state(given)
     tie = causal_lm(model.llm).config.tie_word_embeddings
     state = model.state_dict()
     tied = {n for n in state if tie and n.endswith("lm_head.weight")}
     own = {n for n in state if not n.endswith("_extra_state")}  # Megatron's layers name one that is empty
     own -= {n for n in own if state[n].numel() == 0}
-    missing = own - given.keys() - tied
+    missing = own - names - tied
     if missing:
         raise CheckpointError(
             f"{folder / WEIGHTS} lacks {len(missing)} tensors of the model, e.g. {sorted(missing)[0]}."

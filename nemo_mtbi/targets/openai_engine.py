@@ -125,21 +125,21 @@ class OpenAIEngine:
             )
         except (e.AuthenticationError, e.PermissionDeniedError) as error:
             raise ConfigError(
-                f"{where} refuses the key in ${self.config.api_key_variable}: {said(error)[:SAID]}. Set that variable."
+                f"{where} refuses the key in ${self.config.api_key_variable}: {said(error)}. Set that variable."
             ) from error
         except e.NotFoundError as error:
             raise ConfigError(
-                f"{where}: {said(error)[:SAID]}. Check openai.model and openai.base_url (it ends in /v1)."
+                f"{where}: {said(error)}. Check openai.model and openai.base_url (it ends in /v1)."
             ) from error
         except (e.BadRequestError, e.UnprocessableEntityError) as error:
-            if PENALTY in extra and PENALTY in said(error):
+            if PENALTY in extra and PENALTY in words_of(error):
                 if self.extra:
                     log.warning("%s takes no %s: that of the LLM's generation_config.json holds.", where, PENALTY)
                 self.extra = {}
                 return self._completion(request)
             raise ConfigError(
                 f"{where} refuses a prompt of {len(request.prompt_ids)} tokens with {request.max_new_tokens} new ones: "
-                f"{said(error)[:SAID]}. If it is too long, set openai.context_tokens; such prompts are then rejected "
+                f"{said(error)}. If it is too long, set openai.context_tokens; such prompts are then rejected "
                 f"and counted."
             ) from error
         except e.APITimeoutError as error:
@@ -156,7 +156,7 @@ class OpenAIEngine:
         except e.APIStatusError as error:
             raise DataError(
                 f"{where} still fails after {self.config.max_retries} retries: HTTP {error.status_code}, "
-                f"{said(error)[:SAID]}. "
+                f"{said(error)}. "
                 "Lower openai.concurrency or set openai.requests_per_minute; the same command continues."
             ) from error
         except e.OpenAIError as error:
@@ -187,6 +187,11 @@ class OpenAIEngine:
 
 
 def said(error: Any) -> str:
+    """The beginning of :func:`words_of`."""
+    return words_of(error)[:SAID]
+
+
+def words_of(error: Any) -> str:
     """A server's words: the client leaves out all that is not called ``message`` (FastAPI's ``detail``)."""
     body = getattr(error, "body", None)
     if not body or (isinstance(body, dict) and isinstance(body.get("message"), str)):

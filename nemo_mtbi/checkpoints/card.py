@@ -4,6 +4,7 @@ Parts, data, tasks, teacher, licences and results, as far as the run has them on
 """
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def _training(run: Path | None, data: str | None) -> list[str]:
     teachers = {}
     for path in manifests:
         beside = Path(path).parent / "manifest.json"
-        if beside.is_file():
+        with suppress(OSError, ValueError, TypeError, KeyError):  # none, or another file of that name
             teacher = json.loads(beside.read_text())["teacher"]
             teachers[teacher["name"]] = teacher["fingerprint"]
     lines = [

@@ -18,7 +18,7 @@ from nemo_mtbi.data.example import Example
 from nemo_mtbi.data.feature_cache import FEATURES_FIELD, load_array, windows_of, written_of
 from nemo_mtbi.data.interleaving import timeline
 from nemo_mtbi.data.rendering import PromptRenderer, Spoken
-from nemo_mtbi.data.target import TEACHER_IDS_FIELD, TEACHER_LOG_PROBS_FIELD, Target, no_log_probabilities
+from nemo_mtbi.data.target import IMPOSSIBLE, TEACHER_IDS_FIELD, TEACHER_LOG_PROBS_FIELD, Target, no_log_probabilities
 from nemo_mtbi.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -195,7 +195,20 @@ class MTBIDataset(torch.utils.data.Dataset):
                     f"{len(target.response_ids)} response tokens. The target files are inconsistent: generate "
                     f"them again."
                 )
+        most = max(own.shape[1] for own in ids)  # manifests may have been answered with different top_k
+        rows = [filled(*own, most) for own in zip(ids, log_probs, strict=True)]
         return {
-            "teacher_ids": torch.from_numpy(np.concatenate(ids)),
-            "teacher_log_probs": torch.from_numpy(np.concatenate(log_probs)),
+            "teacher_ids": torch.from_numpy(np.concatenate([own for own, _ in rows])),
+            "teacher_log_probs": torch.from_numpy(np.concatenate([own for _, own in rows])),
         }
+
+
+def filled(ids: np.ndarray, log_probs: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """A teacher's rows (R, K) with ``size`` entries: the further ones are tokens that a row does not have yet, and
+    impossible."""
+    if (lacking := size - ids.shape[1]) <= 0:
+        return ids, log_probs
+    there = (ids[:, None] == np.arange(size)[:, None]).any(-1)  # of `size` tokens a row of fewer has not all
+    others = np.argsort(there, axis=1, kind="stable")[:, :lacking]
+    impossible = np.full(others.shape, IMPOSSIBLE, log_probs.dtype)
+    return np.concatenate([ids, others], 1), np.concatenate([log_probs, impossible], 1)

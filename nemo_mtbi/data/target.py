@@ -6,6 +6,7 @@ from typing import Any
 TARGETS_FIELD = "targets"
 NO_SPEECH = "no_speech"  # custom field of cuts in which nothing is said, and the task of their targets
 TEACHER_IDS_FIELD, TEACHER_LOG_PROBS_FIELD = "teacher_ids", "teacher_log_probs"
+IMPOSSIBLE = -100.0  # log-probability of what fills the teacher's rows
 
 
 @dataclass(frozen=True)

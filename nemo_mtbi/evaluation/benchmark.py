@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from lhotse import CutSet
+from lhotse.cut import Cut
 from omegaconf import DictConfig
 
 from nemo_mtbi.checkpoints.run_directory import RunDirectory
 from nemo_mtbi.data.chat_template import dialect
 from nemo_mtbi.data.conversation import MTBIConversation, check_manifest
-from nemo_mtbi.data.target import Target
+from nemo_mtbi.data.target import NO_SPEECH, Target
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.evaluation.asr import WhisperASR
 from nemo_mtbi.evaluation.benchmark_report import write_report
@@ -147,6 +148,9 @@ class Benchmark:
                 raise ConfigError(f"{key}={cfg[key]}: at least {least}.")
         for path in [*cfg.cuts.values(), *filter(None, [cfg.no_speech])]:
             check_manifest(path)
+        for name, path in cfg.cuts.items():
+            if next(iter(spoken_cuts(path)), None) is None:
+                raise ConfigError(f"cuts.{name}: nothing is said in any recording of {path}. Give it as no_speech.")
 
     def _target_settings(self, folders: list[str] | None) -> dict[str, Any]:
         cfg, model = self.cfg, self.model
@@ -155,6 +159,7 @@ class Benchmark:
             "prompt_format": model.cfg.prompt_format,
             "dtype": cfg.llm_dtype,
             "speech_position": model.config.speech_position,
+            "languages": list(cfg.languages),
             "prompts_per_task": cfg.prompts_per_task,
             "max_new_tokens": cfg.max_new_tokens,
             "task_folders": folders,
@@ -188,7 +193,7 @@ class Benchmark:
         predictions = Predictions(folder, own, self._choices, self._budget, cfg.batch_size, self.text_llm, cfg.generate)
         for manifest, columns in self.references.items():
             for column in COLUMNS:
-                questions = EvaluationSet(self.model, CutSet.from_file(columns[column]), cfg.cached_features)
+                questions = EvaluationSet(self.model, spoken_cuts(columns[column]), cfg.cached_features)
                 found = predictions.predict(f"{manifest}.{column}", self.model, system_for(questions), questions)
                 self.records[manifest].setdefault(name, {})[column] = found
         for corpus, (cuts, transcribed) in self.labelled.items():
@@ -212,7 +217,7 @@ class Benchmark:
                 self._ask(NORMALIZED_CASCADE, lambda q: cascade(q).normalized(), recognizer.key, "normalized")
         if not cfg.latency_utterances:
             return {}
-        first = CutSet.from_file(next(iter(cfg.cuts.values())))
+        first = spoken_cuts(next(iter(cfg.cuts.values())))
         return seconds_to_first_token(model, first, "What is this about?", int(cfg.latency_utterances), recognizer)
 
     def _ask_system(self, name: str, spec: str, first: bool) -> None:
@@ -234,13 +239,22 @@ class Benchmark:
             self.silence[name] = {
                 title: nothing_heard(
                     SpeechSystem(model),
-                    CutSet.from_file(path),
+                    CutSet.from_file(path) if path == self.cfg.no_speech else spoken_cuts(path),
                     self.cfg.cached_features,
                     self.cfg.batch_size,
                     f"{name}: {title}",
                 )
                 for title, path in sets.items()
             }
+
+
+def spoken_cuts(path: str | Path) -> CutSet:
+    """The cuts of a manifest but for those in which nothing is said, which ``no_speech`` is for."""
+    return CutSet.from_file(path).filter(_is_spoken)
+
+
+def _is_spoken(cut: Cut) -> bool:
+    return not (cut.custom or {}).get(NO_SPEECH)
 
 
 def trained_on(specs: Iterable[str], library: dict[str, Task]) -> list[str] | None:

@@ -84,7 +84,8 @@ def _curves(values: dict[str, list[tuple[int, float]]]) -> list[tuple[str, str]]
 
 def _last_samples(folder: Path) -> list[dict[str, Any]]:
     """The samples of the last validation of a stage; runs of November 2026 have them in its own folder."""
-    file = next((f for f in (folder / "kept" / SAMPLES_FILE, folder / SAMPLES_FILE) if f.is_file()), folder)
-    rows = {(r["step"], r["set"], r["id"], r["prompt"]): r for r in jsonl.read(file)}
+    files = (folder / "kept" / SAMPLES_FILE, folder / SAMPLES_FILE)
+    found = next((jsonl.read(f) for f in files if f.is_file()), ())
+    rows = {(r["step"], r["set"], r["id"], r["prompt"]): r for r in found}
     last = max((step for step, *_ in rows), default=0)
     return [r for r in rows.values() if r["step"] == last][:SHOWN_SAMPLES]

@@ -80,7 +80,7 @@ def read_voice(config: LabelledConfig, folder: Path) -> Iterator[Question]:
     ``per_label`` balances the labels.
     """
     tasks = [t for t in load_library().values() if len(t.needs) == 1 and t.choices]
-    wanted = [name.strip() for name in config.split.split(",")] if config.split else [t.needs[0] for t in tasks]
+    wanted = _asked(config, tuple(t.needs[0] for t in tasks))
     described = None if config.prompts.get("described") == "" else DescribedText(least=99)
     cuts = sorted(CutSet.from_file(config.path), key=lambda cut: _number(cut.id)) if config.per_label else None
     counts = Counter[tuple[str, str]]()

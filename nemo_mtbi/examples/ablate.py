@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_mtbi import console
+from nemo_mtbi.data.target import NO_SPEECH
 from nemo_mtbi.errors import CheckpointError, ConfigError
 from nemo_mtbi.examples._launcher import announce, launcher, run_step
 from nemo_mtbi.examples._overrides import overrides, read
@@ -95,7 +96,8 @@ def check_tasks(cfg: DictConfig, variants: dict[str, dict[str, Any]]) -> list[st
             )
     trained = tasks_of(Path(cfg.targets.train)).union(*(held(cfg, variant) for variant in variants.values()))
     library = load_library(cfg.benchmark.get("task_folders"))
-    trained -= {task.name for task in library.values() if task.group == "control"}  # not asked in the benchmark
+    # Not asked in the benchmark: control tasks, and of recordings in which nothing is said.
+    trained -= {NO_SPEECH, *(task.name for task in library.values() if task.group == "control")}
     unseen = set(cfg.benchmark.get("unseen_tasks") or (t.name for t in library.values() if t.group == "held_out"))
     if both := trained & unseen:
         raise ConfigError(

@@ -26,7 +26,7 @@ def main(cfg: DictConfig) -> None:
         raise ConfigError(f"count={cfg.count}, visits={cfg.visits}: at least 1 and 0.")
     try:
         cuts = CutSet.from_file(cfg.cuts)
-        chosen = [c for c in cuts if c.id == cfg.id] if cfg.id else list(islice(cuts, cfg.count))
+        chosen = [c for c in cuts if c.id == str(cfg.id)] if cfg.id is not None else list(islice(cuts, cfg.count))
     except Exception as error:  # of any kind, from Lhotse and what it reads with
         said = f"{type(error).__name__}: {error}".splitlines()[0]
         raise DataError(f"{cfg.cuts} cannot be read as a manifest of cuts ({said[:200]}).") from error

@@ -100,15 +100,17 @@ def summarize(run: Path, nemo: Path, hf: Path, seconds: float, timings: dict[str
     seen = json.loads((run / "seen.json").read_text())
 
     def figures(manifest: dict[str, Any]) -> dict[str, Any]:
-        wer = {"text_topline": "text_topline", "cascade": "cascade", "trained": "imitation"}
+        answers = {"text_topline": "text_topline", "cascade": "cascade", "trained": "imitation"}
         heard = {"cascade": "cascade", **SYSTEMS}
+        asked = {
+            "token_agreement": SYSTEMS,
+            "kl_per_token": SYSTEMS,
+            "repeat_wer": answers,
+            "transcribe_wer": heard,
+            "nothing_heard": heard,
+        }
         return {
-            **{k: {name: manifest[s][k] for name, s in SYSTEMS.items()} for k in ("token_agreement", "kl_per_token")},
-            "repeat_wer": {name: manifest[s]["repeat_wer"] for name, s in wer.items() if "repeat_wer" in manifest[s]},
-            **{
-                k: {name: manifest[s][k] for name, s in heard.items() if k in manifest[s]}
-                for k in ("transcribe_wer", "nothing_heard")
-            },
+            **{k: {n: manifest[s][k] for n, s in of.items() if k in manifest.get(s, {})} for k, of in asked.items()},
             **{
                 cascade: {k: manifest[cascade][k] for k in ("token_agreement", "kl_per_token")}
                 for cascade in (CASCADE, NORMALIZED_CASCADE)
@@ -145,8 +147,9 @@ def print_table(summary: dict[str, Any]) -> None:
     recognized = [(name, share) for name, share in summary["no_speech"].items() if share is not None]
     if recognized:
         shares = ", ".join(f"{name.replace('_', ' ')} {share:.3f}" for name, share in recognized)
-        wrong = ", ".join(f"{summary[s]['nothing_heard']['trained']:.3f} of {s.replace('_', ' ')}" for s in splits)
-        console.say(f"\nNothing heard where nothing is said: {shares}; where somebody speaks (trained): {wrong}")
+        spoken = {s: summary[s]["nothing_heard"].get("trained") for s in splits}
+        wrong = ", ".join(f"{v:.3f} of {s.replace('_', ' ')}" for s, v in spoken.items() if v is not None)
+        console.say(f"\nNothing heard where nothing is said: {shares}; where somebody speaks (trained): {wrong or '-'}")
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in summary["step_seconds"].items())
     console.say(
         f"\nSeconds: {seconds}; all {summary['wall_seconds']:.0f}. Peak memory {summary['peak_memory_gib']:.1f} GiB"

@@ -26,6 +26,8 @@ def main(cfg: DictConfig) -> None:
     missing = [n for n in needed if find_spec(n) is None]
     if missing:
         raise ConfigError(f"{', '.join(missing)} is not installed: pip install 'nemo_mtbi[serve]', or set page=false.")
+    if type(cfg.max_batch) is not int or cfg.max_batch < 1:
+        raise ConfigError(f"max_batch={cfg.max_batch}: give a whole number of at least 1.")
     listening = bound(cfg.host, cfg.port)
     from nemo_mtbi.process import expect_any_length, tune
 
@@ -42,7 +44,7 @@ def main(cfg: DictConfig) -> None:
     device = chosen_device(str(cfg.device), 1, "serve")
     model = open_speech_llm(cfg.model, trust_remote_code=cfg.trust_remote_code).to(device)
     model.listen_as(cfg.max_positions, cfg.positions_per_second, cfg.time_marks)
-    name = cfg.name or Path(os.path.abspath(cfg.model)).name.removesuffix(".nemo")
+    name = str(cfg.name or "") or Path(os.path.abspath(cfg.model)).name.removesuffix(".nemo")
     batcher = Batcher(model, cfg.max_batch, cfg.max_waiting, cfg.max_waiting_bytes)
     limits = Limits(
         max_tokens=cfg.max_tokens, max_audio_seconds=cfg.max_audio_seconds, max_body_bytes=cfg.max_body_bytes

@@ -6,6 +6,8 @@ Letters: B utterances, P CTC frames, V_ctc tokens, W words, H LLM width.
 import torch
 from torch import Tensor
 
+from nemo_mtbi.io.transfer import to_device
+
 
 def ctc_loss(log_probs: Tensor, lengths: Tensor, targets: list[list[int]]) -> tuple[Tensor, int]:
     """CTC (Graves et al. 2006), blank = class 0, summed; utterances too short for their targets contribute zero.
@@ -18,8 +20,8 @@ def ctc_loss(log_probs: Tensor, lengths: Tensor, targets: list[list[int]]) -> tu
     Returns:
         The sum over utterances and the number of target tokens.
     """
-    flat = torch.tensor([c for t in targets for c in t], dtype=torch.long, device=log_probs.device)
-    sizes = torch.tensor([len(t) for t in targets], dtype=torch.long, device=log_probs.device)
+    flat = to_device([c for t in targets for c in t], log_probs.device, torch.long)
+    sizes = to_device([len(t) for t in targets], log_probs.device, torch.long)
     loss = torch.nn.functional.ctc_loss(
         log_probs.transpose(0, 1), flat, lengths, sizes, blank=0, reduction="sum", zero_infinity=True
     )

@@ -5,6 +5,7 @@ encodes and connects the audio, ``layout.py`` joins both to the LLM's input, ``l
 of student and teacher, ``objective.py`` sums the loss.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -77,7 +78,8 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
     _packs: bool | None
 
     def __init__(self, cfg: dict[str, Any]) -> None:
-        cfg = {key: value for key, value in cfg.items() if value is not None}  # NeMo asks whether a key is there
+        null = {"nothing_heard_answer"}  # says something; of others NeMo asks whether they are there
+        cfg = {key: value for key, value in cfg.items() if value is not None or key in null}
         config = model_config(cfg)
         cfg |= {"llm_dtype": config.llm_dtype, "encoder_dtype": config.encoder_dtype}  # what "auto" is here
         LightningModule.__init__(self)
@@ -90,7 +92,7 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
         self.frame_seconds = encoder_frame_seconds(self.perception)
         self.stage = "imitation"
         self.seed = 0
-        self.moments: dict[str, Tensor] = {}  # of an earlier stage's optimizer
+        self.earlier_moments: Callable[[], dict[str, Tensor]] = dict  # of an earlier stage's optimizer
         self.seen = SeenRecord()
         self.work = Work()
         self._use_fsdp = self._use_tp = False
@@ -156,8 +158,6 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
         if self.stage == "alignment":
             step = self.alignment(batch, self.config.alignment_stage)
         else:
-            # The student's forward pass is the last one before the backward pass, where activations that are computed
-            # again find the shapes of that pass (``parallel/blocks.py``).
             unfused = self.config.imitation.teacher == "unfused" and self.config.imitation.w_kl > 0
             teacher = None if unfused else self.teacher_hidden(batch)
             student = self.student(batch, interleave=True)

@@ -182,7 +182,8 @@ def risk_term(
         risks = risks.gather(1, to_device(first, risks.device).t())
     if windows is not None:
         risks = torch.where(to_device(windows.alone, risks.device)[:, None], risks, 0.0)
-        features, lengths = features[windows.firsts], lengths[windows.firsts]
+        firsts = to_device(windows.firsts, features.device)
+        features, lengths = features[firsts], lengths[firsts]
         readings.tokens = [[sample[row] for row in windows.firsts] for sample in readings.tokens]
     return Term(config.w_risk, connector.risk_loss(features, lengths, readings, risks), UTTERANCES)
 
@@ -205,7 +206,7 @@ def of_rows(batch: dict[str, Any], teacher: Tensor | None, rows: list[int]) -> t
 def losses_of_answers(loss: ImitationLoss, counts: list[int], config: ImitationConfig) -> Tensor:
     """Mean loss (B,) of each answer's response tokens, of which there are ``counts``."""
     per_token = loss.per_token
-    owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(per_token.device)
+    owner = to_device(torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)), per_token.device)
     sums = per_token.new_zeros(len(counts)).index_add(0, owner, per_token)
     return sums if config.by_answer else sums / to_device([max(1, n) for n in counts], per_token.device)
 
@@ -301,7 +302,7 @@ def batch_counts(
     """
     own = term_counts(batch["examples"], connector)
     window = batch.get(WINDOW_COUNTS, own) if training else own
-    counts = torch.tensor([float(window[kind]) for kind in KINDS], device=device)
+    counts = to_device([float(window[kind]) for kind in KINDS], device)
     return own, summed(counts, group) if training else counts
 
 

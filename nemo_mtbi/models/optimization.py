@@ -1,5 +1,6 @@
 """The optimizer: parameter groups by pattern, and moments that go on from one stage to the next."""
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,7 +9,9 @@ from nemo.core.classes.common import safe_instantiate
 from torch import Tensor, nn
 
 from nemo_mtbi.modules.parameter_groups import parameter_groups
+from nemo_mtbi.parallel.launch import from_first_rank
 
+log = logging.getLogger(__name__)
 STEP = "step"
 MOMENTS = ("exp_avg", "exp_avg_sq", STEP)  # of Adam and its kin
 
@@ -19,8 +22,11 @@ def build_optimizer(model: Any) -> dict[str, Any]:
     optimizer = safe_instantiate(
         model.cfg.optimizer, parameter_groups(trained, model.config.parameter_groups), _convert_="all"
     )
-    if model.moments:
-        continue_moments(optimizer, trained, model.moments)
+    moments = from_first_rank(model.earlier_moments)  # others may not see the file
+    if moments and not keeps_moments(optimizer):
+        log.warning("%s begins anew: it keeps other things than Adam's moments.", type(optimizer).__name__)
+    elif moments:
+        continue_moments(optimizer, trained, moments)
     result: dict[str, Any] = {"optimizer": optimizer}
     if "lr_scheduler" in model.cfg:
         scheduler = safe_instantiate(model.cfg.lr_scheduler, optimizer)
@@ -40,6 +46,13 @@ def moments_of(optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.P
                 if kind in MOMENTS and isinstance(value, Tensor):
                     found[f"{name}/{kind}"] = value.detach().cpu().clone()
     return found
+
+
+def keeps_moments(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer's state of a parameter is :data:`MOMENTS` and nothing else."""
+    kinds = (torch.optim.Adam, torch.optim.AdamW, torch.optim.RAdam)
+    alike = isinstance(optimizer, kinds) or type(optimizer).__name__ == "FusedAdam"  # apex's
+    return alike and not any(group.get("amsgrad") for group in optimizer.param_groups)
 
 
 def groups_of(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, dict[str, Any]]:

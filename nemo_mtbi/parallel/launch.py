@@ -52,19 +52,19 @@ def join_ranks(size: int, launcher: str) -> torch.device:
 
 
 def chosen_device(name: str, size: int, launcher: str) -> torch.device:
-    """The device of a launcher's ``device`` (``auto``, ``cpu``, ``mps``, ``cuda`` or ``cuda:N``); see
-    :func:`join_ranks`.
+    """The device of a launcher's ``device`` (``auto``, ``cpu``, ``cuda`` or ``cuda:N``); see :func:`join_ranks`.
+
+    Apple's GPUs (``mps``) have no float64, in which positions are computed.
 
     Raises:
         ConfigError: no such device.
     """
     if name == "auto" or size > 1:
         return join_ranks(size, launcher)
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
-        raise ConfigError(f"device={name}: use auto, cpu, mps, cuda or cuda:N.")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ConfigError(f"device={name}: use auto, cpu, cuda or cuda:N.")
     device = torch.device(name)
-    there = {"cpu": True, "mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available()}[device.type]
-    if not there or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device={name}: PyTorch finds no such device here. Use device=auto.")
     return device
 

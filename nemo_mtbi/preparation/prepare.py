@@ -60,6 +60,7 @@ CHUNKS = {LOCAL: 8, RAY: 64}  # utterances that a worker takes at once
 AT_ONCE = {LOCAL: 1 << 16, RAY: 1 << 18}  # that are known at a time: about 2 kB each
 DEADLY = "a worker process died of it, twice"
 MAX_PLACES = 20  # of one reason, in the report
+SPLIT_NAME = re.compile(r"[\w-][\w.-]*")
 UNKNOWN_BYTES = 0x7FFF0000  # sizes from here on stand for "not known" in headers of streamed WAV
 
 
@@ -255,6 +256,9 @@ class Preparation:
                 f"split: shares {config.split.shares} must be from 0 to 1 and sum to 1, and by must be speaker or "
                 "utterance."
             )
+        for name in (*(config.split.shares or DEFAULT_SHARES), *config.split.speakers.values()):
+            if not SPLIT_NAME.fullmatch(name):
+                raise ConfigError(f"split: {name!r} names files; letters, digits, '_', '-' and '.' only.")
         if not 0 <= config.min_seconds < config.max_seconds or config.max_words_per_second <= 0:
             raise ConfigError(
                 f"min_seconds={config.min_seconds}, max_seconds={config.max_seconds}, "
@@ -393,6 +397,9 @@ class Preparation:
                 if LONE_SURROGATE.search(entry.id + entry.where):  # of a file whose name is no UTF-8
                     name, where = (text.encode(errors="backslashreplace").decode() for text in (entry.id, entry.where))
                     entry = replace(entry, id=name, where=where, problem="its name is no UTF-8")
+                if entry.split is not None and not SPLIT_NAME.fullmatch(entry.split):  # it names a file
+                    problem = f"split {entry.split!r}: letters, digits, '_', '-' and '.' only"
+                    entry = replace(entry, split=None, problem=entry.problem or problem)
                 yield entry
 
     def _prepare(self, entry: Entry, noticed: list[str]) -> tuple[Cut, str | None, np.ndarray]:
@@ -506,7 +513,8 @@ class Preparation:
     def _splits_before(self) -> set[str]:
         """Splits that the run before has written; other manifests in the folder are the user's."""
         try:
-            return set(json.loads((self.folder / "report.json").read_text())["splits"])
+            names = json.loads((self.folder / "report.json").read_text())["splits"]
+            return {name for name in names if SPLIT_NAME.fullmatch(name)}
         except (OSError, ValueError, KeyError, TypeError):
             return set()
 

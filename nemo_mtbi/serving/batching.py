@@ -110,9 +110,10 @@ class Batcher:
         for request in requests:
             request.long = sum(seconds_of(audio, rate) for audio in request.audios) > PASS_SECONDS
         with self.lock:
-            audios = {id(audio): audio for r in [*self.kept.values(), *requests] for audio in r.audios}
+            kept = [r for r in self.kept.values() if not r.finished]  # a client may have left
+            audios = {id(audio): audio for r in [*kept, *requests] for audio in r.audios}
             size = sum(bytes_of(audio) for audio in audios.values())
-            if self.kept and size > self.max_waiting_bytes:
+            if kept and size > self.max_waiting_bytes:
                 raise QueueFull(f"The audio of waiting requests takes {self.max_waiting_bytes} bytes; try again later.")
             if self.max_waiting and self.waits + len(requests) > self.max_waiting:
                 raise QueueFull(f"{self.max_waiting} requests are waiting already; try again later.")
@@ -122,8 +123,10 @@ class Batcher:
 
     @property
     def waits(self) -> int:
-        """Requests that wait: in the queue, and taken from it but not begun."""
-        return self.waiting.qsize() + len(self.held)
+        """Requests that wait: in the queue, and taken from it but not begun; without those whose client has left."""
+        with self.waiting.mutex:
+            waiting = list(self.waiting.queue)
+        return sum(not request.finished for request in [*waiting, *self.held])
 
     def _work(self) -> None:
         while True:

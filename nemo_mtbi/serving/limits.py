@@ -20,16 +20,23 @@ class Limits:
     max_answers: int = 8
 
 
+FORM_BYTES = 2**20  # of an upload, around its file
+
+
 class BodyLimit:
-    """ASGI middleware: bodies over ``limit`` bytes are answered with 413 before they are kept."""
+    """ASGI middleware: bodies over ``limit`` bytes are answered with 413 before they are kept.
+
+    All of the server's, the page's too (whose own limit is that of a file, in a form).
+    """
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
         self.app, self.limit = app, limit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        limit = self.limit if scope["path"].startswith("/v1/") else self.limit + FORM_BYTES
         announced = dict(scope["headers"]).get(b"content-length", b"0")
         got = 0
 
@@ -37,12 +44,12 @@ class BodyLimit:
             nonlocal got
             message = await receive()
             got += len(message.get("body", b""))
-            if got > self.limit:
-                raise HTTPException(413, f"The body is larger than {self.limit} bytes, which is the limit here.")
+            if got > limit:
+                raise HTTPException(413, f"The body is larger than {limit} bytes, which is the limit here.")
             return message
 
-        if announced.isdigit() and int(announced) > self.limit:
-            response = failure(413, f"The body has {int(announced)} bytes; {self.limit} is the limit here.")
+        if announced.isdigit() and int(announced) > limit:
+            response = failure(413, f"The body has {int(announced)} bytes; {limit} is the limit here.")
             await response(scope, receive, send)
             return
         await self.app(scope, counted, send)

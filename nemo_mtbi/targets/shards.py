@@ -22,7 +22,14 @@ from nemo_mtbi.corpus.index import Record
 from nemo_mtbi.corpus.shards import Shard
 from nemo_mtbi.data.alignments import transcript
 from nemo_mtbi.data.literal import literal_encoding
-from nemo_mtbi.data.target import NO_SPEECH, TARGETS_FIELD, TEACHER_IDS_FIELD, TEACHER_LOG_PROBS_FIELD, Target
+from nemo_mtbi.data.target import (
+    IMPOSSIBLE,
+    NO_SPEECH,
+    TARGETS_FIELD,
+    TEACHER_IDS_FIELD,
+    TEACHER_LOG_PROBS_FIELD,
+    Target,
+)
 from nemo_mtbi.errors import ShardError
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.io.array_storage import RawChunkyWriter
@@ -50,7 +57,6 @@ OPERATIONAL = (
     "shar_audio",
     "shar_size",
 )
-IMPOSSIBLE = -100.0  # log-probability
 # Rejected without a filter: prompts that the LLM has no room for, and cuts that nothing can be asked about.
 CONTEXT, NO_TRANSCRIPT = "context", "no_transcript"
 

@@ -67,11 +67,12 @@ REFUSED: list[tuple[str, Callable[[Any], bool], str]] = [
 RISING, FALLING = "val_agreement", ("val_loss", "val_kl")  # what the metrics of a validation begin with
 
 
-def check_options(cfg: DictConfig, lora: bool = False) -> None:
+def check_options(cfg: DictConfig, lora: bool = False, by_answer: bool = False) -> None:
     """
     Args:
         cfg: with ``trainer``, ``data`` and ``exp_manager``, of one stage.
         lora: whether LoRA is trained.
+        by_answer: whether the objective is a mean over answers.
 
     Raises:
         ConfigError: names every option that cannot be followed.
@@ -97,7 +98,6 @@ def check_options(cfg: DictConfig, lora: bool = False) -> None:
             "trainer.precision=16-mixed: each tensor-parallel rank would scale the loss by the overflows of its own "
             "part of LoRA. Use bf16-mixed."
         )
-    by_answer = OmegaConf.select(cfg, "model.imitation.mean_over") == "answers"
     if by_answer and str(cfg.trainer.get("precision")) in ("16", "16-mixed"):
         problems.append(
             "trainer.precision=16-mixed with model.imitation.mean_over=answers: the gradients of a long answer would "

@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ from nemo_mtbi.training.resume import (
     state_of_data,
     step_of,
 )
-from nemo_mtbi.training.targets_check import PEEKED_LINES, check_targets
+from nemo_mtbi.training.targets_check import PEEKED_LINES, check_targets, require_word_times
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def train(cfg: DictConfig) -> RunDirectory:
     stages = {name: stage_config(cfg, name) for name in [ALIGNMENT] * bool(cfg.alignment_stage.enabled) + [IMITATION]}
     for stage in stages.values():
         check_data(stage.data, config)
-        check_options(stage, lora=config.lora is not None)
+        check_options(stage, config.lora is not None, config.imitation.by_answer)
     run = RunDirectory(cfg.output_dir)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     tokens = ctc_tokens(cfg, config, run)
@@ -127,6 +128,8 @@ def train(cfg: DictConfig) -> RunDirectory:
         check_targets(stages[IMITATION].data, model)
     if cfg.alignment_stage.enabled:
         require_text_channel(model)
+        if not run.weights(ALIGNMENT).is_file():
+            require_word_times(stages[ALIGNMENT].data, "alignment_stage.w_align", config.alignment_stage.w_align)
         run_stage(cfg, model, run, ALIGNMENT)
     run_stage(cfg, model, run, IMITATION)
     return run
@@ -169,7 +172,9 @@ def require_text_channel(model: MTBISALM) -> None:
     Raises:
         ConfigError: the alignment stage would train nothing.
     """
-    acoustic = f"{CONNECTOR_PREFIX}acoustic."
+    stage, acoustic = model.config.alignment_stage, f"{CONNECTOR_PREFIX}acoustic."
+    if stage.w_ctc == stage.w_align == 0:
+        raise ConfigError("model.alignment_stage: w_ctc and w_align are 0. Set alignment_stage.enabled=false instead.")
     if all(name.startswith(acoustic) for name, p in model.named_parameters() if p.requires_grad):
         raise ConfigError(
             "model.freeze_params leaves the acoustic channel alone trainable, and the transcripts do not reach it: set "
@@ -227,7 +232,8 @@ def run_stage(cfg: DictConfig, model: MTBISALM, run: RunDirectory, name: str) ->
         shutil.rmtree(run.kept(name), ignore_errors=True)
     step = step_of(trainer.ckpt_path) if trainer.ckpt_path else 0
     model.seed = cfg.seed
-    model.moments = load_moments(run) if name == IMITATION and cfg.continue_optimizer else {}
+    continued = name == IMITATION and cfg.continue_optimizer and cfg.alignment_stage.enabled
+    model.earlier_moments = partial(load_moments, run) if continued else dict
     kept = state_of_data(trainer.ckpt_path, ResumableData.__qualname__) if trainer.ckpt_path else None
     data = data_module(stage.data, model, step, stage.trainer.accumulate_grad_batches, kept)
     watchable = "validation_ds" in stage.data and stage.trainer.get("limit_val_batches", 1) != 0

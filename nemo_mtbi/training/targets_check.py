@@ -66,14 +66,30 @@ def check_targets(data: DictConfig, model: MTBISALM) -> None:
                     dataset.require_fitting(line["id"], Target(**target), model.config.speech_position)
     for problem in dict.fromkeys(doubtful):
         console.say(problem)
-    if imitation.w_align > 0:
-        spoken = [[n for n in own if not _custom(n).get(NO_SPEECH)] for key, _, own in read if key == "train_ds"]
-        if spoken and all(spoken) and not any(map(_has_word_times, chain(*spoken))):
-            raise ConfigError(
-                f"model.imitation.w_align={imitation.w_align} needs word times (supervision.alignment['word']), which "
-                f"the first cuts of {', '.join(str(e.cuts_path) for e in sections['train_ds'])} do not have. Prepare "
-                "with an aligner, or set it to 0."
-            )
+    require_word_times(data, "imitation.w_align", imitation.w_align)
+
+
+def require_word_times(data: DictConfig, name: str, weight: float) -> None:
+    """Of the first cuts to train on, where a stage's ``w_align`` is set.
+
+    Args:
+        data: of the stage.
+        name: of the weight, below ``model``.
+        weight: the weight.
+
+    Raises:
+        ConfigError: none has any, so that the term would teach nothing.
+    """
+    if weight <= 0:
+        return
+    entries = list(input_entries(data.train_ds)) if "train_ds" in data else []
+    read = [list(first_lines(entry.get("cuts_path"))) for entry in entries]
+    spoken = [[line for line in lines if not _custom(line).get(NO_SPEECH)] for lines in read]
+    if spoken and all(spoken) and not any(map(_has_word_times, chain(*spoken))):
+        raise ConfigError(
+            f"model.{name}={weight} needs word times (supervision.alignment['word']), which the first cuts of "
+            f"{', '.join(str(e.cuts_path) for e in entries)} do not have. Prepare with an aligner, or set it to 0."
+        )
 
 
 def _custom(line: dict[str, Any]) -> dict[str, Any]:

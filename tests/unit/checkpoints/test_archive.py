@@ -167,3 +167,12 @@ def test_offline_parts_have_one_fingerprint_whatever_has_written_them(tmp_path):
         of_one_layout(tmp_path)
         found.add(fingerprint(tmp_path))
     assert len(found) == 1
+
+
+@pytest.mark.parametrize("content", ['{"a": 1}\n{"a": 2}\n', '{"a": 1}', "[1]", None])
+def test_the_card_passes_over_manifests_that_are_not_ours(exported, tmp_path, content):
+    model, *_ = exported
+    (tmp_path / "data.json").write_text(json.dumps({"train": [str(tmp_path / "cuts.jsonl")]}))
+    if content is not None:
+        (tmp_path / "manifest.json").write_text(content)
+    assert "Teacher: not recorded" in model_card(model, tmp_path)

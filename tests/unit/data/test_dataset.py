@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 
 from nemo_mtbi import registration as registration
 from nemo_mtbi.data.conversation import read_mtbi
-from nemo_mtbi.data.dataset import MTBIDataset
+from nemo_mtbi.data.dataset import MTBIDataset, filled
+from nemo_mtbi.data.target import IMPOSSIBLE
 from nemo_mtbi.errors import DataError
 from nemo_mtbi.io.array_storage import RawChunkyWriter
 from nemo_mtbi.preparation.cache_features import cache_features
@@ -127,3 +128,11 @@ def test_answers_given_under_another_rendering_are_refused(manifest, smollm2):
     manifest.write_text("".join(json.dumps(r) + "\n" for r in rows))
     with pytest.raises(DataError, match="given under llama3/after/abc.*this model has chatml/after/def"):
         MTBIDataset(AutoTokenizer(smollm2, use_fast=True), "chatml", llm_key="def")[CutSet(conversations(manifest))]
+
+
+def test_teachers_with_fewer_entries_are_filled_with_impossible_ones():
+    ids, log_probs = np.array([[0, 3], [2, 1]]), np.log([[0.5, 0.25], [0.5, 0.25]]).astype(np.float32)
+    more, theirs = filled(ids, log_probs, 4)
+    assert more[:, :2].tolist() == ids.tolist() and np.array_equal(theirs[:, :2], log_probs)
+    assert all(len(set(row)) == 4 for row in more.tolist()) and (theirs[:, 2:] == IMPOSSIBLE).all()
+    assert filled(ids, log_probs, 2)[0] is ids

@@ -96,3 +96,12 @@ def test_a_variant_may_have_targets_of_its_own(tmp_path):
     cfg.benchmark.trained_tasks = ["repeat", "about", "title"]
     with pytest.raises(ConfigError, match="Name what is trained"):
         check_tasks(cfg, {"full": {}})
+
+
+def test_recordings_in_which_nothing_is_said_are_no_task(tmp_path):
+    manifest = tmp_path / "train.jsonl"
+    lines = [{"id": task, "custom": {"targets": [{"task": task}]}} for task in ("repeat", "no_speech")]
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for trained in (["repeat"], None):
+        cfg = OmegaConf.create({"targets": {"train": str(manifest)}, "benchmark": {"trained_tasks": trained}})
+        assert check_tasks(cfg, {"full": {}}) == ["repeat"]

@@ -281,3 +281,9 @@ def test_an_encoder_that_was_trained_is_used_without_a_graph(tiny_config):
     with torch.no_grad():
         assert not model.encode(audio, lengths)[0].requires_grad
     assert model.encode(audio, lengths)[0].requires_grad
+
+
+def test_no_answer_of_its_own_to_silence_is_a_setting_that_stays(tiny_config):
+    model = build(tiny_config, nothing_heard_answer=None)
+    assert model.config.nothing_heard_answer is None and model.cfg.nothing_heard_answer is None
+    assert build(tiny_config).config.nothing_heard_answer is not None

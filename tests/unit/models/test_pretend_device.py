@@ -29,8 +29,11 @@ def moved(batch):
     return {key: OnGPU(value) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_a_step_waits_seldom_and_starts_few_kernels(on_gpu, tiny_config, name):
+@pytest.mark.parametrize(
+    ("name", "terms"), [*((name, {}) for name in ADAPTERS), ("dense", {"w_align": 0.5}), ("ctc", {"w_ctc": 0.5})]
+)
+def test_a_step_waits_seldom_and_starts_few_kernels(on_gpu, tiny_config, name, terms):
+    tiny_config["imitation"] = {**tiny_config.get("imitation", {}), **terms}
     plain = long_model(tiny_config, name).train()
     expected = plain.training_step(make_batch(plain, 3), 0)["loss"]
     model, gpu = on_gpu(name)
@@ -48,7 +51,7 @@ def test_a_step_waits_seldom_and_starts_few_kernels(on_gpu, tiny_config, name):
             loss.backward()
             waits = dict(gpu.waits)
     assert sum(waits.values()) <= WAITS[name], waits
-    assert kernels <= KERNELS[name], gpu.kernels.most_common(12)
+    assert kernels <= KERNELS[name] + 100 * bool(terms), gpu.kernels.most_common(12)  # CTC masks frames of its own
     trained = [p for p in model.perception.modality_adapter.parameters() if p.requires_grad]
     assert any(isinstance(p.grad, OnGPU) and bool(p.grad.data_on_cpu.any()) for p in trained)
 

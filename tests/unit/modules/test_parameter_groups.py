@@ -1,9 +1,11 @@
 """Learning rates by pattern, and moments that go on."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from transformers import WhisperModel
 
 from nemo_mtbi.checkpoints.archive import save_directory
@@ -160,3 +162,36 @@ def test_moments_go_on_as_if_the_optimizer_had_not_changed():
     other = torch.nn.Linear(5, 2)  # another shape: only the bias goes on
     fresh = torch.optim.AdamW(other.parameters(), 0.1)
     assert continue_moments(fresh, list(other.named_parameters()), moments_of(first, named)) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "continues"),
+    [
+        (torch.optim.AdamW, {}, True),
+        (torch.optim.RAdam, {}, True),
+        (torch.optim.AdamW, {"amsgrad": True}, False),
+        (torch.optim.NAdam, {}, False),
+        (torch.optim.RMSprop, {}, False),
+        (torch.optim.Adafactor, {}, False),
+        (torch.optim.SGD, {}, False),
+    ],
+)
+def test_optimizers_that_keep_other_things_begin_anew(kind, options, continues):
+    layer = torch.nn.Linear(3, 2)
+    named, first = list(layer.named_parameters()), torch.optim.AdamW(layer.parameters(), 0.1)
+
+    def step(optimizer):
+        layer(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+
+    step(first)
+    target = f"{kind.__module__}.{kind.__name__}"
+    model = SimpleNamespace(
+        named_parameters=lambda: iter(named),
+        cfg=OmegaConf.create({"optimizer": {"_target_": target, "lr": 0.1, **options}}),
+        config=SimpleNamespace(parameter_groups=[]),
+        earlier_moments=lambda: moments_of(first, named),
+    )
+    second = build_optimizer(model)["optimizer"]
+    assert bool(second.state) == continues
+    step(second)

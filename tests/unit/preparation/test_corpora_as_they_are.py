@@ -311,3 +311,18 @@ def test_a_csv_is_one_whatever_its_name_is(tmp_path):
         (tmp_path / name).write_text('path,transcript\na.wav,"hello, there"\n')
         [cut] = prepared(tmp_path, SourceConfig(kind, str(tmp_path / name)))
         assert cut.supervisions[0].text == "hello, there"
+
+
+def test_splits_in_a_table_name_files_of_the_output_alone(tmp_path):
+    audio(tmp_path / "a.wav")
+    victim = tmp_path / "victim.jsonl"
+    victim.write_text("mine")
+    names = ["train", "x/../../../victim", "train/clean", ".hidden"]
+    rows = "".join(f"a.wav\thello\t{name}\n" for name in names)
+    (tmp_path / "t.tsv").write_text("path\ttranscript\tsplit\n" + rows)
+    assert len(prepared(tmp_path, SourceConfig("tsv", str(tmp_path / "t.tsv"), split_column="split"))) == 1
+    assert victim.read_text() == "mine" and len(reasons(tmp_path)) == 3
+    assert all("letters, digits" in reason for reason in reasons(tmp_path))
+    for split in (SplitConfig(shares={"../a": 1.0}), SplitConfig(speakers={"s": "a/b"})):
+        with pytest.raises(ConfigError, match="names files"):
+            prepared(tmp_path, SourceConfig("tsv", str(tmp_path / "t.tsv")), split=split)

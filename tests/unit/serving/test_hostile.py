@@ -230,3 +230,37 @@ def test_a_tokens_text_is_looked_up_once(smollm2):
     found = written.scores(tokenizer, [TokenScore(300, -1.0, top)] * 50)
     assert len(found) == 50 and len(calls) <= 2 * 20
     assert found[0]["token"] == found[0]["top_logprobs"][0]["token"]
+
+
+def test_clients_that_have_left_do_not_wait(tiny_config):
+    batcher = Batcher(build(tiny_config), max_waiting=2)
+    batcher._serve = lambda batch: time.sleep(60)  # busy
+
+    def request():
+        return Request([], [], 8, print, print, Sampling())
+
+    batcher.submit(request())
+    time.sleep(0.3)
+    left = [request() for _ in range(2)]
+    batcher.submit(*left)
+    with pytest.raises(QueueFull, match="2 requests"):
+        batcher.submit(request())
+    for one in left:
+        one.cancel()
+    batcher.submit(request())
+    assert batcher.waits == 1
+
+
+@pytest.mark.parametrize(("path", "size"), [("/v1/x", 1_001), ("/gradio_api/queue/join", 2**21)])
+def test_bodies_have_a_limit_everywhere(path, size):
+    testclient = pytest.importorskip("fastapi.testclient", reason="needs the extra: pip install 'nemo_mtbi[serve]'")
+    from fastapi import FastAPI
+
+    from nemo_mtbi.serving.limits import BodyLimit
+
+    app = FastAPI()
+    app.add_middleware(BodyLimit, limit=1_000)
+    app.post(path)(lambda: "taken")
+    client = testclient.TestClient(app)
+    assert client.post(path, content=b"x" * 1_000).status_code == 200
+    assert client.post(path, content=b"x" * size).status_code == 413

@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 
 from nemo_mtbi.data.target import TARGETS_FIELD, Target
 from nemo_mtbi.errors import ConfigError, DataError
-from nemo_mtbi.training.targets_check import check_targets
+from nemo_mtbi.training.stages import require_text_channel
+from nemo_mtbi.training.targets_check import check_targets, require_word_times
 from tests.helpers import build
 from tests.unit.targets_helpers import write_cuts
 
@@ -104,3 +105,18 @@ def test_a_dense_connector_has_no_transcription_loss(checked, tiny_config):
     tiny_config["perception"] = {**tiny_config["perception"], "modality_adapter": {"_target_": target, "factor": 4}}
     with pytest.raises(ConfigError, match="w_ctc=0.3 needs a connector that emits tokens"):
         checked(w_ctc=0.3)
+
+
+def test_the_alignment_stage_needs_word_times_too(tmp_path):
+    data = {"train_ds": {"input_cfg": [{"type": "mtbi", "cuts_path": str(write_cuts(tmp_path / "cuts.jsonl", 2))}]}}
+    require_word_times(OmegaConf.create(data), "alignment_stage.w_align", 0.0)
+    with pytest.raises(ConfigError, match="model.alignment_stage.w_align=1.0 needs word times"):
+        require_word_times(OmegaConf.create(data), "alignment_stage.w_align", 1.0)
+
+
+def test_an_alignment_stage_without_a_term_is_refused(tiny_config):
+    model = build(tiny_config)
+    require_text_channel(model)
+    model.config.alignment_stage.w_ctc = 0.0
+    with pytest.raises(ConfigError, match="w_ctc and w_align are 0"):
+        require_text_channel(model)

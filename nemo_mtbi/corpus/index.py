@@ -55,7 +55,7 @@ class RecordIndex:
         seen = row[0] if row else 0
         if size == seen:
             return
-        if size < seen:
+        if size < seen or (seen and not self._is_longer(connection, file, name, seen)):
             connection.execute("delete from answers where path = ?", (name,))
             seen = 0
         with open(file, "rb") as stream:
@@ -68,6 +68,16 @@ class RecordIndex:
                     offset += len(line)
                 connection.executemany("insert into answers values (?, ?, ?, ?)", rows)
         connection.execute("insert or replace into files values (?, ?)", (name, offset))
+
+    def _is_longer(self, connection: sqlite3.Connection, file: Path, name: str, seen: int) -> bool:
+        """Whether a file is the one whose first ``seen`` bytes were read, and not another one of that name."""
+        with open(file, "rb") as stream:
+            stream.seek(seen - 1)
+            if stream.read(1) != b"\n":
+                return False
+        query = "select key, offset from answers where path = ? order by offset desc limit 1"
+        last = connection.execute(query, (name,)).fetchone()
+        return last is None or last[0] in self._line(name, last[1])
 
     def places(self, key: str, but_run: str | None = None) -> Iterator[tuple[Record, Path]]:
         """Records of that key, of other runs than ``but_run``, each with its folder."""

@@ -14,7 +14,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from nemo_mtbi.data.audio import load_waveform, mono
+from nemo_mtbi.data.audio import LOUDEST, load_waveform, mono
 from nemo_mtbi.data.audio_length import with_length
 from nemo_mtbi.errors import DataError
 
@@ -178,6 +178,8 @@ def _read(file: soundfile.SoundFile, place: int, wanted: int) -> tuple[np.ndarra
         return block, str(getattr(error, "error_string", error)).strip(" .").removeprefix("Error : ")
     if not np.isfinite(block).all():
         return block[:0], "samples that are no numbers"
+    if block.size and np.square(block, dtype=np.float64).mean(0).max() > LOUDEST**2:  # as of one, see mono()
+        return block[:0], "samples of another type"
     return block, None if len(block) == wanted else "it ends before what its header announces"
 
 

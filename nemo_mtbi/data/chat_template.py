@@ -1,5 +1,6 @@
 """Chat templates: as a prompt format, and the one that an export carries, which writes what training read."""
 
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -86,6 +87,12 @@ def dialect(prompt_format: str, tokenizer: Any) -> str:
     template = getattr(tokenizer, "chat_template", None)
     silenced = prompt_format == ChatTemplateFormat.NAME and thinks(template)
     return f"{prompt_format} without thinking" if silenced else prompt_format
+
+
+def template_digest(tokenizer: Any) -> str | None:
+    """Digest of a Hugging Face tokenizer's chat template; None without one."""
+    template = getattr(tokenizer, "chat_template", None)
+    return hashlib.blake2b(str(template).encode(), digest_size=12).hexdigest() if template else None
 
 
 def thinks(template: str | dict[str, str] | None) -> bool:

@@ -71,9 +71,13 @@ class SpeechLLM(nn.Module):
         self.marks_seconds = every_seconds
 
     def listen_as(self, max_positions: int | None, per_second: float | None, time_marks: float | None) -> None:
-        """:meth:`limit_positions`, if there is a limit (else as the model has it), and :meth:`mark_times`."""
+        """:meth:`limit_positions`, of which those that are None are the model's own, and :meth:`mark_times`."""
+        own = self.config.perception.get("fusion") or {}
         if max_positions is not None or per_second is not None:
-            self.limit_positions(max_positions, per_second)
+            self.limit_positions(
+                own.get("max_positions") if max_positions is None else max_positions,
+                own.get("per_second") if per_second is None else per_second,
+            )
         self.mark_times(time_marks)
 
     def stop_ids(self) -> list[int]:

@@ -59,7 +59,9 @@ def chosen_device(name: str, size: int, launcher: str) -> torch.device:
     Raises:
         ConfigError: no such device.
     """
-    if name == "auto" or size > 1:
+    if size > 1 and name != "auto":
+        raise ConfigError(f"device={name}: with tensor_model_parallel_size={size} each rank has its own; use auto.")
+    if name == "auto":
         return join_ranks(size, launcher)
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ConfigError(f"device={name}: use auto, cpu, cuda or cuda:N.")
@@ -130,7 +132,5 @@ def once_per_node(folder: Callable[[], AbstractContextManager[Path]]) -> Iterato
         shared, problem = gathered_objects((own, problem), None)[hosts.index(host)]
         if problem is not None:
             raise CheckpointError(problem)
-        try:
-            yield shared if shared.is_dir() else stack.enter_context(folder())
-        finally:
-            gathered_objects(None, None)
+        yield shared if shared.is_dir() else stack.enter_context(folder())
+        gathered_objects(None, None)  # not after an error, of which the others, elsewhere, know nothing

@@ -10,6 +10,8 @@ from itertools import pairwise
 import librosa
 import numpy as np
 
+from nemo_mtbi.preparation.compiled import require_compiled
+
 PITCH_HZ = (60.0, 500.0)
 PITCH_FRAME, PITCH_HOP, PITCH_RESOLUTION = 1024, 320, 0.2  # samples at 16 kHz; in semitones
 LEVEL_FRAME, LEVEL_HOP = 400, 160
@@ -52,6 +54,7 @@ def measure(
         text: transcript.
         clean: (S,) the voice before noise was mixed under it; its pitch is measured there.
     """
+    require_compiled()
     found: dict[str, float] = {"seconds": len(samples) / rate, "fillers": len(FILLERS.findall(text))}
     known = [word for word in words if word is not None]
     if len(known) == len(words):

@@ -19,6 +19,7 @@ from lhotse.cut.data import DataCut
 from nemo_mtbi.corpus.failures import raise_if_of_the_machine, sources_of
 from nemo_mtbi.corpus.shards import Shard
 from nemo_mtbi.data.alignments import from_its_beginning
+from nemo_mtbi.data.chat_template import template_digest
 from nemo_mtbi.data.feature_cache import is_features, with_span
 from nemo_mtbi.data.target import TARGETS_FIELD, TEACHER_IDS_FIELD, TEACHER_LOG_PROBS_FIELD
 from nemo_mtbi.errors import DataError
@@ -234,7 +235,7 @@ def run_manifest(config: TargetsConfig, drawer: PromptDrawer, counts: dict[str, 
             "class": type(hf).__name__,
             "vocabulary": len(hf),
             "digest": _digest(hf.backend_tokenizer.to_str()),
-            "chat_template_digest": _digest(str(hf.chat_template)) if hf.chat_template else None,
+            "chat_template_digest": template_digest(hf),
         },
         "decoding": {"method": "greedy", "engine": config.engine, "dtype": config.dtype, **engine},
         "settings": {

@@ -1,6 +1,8 @@
 """Do the first targets of each manifest fit the run? Asked before training, not at the first imitation step."""
 
+import json
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,11 @@ from omegaconf import DictConfig
 
 from nemo_mtbi import console
 from nemo_mtbi.config import misspelled
+from nemo_mtbi.data.chat_template import ChatTemplateFormat, template_digest
 from nemo_mtbi.data.conversation import task_weights
 from nemo_mtbi.data.cut_lines import has_lines
 from nemo_mtbi.data.target import NO_SPEECH, TARGETS_FIELD, Target
-from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.models.mtbi_salm import MTBISALM
 from nemo_mtbi.modules.perception import connector_of
@@ -42,8 +45,8 @@ def check_targets(data: DictConfig, model: MTBISALM) -> None:
 
     Raises:
         ConfigError: a term that the connector cannot have, or for which no manifest has word times.
-        DataError: answers of another LLM, under another prompt format, without the teacher's log-probabilities or
-            with those of another temperature.
+        DataError: answers of another LLM, under another prompt format or chat template, without the teacher's
+            log-probabilities or with those of another temperature.
     """
     imitation, connector = model.config.imitation, connector_of(model.perception)
     if imitation.w_ctc > 0 and (connector is None or not connector.emits_tokens):
@@ -53,6 +56,8 @@ def check_targets(data: DictConfig, model: MTBISALM) -> None:
         )
     sections = {key: list(input_entries(data[key])) for key in ("train_ds", "validation_ds") if key in data}
     read = [(key, entry, list(first_lines(entry.get("cuts_path")))) for key, own in sections.items() for entry in own]
+    for _, entry, _ in read:
+        require_same_template(entry.get("cuts_path"), model)
     dataset, tasks = targets_dataset(model), set(load_library())
     for _, _, lines in read:
         tasks |= {target["task"] for line in lines for target in _targets(line)}
@@ -67,6 +72,28 @@ def check_targets(data: DictConfig, model: MTBISALM) -> None:
     for problem in dict.fromkeys(doubtful):
         console.say(problem)
     require_word_times(data, "imitation.w_align", imitation.w_align)
+
+
+def require_same_template(cuts: Any, model: MTBISALM) -> None:
+    """Of the LLM that has answered and of the one that is trained with; fingerprints are of weights.
+
+    Args:
+        cuts: a manifest, beside which target generation says which template it was.
+        model: that is to be trained on it.
+
+    Raises:
+        DataError: another one.
+    """
+    if model.cfg.prompt_format != ChatTemplateFormat.NAME or not has_lines(cuts):
+        return
+    theirs, own = None, template_digest(model.tokenizer.tokenizer)
+    with suppress(OSError, ValueError, TypeError, KeyError):  # none, or another file of that name
+        theirs = json.loads(Path(cuts).with_name("manifest.json").read_text())["tokenizer"]["chat_template_digest"]
+    if theirs not in (None, own):
+        raise DataError(
+            f"The answers in {cuts} were given under another chat template of the LLM ({theirs}, now {own}): was it "
+            "updated meanwhile? Generate them again."
+        )
 
 
 def require_word_times(data: DictConfig, name: str, weight: float) -> None:

@@ -144,7 +144,7 @@ class CTCCompressConnector(TokenConnector):
             hidden, lengths = self._frames(features, lengths)
         log_probs = self._ctc_log_probs(hidden)
         embeddings, counts, centers, labels, content = self._compress(hidden, log_probs, lengths)
-        centers = (centers + 0.5) * self.subsampling_factor - 0.5
+        centers = centers * self.subsampling_factor - 0.5  # as ConvSubsampler.centers
         return SpeechEmbeddings(embeddings, counts, centers, log_probs, lengths, labels, content)
 
     def ctc(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:

@@ -71,3 +71,14 @@ def test_a_damaged_line_is_named(tmp_path):
         file.write("no json\n")
     with pytest.raises(DataError, match=rf"0.records.jsonl, the line at byte {place} is no JSON .*Remove that line"):
         index_of(tmp_path).open()
+
+
+@pytest.mark.parametrize("more", [0, 5])
+def test_a_file_that_was_written_anew_is_read_anew(tmp_path, more):
+    """Longer than before, so that its size does not say it; in the second case a line ends where it ended before."""
+    file = tmp_path / "0.records.jsonl"
+    write(file, ["a", "b"])
+    index_of(tmp_path).open()
+    write(file, ["x" * (1 + more), "y" * (1 + more), "z", "a"], mode="w")
+    found = index_of(tmp_path)
+    assert [len(list(found.places(key))) for key in ("x" * (1 + more), "z", "a", "b")] == [1, 1, 1, 0]

@@ -188,3 +188,13 @@ def test_much_audio_is_decoded_in_blocks():
     blocks = decode_audio(buffer.getvalue(), 16000, 120)
     assert isinstance(blocks, AudioStream)
     assert sum(map(len, blocks)) == pytest.approx(40 * 16000, abs=160)
+
+
+def test_a_wild_sample_is_a_gap_too(tmp_path):
+    samples = 0.1 * np.random.default_rng(0).standard_normal(16_000 * 150).astype(np.float32)
+    samples[16_000 * 70] = 1e10
+    soundfile.write(tmp_path / "a.wav", samples, 16_000, subtype="FLOAT")
+    stream = open_audio(tmp_path / "a.wav", 16_000)
+    assert len(read(stream)) == len(samples)
+    (gap,) = gaps_of(stream)
+    assert gap.begin_seconds <= 70 < gap.end_seconds <= gap.begin_seconds + 2

@@ -251,3 +251,12 @@ def test_parts_are_rows_of_one():
     both = concatenated(parts)
     assert both.lengths.tolist() == [2, 1, 3] and both.embeddings.shape == (3, 3, 2)
     assert both.labels.tolist() == [[1, 2, 0], [3, 0, 0], [4, 5, 6]] and both.content is None
+
+
+def test_one_limit_leaves_the_models_other_one(tiny_config):
+    perception = {"modality_adapter": copy.deepcopy(ADAPTERS["dense"]), "fusion": {"max_positions": 40}}
+    model = build(tiny_config, perception=perception)
+    model.listen_as(None, 3.0, None)
+    assert (model.perception.fusion.max_positions, model.perception.fusion.per_second) == (40, 3.0)
+    model.listen_as(20, None, None)
+    assert (model.perception.fusion.max_positions, model.perception.fusion.per_second) == (20, None)

@@ -314,11 +314,12 @@ def test_a_csv_is_one_whatever_its_name_is(tmp_path):
 
 
 def test_splits_in_a_table_name_files_of_the_output_alone(tmp_path):
-    audio(tmp_path / "a.wav")
     victim = tmp_path / "victim.jsonl"
     victim.write_text("mine")
     names = ["train", "x/../../../victim", "train/clean", ".hidden"]
-    rows = "".join(f"a.wav\thello\t{name}\n" for name in names)
+    for number in range(len(names)):
+        audio(tmp_path / f"{number}.wav", seed=number)
+    rows = "".join(f"{number}.wav\thello\t{name}\n" for number, name in enumerate(names))
     (tmp_path / "t.tsv").write_text("path\ttranscript\tsplit\n" + rows)
     assert len(prepared(tmp_path, SourceConfig("tsv", str(tmp_path / "t.tsv"), split_column="split"))) == 1
     assert victim.read_text() == "mine" and len(reasons(tmp_path)) == 3

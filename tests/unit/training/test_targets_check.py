@@ -7,6 +7,7 @@ import pytest
 from lhotse import CutSet
 from omegaconf import OmegaConf
 
+from nemo_mtbi.data.chat_template import dialect, template_digest
 from nemo_mtbi.data.target import TARGETS_FIELD, Target
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.training.stages import require_text_channel
@@ -19,12 +20,13 @@ pytestmark = pytest.mark.unit
 
 @pytest.fixture
 def checked(tmp_path, tiny_config):
-    def check(target=None, entry=None, section="train_ds", more=(), change=None, **imitation):
+    def check(target=None, entry=None, section="train_ds", more=(), change=None, own=None, **imitation):
         config = copy.deepcopy(tiny_config)
         config["imitation"] = {**config.get("imitation", {}), "w_ctc": 0.0, **imitation}
         model = build(config)
-        own = Target.rendering_of("chatml", "after", model.references["llm"])
-        answer = Target("", "repeat", "repeat-01", "Repeat.", "yes", [300, 2], rendering=own).to_dict()
+        rendering = Target.rendering_of("chatml", "after", model.references["llm"])
+        answer = Target("", "repeat", "repeat-01", "Repeat.", "yes", [300, 2], rendering=rendering).to_dict()
+        answer |= own or {}
         cuts = list(CutSet.from_file(write_cuts(tmp_path / "cuts.jsonl", 2)))
         for cut in cuts:
             cut.custom = {TARGETS_FIELD: [answer, answer | (target or {})]}
@@ -120,3 +122,16 @@ def test_an_alignment_stage_without_a_term_is_refused(tiny_config):
     model.config.alignment_stage.w_ctc = 0.0
     with pytest.raises(ConfigError, match="w_ctc and w_align are 0"):
         require_text_channel(model)
+
+
+def test_answers_under_another_chat_template(checked, tmp_path, tiny_config):
+    tiny_config["prompt_format"] = "chat_template"
+    tokenizer = build(tiny_config).tokenizer.tokenizer
+    rendering = Target.rendering_of(dialect("chat_template", tokenizer), "after", build(tiny_config).references["llm"])
+    beside = tmp_path / "manifest.json"
+    for found in ("[1]", json.dumps({"tokenizer": {"chat_template_digest": template_digest(tokenizer)}})):
+        beside.write_text(found)
+        checked({"rendering": rendering}, own={"rendering": rendering})
+    beside.write_text(json.dumps({"tokenizer": {"chat_template_digest": "0" * 24}}))
+    with pytest.raises(DataError, match="another chat template"):
+        checked({"rendering": rendering}, own={"rendering": rendering})

@@ -196,10 +196,10 @@ class MTBIDataset(torch.utils.data.Dataset):
                     f"them again."
                 )
         most = max(own.shape[1] for own in ids)  # manifests may have been answered with different top_k
-        rows = [filled(*own, most) for own in zip(ids, log_probs, strict=True)]
+        whole = [filled(*own, most) for own in zip(ids, log_probs, strict=True)]
         return {
-            "teacher_ids": torch.from_numpy(np.concatenate([own for own, _ in rows])),
-            "teacher_log_probs": torch.from_numpy(np.concatenate([own for _, own in rows])),
+            "teacher_ids": torch.from_numpy(np.concatenate([own for own, _ in whole])),
+            "teacher_log_probs": torch.from_numpy(np.concatenate([own for _, own in whole])),
         }
 
 

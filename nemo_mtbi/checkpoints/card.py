@@ -3,12 +3,11 @@
 Parts, data, tasks, teacher, licences and results, as far as the run has them on record.
 """
 
-import json
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from nemo_mtbi.checkpoints.trained_state import MERGED_LORA
+from nemo_mtbi.data.target import said_beside
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.modules.causal_lm import is_frozen
 from nemo_mtbi.pretrained.offline import LICENCES
@@ -93,9 +92,8 @@ def _training(run: Path | None, data: str | None) -> list[str]:
     manifests: list[str] = record.get("train", [])
     teachers = {}
     for path in manifests:
-        beside = Path(path).parent / "manifest.json"
-        with suppress(OSError, ValueError, TypeError, KeyError):  # none, or another file of that name
-            teacher = json.loads(beside.read_text())["teacher"]
+        teacher = said_beside(path, "teacher")
+        if {"name", "fingerprint"} <= teacher.keys():
             teachers[teacher["name"]] = teacher["fingerprint"]
     lines = [
         f"- Data: {data or ', '.join(f'`{p}`' for p in manifests) or UNKNOWN}",

@@ -49,8 +49,7 @@ def mono(audio: np.ndarray, noticed: list[str] | None = None) -> np.ndarray:
     if not audio.size:
         return np.zeros(0, np.float32)
     means = audio.mean(1, keepdims=True, dtype=np.float64)
-    # Energies (C,) from float64 sums without a copy of the audio.
-    energies = np.einsum("cs,cs->c", audio, audio, dtype=np.float64) / audio.shape[1]
+    energies = mean_energies(audio)
     if not np.isfinite(energies).all():
         raise DataError("The audio holds samples that are no numbers.")
     if (energies > LOUDEST**2).any():
@@ -157,6 +156,11 @@ def part_of(cut: Cut, offset_seconds: float, duration_seconds: float | None, tol
     if not offset_seconds and wanted >= cut.duration - tolerance_seconds:
         return cut
     return cut.truncate(offset=offset_seconds, duration=min(wanted, cut.duration - offset_seconds), preserve_id=True)
+
+
+def mean_energies(audio: np.ndarray) -> np.ndarray:
+    """(C, S) -> (C,), from float64 sums without a copy of the audio."""
+    return np.einsum("cs,cs->c", audio, audio, dtype=np.float64) / max(1, audio.shape[1])
 
 
 def mono_samples(cut: Cut, sampling_rate: int, noticed: list[str] | None = None) -> np.ndarray:

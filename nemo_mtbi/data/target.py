@@ -1,12 +1,20 @@
 """What is stored about one answer of the text LLM, in ``cut.custom["targets"]``."""
 
+import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 TARGETS_FIELD = "targets"
 NO_SPEECH = "no_speech"  # custom field of cuts in which nothing is said, and the task of their targets
 TEACHER_IDS_FIELD, TEACHER_LOG_PROBS_FIELD = "teacher_ids", "teacher_log_probs"
 IMPOSSIBLE = -100.0  # log-probability of what fills the teacher's rows
+
+
+def is_no_speech(cut: Any) -> bool:
+    """Whether a cut is marked as one in which nothing is said."""
+    return bool((cut.custom or {}).get(NO_SPEECH))
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,15 @@ class Target:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def said_beside(cuts: str | Path, section: str) -> dict[str, Any]:
+    """A section of the ``manifest.json`` that target generation writes beside a manifest; empty where there is none,
+    or another file of that name."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        found = json.loads(Path(cuts).with_name("manifest.json").read_text())[section]
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def no_log_probabilities(name: str) -> str:

@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from lhotse import CutSet
-from lhotse.cut import Cut
 from omegaconf import DictConfig
 
 from nemo_mtbi.checkpoints.run_directory import RunDirectory
 from nemo_mtbi.data.chat_template import dialect
 from nemo_mtbi.data.conversation import MTBIConversation, check_manifest
-from nemo_mtbi.data.target import NO_SPEECH, Target
+from nemo_mtbi.data.target import Target, is_no_speech
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.evaluation.asr import WhisperASR
 from nemo_mtbi.evaluation.benchmark_report import write_report
@@ -235,26 +234,19 @@ class Benchmark:
             )
         self._ask(name, lambda questions: SpeechSystem(model), digest(self.weights), model.encoder_key)
         if self.cfg.no_speech:
-            sets = {"no speech": self.cfg.no_speech, **self.cfg.cuts}
+            spoken = {name: spoken_cuts(path) for name, path in self.cfg.cuts.items()}
+            sets = {"no speech": CutSet.from_file(self.cfg.no_speech), **spoken}
             self.silence[name] = {
                 title: nothing_heard(
-                    SpeechSystem(model),
-                    CutSet.from_file(path) if path == self.cfg.no_speech else spoken_cuts(path),
-                    self.cfg.cached_features,
-                    self.cfg.batch_size,
-                    f"{name}: {title}",
+                    SpeechSystem(model), cuts, self.cfg.cached_features, self.cfg.batch_size, f"{name}: {title}"
                 )
-                for title, path in sets.items()
+                for title, cuts in sets.items()
             }
 
 
 def spoken_cuts(path: str | Path) -> CutSet:
     """The cuts of a manifest but for those in which nothing is said, which ``no_speech`` is for."""
-    return CutSet.from_file(path).filter(_is_spoken)
-
-
-def _is_spoken(cut: Cut) -> bool:
-    return not (cut.custom or {}).get(NO_SPEECH)
+    return CutSet.from_file(path).filter(lambda cut: not is_no_speech(cut))
 
 
 def trained_on(specs: Iterable[str], library: dict[str, Task]) -> list[str] | None:

@@ -18,7 +18,7 @@ from nemo_mtbi.data.chat_template import dialect
 from nemo_mtbi.data.description import DescribedText, Description
 from nemo_mtbi.data.messages import NOTHING_HEARD, user_message
 from nemo_mtbi.data.rendering import PromptRenderer, RenderedPrompt, Spoken
-from nemo_mtbi.data.target import NO_SPEECH, Target
+from nemo_mtbi.data.target import NO_SPEECH, Target, is_no_speech
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.io.text import language_code
 from nemo_mtbi.modules.causal_lm import end_of_turn, generation_config_of
@@ -136,7 +136,7 @@ class PromptDrawer:
 
     def jobs(self, cut: Cut, name: str, values: Values) -> list[Job]:
         """The prompts that one cut is asked; none if it has no transcript."""
-        if (cut.custom or {}).get(NO_SPEECH):
+        if is_no_speech(cut):
             return self._silent_jobs(cut, name)
         text = transcript(cut)
         if not text:

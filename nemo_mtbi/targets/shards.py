@@ -29,6 +29,7 @@ from nemo_mtbi.data.target import (
     TEACHER_IDS_FIELD,
     TEACHER_LOG_PROBS_FIELD,
     Target,
+    is_no_speech,
 )
 from nemo_mtbi.errors import ShardError
 from nemo_mtbi.io import jsonl
@@ -226,7 +227,7 @@ class ShardWriter:
         lines: list[dict[str, Any]] = []
         for cut in cuts:
             kept: list[Target] = []
-            if not transcript(cut) and not (cut.custom or {}).get(NO_SPEECH):
+            if not transcript(cut) and not is_no_speech(cut):
                 rejected[NO_TRANSCRIPT] += 1
                 side.append(
                     rejected_record(shard.name, cut.id, "", "", NO_TRANSCRIPT, "the cut has no transcript", None)

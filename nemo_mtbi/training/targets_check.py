@@ -1,8 +1,6 @@
 """Do the first targets of each manifest fit the run? Asked before training, not at the first imitation step."""
 
-import json
 from collections.abc import Iterator
-from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from nemo_mtbi.config import misspelled
 from nemo_mtbi.data.chat_template import ChatTemplateFormat, template_digest
 from nemo_mtbi.data.conversation import task_weights
 from nemo_mtbi.data.cut_lines import has_lines
-from nemo_mtbi.data.target import NO_SPEECH, TARGETS_FIELD, Target
+from nemo_mtbi.data.target import NO_SPEECH, TARGETS_FIELD, Target, said_beside
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.models.mtbi_salm import MTBISALM
@@ -86,9 +84,7 @@ def require_same_template(cuts: Any, model: MTBISALM) -> None:
     """
     if model.cfg.prompt_format != ChatTemplateFormat.NAME or not has_lines(cuts):
         return
-    theirs, own = None, template_digest(model.tokenizer.tokenizer)
-    with suppress(OSError, ValueError, TypeError, KeyError):  # none, or another file of that name
-        theirs = json.loads(Path(cuts).with_name("manifest.json").read_text())["tokenizer"]["chat_template_digest"]
+    theirs, own = said_beside(cuts, "tokenizer").get("chat_template_digest"), template_digest(model.tokenizer.tokenizer)
     if theirs not in (None, own):
         raise DataError(
             f"The answers in {cuts} were given under another chat template of the LLM ({theirs}, now {own}): was it "

@@ -181,7 +181,8 @@ class ModelConfig:
     fused_norms: bool = False
     max_bad_steps: int = 20
     # Written by an export, read by from_pretrained / restore_from (as in NeMo's SALM).
-    tokenizer_path: str | None = None
+    llm_config_path: str | None = None  # where the export lies now; not written
+    tokenizer_path: str | None = None  # likewise
     references: dict[str, str] = field(default_factory=dict)
     model_type: str | None = None
     architectures: Any = None

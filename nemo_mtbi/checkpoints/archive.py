@@ -40,12 +40,13 @@ TRAINING_KEYS = (
     "prefix_cache_tokens",
     "packing",
 )
+PLACES = ("llm_config_path", "tokenizer_path")  # of an export that was opened
 
 
 def exported_config(model: Any) -> dict[str, Any]:
     """The configuration with which the exported weights load without their pretrained sources."""
     cfg: dict[str, Any] = OmegaConf.to_container(model.cfg, resolve=True)  # type: ignore[assignment]
-    cfg = {k: v for k, v in cfg.items() if k not in TRAINING_KEYS}
+    cfg = {k: v for k, v in cfg.items() if k not in TRAINING_KEYS + PLACES}
     return cfg | {"pretrained_weights": False, "references": model.references, "trust_remote_code": False}
 
 
@@ -110,7 +111,7 @@ def save_trainable(model: Any, folder: Path, stage: str, card: str | None = None
     """
     with _new_folder(folder) as temporary:
         run = RunDirectory(temporary)
-        run.save_config(model, {k: v for k, v in model.hparams["cfg"].items() if k not in TRAINING_KEYS})
+        run.save_config(model, {k: v for k, v in model.hparams["cfg"].items() if k not in TRAINING_KEYS + PLACES})
         run.save_weights(model, stage)
         jsonl.write_text(temporary / "README.md", card or model_card(model, whole=False))
     return folder

@@ -7,15 +7,18 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from nemo_mtbi.errors import CheckpointError
 from nemo_mtbi.modules.causal_lm import causal_lm
 
 CONFIG, WEIGHTS, NEMO_CONFIG = "config.json", "model.safetensors", "model_config.yaml"
 LLM_BACKBONE_DIR = "llm_backbone"  # NeMo's name (speechlm2/parts/hf_hub.py)
+PARTS_OF = ("nemo_mtbi.", "nemo.", "torch.nn.")  # packages whose modules a model may consist of
 
 
 def export_folder(path: Path) -> AbstractContextManager[Path]:
@@ -28,10 +31,10 @@ def export_folder(path: Path) -> AbstractContextManager[Path]:
 
 
 def local_config(folder: Path) -> dict[str, Any]:
-    """The configuration of an export, with tokenizer and LLM configuration from its own folder."""
+    """The configuration of an export, with the places of its own tokenizer and LLM configuration."""
     cfg: dict[str, Any] = json.loads((folder / CONFIG).read_text())
     return cfg | {
-        "pretrained_llm": str(folder / LLM_BACKBONE_DIR),
+        "llm_config_path": str(folder / LLM_BACKBONE_DIR),
         "tokenizer_path": str(folder),
         "pretrained_weights": False,
     }
@@ -89,7 +92,8 @@ def checked_directory(folder: Path) -> set[str]:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{folder / CONFIG} is damaged ({error}). Copy it again.") from error
-    if "modality_adapter" not in (config.get("perception") or {}):
+    perception = config.get("perception") if isinstance(config, dict) else None
+    if not isinstance(perception, dict) or "modality_adapter" not in perception:
         raise CheckpointError(
             f"{folder / CONFIG} does not describe a speech LLM: it has no perception.modality_adapter."
         )
@@ -97,11 +101,44 @@ def checked_directory(folder: Path) -> set[str]:
         raise CheckpointError(
             f"{folder / CONFIG} asks to run code that came with the model; set trust_remote_code to false."
         )
+    for target in _targets(perception):
+        module_class(target)
     try:
         with safe_open(folder / WEIGHTS, "pt") as weights:
             return set(weights.keys())
     except SafetensorError as error:
         raise CheckpointError(f"{folder / WEIGHTS} is truncated or no safetensors file ({error}).") from error
+
+
+def module_class(target: Any) -> type[nn.Module]:
+    """The class of a part of an exported model, whose configuration comes from whoever made the file.
+
+    NeMo itself would call functions of its own too, some of which write files.
+
+    Raises:
+        CheckpointError: ``target`` is no ``nn.Module`` of ours, NeMo's or PyTorch's.
+    """
+    try:
+        found = resolve_name(target) if str(target).startswith(PARTS_OF) else None
+    except (ImportError, AttributeError, ValueError):
+        found = None
+    if isinstance(found, type) and issubclass(found, nn.Module):
+        return found
+    raise CheckpointError(f"{CONFIG} names {target!r} as a part of the model, which is no module of nemo_mtbi or NeMo.")
+
+
+def _targets(part: Any) -> Iterator[Any]:
+    """Every ``_target_`` within a part of a configuration."""
+    if isinstance(part, str) and "${" in part:
+        raise CheckpointError(f"{CONFIG} holds {part!r}: an exported configuration has values, no interpolations.")
+    if isinstance(part, dict):
+        if "_target_" in part:
+            yield part["_target_"]
+        part = part.values()
+    elif not isinstance(part, list):
+        return
+    for value in part:
+        yield from _targets(value)
 
 
 def require_every_weight(model: Any, folder: Path, names: set[str]) -> None:

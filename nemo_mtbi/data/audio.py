@@ -4,9 +4,11 @@ Letters: C channels, S samples, B utterances.
 """
 
 import logging
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soxr
@@ -71,6 +73,26 @@ def mono(audio: np.ndarray, noticed: list[str] | None = None) -> np.ndarray:
     return np.ascontiguousarray(average, dtype=np.float32)
 
 
+def waveform(samples: Any) -> np.ndarray:
+    """Samples as programs hold them (S,), or with one channel in two dimensions; integers of any width are scaled.
+
+    Returns:
+        (S,) float32, see :func:`mono`.
+
+    Raises:
+        DataError: several channels, another type, samples that are no numbers.
+    """
+    own = torch.as_tensor(samples).detach().cpu().numpy()
+    own = own.reshape(-1) if own.ndim == 2 and 1 in own.shape else own
+    if own.ndim != 1:
+        raise DataError(f"A waveform of shape {own.shape}: give one channel, (samples,).")
+    if np.issubdtype(own.dtype, np.signedinteger):
+        own = own / -float(np.iinfo(own.dtype).min)
+    if not np.issubdtype(own.dtype, np.floating):
+        raise DataError(f"A waveform of {own.dtype}: give floats with a full scale of 1, or signed integers.")
+    return mono(own[None])
+
+
 def _notice(noticed: list[str] | None, what: str) -> None:
     if noticed is not None:
         noticed.append(what)
@@ -97,13 +119,18 @@ def audio_files(folder: Path) -> list[Path]:
 
 
 def load_waveform(
-    path: str | Path, sampling_rate: int, offset_seconds: float = 0.0, duration_seconds: float | None = None
+    path: str | Path,
+    sampling_rate: int,
+    offset_seconds: float = 0.0,
+    duration_seconds: float | None = None,
+    longest: float = math.inf,
 ) -> np.ndarray:
     """A file, or a part of it, as float32 mono (S,) at ``sampling_rate``; any rate, channel count and format that
     Lhotse reads.
 
     Raises:
-        DataError: the file is missing, unreadable, shorter than the part or than 50 ms.
+        DataError: the file is missing, unreadable, shorter than the part or than 50 ms, or announces more than
+            ``longest`` seconds, of which none is decoded then.
     """
     if not Path(path).is_file():
         raise DataError(f"There is no audio file {path}.")
@@ -112,6 +139,8 @@ def load_waveform(
         cut = Recording.from_file(path).to_cut()
         if offset_seconds or duration_seconds is not None:
             cut = part_of(cut, offset_seconds, duration_seconds)
+        if cut.duration > longest:
+            raise DataError(f"{cut.duration:.0f} s of audio; the limit here is {longest:.0f} s.")
         samples = mono_samples(cut, sampling_rate, noticed)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error

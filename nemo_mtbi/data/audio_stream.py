@@ -197,7 +197,8 @@ def open_audio(
     """A recording in blocks: streamed if it is long and of a format that can be, else read at once, as
     :func:`nemo_mtbi.data.audio.load_waveform` does.
 
-    ``longest``: seconds beyond which the length of one that does not say it is not counted.
+    ``longest``: seconds beyond which the length of one that does not say it is not counted, and of which no more are
+    read at once.
 
     Raises:
         DataError: as :func:`nemo_mtbi.data.audio.load_waveform`.
@@ -206,7 +207,7 @@ def open_audio(
     stream = AudioStream(source, sampling_rate, offset_seconds, duration_seconds)
     if isinstance(source, bytes) or (Path(path).is_file() and _is_long(stream)):
         return stream
-    return [load_waveform(path, sampling_rate, offset_seconds, duration_seconds)]
+    return [load_waveform(path, sampling_rate, offset_seconds, duration_seconds, longest)]
 
 
 def _is_long(stream: AudioStream) -> bool:

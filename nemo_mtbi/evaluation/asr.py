@@ -10,11 +10,13 @@ import torch
 from lhotse.cut import Cut
 
 from nemo_mtbi import console
+from nemo_mtbi.config import ModelConfig
 from nemo_mtbi.data.audio import mono_samples
 from nemo_mtbi.data.audio_windows import audio_windows
 from nemo_mtbi.data.feature_cache import features_key
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.io import jsonl
+from nemo_mtbi.io.text import in_one
 from nemo_mtbi.modules.perception import is_whisper
 from nemo_mtbi.modules.whisper import HOP_SAMPLES, SAMPLE_RATE, SUBSAMPLING, WINDOW_SECONDS
 from nemo_mtbi.pretrained.fingerprint import fingerprint
@@ -30,13 +32,14 @@ class WhisperASR:
 
     Args:
         name: Whisper model (``offline:``, hub name or path).
+        language: of the speech, for a multilingual model, which else guesses one for each window.
         batch_size: windows decoded together.
 
     Raises:
         ConfigError: the model is not Whisper.
     """
 
-    def __init__(self, name: str, batch_size: int = 16) -> None:
+    def __init__(self, name: str, language: str | None = None, batch_size: int = 16) -> None:
         self.path = resolve_pretrained(name)
         if not is_whisper(self.path):
             raise ConfigError(
@@ -44,7 +47,13 @@ class WhisperASR:
                 "benchmark, baseline=text_topline)."
             )
         self.batch_size = batch_size
-        self.key = fingerprint(self.path)
+        self.language = language
+        self.key = "/".join(filter(None, [fingerprint(self.path), language]))
+
+    @classmethod
+    def beside(cls, config: ModelConfig) -> "WhisperASR":
+        """The recognizer of a speech LLM, told the same language."""
+        return cls(config.pretrained_asr, (config.perception.get("modality_adapter") or {}).get("language"))
 
     def transcribe(self, cuts: list[Cut], cache: Path) -> dict[str, str]:
         """Transcripts by cut id, kept in the JSONL file ``cache`` and reused for the same audio.
@@ -77,10 +86,17 @@ class WhisperASR:
         for begin in range(0, len(windows), self.batch_size):
             part = windows[begin : begin + self.batch_size]
             features = extractor([w for _, w in part], sampling_rate=RATE, return_tensors="pt").input_features
-            ids = model.generate(input_features=features.to(model.device))
+            ids = model.generate(input_features=features.to(model.device), **self.options)
             for (k, _), text in zip(part, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
                 texts[k].append(text.strip())
-        return [" ".join(t).strip() for t in texts]
+        return [in_one(t) for t in texts]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a multilingual model is told; the others refuse it."""
+        if not getattr(self.parts[0].generation_config, "is_multilingual", False):
+            return {}
+        return {"task": "transcribe"} | ({"language": self.language} if self.language else {})
 
     @cached_property
     def parts(self) -> tuple[Any, Any, Any]:

@@ -7,17 +7,19 @@
     <output_dir>/benchmark.json, .md, .html, .png
 """
 
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from lhotse import CutSet
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from nemo_mtbi.checkpoints.run_directory import RunDirectory
 from nemo_mtbi.data.chat_template import dialect
 from nemo_mtbi.data.conversation import MTBIConversation, check_manifest
+from nemo_mtbi.data.feature_cache import FEATURES_FIELD
 from nemo_mtbi.data.target import Target, is_no_speech
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.evaluation.asr import WhisperASR
@@ -36,7 +38,15 @@ from nemo_mtbi.evaluation.latency import seconds_to_first_token
 from nemo_mtbi.evaluation.predictions import Predictions, digest, key_of
 from nemo_mtbi.evaluation.silence import nothing_heard
 from nemo_mtbi.evaluation.summary import summarize, summarize_labels
-from nemo_mtbi.evaluation.systems import EvaluationSet, SALMSystem, SpeechSystem, System, TextLLM, TextSystem
+from nemo_mtbi.evaluation.systems import (
+    EvaluationSet,
+    SALMSystem,
+    SpeechSystem,
+    System,
+    TextLLM,
+    TextSystem,
+    require_text_llm,
+)
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.models.mtbi_salm import MTBISALM
 from nemo_mtbi.targets import workers
@@ -197,14 +207,15 @@ class Benchmark:
                 self.records[manifest].setdefault(name, {})[column] = found
         for corpus, (cuts, transcribed) in self.labelled.items():
             if name != TOPLINE or transcribed:
-                questions = EvaluationSet(self.model, cuts, cached_features=False)
+                cached = self.cfg.cached_features and all(cut.has_custom(FEATURES_FIELD) for cut in cuts)
+                questions = EvaluationSet(self.model, cuts, cached)
                 found = predictions.predict(corpus, self.model, system_for(questions), questions, imitation=False)
                 self.label_records[corpus][name] = found
 
     def _ask_cascades(self) -> dict[str, float]:
         """The cascades' predictions; seconds to the first token, if they are asked for."""
         cfg, model = self.cfg, self.model
-        recognizer = WhisperASR(model.config.pretrained_asr) if cfg.cascade else None
+        recognizer = WhisperASR.beside(model.config) if cfg.cascade else None
         if recognizer is not None:
             cache, asr = self.output / "cascade_transcripts.jsonl", recognizer.transcribe
 
@@ -232,7 +243,11 @@ class Benchmark:
             raise ConfigError(
                 f"systems.{name} has another LLM than the first system; their answers cannot be compared."
             )
-        self._ask(name, lambda questions: SpeechSystem(model), digest(self.weights), model.encoder_key)
+        listens = (
+            json.dumps(OmegaConf.to_container(model.cfg.perception), sort_keys=True),
+            model.config.nothing_heard_answer,
+        )
+        self._ask(name, lambda questions: SpeechSystem(model), digest(self.weights), model.encoder_key, *listens)
         if self.cfg.no_speech:
             spoken = {name: spoken_cuts(path) for name, path in self.cfg.cuts.items()}
             sets = {"no speech": CutSet.from_file(self.cfg.no_speech), **spoken}
@@ -294,11 +309,17 @@ def open_system(spec: str, llm_dtype: str) -> tuple[Any, Path]:
     """A model with its LLM in ``llm_dtype``, and the file or folder that its trained weights come from.
 
     ``spec``: a training run, ``RUN@STAGE``, a ``.nemo`` file or an exported directory.
+
+    Raises:
+        ConfigError: see :func:`nemo_mtbi.evaluation.systems.require_text_llm`.
     """
     if (Path(spec.partition("@")[0]) / "model.json").is_file():
         run, name = RunDirectory.parse(spec)
-        return MTBISALM.from_run(run, name, llm_dtype), run.weights(name)
+        model = MTBISALM.from_run(run, name, llm_dtype)
+        require_text_llm(model)
+        return model, run.weights(name)
     model = MTBISALM.restore_from(spec)
+    require_text_llm(model)
     dtype = getattr(torch, llm_dtype)
     model.llm.to(dtype)
     model.embed_tokens.to(dtype)

@@ -31,7 +31,7 @@ import numpy as np
 
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.evaluation.statistics import Score, Sums, ratio
-from nemo_mtbi.io.text import UNSPACED, language_code
+from nemo_mtbi.io.text import UNSPACED, language_code, normalized, words_of
 from nemo_mtbi.tasks.forms import choose, form_error
 from nemo_mtbi.tasks.library import Task
 
@@ -39,6 +39,7 @@ Measure = (
     tuple[float, ...] | dict[tuple[str, ...], float]
 )  # positional values, or named ones where answers have different ones
 BRACKETS = re.compile(r"[\[\](){}<>]")
+REMARKS = re.compile(r"[<\[][^>\]]*[>\]]|\([^)]+?\)")  # what Whisper's normalizers leave out
 LIBRARIES = ("jiwer", "rouge_score", "sacrebleu", "torchmetrics", "transformers", "torch", "nemo_toolkit", "lhotse")
 
 
@@ -189,22 +190,27 @@ def filled_values(task: Task, prompt: str) -> dict[str, str]:
 
 
 def word_errors(reference: str, hypothesis: str, language: str = "en") -> tuple[float, float]:
-    """(substitutions + deletions + insertions, words of the reference), both normalized."""
+    """(substitutions + deletions + insertions, words of the reference), both normalized; of scripts without spaces,
+    characters."""
     normalize = normalizer(language_code(language))
-    reference, hypothesis = normalize(reference), normalize(hypothesis)
-    if not reference:
+    said, written = words_of(normalize(reference)), words_of(normalize(hypothesis))
+    if not said:
         return 0.0, 0.0
-    alignment = jiwer.process_words(reference, hypothesis)
+    alignment = jiwer.process_words(" ".join(said), " ".join(written))
     errors = alignment.substitutions + alignment.deletions + alignment.insertions
-    return float(errors), float(len(reference.split()))
+    return float(errors), float(len(said))
 
 
 @cache
 def normalizer(language: str) -> Any:
-    """Whisper's text normalizer of a language."""
-    from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+    """Whisper's text normalizer for English; else what it does, but for vowel signs and accents, which stay."""
+    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
-    return EnglishTextNormalizer({}) if language == "en" else BasicTextNormalizer()
+    return EnglishTextNormalizer({}) if language == "en" else _of_any_language
+
+
+def _of_any_language(text: str) -> str:
+    return normalized(REMARKS.sub("", text))
 
 
 @cache
@@ -213,7 +219,7 @@ def _rouge() -> Any:
 
     class AnyScript:  # rouge_score's own keeps a-z and 0-9 alone
         def tokenize(self, text: str) -> list[str]:
-            return re.findall(r"\w+", text.lower())
+            return words_of(normalized(text))
 
     return RougeScorer(["rougeL"], tokenizer=AnyScript())
 

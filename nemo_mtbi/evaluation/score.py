@@ -28,7 +28,7 @@ from nemo_mtbi.evaluation.systems import (
     against_the_text_llm,
     system_batches,
 )
-from nemo_mtbi.io.text import normalized
+from nemo_mtbi.io.text import normalized, words_of
 from nemo_mtbi.models.mtbi_salm import MTBISALM
 
 REPEAT = "repeat"
@@ -62,14 +62,19 @@ class Scores:
             },
         }
         if self.repeats:
-            answers, own, spoken = (([normalized(r[i]) for r in self.repeats]) for i in range(3))
+            answers, own, spoken = (([compared(r[i]) for r in self.repeats]) for i in range(3))
             result["repeat_wer"] = word_error_rate(own, answers)
             result["repeat_wer_to_transcript"] = word_error_rate(spoken, answers)
         if self.heard:
-            written, said = ([normalized(h[i]) for h in self.heard] for i in range(2))
+            written, said = ([compared(h[i]) for h in self.heard] for i in range(2))
             result["transcribe_wer"] = word_error_rate(said, written)
             result["nothing_heard"] = empty_share(written)
         return result
+
+
+def compared(text: str) -> str:
+    """A text as error rates are counted of it: words, of scripts without spaces characters, with spaces between."""
+    return " ".join(words_of(normalized(text)))
 
 
 def word_error_rate(references: list[str], hypotheses: list[str]) -> float:

@@ -23,11 +23,13 @@ from nemo_mtbi.data.dataset import MTBIDataset
 from nemo_mtbi.data.example import Example
 from nemo_mtbi.data.messages import NOTHING_HEARD, user_message
 from nemo_mtbi.data.rendering import Spoken
+from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.io.text import normalized
 from nemo_mtbi.losses.imitation import imitation_loss
 from nemo_mtbi.losses.objective import CROSS_ENTROPY, ImitationObjective
 from nemo_mtbi.models.language_model import teacher_hidden_states
 from nemo_mtbi.models.mtbi_salm import MTBISALM
+from nemo_mtbi.models.setup import trained_in_llm
 from nemo_mtbi.models.speech import batch_features, transcribe
 from nemo_mtbi.modules.perception import writing_key
 
@@ -237,6 +239,18 @@ class TeacherForcedSums:
     tokens: int
     agreed: float
     kl: float
+
+
+def require_text_llm(model: MTBISALM) -> None:
+    """
+    Raises:
+        ConfigError: the LLM's own weights were trained, so that the text LLM which was imitated is not in the model.
+    """
+    if trained := trained_in_llm(model):
+        raise ConfigError(
+            f"The LLM was trained itself ({trained[0]}, ...; model.freeze_params), and systems are compared with the "
+            "text LLM as it was. Train LoRA adapters instead (model.lora), which the text LLM does without."
+        )
 
 
 class TextLLM:

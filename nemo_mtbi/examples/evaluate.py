@@ -23,7 +23,7 @@ def main(cfg: DictConfig) -> None:
     from nemo_mtbi.evaluation.report import write_report
     from nemo_mtbi.evaluation.score import Evaluation
     from nemo_mtbi.evaluation.silence import nothing_heard
-    from nemo_mtbi.evaluation.systems import SpeechSystem, TextSystem
+    from nemo_mtbi.evaluation.systems import SpeechSystem, TextSystem, require_text_llm
     from nemo_mtbi.models import MTBISALM
     from nemo_mtbi.parallel.launch import from_first_rank, is_first_rank, join_ranks
     from nemo_mtbi.process import tune
@@ -39,6 +39,7 @@ def main(cfg: DictConfig) -> None:
     if left := [name for name in cfg.stages if name not in stages]:
         console.say(f"Left out, since {cfg.run} does not have them: {', '.join(left)}.")
     model = MTBISALM.from_run(run, None, cfg.llm_dtype, cfg.tensor_model_parallel_size).to(device)
+    require_text_llm(model)
     command = shlex.join(["python", "-m", "nemo_mtbi.examples.evaluate", *sys.argv[1:]])
     results: dict[str, dict] = {}
     no_speech: dict[str, dict] = {}
@@ -57,7 +58,7 @@ def main(cfg: DictConfig) -> None:
         if cfg.text_topline:
             systems["text_topline"] = evaluation.score(f"{manifest}: text topline", TextSystem(model, None)).summary()
         if cfg.cascade:
-            asr = WhisperASR(model.config.pretrained_asr)
+            asr = WhisperASR.beside(model.config)
             cache = output / "cascade_transcripts.jsonl"
             transcripts = from_first_rank(partial(asr.transcribe, evaluation.questions.cuts, cache))
             cascade = TextSystem(model, transcripts)

@@ -4,6 +4,7 @@ import codecs
 import gzip
 import io
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,12 +23,13 @@ MARKS = (
 UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]"
 )
+APOSTROPHES = str.maketrans("\u2019\u02bc\uff07", "'''")
 LOOKED_AT_BYTES = 4096  # of a file without a mark, to tell UTF-16 from UTF-8
 
 
-def word_count(text: str) -> int:
-    """Words between spaces; of scripts without any, characters."""
-    return sum(len(UNSPACED.findall(word)) or 1 for word in text.split())
+def word_count(text: str, characters: int = 1) -> int:
+    """Words between spaces; of scripts without any, every so many characters are one."""
+    return sum(-(-len(UNSPACED.findall(word)) // characters) or 1 for word in text.split())
 
 
 def read_text(path: Path, encoding: str | None = None) -> str:
@@ -112,8 +114,25 @@ def guess_encoding(data: bytes) -> tuple[str, str]:
 
 
 def normalized(text: str) -> str:
-    """Lower case, letters, digits and apostrophes only, as the transcripts of many corpora are."""
-    return " ".join(re.sub(r"[^\w\s']", " ", text.lower()).split())
+    """Lower case, letters, digits and apostrophes only, as the transcripts of many corpora are.
+
+    Signs are Unicode's punctuation and symbols, in any script; vowel signs and accents are parts of letters (NFC).
+    Marks that are not seen, of direction or between joined letters, are left out.
+    """
+    text = unicodedata.normalize("NFC", text.translate(APOSTROPHES).lower().replace("i\u0307", "i"))  # Turkish capital
+    return " ".join("".join(map(_as_in_words, text)).split())
+
+
+def _as_in_words(character: str) -> str:
+    kind = unicodedata.category(character)
+    sign = kind[0] in "PS" and character != "'"
+    return " " if sign else "" if kind == "Cf" else character
+
+
+def words_of(text: str) -> list[str]:
+    """Words of a :func:`normalized` text; of scripts without spaces, characters, so that an error rate is one of
+    characters there."""
+    return UNSPACED.sub(r" \g<0> ", text).split()
 
 
 def language_code(language: str) -> str:

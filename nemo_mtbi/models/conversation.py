@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
+from nemo_mtbi.data.audio import waveform
 from nemo_mtbi.data.audio_stream import AudioBlocks, open_audio
 
 Audio = str | Path | np.ndarray | Tensor
@@ -56,7 +57,8 @@ class Conversation:
 
         Args:
             prompt: the question.
-            audio: paths, or mono waveforms (S,) at the model's rate; none for a question about the earlier ones.
+            audio: paths, or waveforms (S,) of one channel at the model's rate; none for a question about the earlier
+                ones.
             generation: for Transformers' ``generate``, e.g. ``max_new_tokens`` (128), ``do_sample``, ``num_beams``.
 
         Raises:
@@ -105,7 +107,9 @@ class Conversation:
         own = [self._open(a) for a in given]
         messages = [*self.messages, self.model.user_turn(prompt, len(own))]
         audios = [*self.audios, *own]
-        options = {"max_new_tokens": 128, **generation}
+        own = generation.get("generation_config")
+        limited = own is not None and (own.max_new_tokens is not None or own.max_length is not None)
+        options = generation if limited else {"max_new_tokens": 128, **generation}
         if audios:
             options["audios"] = audios
         return messages, audios, options
@@ -113,7 +117,7 @@ class Conversation:
     def _open(self, audio: Audio) -> AudioBlocks:
         if isinstance(audio, str | Path):
             return open_audio(audio, self.model.sampling_rate)
-        return [torch.as_tensor(audio, dtype=torch.float32).cpu().numpy()]
+        return [waveform(audio)]
 
     def _remember(self, messages: list[dict[str, Any]], audios: list[Any], answer: str) -> None:
         self.messages = [*messages, {"role": "assistant", "content": [answer]}]

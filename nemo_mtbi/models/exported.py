@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from pkgutil import resolve_name
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,12 +16,12 @@ from nemo_mtbi.checkpoints.exported import (
     checked_directory,
     export_folder,
     local_config,
+    module_class,
     require_every_weight,
 )
 from nemo_mtbi.checkpoints.fast_loading import fill, without_initialization
 from nemo_mtbi.config import model_config
 from nemo_mtbi.data.chat_template import ChatTemplateFormat
-from nemo_mtbi.errors import CheckpointError
 from nemo_mtbi.models.generation import SpeechLLM
 from nemo_mtbi.modules.causal_lm import read_generation_config
 from nemo_mtbi.modules.perception import connector_of, encoder_frame_seconds, fusion_of, window_seconds
@@ -90,21 +89,10 @@ class Perception(nn.Module):
 
 
 def own_part(cfg: DictConfig) -> nn.Module:
-    """A module of ours by its ``_target_``.
-
-    Raises:
-        CheckpointError: the target is none; the configuration comes from whoever made the file.
-    """
+    """A module by its ``_target_``; see :func:`nemo_mtbi.checkpoints.exported.module_class`."""
     options: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    target = options.pop("_target_")
-    try:
-        found = resolve_name(target) if target.startswith(OWN_PARTS) else None
-    except (ImportError, AttributeError, ValueError):
-        found = None
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise CheckpointError(f"{CONFIG} names {target!r} as a part of the model, which is no module of nemo_mtbi.")
-    part: nn.Module = found(**{k: OmegaConf.create(v) if isinstance(v, dict | list) else v for k, v in options.items()})
-    return part
+    found = module_class(options.pop("_target_"))
+    return found(**{k: OmegaConf.create(v) if isinstance(v, dict | list) else v for k, v in options.items()})
 
 
 class ExportedSpeechLLM(SpeechLLM):
@@ -124,9 +112,9 @@ class ExportedSpeechLLM(SpeechLLM):
         self.tokenizer = SimpleNamespace(tokenizer=own)
         self.tokenizer.tokenizer.add_special_tokens({"additional_special_tokens": [self.audio_locator_tag]})
         with without_initialization():
-            llm = AutoConfig.from_pretrained(config.pretrained_llm, trust_remote_code=False)
+            llm = AutoConfig.from_pretrained(config.llm_config_path, trust_remote_code=False)
             self.llm = AutoModelForCausalLM.from_config(llm, dtype=getattr(torch, config.llm_dtype))
-            read_generation_config(self.llm, config.pretrained_llm)
+            read_generation_config(self.llm, str(config.llm_config_path))
             self.embed_tokens = self.llm.model.embed_tokens
             del self.llm.model.embed_tokens
             self.perception = Perception(OmegaConf.create(cfg["perception"]))

@@ -3,6 +3,7 @@
 Letters: N audios, S samples, B dialogs, L positions, H LLM width.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from nemo_mtbi.data.audio import waveform
 from nemo_mtbi.data.audio_stream import AudioBlocks, open_audio
 from nemo_mtbi.data.example import Piece, plan_batch
 from nemo_mtbi.data.interleaving import SpeechSpan
@@ -196,18 +198,27 @@ class SpeechLLM(nn.Module):
         self, inputs: Tensor, mask: Tensor, generation_config: GenerationConfig | None = None, **kwargs: Any
     ) -> Tensor:
         """inputs (B, L, H), mask (B, L), left-padded -> new token ids (B, N)."""
-        tokenizer = self.tokenizer.tokenizer
-        generation_config = generation_config or GenerationConfig(
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=self.stop_ids(),
-            pad_token_id=self._padding_id(),
-            repetition_penalty=1.0,  # as the targets were decoded, whatever the LLM's own file says
-            no_repeat_ngram_size=0,
-        )
+        generation_config = self._generation_config(generation_config)
         with lent_embedding(self):
             return self.llm.generate(
                 inputs_embeds=inputs, attention_mask=mask, generation_config=generation_config, **kwargs
             )
+
+    def _generation_config(self, given: GenerationConfig | None) -> GenerationConfig:
+        """``given``; what it leaves open is as the targets were decoded, whatever the LLM's own file says."""
+        config = GenerationConfig() if given is None else copy.deepcopy(given)
+        ours = {
+            "bos_token_id": self.tokenizer.tokenizer.bos_token_id,
+            "eos_token_id": self.stop_ids(),
+            "pad_token_id": self._padding_id(),
+            "do_sample": False,
+            "repetition_penalty": 1.0,
+            "no_repeat_ngram_size": 0,
+        }
+        for name, value in ours.items():
+            if getattr(config, name) is None:
+                setattr(config, name, value)
+        return config
 
     def generation_inputs(
         self, pieces: list[list[Piece]], audios: Tensor | None, audio_lens: Tensor | None
@@ -248,8 +259,7 @@ class SpeechLLM(nn.Module):
         device = self.embed_tokens.weight.device
         if isinstance(audios, Tensor):
             assert audio_lens is not None
-            rows = zip(audios.float().cpu(), audio_lens.tolist(), strict=True)
-            audios = [[row[:length].numpy()] for row, length in rows]
+            audios = [[waveform(row[:length])] for row, length in zip(audios, audio_lens.tolist(), strict=True)]
         if audios:
             training = self.training
             self.eval()

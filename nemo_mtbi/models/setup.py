@@ -54,7 +54,7 @@ def setup_parts(model: Any, cfg: dict[str, Any], config: ModelConfig) -> None:
     require_matching_groups(cfg, config, model.tokenizer)
     model.cfg = salm_config(cfg, config)
     model.audio_locator_tag = config.audio_locator_tag
-    llm_path = resolve_pretrained(config.pretrained_llm)
+    llm_path = config.llm_config_path or resolve_pretrained(config.pretrained_llm)
     model.llm_weights = llm_path  # where a rank reads its shard
     setup_llm(model, llm_path, config)
     setup_perception(model)
@@ -157,6 +157,12 @@ def setup_llm(model: Any, path: str, config: ModelConfig) -> None:
         materialize_adapters(model.llm, init)
 
 
+def trained_in_llm(model: Any) -> list[str]:
+    """Names of the LLM's own weights that are trained, beside adapters."""
+    named = ((name, p) for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name)
+    return [name for name, _ in named if name.startswith(("llm.", "embed_tokens."))]
+
+
 def check_trainable(model: Any, config: ModelConfig) -> None:
     """
     Raises:
@@ -181,12 +187,7 @@ def check_trainable(model: Any, config: ModelConfig) -> None:
             f"model.imitation.w_risk={config.imitation.w_risk} trains what a connector writes, and model.freeze_params "
             "freezes it."
         )
-    llm_parts = ("llm.", "embed_tokens.")
-    trained = [
-        name
-        for name, p in model.named_parameters()
-        if p.requires_grad and name.startswith(llm_parts) and "lora_" not in name
-    ]
+    trained = trained_in_llm(model)
     if trained and config.tensor_model_parallel_size > 1:
         raise ConfigError(
             f"model.freeze_params leaves {trained[0]} trainable; with trainer.tensor_model_parallel_size > 1 only LoRA "

@@ -4,7 +4,9 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from transformers import GenerationConfig
@@ -27,15 +29,27 @@ def has_adapters(llm: Any) -> bool:
     return peft is not None and isinstance(llm, peft.PeftModel)
 
 
+_borrowers: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_borrowing = Lock()
+
+
 @contextmanager
 def lent_embedding(model: Any) -> Iterator[None]:
-    """``model.llm`` with the embedding that SALM keeps beside it, as Transformers' ``generate`` needs it."""
+    """``model.llm`` with the embedding that SALM keeps beside it, as Transformers' ``generate`` needs it.
+
+    Several threads may have it at a time; the last one gives it back.
+    """
     body = causal_lm(model.llm).model
-    body.embed_tokens = model.embed_tokens
+    with _borrowing:
+        _borrowers[body] = _borrowers.get(body, 0) + 1
+        body.embed_tokens = model.embed_tokens
     try:
         yield
     finally:
-        del body.embed_tokens
+        with _borrowing:
+            _borrowers[body] -= 1
+            if not _borrowers[body]:
+                del body.embed_tokens
 
 
 def is_frozen(module: nn.Module) -> bool:

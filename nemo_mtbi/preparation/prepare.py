@@ -35,6 +35,7 @@ from nemo_mtbi.data.audio import mono_samples
 from nemo_mtbi.data.rendering import LONE_SURROGATE, TimedWord
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.io import jsonl
+from nemo_mtbi.io.text import word_count
 from nemo_mtbi.preparation.describe import DescribeConfig, Describer, Tally
 from nemo_mtbi.preparation.no_speech import LOWEST_NOISE_HZ, read_no_speech
 from nemo_mtbi.preparation.noisy import NoiseConfig, with_noise
@@ -60,6 +61,7 @@ CHUNKS = {LOCAL: 8, RAY: 64}  # utterances that a worker takes at once
 AT_ONCE = {LOCAL: 1 << 16, RAY: 1 << 18}  # that are known at a time: about 2 kB each
 DEADLY = "a worker process died of it, twice"
 MAX_PLACES = 20  # of one reason, in the report
+CHARACTERS_OF_A_WORD = 4  # of scripts without spaces: syllables that are said in the time of a word, and some
 SPLIT_NAME = re.compile(r"[\w-][\w.-]*")
 UNKNOWN_BYTES = 0x7FFF0000  # sizes from here on stand for "not known" in headers of streamed WAV
 
@@ -418,7 +420,7 @@ class Preparation:
             raise Skip("unreadable audio: no samples")
         if not c.min_seconds <= cut.duration <= c.max_seconds:
             raise Skip(f"duration outside [{c.min_seconds}, {c.max_seconds}] s")
-        if len(entry.text.split()) / cut.duration > c.max_words_per_second:
+        if word_count(entry.text, CHARACTERS_OF_A_WORD) / cut.duration > c.max_words_per_second:
             raise Skip(f"more than {c.max_words_per_second} words a second: transcript and audio cannot match")
         if not isinstance(cut, DataCut):
             raise Skip("a mixed cut: save it as a recording first (CutSet.save_audios)")

@@ -43,8 +43,10 @@ def create_app(model: SpeechLLM, name: str, batcher: Batcher, limits: Limits | N
             raise HTTPException(415, f"Send content-type: {wanted}.")
 
     @app.get("/health")
-    async def health() -> dict[str, Any]:
-        return {"status": "ok" if batcher.thread.is_alive() else "stopped", "waiting": batcher.waits}
+    async def health(answer: Response) -> dict[str, Any]:
+        alive = batcher.thread.is_alive()
+        answer.status_code = 200 if alive else 503
+        return {"status": "ok" if alive else "stopped", "waiting": batcher.waits}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

@@ -10,8 +10,8 @@ from typing import Any
 
 from nemo_mtbi.data.description import Description
 from nemo_mtbi.errors import ConfigError
-from nemo_mtbi.io.languages import identified
-from nemo_mtbi.io.text import normalized
+from nemo_mtbi.io.languages import identified, known_languages
+from nemo_mtbi.io.text import UNSPACED, normalized, word_count, words_of
 from nemo_mtbi.tasks.forms import form_error, named_choices
 from nemo_mtbi.tasks.library import Task
 
@@ -26,7 +26,7 @@ REFUSAL = re.compile(
 OF_VOICES = frozenset("voice speaker speaking speaks spoken talking talks sounds sounding recording audio".split())
 OF_PERSONS = frozenset({"gender"})
 TIME = re.compile(r"\d\d:\d\d")
-LOOP_NGRAM, LOOP_REPEATS = 4, 3
+LOOP_NGRAM, LOOP_CHARACTERS, LOOP_REPEATS = 4, 8, 3
 MIN_LANGUAGE_WORDS, MIN_LANGUAGE_PROBABILITY = 6, 0.95
 
 
@@ -121,7 +121,8 @@ def truncated(c: Candidate) -> str | None:
 
 
 def repetition(c: Candidate) -> str | None:
-    """The same 4 words three times or more, unless the transcript repeats itself too."""
+    """The same 4 words (of scripts without spaces, 8 characters) three times or more, unless the transcript repeats
+    itself too."""
     said = _grams(c.transcript)
     for gram, count in _grams(c.response).items():
         if count >= LOOP_REPEATS > said[gram]:
@@ -130,8 +131,9 @@ def repetition(c: Candidate) -> str | None:
 
 
 def _grams(text: str) -> Counter[tuple[str, ...]]:
-    words = normalized(text).split()
-    return Counter(tuple(words[i : i + LOOP_NGRAM]) for i in range(len(words) - LOOP_NGRAM + 1))
+    words = words_of(normalized(text))
+    size = LOOP_CHARACTERS if UNSPACED.search(text) else LOOP_NGRAM
+    return Counter(tuple(words[i : i + size]) for i in range(len(words) - size + 1))
 
 
 def form(c: Candidate) -> str | None:
@@ -141,10 +143,11 @@ def form(c: Candidate) -> str | None:
 
 def language(c: Candidate) -> str | None:
     """Another language than the prompt's, the speech's and the one asked for; answers too short to tell pass."""
-    words = c.response.split()
-    if len(words) < MIN_LANGUAGE_WORDS:
+    if word_count(c.response) < MIN_LANGUAGE_WORDS:
         return None
     allowed = set(c.languages)
+    if not allowed <= known_languages():  # Kurdish, say, reads like one of its neighbours
+        return None
     if c.task.form["kind"] == "language":
         return None  # judged by the form of the task
     found, probability = identified(c.response)

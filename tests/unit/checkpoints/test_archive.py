@@ -4,13 +4,14 @@ import copy
 import io
 import json
 import os
+import shutil
 import stat
 import tarfile
 
 import pytest
 import torch
 
-from nemo_mtbi.checkpoints.archive import save_directory
+from nemo_mtbi.checkpoints.archive import exported_config, save_directory
 from nemo_mtbi.checkpoints.card import model_card
 from nemo_mtbi.checkpoints.round_trip import max_abs_logit_difference, require_same_logits
 from nemo_mtbi.checkpoints.run_directory import RunDirectory
@@ -18,6 +19,7 @@ from nemo_mtbi.errors import CheckpointError, ConfigError
 from nemo_mtbi.io.tensors import as_readable_as_others, save_tensors
 from nemo_mtbi.losses.vocabulary import VocabularyShard
 from nemo_mtbi.models import MTBISALM
+from nemo_mtbi.models.exported import open_speech_llm
 from nemo_mtbi.pretrained.fingerprint import fingerprint
 from nemo_mtbi.pretrained.offline import of_one_layout
 
@@ -31,6 +33,8 @@ def test_exports_need_nothing_else_and_compute_the_same(exported):
         assert max_abs_logit_difference(model, other) < 1e-5
         assert other.perception.modality_adapter.vocabulary.token_ids == list(range(300, 309))
         assert other.encoder_key == model.encoder_key
+        assert other.config.pretrained_llm == model.config.pretrained_llm
+        assert exported_config(other) == exported_config(model)  # no places of this machine
     assert max_abs_logit_difference(model, MTBISALM.from_pretrained(str(hf))) < 1e-5
     assert not any(f.suffix in (".bin", ".pt", ".ckpt", ".pkl") for f in hf.rglob("*"))
 
@@ -75,13 +79,35 @@ def test_hostile_archives_write_nothing_outside(exported, tmp_path, name):
 
 
 def test_an_export_cannot_ask_for_remote_code(exported, tmp_path):
-    import shutil
-
     shutil.copytree(exported[2], tmp_path / "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "trust_remote_code": True}))
     with pytest.raises(CheckpointError, match="trust_remote_code"):
         MTBISALM.restore_from(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("where", ["preprocessor", "encoder", "nested", "interpolated"])
+@pytest.mark.parametrize(
+    "target", ["nemo.collections.asr.parts.utils.manifest_utils.write_ctm", "os.system", "lightning.pytorch.Trainer"]
+)
+def test_an_export_cannot_call_what_is_no_module(exported, tmp_path, where, target):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    shutil.copytree(exported[2], tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    call = {"_target_": target, "output_path": str(victim), "target_ctm": [[0, "evil"]]}
+    if where == "nested":
+        config["perception"]["encoder"]["extra"] = [{"more": call}]
+    elif where == "interpolated":
+        config["called"] = target
+        config["perception"]["encoder"] = call | {"_target_": "${called}"}
+    else:
+        config["perception"][where] = call
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    for opened in (MTBISALM.restore_from, MTBISALM.from_pretrained, open_speech_llm):
+        with pytest.raises(CheckpointError, match="no module of nemo_mtbi|no interpolations"):
+            opened(tmp_path / "hf")
+    assert victim.read_text() == "mine"
 
 
 def test_a_difference_of_logits_fails_and_so_does_what_is_no_number():

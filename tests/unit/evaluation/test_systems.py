@@ -10,6 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_mtbi.checkpoints.archive import save_directory
+from nemo_mtbi.checkpoints.run_directory import RunDirectory
+from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.evaluation.benchmark import open_system
 from nemo_mtbi.evaluation.predictions import Predictions, ways_of_writing
 from nemo_mtbi.evaluation.systems import (
     SystemBatch,
@@ -20,7 +23,7 @@ from nemo_mtbi.evaluation.systems import (
     log_likelihoods,
 )
 from nemo_mtbi.models import MTBISALM
-from tests.helpers import make_batch
+from tests.helpers import build, make_batch
 from tests.unit.nemo_helpers import ADAPTERS
 
 pytestmark = pytest.mark.unit
@@ -118,3 +121,12 @@ def test_a_choice_is_as_likely_as_its_ways_of_writing_together(tiny_config, monk
 )
 def test_ways_of_writing(choices, ways):
     assert ways_of_writing(choices) == ways
+
+
+def test_a_trained_llm_is_not_taken_for_the_text_llm(tiny_config, tmp_path):
+    frozen = [r"^embed_tokens\..+$", r"^llm\.lm_head.+$"]
+    model = build(tiny_config, freeze_params=frozen, imitation={"teacher": "cached"})
+    RunDirectory(tmp_path).save_config(model, model.hparams["cfg"])
+    RunDirectory(tmp_path).save_weights(model, "imitation")
+    with pytest.raises(ConfigError, match=r"The LLM was trained itself \(llm\."):
+        open_system(str(tmp_path), "float32")

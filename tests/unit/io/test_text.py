@@ -6,7 +6,7 @@ import pytest
 
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.io.tables import read_table
-from nemo_mtbi.io.text import in_one, numbered_lines, read_text, word_count
+from nemo_mtbi.io.text import in_one, normalized, numbered_lines, read_text, word_count, words_of
 
 pytestmark = pytest.mark.unit
 WORDS = "naïve café, 東京"
@@ -137,3 +137,26 @@ def test_lines_are_read_as_they_are_asked_for(tmp_path):
 )
 def test_word_count(text, count):
     assert word_count(text) == count
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("It\u2019s \u201cwell\u201d, don't!", "it's well don't"),
+        ("मेरा नाम राम है।", "मेरा नाम राम है"),
+        ("আমি", "আমি"),
+        ("كُتِبَ، كَتَبَ", "كُتِبَ كَتَبَ"),
+        ("İstanbul I", "istanbul i"),
+        ("nai\u0308ve Mu\u0308ller", "naïve müller"),
+        ("\u0645\u06cc\u200c\u062e\u0648", "\u0645\u06cc\u062e\u0648"),
+        ("ราคา 5 €", "ราคา 5"),
+        ("x_y-z 3²", "x y z 3²"),
+    ],
+)
+def test_signs_go_and_letters_stay(text, expected):
+    assert normalized(text) == expected
+
+
+def test_scripts_without_spaces_are_counted_by_characters():
+    assert words_of("去 mall 吃饭") == ["去", "mall", "吃", "饭"]
+    assert word_count("我们去吃饭吧 ok") == 7 and word_count("我们去吃饭吧 ok", 4) == 3

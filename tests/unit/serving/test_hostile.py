@@ -2,6 +2,8 @@
 
 import io
 import time
+from threading import Thread
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -264,3 +266,36 @@ def test_bodies_have_a_limit_everywhere(path, size):
     client = testclient.TestClient(app)
     assert client.post(path, content=b"x" * 1_000).status_code == 200
     assert client.post(path, content=b"x" * size).status_code == 413
+
+
+def test_parts_of_a_character_have_their_bytes(smollm2):
+    from transformers import AutoTokenizer
+
+    tokenizer, text = AutoTokenizer.from_pretrained(smollm2), "né 日本 😀"
+    ids = tokenizer(text)["input_ids"]
+    found = written.scores(tokenizer, [TokenScore(token, -1.0, []) for token in ids])
+    assert any("\ufffd" in one["token"] for one in found)
+    assert bytes(byte for one in found for byte in one["bytes"]).decode() == text
+    sentencepiece = SimpleNamespace(convert_ids_to_tokens=lambda token: ["<0xE2>", "▁é"][token])
+    assert written.bytes_within(sentencepiece, 0) == [0xE2] and written.bytes_within(sentencepiece, 1) is None
+
+
+def test_audio_beyond_the_limit_is_not_decoded(tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "a.wav", np.zeros(16000 * 60), 16000)
+    monkeypatch.setattr("nemo_mtbi.data.audio.mono_samples", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(DataError, match="60 s of audio; the limit here is 30 s"):
+        open_audio(tmp_path / "a.wav", 16000, longest=30.0)
+
+
+def test_a_server_whose_worker_has_stopped_is_not_healthy(tiny_config):
+    pytest.importorskip("fastapi", reason="the endpoint needs the extra: pip install 'nemo_mtbi[serve]'")
+    from fastapi.testclient import TestClient
+
+    from nemo_mtbi.serving.openai_api import create_app
+
+    model = build(tiny_config)
+    batcher = Batcher(model)
+    with TestClient(create_app(model, "tiny", batcher, Limits())) as client:
+        assert client.get("/health").status_code == 200
+        batcher.thread = Thread(target=print)
+        assert client.get("/health").status_code == 503 and client.get("/health").json()["status"] == "stopped"

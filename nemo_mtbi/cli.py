@@ -4,6 +4,7 @@ Nothing heavy is imported before a launcher needs it.
 """
 
 import importlib
+import importlib.util
 import inspect
 import re
 import sys
@@ -57,11 +58,15 @@ def main(arguments: list[str] | None = None) -> int:
         print(command_help(command, config))
         return 0
     sys.argv = [f"mtbi {command}", *named(command, rest)]
+    launcher, main_module = f"nemo_mtbi.examples.{module}", sys.modules["__main__"]
+    own, main_module.__spec__ = main_module.__spec__, importlib.util.find_spec(launcher)  # what Lightning starts again
     try:
-        importlib.import_module(f"nemo_mtbi.examples.{module}").main()
+        importlib.import_module(launcher).main()
     except KeyboardInterrupt:
         print("\nStopped. The same command continues.", file=sys.stderr)
         return 130
+    finally:
+        main_module.__spec__ = own
     return 0
 
 

@@ -1,6 +1,6 @@
 """The plugin's whole contract with NeMo's registries; importing it registers everything, once.
 
-- ``nemo_mtbi.*`` classes may be ``_target_``s of NeMo configurations.
+- ``nemo_mtbi.*`` classes, and apex's AdamW, may be ``_target_``s of NeMo configurations.
 - ``input_cfg`` type ``mtbi``.
 - prompt formats ``chatml`` and ``chat_template``.
 - how an :class:`MTBIConversation` is tokenized with any prompt format.
@@ -22,11 +22,14 @@ with collection_paused():
     from nemo_mtbi.data.conversation import INPUT_TYPE, MTBIConversation, read_mtbi
     from nemo_mtbi.data.rendering import PromptRenderer
 from nemo_mtbi.data.target import Target
+from nemo_mtbi.modules.fused_norm import FUSED_ADAM
 
 TARGET_PREFIX = "nemo_mtbi."
 
-if TARGET_PREFIX not in common.ALLOWED_TARGET_PREFIXES:
-    common.ALLOWED_TARGET_PREFIXES.append(TARGET_PREFIX)
+for name in (TARGET_PREFIX, FUSED_ADAM):
+    if name not in common.ALLOWED_TARGET_PREFIXES:
+        common.ALLOWED_TARGET_PREFIXES.append(name)
+common.ALLOWED_EXACT_CLASS_TARGETS.add(FUSED_ADAM)  # PyTorch's optimizers alone are allowed otherwise
 
 data_type_parser(INPUT_TYPE)(read_mtbi)
 

@@ -30,7 +30,7 @@ from nemo_mtbi.checkpoints.trained_state import TrainableCheckpoint
 from nemo_mtbi.errors import CheckpointError, ConfigError
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.io.tensors import save_tensors
-from nemo_mtbi.parallel.launch import from_first_rank
+from nemo_mtbi.parallel.launch import tensors_from_first_rank
 
 UNTRAINED, ALIGNMENT, IMITATION = "untrained", "alignment", "imitation"
 STAGES = (UNTRAINED, ALIGNMENT, IMITATION)
@@ -90,7 +90,7 @@ class RunDirectory:
             shutil.copyfile(chosen, temporary)
             temporary.replace(self.weights(name))
         if keep == "best":  # as where the next stage is begun by another process; others may not see the file
-            model.load_trained_state(from_first_rank(lambda: load_file(self.weights(name))))
+            model.load_trained_state(tensors_from_first_rank(lambda: load_file(self.weights(name))))
 
     def last_stage(self) -> str:
         """The furthest finished stage."""

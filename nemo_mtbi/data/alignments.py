@@ -2,7 +2,7 @@
 ``trim_to_alignments``; truncating and appending cuts leave it as it is. Here words are relative to the cut.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from lhotse.cut import Cut, MixedCut
@@ -55,6 +55,8 @@ def _words(supervision: SupervisionSegment, begin: float, offset: float, duratio
     shift = offset - _origin(items, supervision, begin)
     words = []
     for item in items:
+        if not item.symbol.strip():  # a silence, as Lhotse's parse_alignments keeps them
+            continue
         start, end = round(item.start + shift, 8), round(item.end + shift, 8)
         inside = start >= -BEYOND_SECONDS and end <= duration + BEYOND_SECONDS
         words.append(TimedWord(item.symbol, start, end) if inside else TimedWord(item.symbol))
@@ -73,7 +75,7 @@ def _origin(items: list[AlignmentItem], supervision: SupervisionSegment, begin: 
     return begin if outside(begin) <= max(outside(0.0), BEYOND_SECONDS) else 0.0
 
 
-def set_words(supervision: SupervisionSegment, words: list[TimedWord], begin: float) -> None:
+def set_words(supervision: SupervisionSegment, words: Iterable[TimedWord], begin: float) -> None:
     """Give a supervision of a cut that begins at ``begin`` of its recording the times of words, relative to the cut."""
     timed = [
         AlignmentItem(w.text, round(w.start_seconds + begin, 8), round(w.end_seconds - w.start_seconds, 8))

@@ -1,6 +1,9 @@
 """Chat templates: as a prompt format, and the one that an export carries, which writes what training read."""
 
 import hashlib
+import re
+from datetime import datetime
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +18,9 @@ if TYPE_CHECKING:
 # Of LLMs that think before they answer (Qwen3, SmolLM3, GLM): not within the budget of a task, nor for a listener who
 # waits. Other templates do not look at it.
 WITHOUT_THINKING = {"enable_thinking": False}
+# Today, for templates that name it (Llama 3.2, SmolLM3, Mistral): the same whenever targets are made, trained and used.
+# The date that Llama's template says where it knows none.
+TODAY = datetime(2024, 7, 26)
 PROBES = (
     [("user", "What is it?")],
     [("user", "What is it?"), ("assistant", "A lamp."), ("user", "Which one?")],
@@ -60,6 +66,8 @@ class ChatTemplateFormat:
                 "prompt_format to one of NeMo's prompt formats."
             )
         kwargs = WITHOUT_THINKING | kwargs
+        if "strftime_now" in str(hf.chat_template):
+            kwargs["chat_template"] = with_fixed_date(str(hf.get_chat_template()))
         messages = [{"role": t["role"], "content": t.get("content") or t["slots"]["message"]} for t in turns]
         answered = messages[-1]["role"] == self.OUTPUT_ROLE
         context = messages[:-1] if answered else messages
@@ -112,7 +120,7 @@ def chat_template(tokenizer: Any, formatter: "type[PromptFormatter]") -> str:
     """
     hf = tokenizer.tokenizer
     if formatter.NAME == ChatTemplateFormat.NAME:
-        own = str(hf.get_chat_template())  # of several, the default one
+        own = with_fixed_date(str(hf.get_chat_template()))  # of several, the default one
         return f"{{%- set enable_thinking = enable_thinking | default(false) -%}}{own}" if thinks(own) else own
     start = hf.bos_token if formatter.INSERT_BOS else ""
     start += formatter.TEMPLATE.get("preamble", {}).get("template", "")
@@ -138,6 +146,16 @@ def chat_template(tokenizer: Any, formatter: "type[PromptFormatter]") -> str:
                 "read the export's template would prompt it differently. Use prompt_format=chat_template."
             )
     return template
+
+
+@lru_cache
+def with_fixed_date(template: str) -> str:
+    """A template that names :data:`TODAY` whenever it is used."""
+    formats = dict.fromkeys(found[2] for found in re.finditer(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", template))
+    if not formats:
+        return template
+    cases = "{% el".join(f"if format == {_quoted(own)} %}}{TODAY.strftime(own)}" for own in formats)
+    return f"{{%- macro strftime_now(format) -%}}{{% {cases}{{% endif %}}{{%- endmacro -%}}{template}"
 
 
 def _quoted(text: str) -> str:

@@ -73,6 +73,8 @@ class MTBIDataset(torch.utils.data.Dataset):
     def __getitem__(self, conversations: CutSet) -> dict[str, Any] | None:
         batch: dict[str, Any] = {}
         items: list[MTBIConversation] = list(conversations)
+        if not items:
+            return None
         for item in items:
             item.read()
         if self.cached_features:

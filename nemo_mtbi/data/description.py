@@ -37,6 +37,12 @@ class Description:
     labels: tuple[tuple[str, str], ...]
 
 
+def labels_of(supervision: Any) -> dict[str, Any]:
+    """Labels by attribute, as ``prepare`` wrote them; what others keep under that name (a text) is none."""
+    found = (supervision.custom or {}).get(DESCRIPTION_FIELD)
+    return found if isinstance(found, dict) else {}
+
+
 class DescribedText:
     """Renders a cut's utterances one after the other, each with its description.
 
@@ -78,7 +84,7 @@ class DescribedText:
         rng, lines, said = random.Random(f"{key}/description"), [], list[tuple[str, str]]()
         spoken = sorted((s for s in cut.supervisions if s.text), key=lambda s: s.start)
         for supervision in spoken:
-            known = (supervision.custom or {}).get(DESCRIPTION_FIELD, {})
+            known = labels_of(supervision)
             if any(name not in known for name in needed):
                 return None
             others = [name for name in known if name not in needed]

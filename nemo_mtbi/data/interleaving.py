@@ -48,8 +48,9 @@ def timeline(words: list[Word], duration_seconds: float) -> list[Unit]:
     """Cut an utterance of ``duration_seconds`` into the smallest units that are known in both time and tokens.
 
     The boundary between two words lies halfway between the end of all before it and the start of all after it, which
-    settles gaps and small overlaps. There is none where the speech of both sides lies mixed (people who talk at once, a
-    word that an aligner misplaced), nor outside the audio. The first unit starts at 0, the last ends with the audio.
+    settles gaps and small overlaps. There is none beside a word without times, whose speech aligners give to its
+    neighbours, where the speech of both sides lies mixed (people who talk at once, a word that an aligner misplaced),
+    nor outside the audio. The first unit starts at 0, the last ends with the audio.
     """
     if not words:
         return []
@@ -61,11 +62,10 @@ def timeline(words: list[Word], duration_seconds: float) -> list[Unit]:
     for index, (word, following) in enumerate(pairwise(words)):
         if ends[index] > starts[index + 1] + OVERLAP_SECONDS:
             continue
-        known = [ends[index]] if word.end_seconds is not None else []
-        known += [starts[index + 1]] if following.start_seconds is not None else []
-        if not known or word.splits_token or word.token_end != following.token_begin:
+        untimed = word.end_seconds is None or following.start_seconds is None
+        if untimed or word.splits_token or word.token_end != following.token_begin:
             continue
-        boundary = sum(known) / len(known)
+        boundary = (ends[index] + starts[index + 1]) / 2
         if not start < boundary < duration_seconds:
             continue
         units.append(Unit(words[first].token_begin, word.token_end, start, boundary, index + 1 - first))

@@ -14,7 +14,7 @@ IMPOSSIBLE = -100.0  # log-probability of what fills the teacher's rows
 
 def is_no_speech(cut: Any) -> bool:
     """Whether a cut is marked as one in which nothing is said."""
-    return bool((cut.custom or {}).get(NO_SPEECH))
+    return (cut.custom or {}).get(NO_SPEECH) is True  # others keep a probability under that name
 
 
 @dataclass(frozen=True)

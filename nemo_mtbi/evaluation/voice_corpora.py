@@ -30,7 +30,7 @@ from lhotse.cut import Cut
 
 from nemo_mtbi import console
 from nemo_mtbi.data.alignments import transcript
-from nemo_mtbi.data.description import DESCRIPTION_FIELD, DescribedText
+from nemo_mtbi.data.description import DescribedText, labels_of
 from nemo_mtbi.errors import DataError
 from nemo_mtbi.evaluation.corpus_tables import CHOICE_PROMPT, fill, folder_of
 from nemo_mtbi.evaluation.questions import LabelledConfig, Question
@@ -85,7 +85,7 @@ def read_voice(config: LabelledConfig, folder: Path) -> Iterator[Question]:
     cuts = sorted(CutSet.from_file(config.path), key=lambda cut: _number(cut.id)) if config.per_label else None
     counts = Counter[tuple[str, str]]()
     for cut in CutSet.from_file(config.path) if cuts is None else cuts:
-        known = (cut.supervisions[0].custom or {}).get(DESCRIPTION_FIELD, {}) if cut.supervisions else {}
+        known = labels_of(cut.supervisions[0]) if cut.supervisions else {}
         labels = [(t, str(known.get(t.needs[0]))) for t in tasks if t.needs[0] in wanted]
         for task, label in labels:
             counts[task.needs[0], label] += label in task.choices

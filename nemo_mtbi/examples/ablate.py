@@ -128,10 +128,10 @@ def train_values(cfg: DictConfig, variant: dict[str, Any], run: Path, seed: int)
         {"tasks": variant["tasks"]} if variant.get("tasks") else {}
     )
     return {
+        "data.train_ds.input_cfg": [source],  # first: what stands below may add to it
         **cfg.train,
         "output_dir": str(run),
         "seed": seed,
-        "data.train_ds.input_cfg": [source],
         "data.validation_ds.datasets.held_out.input_cfg.0.cuts_path": cfg.targets.validation,
         "init_from": cfg.warm_start if variant.get("warm_start", True) else None,
         **variant.get("train", {}),

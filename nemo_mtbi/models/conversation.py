@@ -107,8 +107,8 @@ class Conversation:
         own = [self._open(a) for a in given]
         messages = [*self.messages, self.model.user_turn(prompt, len(own))]
         audios = [*self.audios, *own]
-        own = generation.get("generation_config")
-        limited = own is not None and (own.max_new_tokens is not None or own.max_length is not None)
+        config = generation.get("generation_config")
+        limited = config is not None and (config.max_new_tokens is not None or config.max_length is not None)
         options = generation if limited else {"max_new_tokens": 128, **generation}
         if audios:
             options["audios"] = audios

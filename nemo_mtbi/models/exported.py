@@ -112,7 +112,7 @@ class ExportedSpeechLLM(SpeechLLM):
         self.tokenizer = SimpleNamespace(tokenizer=own)
         self.tokenizer.tokenizer.add_special_tokens({"additional_special_tokens": [self.audio_locator_tag]})
         with without_initialization():
-            llm = AutoConfig.from_pretrained(config.llm_config_path, trust_remote_code=False)
+            llm = AutoConfig.from_pretrained(str(config.llm_config_path), trust_remote_code=False)
             self.llm = AutoModelForCausalLM.from_config(llm, dtype=getattr(torch, config.llm_dtype))
             read_generation_config(self.llm, str(config.llm_config_path))
             self.embed_tokens = self.llm.model.embed_tokens

@@ -9,7 +9,7 @@ from nemo.core.classes.common import safe_instantiate
 from torch import Tensor, nn
 
 from nemo_mtbi.modules.parameter_groups import parameter_groups
-from nemo_mtbi.parallel.launch import from_first_rank
+from nemo_mtbi.parallel.launch import tensors_from_first_rank
 
 log = logging.getLogger(__name__)
 STEP = "step"
@@ -22,7 +22,7 @@ def build_optimizer(model: Any) -> dict[str, Any]:
     optimizer = safe_instantiate(
         model.cfg.optimizer, parameter_groups(trained, model.config.parameter_groups), _convert_="all"
     )
-    moments = from_first_rank(model.earlier_moments)  # others may not see the file
+    moments = tensors_from_first_rank(model.earlier_moments)  # others may not see the file
     if moments and not keeps_moments(optimizer):
         log.warning("%s begins anew: it keeps other things than Adam's moments.", type(optimizer).__name__)
     elif moments:

@@ -11,6 +11,9 @@ from torch import nn
 log = logging.getLogger(__name__)
 
 
+FUSED_ADAM = "apex.optimizers.FusedAdam"
+
+
 @lru_cache
 def nvidia_apex() -> bool:
     """Whether NVIDIA's apex with its CUDA kernels is installed; ``apex`` on PyPI is an unrelated web toolkit."""

@@ -90,6 +90,9 @@ def setup_perception(model: Any) -> None:
         from nemo.collections.speechlm2.parts.pretrained import setup_speech_encoder
 
         setup_speech_encoder(model, pretrained_weights=cfg.pretrained_weights)
+    for part in model.perception.children():
+        if hasattr(part, "sync_max_audio_length"):  # NeMo's: a collective at every pass, also where one rank has none
+            part.sync_max_audio_length = False
     model.perception.fusion = fusion_of(perception, context=context_of(model.llm.config))
     model.perception.window_seconds = window_seconds(perception)
     if (connector := connector_of(model.perception)) is not None:

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from nemo_mtbi.errors import CheckpointError, ConfigError
 from nemo_mtbi.parallel.ranks import gathered_objects, rank_and_size
@@ -109,6 +110,27 @@ def from_first_rank(compute: Callable[[], T]) -> T:
     if dist.is_initialized():
         dist.broadcast_object_list(box, src=0)
     return box[0]  # type: ignore[return-value]
+
+
+def tensors_from_first_rank(load: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors on the CPU that the first rank loads, on every rank; one travels at a time, as it is.
+
+    Other ranks may not see the first one's files. (Pickled as one object they take four times their memory.)
+    """
+    own = load() if is_first_rank() else {}
+    shapes = from_first_rank(lambda: {name: (t.shape, t.dtype) for name, t in own.items()})
+    if dist.is_initialized():
+        for name, (shape, dtype) in shapes.items():
+            own[name] = own[name].contiguous() if is_first_rank() else torch.empty(shape, dtype=dtype)
+            dist.broadcast(own[name], src=0)
+    return own
+
+
+def choose_gpu() -> None:
+    """This process's own one as CUDA's current device, before anything is loaded to "cuda": NeMo loads encoders so."""
+    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
+    if torch.cuda.is_available() and local is not None and int(local) < torch.cuda.device_count():
+        torch.cuda.set_device(int(local))
 
 
 @contextmanager

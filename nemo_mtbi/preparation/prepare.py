@@ -12,7 +12,7 @@ import os
 import re
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property, partial
@@ -35,12 +35,12 @@ from nemo_mtbi.data.audio import mono_samples
 from nemo_mtbi.data.rendering import LONE_SURROGATE, TimedWord
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.io import jsonl
-from nemo_mtbi.io.text import word_count
+from nemo_mtbi.io.text import language_code, word_count
 from nemo_mtbi.preparation.describe import DescribeConfig, Describer, Tally
 from nemo_mtbi.preparation.no_speech import LOWEST_NOISE_HZ, read_no_speech
 from nemo_mtbi.preparation.noisy import NoiseConfig, with_noise
 from nemo_mtbi.preparation.sentences import read_sentences
-from nemo_mtbi.preparation.sources import READERS, Entry, SourceConfig, packed
+from nemo_mtbi.preparation.sources import READERS, Entry, SourceConfig, packed, require_keys
 from nemo_mtbi.preparation.voice_measures import VERSION
 from nemo_mtbi.preparation.voice_report import write_voice_report
 from nemo_mtbi.preparation.word_times import (
@@ -249,6 +249,7 @@ class Preparation:
         for source in config.sources:
             if source.kind not in KINDS:
                 raise ConfigError(f"Unknown source kind {source.kind!r}. Known kinds: {', '.join(KINDS)}.")
+            require_keys(source)
         if config.unaligned not in ("keep", "skip"):
             raise ConfigError(f"unaligned={config.unaligned!r}: use keep or skip.")
         shares = (config.split.shares or DEFAULT_SHARES).values()
@@ -433,7 +434,7 @@ class Preparation:
         except Exception as error:
             raise_if_of_the_machine(error, sources_of(cut))
             raise Skip(f"unreadable audio: {_cause(error)}") from None
-        if entry.silent or all((s.alignment or {}).get("word") for s in cut.supervisions):
+        if entry.silent or all((s.alignment or {}).get("word") for s in cut.supervisions if (s.text or "").strip()):
             return cut, None, samples
         try:
             words = self._align(cut, entry, samples)
@@ -465,11 +466,14 @@ class Preparation:
             raise Skip("all samples are zero, and there is a transcript")
         return samples
 
-    def _align(self, cut: Cut, entry: Entry, samples: np.ndarray) -> list[TimedWord]:
+    def _align(self, cut: Cut, entry: Entry, samples: np.ndarray) -> Sequence[TimedWord]:
         if self.textgrids is not None:
             return self.textgrids.words(cut)
         if self.aligner is None:
             raise Unalignable("no aligner is configured")
+        spoken = {language_code(s.language) for s in cut.supervisions if s.language}
+        if self.aligner.language is not None and spoken - {self.aligner.language}:
+            raise Unalignable(f"{self.config.aligner} knows {self.aligner.language} alone, no {min(spoken)}")
         return self.aligner.align(samples, entry.text)
 
     def _write(self, journal: jsonl.Journal, sharing: Sharing) -> dict[str, Path]:

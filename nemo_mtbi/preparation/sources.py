@@ -4,7 +4,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -19,7 +19,9 @@ from lhotse.shar.readers.lazy import LazySharIterator
 from nemo_mtbi.corpus.failures import raise_if_of_the_machine
 from nemo_mtbi.data.alignments import transcript
 from nemo_mtbi.data.audio import audio_files, part_of
+from nemo_mtbi.data.audio_length import with_length
 from nemo_mtbi.data.manifest import ManifestLine, read_manifest
+from nemo_mtbi.data.target import is_no_speech
 from nemo_mtbi.errors import ConfigError, DataError, MTBIError
 from nemo_mtbi.io.tables import read_table
 from nemo_mtbi.io.text import read_text
@@ -74,9 +76,11 @@ class SourceConfig:
             in); ``pkg://package/file`` is a file of an installed package.
         name: prefix of the utterance ids; for lhotse_recipe the recipe's name.
         audio_root: folder that relative audio paths start from (default: the table's own).
-        audio_column, text_column, speaker_column: of a table.
-        split_column: of a table whose rows name their split; null: ``split`` of prepare.yaml decides.
-        language: of the transcripts.
+        audio_column, text_column: of a table.
+        speaker_column: of a table, or a field of a NeMo manifest's lines.
+        split_column: of a table whose rows name their split, or a field of a NeMo manifest's lines; null: ``split`` of
+            prepare.yaml decides.
+        language: of the transcripts (of cuts: of those that name none).
         encoding: of tables, NeMo manifests and transcripts; null: by their byte order mark, else UTF-8.
         speaker_prefix: put before its speakers, so that those of different corpora are different ones though they are
             called alike.
@@ -111,7 +115,9 @@ def utterance_cut(
 ) -> MonoCut:
     """A cut over a whole audio file; ``metadata``: gender and custom fields of its supervision."""
     own = {k: v for k, v in (metadata or {}).items() if v not in (None, "")}
-    recording = Recording.from_file(audio, recording_id=entry_id)
+    whole = with_length(audio)  # of a pipe: prepare keeps what says its length
+    make = Recording.from_bytes if isinstance(whole, bytes) else Recording.from_file
+    recording = make(whole, recording_id=entry_id)
     supervision = SupervisionSegment(
         id=entry_id,
         recording_id=entry_id,
@@ -164,7 +170,10 @@ def _require(path: str | None, kind: str) -> Path:
 
 
 def _cut_entries(
-    cuts: Callable[[], Iterable[Cut]], name: str, load: Callable[[int, Cut], Callable[[], Cut]] | None = None
+    cuts: Callable[[], Iterable[Cut]],
+    name: str,
+    language: str | None,
+    load: Callable[[int, Cut], Callable[[], Cut]] | None = None,
 ) -> Iterator[Entry]:
     """Of Lhotse's cuts, which are opened here: what Lhotse says of another tool's file is said with its name.
 
@@ -172,7 +181,7 @@ def _cut_entries(
     """
     try:
         for position, cut in enumerate(cuts()):
-            yield _cut_entry(cut, load and load(position, cut))
+            yield _cut_entry(in_order(cut, language), load and load(position, cut))
     except MTBIError:
         raise
     except Exception as error:  # of any kind, from Lhotse and what it reads with
@@ -182,19 +191,20 @@ def _cut_entries(
 
 def _cut_entry(cut: Cut, load: Callable[[], Cut] | None = None) -> Entry:
     """``load``: where the cut itself is only its metadata."""
-    cut = in_order(cut)
     text = transcript(cut)
     speakers = list(dict.fromkeys(str(s.speaker) for s in cut.supervisions if s.speaker not in (None, "")))
     about = (cut.duration, *(supervision.to_dict() for supervision in cut.supervisions))
     if isinstance(cut, DataCut) and cut.has_recording:
         about = (cut.start, *(s.source for s in cut.recording.sources if s.type in ("file", "url")), *about)
     first, others = (speakers[0], tuple(speakers[1:])) if speakers else (None, ())
-    return Entry(cut.id, load or partial(_itself, cut), first, text, where=f"cut {cut.id}", about=about, others=others)
+    load, silent = load or partial(_itself, cut), is_no_speech(cut)
+    return Entry(cut.id, load, first, text, where=f"cut {cut.id}", silent=silent, about=about, others=others)
 
 
-def in_order(cut: Cut) -> Cut:
-    """With its supervisions in order of time, and texts that are text."""
+def in_order(cut: Cut, language: str | None = None) -> Cut:
+    """With its supervisions in order of time, texts that are text, and a ``language`` for those that have none."""
     for supervision in cut.supervisions:
+        supervision.language = supervision.language or language
         if supervision.text is not None and not isinstance(supervision.text, str):
             supervision.text = str(supervision.text)
     if isinstance(cut, DataCut):
@@ -229,7 +239,7 @@ def read_cuts(config: SourceConfig) -> Iterator[Entry]:
     path = _require(config.path, config.kind)
     if path.stat().st_size == 0:
         raise DataError(f"The manifest {path} is empty.")
-    yield from _cut_entries(lambda: CutSet.from_file(path), str(path))
+    yield from _cut_entries(lambda: CutSet.from_file(path), str(path), config.language)
 
 
 def read_shar(config: SourceConfig) -> Iterator[Entry]:
@@ -242,10 +252,10 @@ def read_shar(config: SourceConfig) -> Iterator[Entry]:
     for number, shard in enumerate(shards):
 
         def load(position: int, cut: Cut, number: int = number) -> Callable[[], Cut]:
-            return partial(SharReader.cut, path, number, position, cut.id)
+            return partial(SharReader.cut, path, number, position, cut.id, config.language)
 
         metadata = LazySharIterator({"cuts": [shard["cuts"]]})
-        yield from _cut_entries(lambda metadata=metadata: metadata, str(shard["cuts"]), load)  # type: ignore[misc]
+        yield from _cut_entries(lambda metadata=metadata: metadata, str(shard["cuts"]), config.language, load)  # type: ignore[misc]
 
 
 class SharReader:
@@ -264,7 +274,7 @@ class SharReader:
         self.cuts = iter(LazySharIterator({field: [file] for field, file in shard.items()}))
 
     @classmethod
-    def cut(cls, path: str, number: int, position: int, name: str) -> Cut:
+    def cut(cls, path: str, number: int, position: int, name: str, language: str | None = None) -> Cut:
         """A cut with its data.
 
         Raises:
@@ -287,12 +297,12 @@ class SharReader:
                 reader.problem = f"the shard cannot be read up to it ({type(error).__name__})"
         if reader.problem and position < reader.position:  # before the place that is broken
             cls.last = None
-            return cls.cut(path, number, position, name)
+            return cls.cut(path, number, position, name, language)
         if reader.problem:
             raise DataError(reader.problem)
         if found.id != name:
             raise DataError(f"the shard now has {found.id} there")
-        return in_order(found)
+        return in_order(found, language)
 
 
 def read_nemo(config: SourceConfig) -> Iterator[Entry]:
@@ -313,10 +323,15 @@ def read_nemo(config: SourceConfig) -> Iterator[Entry]:
                 entry_id = whole if hash(part) in ids else part
                 ids |= {hash(part), hash(whole)}
 
-        def load(line: ManifestLine = line, entry_id: str = entry_id) -> Cut:
+        column = config.speaker_column
+        own_column = column is not None and column != SourceConfig.speaker_column
+        named = line.fields.get(str(column)) if own_column else line.speaker
+        speaker = None if named in (None, "") else str(named)
+
+        def load(line: ManifestLine = line, entry_id: str = entry_id, speaker: str | None = speaker) -> Cut:
             assert line.audio is not None and line.text is not None
             language, metadata = line.language or config.language, {k: line.fields.get(k) for k in config.metadata}
-            cut = utterance_cut(entry_id, line.audio, line.text, line.speaker, language, metadata=metadata)
+            cut = utterance_cut(entry_id, line.audio, line.text, speaker, language, metadata=metadata)
             part = part_of(cut, line.offset_seconds, line.duration_seconds)
             if part is not cut:
                 part.supervisions[0].start, part.supervisions[0].duration = 0.0, part.duration
@@ -325,7 +340,9 @@ def read_nemo(config: SourceConfig) -> Iterator[Entry]:
         problem = problem or ("there is no text" if line.text is None else None)
         about = (line.audio, line.offset_seconds, line.duration_seconds, line.language or config.language)
         about += tuple(line.fields.get(k) for k in config.metadata)
-        yield Entry(entry_id, load, line.speaker, line.text or "", where=line.where, problem=problem, about=about)
+        split = line.fields.get(config.split_column) if config.split_column else None
+        own = None if split in (None, "") else str(split)
+        yield Entry(entry_id, load, speaker, line.text or "", own, line.where, problem, about=about)
 
 
 def _digest(values: list[Any]) -> str:
@@ -421,7 +438,37 @@ def read_recipe(config: SourceConfig) -> Iterator[Entry]:
         for manifests in ({"": parts} if "recordings" in parts else parts).values():
             yield from CutSet.from_manifests(**manifests).trim_to_supervisions(keep_overlapping=False)
 
-    yield from _cut_entries(cuts, f"{path}, by Lhotse's recipe {config.name} with options {config.options},")
+    where = f"{path}, by Lhotse's recipe {config.name} with options {config.options},"
+    yield from _cut_entries(cuts, where, config.language)
+
+
+# Keys that mean something to a kind of source, beside kind and speaker_prefix. (Tables: all but options.)
+TABLE_KEYS = {f.name for f in fields(SourceConfig)} - {"options"}
+KEYS = {
+    "cuts": {"path", "language"},
+    "shar": {"path", "language"},
+    "nemo": {"path", "name", "audio_root", "speaker_column", "split_column", "language", "encoding", "metadata"},
+    "tsv": TABLE_KEYS,
+    "csv": TABLE_KEYS,
+    "folder": {"path", "name", "language", "encoding"},
+    "lhotse_recipe": {"path", "name", "language", "options"},
+    "sentences": {"path", "name", "language", "encoding", "options"},
+    "no_speech": {"name", "language", "options"},
+}
+
+
+def require_keys(config: SourceConfig) -> None:
+    """
+    Raises:
+        ConfigError: a key that a source of this kind does not look at.
+    """
+    given = {f.name for f in fields(config) if getattr(config, f.name) != getattr(SourceConfig(config.kind), f.name)}
+    known = KEYS[config.kind] | {"kind", "speaker_prefix"}
+    if foreign := sorted(given - known):
+        raise ConfigError(
+            f"A source of kind {config.kind} has no {foreign[0]} ({foreign[0]}: {getattr(config, foreign[0])!r}). It "
+            f"has {', '.join(sorted(known))}."
+        )
 
 
 READERS: dict[str, Callable[[SourceConfig], Iterator[Entry]]] = {

@@ -5,19 +5,25 @@ An aligner gives one :class:`TimedWord` per word of the transcript, or says why 
 
 import difflib
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from lhotse.cut import Cut
+from lhotse.supervision import SupervisionSegment
 
 from nemo_mtbi.data.alignments import BEYOND_SECONDS, WORDS, set_words
+from nemo_mtbi.data.audio import resample
 from nemo_mtbi.data.rendering import TimedWord
 from nemo_mtbi.errors import ConfigError, DataError
 
 ALIGNER_RATE = 16_000
+OF_SPEAKER = " - words"  # how the Montreal Forced Aligner names tiers
+SPECIAL = re.compile(r"<.*>|\[.*\]")  # pieces of a vocabulary that are no text
 
 
 class Unalignable(Exception):
@@ -27,9 +33,14 @@ class Unalignable(Exception):
 class Aligner(Protocol):
     """``align`` takes float32 mono samples at 16 kHz and the transcript.
 
+    ``language``: the only one that it knows (ISO 639-1); None: it is not said.
+
     Raises:
         Unalignable: with the reason.
     """
+
+    @property
+    def language(self) -> str | None: ...
 
     def align(self, samples: np.ndarray, transcript: str) -> list[TimedWord]: ...
 
@@ -39,6 +50,8 @@ class PocketSphinxAligner:
 
     Unknown words are left out of the aligned text; their neighbours keep their times.
     """
+
+    language = "en"
 
     def __init__(self) -> None:
         try:
@@ -51,12 +64,10 @@ class PocketSphinxAligner:
         words = transcript.split()
         keys = [re.sub(r"[^a-z']", "", w.lower()).strip("'") for w in words]
         known = [(i, k) for i, k in enumerate(keys) if k and self.decoder.lookup_word(k)]
-        if not known:
-            raise Unalignable("no word of the transcript is in PocketSphinx's dictionary")
-        if len(known) < 0.5 * len(words):
-            raise Unalignable(f"{len(words) - len(known)} of {len(words)} words are not in PocketSphinx's dictionary")
+        require_half(len(known), len(words), "are in PocketSphinx's dictionary")
         pcm = (np.clip(samples, -1, 1) * 32767).astype(np.int16).tobytes()
         try:
+            self.decoder.reinit_feat()  # else times depend on what was aligned before
             self.decoder.set_align_text(" ".join(k for _, k in known))
             self.decoder.start_utt()
             self.decoder.process_raw(pcm, full_utt=True)
@@ -76,9 +87,14 @@ class PocketSphinxAligner:
 class NeMoCTCAligner:
     """NeMo's forced-alignment utilities (as its ``ForceAligner`` uses them) with a CTC or hybrid model.
 
+    What its vocabulary cannot write (capitals, punctuation, digits, another script) is left out, since NeMo would align
+    it as silence; words without anything left get no times.
+
     Args:
         model: NeMo ASR model, name or .nemo.
     """
+
+    language = None
 
     def __init__(self, model: str) -> None:
         from nemo.collections.asr.models import ASRModel
@@ -90,14 +106,25 @@ class NeMoCTCAligner:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(f"aligner={model!r} cannot be loaded: {reason[:200]}.") from error
         self.seconds = self.model.cfg.preprocessor.window_stride * self.model.encoder.subsampling_factor
+        self.rate = self.model.cfg.preprocessor.get("sample_rate", ALIGNER_RATE)
+        decoder = getattr(self.model, "ctc_decoder", None) or self.model.decoder
+        self.letters = {letter for piece in decoder.vocabulary if not SPECIAL.fullmatch(piece) for letter in piece}
+
+    def spelled(self, word: str) -> str:
+        """A word with the letters that the model can write."""
+        forms = (word, word.lower(), word.upper())
+        return max(("".join(c for c in form if c in self.letters) for form in forms), key=len)
 
     def align(self, samples: np.ndarray, transcript: str) -> list[TimedWord]:
         from nemo.collections.asr.parts.utils import aligner_utils as nemo
 
+        words = transcript.split()
+        known = [(index, own) for index, word in enumerate(words) if (own := self.spelled(word))]
+        require_half(len(known), len(words), "can be written with the aligner's vocabulary")
         variables = nemo.get_batch_variables(
-            audio=[samples],
+            audio=[resample(samples, ALIGNER_RATE, self.rate)],
             model=self.model,
-            gt_text_batch=[transcript],
+            gt_text_batch=[" ".join(own for _, own in known)],
             output_timestep_duration=self.seconds,
             verbose=False,
         )
@@ -106,8 +133,25 @@ class NeMoCTCAligner:
             raise Unalignable("NeMo found more tokens in the transcript than frames in the audio")
         path = nemo.viterbi_decoding(log_probs, tokens, frames, token_counts, self.model.device)[0]
         utterance = nemo.add_t_start_end_to_utt_obj(utterances[0], path, seconds)
-        words = [w for s in utterance.segments_and_tokens if isinstance(s, nemo.Segment) for w in s.words_and_tokens]
-        return [TimedWord(w.text, w.t_start, w.t_end) for w in words if isinstance(w, nemo.Word)]
+        parts = [w for s in utterance.segments_and_tokens if isinstance(s, nemo.Segment) for w in s.words_and_tokens]
+        aligned = [part for part in parts if isinstance(part, nemo.Word)]
+        if len(aligned) != len(known):
+            raise Unalignable("the transcript does not fit the audio")
+        times = [TimedWord(word) for word in words]
+        for (index, _), own in zip(known, aligned, strict=True):
+            times[index] = TimedWord(words[index], own.t_start, own.t_end)
+        return times
+
+
+def require_half(known: int, words: int, what: str) -> None:
+    """
+    Raises:
+        Unalignable: fewer than half of the words are known.
+    """
+    if not known:
+        raise Unalignable(f"no word of the transcript {what.replace('are', 'is', 1)}")
+    if known < 0.5 * words:
+        raise Unalignable(f"only {known} of {words} words {what}")
 
 
 def build_aligner(name: str | None) -> Aligner | None:
@@ -137,8 +181,26 @@ def check_aligner(name: str | None) -> None:
         )
 
 
-def give_words(cut: Cut, words: list[TimedWord]) -> None:
-    """The words of a cut's transcript to its supervisions, in their order; those that have words keep theirs."""
+@dataclass(frozen=True)
+class SpeakersWord(TimedWord):
+    """A word of a TextGrid: of the tier of ``speaker``, or of one for all."""
+
+    speaker: str | None = None
+
+
+def give_words(cut: Cut, words: Sequence[TimedWord]) -> None:
+    """The words of a cut's transcript to its supervisions; those that have words keep theirs.
+
+    In their order, or, where each word has a speaker, to the utterance of that speaker in whose time it lies.
+    """
+    speakers = [word.speaker for word in words if isinstance(word, SpeakersWord) and word.speaker is not None]
+    if len(speakers) == len(words) and set(speakers) <= {s.speaker for s in cut.supervisions}:
+        own: list[list[TimedWord]] = [[] for _ in cut.supervisions]
+        for word, speaker in zip(words, speakers, strict=True):
+            own[_nearest(cut, word, speaker)].append(word)
+        for supervision, found in zip(cut.supervisions, own, strict=True):
+            _set_words(cut, supervision, found)
+        return
     counts = [len((supervision.text or "").split()) for supervision in cut.supervisions]
     if len(counts) == 1 or sum(counts) != len(words):  # a TextGrid may have other words than the transcript
         ends = [supervision.end for supervision in cut.supervisions[:-1]]
@@ -146,12 +208,33 @@ def give_words(cut: Cut, words: list[TimedWord]) -> None:
         counts = [owners.count(index) for index in range(len(counts))]
     place = 0
     for supervision, count in zip(cut.supervisions, counts, strict=True):
-        own, place = words[place : place + count], place + count
-        if not (supervision.alignment or {}).get(WORDS):
-            set_words(supervision, own, cut.start)
+        _set_words(cut, supervision, words[place : place + count])
+        place += count
 
 
-def words_of_grid(file: Path) -> list[tuple[str, float, float]]:
+def _set_words(cut: Cut, supervision: SupervisionSegment, words: Sequence[TimedWord]) -> None:
+    if not (supervision.alignment or {}).get(WORDS):
+        set_words(supervision, words, cut.start)
+
+
+def _nearest(cut: Cut, word: TimedWord, speaker: str) -> int:
+    """The speaker's utterance that is nearest to a word."""
+    assert word.start_seconds is not None and word.end_seconds is not None
+    middle = (word.start_seconds + word.end_seconds) / 2
+    far = {i: max(s.start - middle, middle - s.end) for i, s in enumerate(cut.supervisions) if s.speaker == speaker}
+    return min(far, key=far.__getitem__)
+
+
+class Mark(NamedTuple):
+    """A word of a TextGrid, and whose tier it stands in (``NAME - words``)."""
+
+    text: str
+    begin: float
+    end: float
+    speaker: str | None
+
+
+def words_of_grid(file: Path) -> list[Mark]:
     """Words of the tier ``words``, or of several speakers' (``NAME - words``), with their times, in order of time.
 
     Raises:
@@ -165,11 +248,15 @@ def words_of_grid(file: Path) -> list[tuple[str, float, float]]:
     grid = TextGrid()
     try:
         grid.read(str(file))
-        intervals = [i for tier in grid if tier.name == "words" or tier.name.endswith(" - words") for i in tier]
-        marked = [(str(i.mark).strip(), float(i.minTime), float(i.maxTime)) for i in intervals]
+        tiers = [tier for tier in grid if tier.name == "words" or tier.name.endswith(OF_SPEAKER)]
+        marked = [
+            Mark(str(i.mark).strip(), float(i.minTime), float(i.maxTime), tier.name[: -len(OF_SPEAKER)].strip() or None)
+            for tier in tiers
+            for i in tier
+        ]
     except Exception as error:  # of any kind, about a file of another tool
         raise Unalignable(f"no TextGrid ({type(error).__name__}: {str(error)[:100]})") from None
-    return sorted((w for w in marked if w[0] and not w[0].startswith("<")), key=lambda w: w[1])
+    return sorted((w for w in marked if w.text and not w.text.startswith("<")), key=lambda w: w.begin)
 
 
 class TextGrids:
@@ -215,7 +302,7 @@ class TextGrids:
             raise Unalignable("several TextGrids of the audio's name, in folders that are not the audio's")
         return fitting[0]
 
-    def words(self, cut: Cut) -> list[TimedWord]:
+    def words(self, cut: Cut) -> list[SpeakersWord]:
         """
         Raises:
             Unalignable: there is no file, or not one alone, or it has no words, or ones beyond the audio.
@@ -229,8 +316,13 @@ class TextGrids:
         if not words:
             raise Unalignable("a TextGrid without words in a tier named words")
         if of_cut is None:  # its times are those of the recording, of which the cut may be a part
-            own = [(w, a - cut.start, b - cut.start) for w, a, b in words]
-            words = [word for word in own if word[2] > 0 and word[1] < cut.duration] if cut.start else own
-        if not words or max(b for _, _, b in words) > cut.duration + BEYOND_SECONDS:
+            own = [w._replace(begin=w.begin - cut.start, end=w.end - cut.start) for w in words]
+            words = [word for word in own if word.end > 0 and word.begin < cut.duration] if cut.start else own
+        if not words or max(word.end for word in words) > cut.duration + BEYOND_SECONDS:
             raise Unalignable("a TextGrid with words beyond the audio")
-        return [TimedWord(*word) for word in words]
+        speakers = {supervision.speaker for supervision in cut.supervisions} - {None}
+        by_time = sorted(cut.supervisions, key=lambda supervision: supervision.start)
+        at_once = any(one.end > other.start + BEYOND_SECONDS for one, other in pairwise(by_time))
+        if at_once and not {word.speaker for word in words} <= speakers:
+            raise Unalignable("people talk at once, and the TextGrid's tiers are not called like the speakers")
+        return [SpeakersWord(*word) for word in words]

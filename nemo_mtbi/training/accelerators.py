@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_mtbi.modules.fused_norm import nvidia_apex
+from nemo_mtbi.modules.fused_norm import FUSED_ADAM, nvidia_apex
 
 ADAMW = "torch.optim.AdamW"
 
@@ -28,5 +28,5 @@ def fused_optimizer(optimizer: DictConfig, trainer: DictConfig) -> DictConfig:
         return optimizer
     own: dict[str, Any] = {str(k): v for k, v in OmegaConf.to_container(optimizer).items()}  # type: ignore[union-attr]
     if nvidia_apex():
-        return OmegaConf.create(own | {"_target_": "apex.optimizers.FusedAdam", "adam_w_mode": True})
+        return OmegaConf.create(own | {"_target_": FUSED_ADAM, "adam_w_mode": True})
     return OmegaConf.create(own | {"fused": True})

@@ -31,7 +31,7 @@ from nemo_mtbi.models.mtbi_salm import MTBISALM
 from nemo_mtbi.models.objective import WINDOW_COUNTS, term_counts
 from nemo_mtbi.modules.connectors.base import Connector
 from nemo_mtbi.modules.perception import connector_of, writing_key
-from nemo_mtbi.training.resume import Wrapped, skip_batches, with_sampler
+from nemo_mtbi.training.resume import Dealt, Wrapped, skip_batches, spare_workers, with_sampler
 from nemo_mtbi.training.segments import SEGMENT_BATCHES, Place, Segments
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 # In examples, of NeMo's samplers. Lhotse adds the second one to the first.
 BUFFERS = ("bucket_buffer_size", "shuffle_buffer_size", "num_cuts_for_bins_estimate")
 SHUFFLE_BUFFER = 10_000  # NeMo's default
+SHAR_SHUFFLE_BUFFER = 500
 UNREADABLE_BATCHES = 10
 SEEDS_APART = 1_000_003
 
@@ -165,11 +166,26 @@ class ResumableData(DataModule):
         if self.in_segments and loader._source is not None:
             skip -= self._begin(loader._source.sampler, skip, own) * self.segment_batches
             loader._source = with_sampler(loader._source, self.segments)
+        if loader._source is not None:
+            spare_workers(loader._source)
         self.readable = Readable(skip_batches(loader, skip, self.drawing_workers), dropped)
         loader = self.readable
         loader = WindowedLoader(loader, self.accumulated, self.connector) if self.accumulated > 1 else loader
         self.waited = Waited(loader)
         return self.waited
+
+    def _build_test_dataloader(self, cfg: DictConfig) -> Any:
+        """NeMo's, in which every example is in one batch of one rank."""
+        if "datasets" in cfg:
+            return super()._build_test_dataloader(cfg)
+        mesh, source = self._get_device_mesh(), None
+        if is_dp_source_rank(mesh):
+            source = get_lhotse_dataloader_from_config(
+                cfg, global_rank=0, world_size=1, dataset=self.dataset, tokenizer=self.tokenizer
+            )
+            source = with_sampler(source, Dealt(source.sampler, self._get_dp_rank(), self._get_world_size()))
+            spare_workers(source)
+        return BroadcastingDataLoader(source=source, device_mesh=mesh)
 
     def _begin(self, whole: Any, skip: int, kept: dict[str, Any]) -> int:
         """Make the segments from a batch on; returns the number of the first one. ``whole``: NeMo's sampler."""
@@ -273,7 +289,7 @@ def data_module(
             cfg[section].sample_rate = model.sampling_rate
             cfg[section].setdefault("pin_memory", torch.cuda.is_available())
             if cfg[section].get("shuffle"):
-                cfg[section].setdefault("shuffle_buffer_size", SHUFFLE_BUFFER)
+                cfg[section].setdefault("shuffle_buffer_size", shuffle_buffer(cfg[section]))
             for key in BUFFERS:
                 if cfg[section].get(key):
                     cfg[section][key] = enough(cfg[section], cfg[section][key])
@@ -362,6 +378,16 @@ def enough(section: DictConfig, most: int) -> int:
             found += sum(1 for _ in islice(lines, most - found))
     batches = (section.get("num_buckets") or 1) * (section.get("batch_size") or 16)
     return min(most, max(found, batches))
+
+
+def shuffle_buffer(section: DictConfig) -> int | None:
+    """Examples that every process that draws holds for shuffling, beside those for buckets.
+
+    Shar's shards are shuffled as such, and its cuts come with their audio or features.
+    """
+    if not reads_shar(section):
+        return SHUFFLE_BUFFER
+    return None if section.get("use_bucketing") else SHAR_SHUFFLE_BUFFER
 
 
 def workers_that_draw(section: DictConfig | None) -> int:

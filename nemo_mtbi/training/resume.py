@@ -7,12 +7,14 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lhotse import CutSet
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from nemo.collections.common.data.lhotse.broadcasting import BroadcastingDataLoader
@@ -24,6 +26,7 @@ from nemo_mtbi import console
 from nemo_mtbi.data.shar import without_data
 
 log = logging.getLogger(__name__)
+GRACE_SECONDS = 300  # of a loader's worker after SIGTERM
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -134,8 +137,8 @@ def settle_checkpoints(folder: Path) -> None:
         if averaged and not (folder / f"{name}-EMA.ckpt").is_file():  # one of two files
             (folder / f"{name}.ckpt").unlink(missing_ok=True)
         marker.unlink(missing_ok=True)
-    for partial in folder.glob(".*.ckpt.*"):
-        partial.unlink(missing_ok=True)
+    for unfinished in folder.glob(".*.ckpt.*"):
+        unfinished.unlink(missing_ok=True)
     last = list(folder.glob("*last.ckpt"))
     if len(last) > 1:
         last.sort(key=step_of)
@@ -166,6 +169,25 @@ class Wrapped:
         if name.startswith("__") or name == "source":  # while it is unpickled
             raise AttributeError(name)
         return getattr(self.source, name)
+
+
+class Dealt(Wrapped):
+    """Every ``count``-th batch of a Lhotse sampler, from the ``rank``-th one on; where the last round has fewer, an
+    empty one, so that all ranks have as many. (Lhotse gives some examples to two ranks instead.)
+    """
+
+    def __init__(self, source: Any, rank: int, count: int) -> None:
+        super().__init__(source)
+        self.rank, self.count = rank, count
+
+    def __iter__(self) -> Iterator[CutSet]:
+        given = 0
+        for batch in self.source:
+            if given % self.count == self.rank:
+                yield batch
+            given += 1
+        if 0 < given % self.count <= self.rank:
+            yield CutSet()
 
 
 class LaterBatches(Wrapped):
@@ -226,4 +248,17 @@ def with_sampler(loader: DataLoader, sampler: Any) -> DataLoader:
         batch_size=None,
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
     )
+
+
+def spare_workers(loader: DataLoader) -> None:
+    """Let a loader's workers outlive the SIGTERM that their whole process group gets (torchrun, SLURM): the step that
+    :class:`Preemption` finishes needs them, and one that dies ends it with an error."""
+    loader.worker_init_fn = partial(_spared, loader.worker_init_fn)
+
+
+def _spared(own: Callable[[int], None] | None, worker: int) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
+    if own is not None:
+        own(worker)

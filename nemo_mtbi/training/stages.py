@@ -38,7 +38,7 @@ from nemo_mtbi.models.mtbi_salm import MTBISALM
 from nemo_mtbi.models.optimization import moments_of
 from nemo_mtbi.modules.connectors.ctc_vocabulary import choose_tokens, count_tokens
 from nemo_mtbi.modules.perception import require_fixed_features
-from nemo_mtbi.parallel.launch import PATIENCE
+from nemo_mtbi.parallel.launch import PATIENCE, choose_gpu
 from nemo_mtbi.parallel.parts import part_of
 from nemo_mtbi.parallel.strategy import OURS, SIZE, TensorParallelStrategy, ddp_options, name_of, requested_size
 from nemo_mtbi.pretrained.fingerprint import fingerprint
@@ -102,6 +102,7 @@ def train(cfg: DictConfig) -> RunDirectory:
         check_options(stage, config.lora is not None, config.imitation.by_answer)
     run = RunDirectory(cfg.output_dir)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    choose_gpu()
     tokens = ctc_tokens(cfg, config, run)
     model_cfg = plain(cfg.model)
     model_cfg.setdefault("freeze_params", config.freeze_params)

@@ -1,5 +1,6 @@
 """The ``mtbi`` command."""
 
+import importlib
 import importlib.util
 import subprocess
 import sys
@@ -62,3 +63,14 @@ def test_what_strangers_type_first_is_answered_in_a_line(arguments, message, tmp
     run = Started("cli", arguments, cwd=tmp_path)
     said = run.communicate()[0]
     assert run.returncode == 1 and message in said and "Traceback" not in said
+
+
+def test_lightning_starts_other_ranks_with_the_launchers_module(monkeypatch):
+    from lightning.fabric.strategies.launchers.subprocess_script import _basic_subprocess_cmd
+
+    launcher, commands = importlib.import_module("nemo_mtbi.examples.plan"), []
+    monkeypatch.setattr(launcher, "main", lambda: commands.append(list(_basic_subprocess_cmd())))
+    before = sys.modules["__main__"].__spec__
+    assert main(["plan", "gpus=8"]) == 0
+    assert commands == [[sys.executable, "-m", "nemo_mtbi.examples.plan", "gpus=8"]]
+    assert sys.modules["__main__"].__spec__ is before

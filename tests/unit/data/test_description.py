@@ -83,3 +83,10 @@ def test_templates_are_sandboxed():
         DescribedText("{{ text.__class__.__mro__ }}")(cut(LABELS), "k")
     with pytest.raises(ConfigError, match="colour"):
         DescribedText("{{ text }} {{ described['colour'] }}")(cut(LABELS), "k")
+
+
+def test_a_text_that_others_keep_under_our_name_is_no_description():
+    one = cut({})
+    for kept in ("A man speaks quickly.", ["male"], None):
+        one.supervisions[0].custom = {DESCRIPTION_FIELD: kept}
+        assert DescribedText()(one, "key") is None and DescribedText()(one, "key", ["gender"]) is None

@@ -75,6 +75,17 @@ def test_a_misplaced_word_costs_its_own_neighbours_alone():
     ]
 
 
+def test_a_word_without_times_is_in_one_unit_with_its_neighbours():
+    """Aligners that did not see it give its speech to them."""
+    times = [(0.0, 0.4), (0.5, 1.2), None, (1.9, 2.3), (2.4, 2.8)]
+    words = [Word(i, i + 1, *(own or (None, None))) for i, own in enumerate(times)]
+    assert [(u.token_begin, u.token_end) for u in timeline(words, 3.0)] == [(0, 1), (1, 4), (4, 5)]
+    assert len(timeline([Word(i, i + 1) for i in range(3)], 3.0)) == 1
+    at_the_ends = [Word(0, 1), *words[3:], Word(5, 6)]
+    units = timeline([Word(i, i + 1, w.start_seconds, w.end_seconds) for i, w in enumerate(at_the_ends)], 3.0)
+    assert [u.words for u in units] == [2, 2]
+
+
 def test_people_who_talk_at_once_are_one_unit():
     first = [Word(i, i + 1, float(i), i + 0.9) for i in range(6)]
     second = [Word(6 + i, 7 + i, 3.5 + i, 4.4 + i) for i in range(5)]

@@ -105,3 +105,16 @@ def test_recordings_in_which_nothing_is_said_are_no_task(tmp_path):
     for trained in (["repeat"], None):
         cfg = OmegaConf.create({"targets": {"train": str(manifest)}, "benchmark": {"trained_tasks": trained}})
         assert check_tasks(cfg, {"full": {}}) == ["repeat"]
+
+
+def test_what_holds_for_all_variants_may_add_to_their_source(tmp_path):
+    manifest = tmp_path / "train.jsonl"
+    manifest.write_text("")
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        own = [f"output_dir={tmp_path}", "cuts={a: b}", f"targets={{train: {manifest}, validation: v}}"]
+        cfg = compose("ablate", own)
+        OmegaConf.set_struct(cfg, False)
+        cfg.train["+data.train_ds.input_cfg.0.perturb_speed"] = [0.9, 1.1]
+        values = train_values(cfg, {"tasks": ["repeat"]}, tmp_path / "x", 0)
+        entry = compose("train", overrides(values)).data.train_ds.input_cfg[0]
+    assert entry.perturb_speed == [0.9, 1.1] and entry.tasks == ["repeat"] and entry.cuts_path == str(manifest)

@@ -1,6 +1,11 @@
 """NVIDIA's apex is told from the other package of that name."""
 
+import sys
+from types import ModuleType
+
 import pytest
+import torch
+from nemo.core.classes.common import safe_instantiate
 from omegaconf import OmegaConf
 
 from nemo_mtbi import registration as registration
@@ -34,3 +39,23 @@ def test_another_apex_is_not_taken_for_nvidias(tmp_path, monkeypatch):
         ({"precision": "16-mixed"}, False),
     ):
         assert fused_optimizer(adam, OmegaConf.create(trainer)).get("fused", False) == fused
+
+
+def test_nemo_makes_apexs_optimizer_and_calls_none_of_its_functions(monkeypatch):
+    from nemo_mtbi.training.accelerators import fused_optimizer
+
+    class FusedAdam(torch.optim.AdamW):
+        def __init__(self, params, adam_w_mode, **options):
+            super().__init__(params, **options)
+
+    optimizers = ModuleType("apex.optimizers")
+    optimizers.FusedAdam, optimizers.clip_grad_norm_ = FusedAdam, print
+    monkeypatch.setitem(sys.modules, "apex", ModuleType("apex"))
+    monkeypatch.setitem(sys.modules, "apex.optimizers", optimizers)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("nemo_mtbi.training.accelerators.nvidia_apex", lambda: True)
+    config = fused_optimizer(OmegaConf.create({"_target_": "torch.optim.AdamW", "lr": 0.5}), OmegaConf.create())
+    made = safe_instantiate(config, [torch.nn.Parameter(torch.zeros(2))])
+    assert isinstance(made, FusedAdam) and made.param_groups[0]["lr"] == 0.5
+    with pytest.raises(ValueError, match="unsafe target"):
+        safe_instantiate(OmegaConf.create({"_target_": "apex.optimizers.clip_grad_norm_"}))

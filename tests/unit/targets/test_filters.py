@@ -13,6 +13,7 @@ from nemo_mtbi.targets.filters import (
     NearDuplicates,
     choose_filters,
     empty,
+    language,
     refusal,
     repetition,
     truncated,
@@ -116,3 +117,24 @@ def test_marks_of_other_scripts():
     library = load_library()
     assert form_error("\u4f60\u597d\u5417\uff1f", library["question_generation"]) is None
     assert items("\u82f9\u679c\u3001\u9999\u8549\u3001\u6885") == ["\u82f9\u679c", "\u9999\u8549", "\u6885"]
+
+
+def test_loops_of_other_scripts():
+    good = "सरकार ने विश्वविद्यालय खोला और विश्वविद्यालय में छात्र आए तथा विश्वविद्यालय बड़ा हुआ"
+    assert not repetition(candidate(good))
+    assert repetition(candidate("我们今天去公园吃饭" * 4)) and not repetition(
+        candidate("我们今天去公园吃饭,他明天去学校")
+    )
+
+
+@pytest.mark.parametrize(
+    "response, languages, kept",
+    [
+        ("今日は公園に行ってみんなで昼ごはんを食べました", ("en",), False),
+        ("今日は公園に行ってみんなで昼ごはんを食べました", ("en", "ja"), True),
+        ("Wir gehen heute in den Park und essen dort zu Mittag", ("en",), False),
+        ("Em îro diçin parkê û li wir firavînê dixwin", ("en", "kmr"), True),  # not known by that code
+    ],
+)
+def test_the_language_of_an_answer(response, languages, kept):
+    assert (language(replace(candidate(response), languages=languages)) is None) is kept

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,6 +15,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from lhotse import CutSet
 from omegaconf import OmegaConf
+from torch.utils.data import DataLoader
 
 from nemo_mtbi import registration
 from nemo_mtbi.checkpoints.run_directory import RunDirectory
@@ -30,7 +32,7 @@ from nemo_mtbi.targets.config import TargetsConfig
 from nemo_mtbi.targets.generate import TargetGenerator
 from nemo_mtbi.training import stages
 from nemo_mtbi.training.data_module import WindowedLoader, data_module, enough
-from nemo_mtbi.training.resume import LaterBatches
+from nemo_mtbi.training.resume import Dealt, LaterBatches, spare_workers, with_sampler
 from tests.helpers import assert_same, build, gradients, make_batch, split
 from tests.unit.data_helpers import BUCKETS, TARGETS, begun_twice, training_loader
 
@@ -211,11 +213,40 @@ def test_seeds_draw_other_tasks_and_the_same_validation_on_all_ranks(many, model
     entries = [{"type": "mtbi", "cuts_path": str(many)} for _ in range(2)]
     section = {"datasets": {"both": {"input_cfg": entries}}, "batch_size": 2, "use_multimodal_sampling": True}
     seen = []
-    for rank in range(2):
+    for rank in range(3):
         data = data_module(OmegaConf.create({"cached_features": False, "validation_ds": section}), model)
-        data._get_dp_rank, data._get_world_size = lambda rank=rank: rank, lambda: 2
-        seen += [e.id.split("/")[0] for batch in data.val_dataloader().flattened[0] for e in batch["examples"]]
+        data._get_dp_rank, data._get_world_size = lambda rank=rank: rank, lambda: 3
+        own = list(data.val_dataloader().flattened[0])
+        assert len(own) == 14  # of 40 batches
+        seen += [e.id.split("/")[0] for batch in own if batch is not None for e in batch["examples"]]
     assert sorted(seen) == sorted(2 * [f"utt{i}" for i in range(40)])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_every_batch_goes_to_one_rank_and_all_have_as_many(ranks):
+    for total in range(0, 20):
+        whole = [[number] for number in range(total)]
+        own = [list(Dealt(whole, rank, ranks)) for rank in range(ranks)]
+        assert len(set(map(len, own))) == 1
+        assert sorted(number for part in own for batch in part for number in batch) == list(range(total))
+
+
+class Numbers(torch.utils.data.Dataset):
+    def __getitem__(self, number):
+        time.sleep(0.05)
+        return number
+
+
+def test_workers_outlive_the_sigterm_of_their_process_group():
+    """As torchrun and SLURM send it; the step that is finished before the checkpoint needs their batches."""
+    loader = DataLoader(Numbers(), sampler=range(40), batch_size=None, num_workers=2)
+    spare_workers(loader)
+    batches = iter(with_sampler(loader, range(40)))
+    got = [next(batches)]
+    for worker in batches._workers:
+        subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)  # by another process than their parent
+    got += list(batches)
+    assert got == list(range(40))
 
 
 def test_one_process_of_a_job_counts_the_transcripts(many, model, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.preparation.sources import utterance_cut
 from nemo_mtbi.training.data_module import data_module
 from tests.helpers import build
-from tests.unit.data_helpers import BUCKETS, TARGETS, begun_twice, training_loader
+from tests.unit.data_helpers import BUCKETS, TARGETS, begun_twice, training_data, training_loader
 
 pytestmark = pytest.mark.unit
 
@@ -190,3 +190,17 @@ def test_slices_of_shards_are_read_as_lhotse_reads_them(shars):
     with without_data():
         assert [cut.id for cut in own] == ids and len(ids) == 10
     assert isinstance(own.data, SharVisits) and not reader.promised
+
+
+def test_few_cuts_that_hold_their_audio_are_kept_for_shuffling(shars, tiny_config):
+    model, shar = build(tiny_config), {"shar_path": str(shars / "shar0"), "seed": 7}
+
+    def kept(entry, **section):
+        return training_data(model, [entry], batch_size=2, **section).cfg.train_ds.shuffle_buffer_size
+
+    assert kept({"cuts_path": "pipe:cat x"}) == 10_000  # Lhotse adds them to bucket_buffer_size
+    assert kept(shar, **BUCKETS) is None and kept(shar) == 500
+    for section in ({}, {"bucket_buffer_size": 24, "num_cuts_for_bins_estimate": 20, **BUCKETS}):
+        loader = training_loader(model, shar, batch_size=2, **section)
+        ids = [e.id for batch in islice(iter(loader), 20) for e in batch["examples"]]
+        assert ids != sorted(ids)

@@ -27,7 +27,7 @@ def tokenizer(smollm2):
 
 
 def test_prompts_of_other_days_are_the_same(tokenizer, monkeypatch):
-    """Else a run that goes on tomorrow asks everything again, and a speech LLM is used with other prompts than trained."""
+    """Else a run that goes on tomorrow asks everything again, and use reads other prompts than training."""
     renderer = PromptRenderer(tokenizer, PromptFormatter.resolve(ChatTemplateFormat.NAME))
 
     def rendered():

@@ -102,7 +102,7 @@ class InterleavingPolicy:
         probability: share of the examples that are interleaved; the others are plain behavior imitation.
         text_share: expected share of words given as text in an interleaved example. 0: none, 1: all.
         span_words: mean number of words in a text span; more where the share needs it.
-        span_distribution: ``geometric``, ``uniform`` (1 .. 2 * mean - 1) or ``fixed``.
+        span_distribution: ``geometric``, ``uniform`` (1 .. 2 * mean - 1, the mean met) or ``fixed``.
         level: ``embedding`` encodes the whole utterance once and slices the connector's output; ``waveform`` cuts the
             audio and encodes each piece by itself.
         schedule: factor on ``probability`` over training steps.
@@ -171,13 +171,15 @@ class InterleavingPolicy:
             short, share = self._fixed(mean)
             lengths, often = [short, short + 1], [1 - share, share]
         else:
-            lengths = list(range(1, max(1, round(2 * mean - 1)) + 1))
-            often = [1.0] * len(lengths)
+            longest, share = self._fixed(2 * mean - 1)
+            lengths = list(range(1, longest + 2))
+            often = [(1 - share) / longest + share / (longest + 1)] * longest + [share / (longest + 1)]
         return rng.randint(1, rng.choices(lengths, [n * m for n, m in zip(lengths, often, strict=True)])[0])
 
     @staticmethod
     def _fixed(mean: float) -> tuple[int, float]:
-        """Words of a span, and how often it has one more, so that the mean is met."""
+        """Words of a span (of ``uniform``: of the longest one), and how often it has one more, so that the mean is
+        met."""
         short = max(1, math.floor(mean))
         return short, max(0.0, mean - short)
 
@@ -188,7 +190,8 @@ class InterleavingPolicy:
             short, share = self._fixed(mean)
             return short + (rng.random() < share) if share else short
         if self.span_distribution == "uniform":
-            return rng.randint(1, max(1, round(2 * mean - 1)))
+            longest, share = self._fixed(2 * mean - 1)
+            return rng.randint(1, longest + (rng.random() < share) if share else longest)
         return max(1, math.ceil(math.log(1 - rng.random()) / math.log(1 - 1 / mean)))
 
 

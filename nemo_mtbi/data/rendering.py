@@ -13,6 +13,7 @@ from typing import Any
 from nemo_mtbi.data.interleaving import Word
 from nemo_mtbi.data.literal import without_control_tokens
 from nemo_mtbi.errors import ConfigError, DataError
+from nemo_mtbi.io.text import normalized
 
 AUDIO_TAG = "<|audio|>"  # what NeMo's vLLM plugin knows
 
@@ -279,7 +280,7 @@ def match_words(words: list[str], timed: tuple[TimedWord, ...]) -> list[TimedWor
     """
 
     def key(word: str) -> str:
-        return re.sub(r"\W+", "", word).lower()
+        return normalized(word).replace(" ", "").replace("'", "")
 
     result = [TimedWord(word) for word in words]
     if not timed:

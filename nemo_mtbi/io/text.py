@@ -24,6 +24,7 @@ UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]"
 )
 APOSTROPHES = str.maketrans("\u2019\u02bc\uff07", "'''")
+ASCII_SIGNS = re.compile(r"[^a-z0-9']")
 LOOKED_AT_BYTES = 4096  # of a file without a mark, to tell UTF-16 from UTF-8
 
 
@@ -119,6 +120,8 @@ def normalized(text: str) -> str:
     Signs are Unicode's punctuation and symbols, in any script; vowel signs and accents are parts of letters (NFC).
     Marks that are not seen, of direction or between joined letters, are left out.
     """
+    if text.isascii():
+        return " ".join(ASCII_SIGNS.sub(" ", text.lower()).split())
     text = unicodedata.normalize("NFC", text.translate(APOSTROPHES).lower().replace("i\u0307", "i"))  # Turkish capital
     return " ".join("".join(map(_as_in_words, text)).split())
 

@@ -16,8 +16,8 @@ from nemo_mtbi.losses.vocabulary import VocabularyShard
 
 # Log-probabilities of impossible entries (vocabulary padding, an empty rest bucket), finite so that 0 * log 0 is 0.
 LOG_P_FLOOR, LOG_Q_FLOOR = -100.0, -1e4
-# The least that a cached teacher's rest bucket has for the reverse KL, which would otherwise count 100 nats where
-# rounding to float16 has left it nothing.
+# The least that a cached teacher's rest bucket, and what fills its rows, have for the reverse KL, which would otherwise
+# count 100 nats where rounding to float16 has left nothing.
 LOG_REST_FLOOR = math.log(1e-4)
 
 
@@ -165,6 +165,7 @@ def _teacher_buckets(
     log_p = cached.log_probs[part].to(dtype)
     mass = log_p.exp().sum(-1, keepdim=True)
     log_p = log_p - mass.clamp_min(1).log()  # rounding to float16 may push the sum over one
+    log_p = torch.where(log_p <= LOG_P_FLOOR + 1, floor, log_p)  # what fills a row is as empty as an empty rest
     rest = (1 - mass).clamp_min(0).log().clamp_min(floor)  # an empty rest: no mass, but finite
     return cached.token_ids[part], torch.cat([log_p, rest], -1)
 

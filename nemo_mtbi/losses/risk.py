@@ -4,6 +4,8 @@ A hypothesis is a discrete text, so the LLM's loss on it has no gradient to the 
 
     R_b = sum_s q_bs r_bs,      q_bs = P(h_bs) / sum_t P(h_bt),      dR_b = sum_s q_bs (r_bs - R_b) d log P(h_bs)
 
+The hypotheses are the greedy text and drawn ones; a text that was drawn n times is n of them, with n times its share.
+
 Letters: B utterances, S hypotheses of each.
 """
 

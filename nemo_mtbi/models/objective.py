@@ -214,7 +214,8 @@ def losses_of_answers(loss: ImitationLoss, counts: list[int], config: ImitationC
 def term_counts(examples: list[Example], connector: Connector | None) -> dict[str, int]:
     """What the terms of a micro-batch are divided by, by kind.
 
-    Transcript tokens: of the utterances that the transcription loss learns from. Words: those with times; one without a
+    Transcript tokens: of the utterances that the transcription loss learns from (CTC: of all, also where there are too
+    few frames for them, which are not known yet). Words: those with times; one without a
     position of its own adds nothing to the term.
     """
     connector = connector or Connector()
@@ -260,7 +261,8 @@ def pooled_words(
     device, width = speech.centers.device, max(len(e.units) for e in examples)
     rows, ends = len(examples) * width, torch.full((len(examples), width), math.inf)
     for row, example in enumerate(examples):
-        ends[row, : len(example.units)] = torch.tensor([unit.end_seconds for unit in example.units])
+        within = max(0, len(example.units) - 1)  # the last one takes what is left
+        ends[row, :within] = torch.tensor([unit.end_seconds for unit in example.units[:within]])
     words = [
         (row * width + place, example.prompt_ids[unit.token_begin : unit.token_end])
         for row, example in enumerate(examples)
@@ -320,7 +322,7 @@ def combined(
         counts: (4,) in the order of KINDS, of the whole optimizer step, over all micro-batches and ranks.
         reference: kind of N.
     """
-    size = counts[KINDS.index(reference)]
+    size = counts[KINDS.index(reference)].clamp_min(1)  # as the divisor: other terms stay where a step has none of it
     scaled = [t.weight * t.total * (size / counts[KINDS.index(t.kind)].clamp_min(1)) for t in terms]
     names = {TRANSCRIPT_TOKENS: "transcription", WORDS: "word_alignment", UTTERANCES: "risk"}
     metrics = {names[t.kind]: t.total.detach() / max(1, own[t.kind]) for t in terms}

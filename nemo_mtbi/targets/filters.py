@@ -113,7 +113,7 @@ def misread(c: Candidate) -> str | None:
 
 
 def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.casefold())
+    return normalized(text).replace("'", " ").split()
 
 
 def truncated(c: Candidate) -> str | None:
@@ -239,7 +239,7 @@ class NearDuplicates:
         """Reason to reject the next answer, in order of the manifest; None if it passes."""
         if task.form["kind"] in self.FREE_FORMS:
             return None
-        letters = set(re.findall(r"[^\W\d_]+", response.lower()))
+        letters = set(re.sub(r"[\d']+", " ", normalized(response)).split())
         words = " ".join(sorted(letters)) or response.strip()  # of numbers alone: themselves
         key = int.from_bytes(hashlib.blake2b(f"{prompt_id}/{words}".encode(), digest_size=8).digest())
         self.counts[key] += 1

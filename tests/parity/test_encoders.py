@@ -143,6 +143,20 @@ def test_connectors_do_not_depend_on_padding(index):
     assert counts.tolist() == batch.lengths.tolist()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("blank", [5.0, 15.0, 30.0, 80.0])
+def test_the_position_that_silence_keeps_is_that_of_its_words(blank):
+    """Also where the blank is as good as sure, and 1 - P(blank) is 0 in float32."""
+    torch.manual_seed(0)
+    connector = connectors()[2].eval()
+    connector.residual = None
+    logits = torch.cat([torch.full((1, 4, 1), blank), torch.randn(1, 4, 7)], -1)
+    embeddings, counts, *_ = connector._compress(torch.zeros(1, 4, 32), logits.log_softmax(-1), torch.tensor([4]))
+    assert counts.tolist() == [1]
+    choices = (logits[0, :, 1:].softmax(-1) @ connector.table)[:, None]
+    assert min(float((embeddings[0, 0] - own).abs().max()) for own in choices) < 1e-4
+
+
 def test_ctc_compression_equals_the_plain_loop():
     """Runs of one non-blank argmax, merged with weight 1 - P(blank), blanks dropped: written out frame by frame."""
     torch.manual_seed(1)

@@ -70,6 +70,23 @@ def test_a_rest_that_rounding_has_emptied_costs_little():
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon"])
+@pytest.mark.parametrize("known", [1, 5])
+def test_what_fills_a_row_costs_no_more_than_an_empty_rest(divergence, known):
+    """Of given answers, and of manifests of different top_k: entries that the teacher never said."""
+    hidden, weight, _, teacher, ids, _ = make()
+    log_p, top = (teacher @ weight.detach().t()).log_softmax(-1).topk(known)
+    filled = torch.stack([torch.tensor([i for i in range(V) if i not in own][:3]) for own in top.tolist()])
+    wide = torch.cat([top, filled], 1), torch.cat([log_p, torch.full(filled.shape, -100.0, dtype=log_p.dtype)], 1)
+    objective = ImitationObjective(0.0, 1.0, 1.0, divergence)
+    narrow, padded = (
+        imitation_loss(hidden, Head(weight), ids, objective, cached_teacher=CachedTeacher(*rows))
+        for rows in ((top, log_p), wide)
+    )
+    q = (hidden @ weight.t()).softmax(-1).gather(1, filled).sum(-1)  # as much as the least rest would cost them
+    assert float(padded.kl) < float(narrow.kl) + float((q * -math.log(1e-4)).sum())
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon"])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("top_k", [None, 5, V])
 @pytest.mark.parametrize("shape", ["plain", "bias", "scaled", "scaled_softcapped"])

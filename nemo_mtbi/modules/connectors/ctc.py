@@ -188,14 +188,15 @@ class CTCCompressConnector(TokenConnector):
         rows = emitted.nonzero(as_tuple=True)
         slot = slot[rows]
 
-        probs = log_probs[rows].exp()
-        weight = (1 - probs[:, 0]).clamp_min(1e-6)
+        own = log_probs[rows]
+        weight = (-torch.expm1(own[:, 0])).clamp_min(1e-6)
+        spoken = own[:, 1:].softmax(-1)  # P(v | not blank), also where the blank is sure
 
         def pool(values: Tensor) -> Tensor:
             return values.new_zeros(batch * positions, *values.shape[1:]).index_add(0, slot, values)
 
         total = pool(weight).clamp_min(1e-6)
-        posteriors = pool(probs[:, 1:]) / total[:, None]  # weight * P(v | not blank) = P(v)
+        posteriors = pool(weight[:, None] * spoken) / total[:, None]
         embeddings = posteriors.to(self.table.dtype) @ self.table
         if self.residual is not None:
             states = pool(hidden[rows] * weight[:, None].to(hidden.dtype)) / total[:, None].to(hidden.dtype)

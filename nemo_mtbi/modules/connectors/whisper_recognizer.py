@@ -176,8 +176,7 @@ class WhisperRecognizer(TokenConnector):
         loss = imitation_loss(rows, Head(self._output_weight()), flat, CROSS_ENTROPY).loss if len(flat) else 0.0
         if self.no_speech_id is None:
             return torch.as_tensor(loss), len(flat)
-        nothing = self._no_speech_log_probs(hidden[:, 0])
-        something = torch.log(-torch.expm1(nothing.clamp_max(-1e-6)))
+        nothing, something = self._no_speech_log_probs(hidden[:, 0])
         return loss - torch.where(counts == 0, nothing, something).sum(), len(flat) + len(kept)
 
     def _writing_weights(self) -> list[nn.Parameter]:
@@ -250,10 +249,12 @@ class WhisperRecognizer(TokenConnector):
         zeros = torch.zeros(valid.shape, dtype=self.decoder.layer_norm.weight.dtype, device=valid.device)
         return zeros.masked_fill(~valid, torch.finfo(zeros.dtype).min)[:, None, None]
 
-    def _no_speech_log_probs(self, first: Tensor) -> Tensor:
-        """Log-probability (B,) of no speech, from the states (B, D) of the first token."""
+    def _no_speech_log_probs(self, first: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (B,) of no speech and of all else, from the states (B, D) of the first token."""
         logits = nn.functional.linear(first, self.decoder.embed_tokens.weight).float()
-        return logits[:, self.no_speech_id] - logits.logsumexp(-1)
+        total, nothing = logits.logsumexp(-1), torch.zeros_like(logits[0], dtype=torch.bool)
+        nothing[self.no_speech_id] = True  # the rest by itself: 1 - p would be 0 for a sure p, and teach nothing
+        return logits[:, self.no_speech_id] - total, logits.masked_fill(nothing, -torch.inf).logsumexp(-1) - total
 
     def _forced_states(self, features: Tensor, sizes: Tensor, tokens: list[list[int]]) -> Tensor:
         """States (B, N + 1, D) that predict each token and what follows the last one."""
@@ -286,7 +287,7 @@ class WhisperRecognizer(TokenConnector):
         while True:
             step = self._step(ids, begin, features, mask, cache)
             if self.no_speech_id is not None and not states:
-                nothing = self._no_speech_log_probs(step[:, 0]) > math.log(self.no_speech_threshold)
+                nothing = self._no_speech_log_probs(step[:, 0])[0] > math.log(self.no_speech_threshold)
                 done |= self.agreed(nothing.long()).bool()
             hidden = step[:, -1]
             states.append(hidden)

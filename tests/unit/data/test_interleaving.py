@@ -170,3 +170,11 @@ def test_large_shares_are_reached(share):
     policy, units = InterleavingPolicy(1.0, share, 3.0), even_units(60)
     text = sum(sum(policy.plan(units, "utt", v, 0)) for v in range(300))
     assert text / (300 * 60) == pytest.approx(share, abs=0.04)
+
+
+@pytest.mark.parametrize("distribution", ["geometric", "uniform", "fixed"])
+@pytest.mark.parametrize("span, share", [(3.0, 0.7), (3.0, 0.65), (2.0, 0.55), (1.2, 0.3)])
+def test_shares_between_whole_spans_are_met(distribution, span, share):
+    policy, units = InterleavingPolicy(1.0, share, span, distribution), even_units(2000)
+    text = sum(sum(policy.plan(units, "utt", v, 0)) for v in range(40))
+    assert text / (40 * 2000) == pytest.approx(share, abs=0.012)

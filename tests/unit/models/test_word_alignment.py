@@ -18,7 +18,8 @@ def by_hand(examples, speech, frame_seconds, embed_tokens):
     for row, example in enumerate(examples):
         seconds = (speech.centers[row, : speech.lengths[row]] + 0.5) * frame_seconds
         for unit in example.units:
-            inside = (seconds >= unit.start_seconds) & (seconds < unit.end_seconds)
+            end = torch.inf if unit is example.units[-1] else unit.end_seconds  # the last one takes what is left
+            inside = (seconds >= unit.start_seconds) & (seconds < end) & seconds.isfinite()
             if has_word(example, unit) and inside.any():
                 own = speech.embeddings[row, : speech.lengths[row]][inside].mean(0)
                 yield own, embed_tokens(torch.tensor(example.prompt_ids[unit.token_begin : unit.token_end])).mean(0)
@@ -42,6 +43,32 @@ def test_means_are_those_of_a_loop():
     for found, reference in zip(own, expected, strict=True):
         torch.testing.assert_close(torch.stack(found), torch.stack(reference))
     assert term_counts(examples, None)[WORDS] == sum(len(e.units) for e in examples) - 1
+
+
+@torch.no_grad()
+def test_the_last_word_has_the_positions_up_to_the_end():
+    """Of which the last one's middle may lie behind the audio."""
+    embed = torch.nn.Embedding(5000, 8)
+    [example] = make_batch(type("Model", (), {})(), 1)["examples"]
+    frames = example.duration_seconds / 0.02
+    centers = torch.tensor([[*torch.linspace(0, frames - 6, 20), frames + 2]])
+    speech = SpeechEmbeddings(torch.randn(1, 21, 8), torch.tensor([21]), centers)
+    spoken, _ = pooled_words([example], speech, 0.02, embed)
+    begin = example.units[-1].start_seconds
+    torch.testing.assert_close(
+        spoken[len(example.units) - 1], speech.embeddings[0][(centers[0] + 0.5) * 0.02 >= begin].mean(0)
+    )
+
+
+def test_a_term_stays_where_a_step_has_none_of_the_count_that_it_is_in_units_of():
+    """Word alignment where all utterances of a step are of several windows, and none has a transcription loss."""
+    own = torch.tensor(3.0, requires_grad=True)
+    counts = torch.tensor([float({objective.RESPONSE_TOKENS: 9, WORDS: 12}.get(kind, 0)) for kind in objective.KINDS])
+    terms = [objective.Term(1.0, torch.zeros(()), objective.TRANSCRIPT_TOKENS), objective.Term(1.0, own, WORDS)]
+    numbers = {kind: int(count) for kind, count in zip(objective.KINDS, counts, strict=True)}
+    step = objective.alignment_loss(terms, numbers, counts)
+    assert float(step.total) == pytest.approx(3 / 12)
+    assert float(torch.autograd.grad(step.total, own)[0]) == pytest.approx(1 / 12)
 
 
 @torch.no_grad()

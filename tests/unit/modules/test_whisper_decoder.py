@@ -203,13 +203,25 @@ def test_no_speech_is_whispers_own_decision(connector, tiny_whisper):
     logits = whisper(encoder_outputs=BaseModelOutput(states), decoder_input_ids=start).logits[:, -1]
     nothing = logits.log_softmax(-1)[:, connector.no_speech_id]
     hidden = connector._forced(states, sizes, [[], []])
-    torch.testing.assert_close(connector._no_speech_log_probs(hidden[:, 0]), nothing, rtol=1e-4, atol=1e-4)
+    own, other = connector._no_speech_log_probs(hidden[:, 0])
+    torch.testing.assert_close(own, nothing, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(other, torch.log1p(-nothing.exp()), rtol=1e-4, atol=1e-4)
     connector.no_speech_threshold = float(nothing.mean().exp())
     speech = connector.connect(features, lengths)
     silent = nothing.exp() > connector.no_speech_threshold
     assert speech.nothing_heard.tolist() == silent.tolist() and 0 < int(silent.sum()) < 2
     texts = connector.transcribe(features, lengths)
     assert [not t for t in texts] == silent.tolist()
+
+
+def test_a_sure_mistake_about_silence_is_learned_from(connector):
+    weight = connector.decoder.embed_tokens.weight.detach()
+    own = weight[connector.no_speech_id]
+    first = (2000 * own / own.square().sum())[None].requires_grad_()
+    nothing, something = connector._no_speech_log_probs(first)
+    assert float(nothing) == 0.0 and torch.isfinite(something).all()
+    (gradient,) = torch.autograd.grad(-something.sum(), first)
+    assert float((gradient[0] * own).sum()) > 0  # towards less of it
 
 
 @pytest.mark.parametrize("streamed", [False, True])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from lhotse.testing.dummies import dummy_cut, dummy_recording
 
-from nemo_mtbi.data.rendering import match_words
+from nemo_mtbi.data.rendering import TimedWord, match_words
 from nemo_mtbi.errors import DataError
 from nemo_mtbi.preparation.prepare import Preparation
 from nemo_mtbi.preparation.sources import SourceConfig
@@ -84,3 +84,10 @@ def test_textgrids_are_found_by_name_whatever_it_holds(tmp_path, monkeypatch):
             words(name)
     with pytest.raises(DataError, match="not a folder"):
         TextGrids(tmp_path / "absent")
+
+
+def test_words_of_other_scripts_get_their_own_times():
+    own = match_words(["राम", "का", "की"], (TimedWord("राम", 0.0, 1.0), TimedWord("की", 2.0, 3.0)))
+    assert [w.start_seconds for w in own] == [0.0, None, 2.0]
+    own = match_words(["caf\u00e9,", "It\u2019s"], (TimedWord("cafe\u0301", 0.0, 1.0), TimedWord("its", 1.0, 2.0)))
+    assert [w.start_seconds for w in own] == [0.0, 1.0]

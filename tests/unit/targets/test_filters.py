@@ -87,6 +87,12 @@ def test_what_was_described_is_not_told_unasked(response, told):
     assert bool(unasked(c)) is told
 
 
+def test_near_duplicates_of_other_scripts():
+    task, duplicates = load_library()["repeat"], NearDuplicates(1)
+    texts = ("वह लड़का है", "वह लड़की है", "वह लड़की है", "Don't go!", "go don\u2019t 5")
+    assert [bool(duplicates.check(task, "p", text)) for text in texts] == [False, False, True, False, True]
+
+
 def test_near_duplicates_of_numbers():
     task, duplicates = load_library()["repeat"], NearDuplicates(1)
     assert [bool(duplicates.check(task, "p", text)) for text in ("12", "35", "12", "It is 5.", "It is 6.")] == [

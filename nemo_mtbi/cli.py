@@ -12,7 +12,8 @@ from pathlib import Path
 
 from nemo_mtbi.version import __version__
 
-FIRST_KEY = {"report": "run"}  # mtbi report RUN
+# mtbi report RUN
+FIRST_KEY = {"report": "run", "evaluate": "run", "export": "run", "serve": "model", "inspect": "cuts"}
 CONF = Path(__file__).parent / "conf"
 # Commands whose YAML builds on a dataclass, which says what the keys are.
 SCHEMAS = {
@@ -63,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         importlib.import_module(launcher).main()
     except KeyboardInterrupt:
-        print("\nStopped. The same command continues.", file=sys.stderr)
+        print("\nStopped.", file=sys.stderr)
         return 130
     finally:
         main_module.__spec__ = own

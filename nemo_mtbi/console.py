@@ -73,7 +73,10 @@ def _write(stream: TextIO, text: str) -> None:
     bars = [bar for bar in list(getattr(tqdm, "_instances", [])) if not bar.disable]
     for bar in bars:
         bar.clear()
-    print(text, file=stream, flush=True)
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:  # of a program that has read enough, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     for bar in bars:
         bar.refresh()
 
@@ -100,6 +103,17 @@ class OurWarnings(logging.Handler):
             tell(f"Warning: more of them are in {log_file() or 'the log'}.")
 
 
+def open_streams() -> None:
+    """Give a process that was started without standard streams (``2>&-``) some that lead nowhere."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the first number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(descriptor, "w" if descriptor else "r", closefd=False))
+
+
 @contextmanager
 def redirected(log: Path | None) -> Iterator[None]:
     """Send what is printed to ``log`` (None: a temporary file that stays only if the run fails, or has
@@ -112,6 +126,7 @@ def redirected(log: Path | None) -> Iterator[None]:
     if _terminal is not None:
         yield
         return
+    open_streams()
     sys.stdout.flush()
     sys.stderr.flush()
     out, err = os.dup(1), os.dup(2)
@@ -131,7 +146,7 @@ def redirected(log: Path | None) -> Iterator[None]:
         yield
     except SystemExit as error:  # its message is shown already, or is in the log
         failed = error.code not in (None, 0)
-        if temporary and failed:
+        if temporary and failed and path is not None and path.stat().st_size:
             tell(f"Log: {path}")
         raise
     except BaseException as error:
@@ -147,8 +162,10 @@ def redirected(log: Path | None) -> Iterator[None]:
             tell(f"Log: {path}")
         raise
     finally:
-        if temporary and path is not None and not failed and handler.count <= SHOWN_WARNINGS:
-            path.unlink(missing_ok=True)
+        if temporary and path is not None and path.exists():
+            nothing = not path.stat().st_size
+            if nothing or (not failed and handler.count <= SHOWN_WARNINGS):
+                path.unlink(missing_ok=True)
 
 
 def run(command: list[str]) -> int:

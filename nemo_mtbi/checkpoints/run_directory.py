@@ -34,6 +34,22 @@ from nemo_mtbi.parallel.launch import tensors_from_first_rank
 
 UNTRAINED, ALIGNMENT, IMITATION = "untrained", "alignment", "imitation"
 STAGES = (UNTRAINED, ALIGNMENT, IMITATION)
+
+
+def split_stage(name: str) -> tuple[str, str]:
+    """``RUN@STAGE`` -> run and stage; the stage of ``RUN`` is empty. Folders may have an ``@`` in their names.
+
+    Raises:
+        CheckpointError: the text after the ``@`` is no stage, and there is no such folder.
+    """
+    path, at, stage = name.rpartition("@")
+    if not at or (stage not in STAGES and Path(name).exists()):
+        return name, ""
+    if stage not in STAGES and "/" not in stage:
+        raise CheckpointError(f"{name}: {stage!r} is no stage; there are {', '.join(STAGES)}.")
+    return (path, stage) if stage in STAGES else (name, "")
+
+
 # What trained weights mean nothing without.
 OF_THE_MODEL = ("audio_locator_tag", "lora", "perception", "prompt_format", "speech_position")
 
@@ -102,7 +118,7 @@ class RunDirectory:
     @classmethod
     def parse(cls, name: str) -> tuple["RunDirectory", str]:
         """``RUN`` or ``RUN@STAGE`` -> the run, and the stage (default: the furthest finished)."""
-        path, _, stage = name.partition("@")
+        path, stage = split_stage(name)
         run = cls(path)
         return run, stage or run.last_stage()
 

@@ -20,6 +20,8 @@ UNWRITABLE = (
     errno.EFBIG,
     errno.EROFS,
     errno.EACCES,
+    errno.EPERM,
+    errno.EISDIR,
     errno.ENOLCK,
     errno.ENOTDIR,
     errno.EEXIST,

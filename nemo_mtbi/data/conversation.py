@@ -399,3 +399,8 @@ def check_manifest(path: Any) -> None:
         raise DataError(f"There is no manifest {path}. Run prepare_data.py and generate_targets.py, or fix the path.")
     if file.is_file() and (file.stat().st_size == 0 or (path.endswith(".jsonl.gz") and nothing_in(file))):
         raise DataError(f"The manifest {path} is empty. Did the step that writes it finish?")
+    try:
+        next(iter(CutSet.from_file(path)), None)
+    except Exception as error:  # of any kind, from Lhotse and what it reads with
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise DataError(f"{path} cannot be read as a manifest of cuts ({said[:200]}).") from error

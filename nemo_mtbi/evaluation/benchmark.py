@@ -16,7 +16,7 @@ import torch
 from lhotse import CutSet
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_mtbi.checkpoints.run_directory import RunDirectory
+from nemo_mtbi.checkpoints.run_directory import RunDirectory, split_stage
 from nemo_mtbi.data.chat_template import dialect
 from nemo_mtbi.data.conversation import MTBIConversation, check_manifest
 from nemo_mtbi.data.feature_cache import FEATURES_FIELD
@@ -269,7 +269,7 @@ def trained_on(specs: Iterable[str], library: dict[str, Task]) -> list[str] | No
     benchmark can ask; None where no run says so."""
     seen: set[str] = set()
     for spec in specs:
-        record = Path(spec.partition("@")[0]) / "seen.json"
+        record = Path(split_stage(spec)[0]) / "seen.json"
         if not spec.startswith(SALM_PREFIX) and record.is_file():
             seen |= set(jsonl.read_json(record).get("tasks", {}))
     known = (library[name] for name in sorted(seen & set(library)))
@@ -313,7 +313,7 @@ def open_system(spec: str, llm_dtype: str) -> tuple[Any, Path]:
     Raises:
         ConfigError: see :func:`nemo_mtbi.evaluation.systems.require_text_llm`.
     """
-    if (Path(spec.partition("@")[0]) / "model.json").is_file():
+    if (Path(split_stage(spec)[0]) / "model.json").is_file():
         run, name = RunDirectory.parse(spec)
         model = MTBISALM.from_run(run, name, llm_dtype)
         require_text_llm(model)

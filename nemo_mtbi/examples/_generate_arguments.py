@@ -19,7 +19,20 @@ from nemo_mtbi.io.text import read_text
 YAML = Path(__file__).parents[1] / "conf" / "generate.yaml"
 STDIN = "-"
 USAGE = 'mtbi generate MODEL AUDIO... "any text"   or   mtbi generate key=value ...'
-HYDRA_FLAGS = ("--cfg", "-c", "--info", "-i", "--resolve", "--package", "-p", "--multirun", "-m", "--hydra-help")
+HYDRA_FLAGS = (
+    "--help",
+    "-h",
+    "--cfg",
+    "-c",
+    "--info",
+    "-i",
+    "--resolve",
+    "--package",
+    "-p",
+    "--multirun",
+    "-m",
+    "--hydra-help",
+)
 
 
 def to_overrides(arguments: list[str]) -> list[str]:
@@ -36,6 +49,11 @@ def to_overrides(arguments: list[str]) -> list[str]:
         prompts = [words.pop()] if words else []
         if prompts and Path(prompts[0]).suffix and os.path.isfile(prompts[0]):
             parser.error(f"the last argument is the question, but {prompts[0]} is a file (or use --prompt)")
+        if prompts and _is_override(prompts[0]):
+            parser.error(f"the last argument is the question, and {prompts[0]} is a setting: --{_dashed(prompts[0])}")
+        foreign = [word for word in words[1:] if not os.path.exists(word) and not Path(word).suffix]
+        if prompts and foreign:
+            parser.error(f"{foreign[0]!r} is no file: put a question of several words in quotes (or use --prompt)")
     audio = options.pop("audio") + words
     for name, value in (("MODEL", model), ("AUDIO", audio), ("a question", prompts)):
         if not value:
@@ -84,6 +102,16 @@ def read_prompt(parser: argparse.ArgumentParser, file: str) -> str:
 
 def _is_hydra(argument: str) -> bool:
     """An override of a key that the YAML has, or a flag of Hydra's."""
+    return argument.split("=")[0] in HYDRA_FLAGS or _is_override(argument)
+
+
+def _is_override(argument: str) -> bool:
     match = re.match(r"[+~]*([\w.]+)=", argument)
-    keys = {*yaml.safe_load(YAML.read_text(encoding="utf-8")), "verbose"}
-    return argument.split("=")[0] in HYDRA_FLAGS or bool(match and match[1].split(".")[0] in {*keys, "hydra"})
+    keys = {*yaml.safe_load(YAML.read_text(encoding="utf-8")), "verbose", "hydra"}
+    return bool(match and match[1].split(".")[0] in keys)
+
+
+def _dashed(argument: str) -> str:
+    """An override as an option."""
+    key, _, value = argument.partition("=")
+    return f"{key.replace('_', '-')} {value}"

@@ -7,11 +7,13 @@ import shlex
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
@@ -21,6 +23,12 @@ from nemo_mtbi.examples._overrides import as_typed, overrides
 from nemo_mtbi.examples._steps import run_launcher
 
 FOLDERS = ("output_dir", "run")  # keys; a log goes into the first
+# Keys that the YAML leaves open, or null: lists; mappings, of these launchers; those that must name something.
+LISTS = ("manifests", "perturbed_manifests", "only", "task_folders", "trained_tasks", "unseen_tasks", "examples")
+MAPPINGS, WITH_MAPPINGS = ("cuts", "systems", "labelled", "targets"), ("evaluate", "benchmark", "ablate")
+NAMED = ("manifests", "stages", "cuts", "systems", "targets", "only", "languages")
+CONTINUED = ("prepare", "cache_features", "targets", "train", "benchmark", "ablate", "quickstart")
+INTERRUPTED = 130  # exit code
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
@@ -49,10 +57,17 @@ def launcher(
                     cfg[key] = str(name)  # a folder may be called 2026
             with console.redirected(log_path(cfg, config_name)):
                 try:
+                    require_kinds(cfg, config_name)
                     require_values(cfg, config_name)
                     function(cfg)
                 except MTBIError as error:
                     console.tell(f"\nError: {error}")
+                    sys.exit(1)
+                except OSError as error:
+                    if error.filename is None:
+                        raise
+                    traceback.print_exc()  # in the log
+                    console.tell(f"\nError: {error.filename}: {error.strerror}.")
                     sys.exit(1)
                 finally:
                     gc.freeze()  # else Python, when it ends, takes seconds to search all that NeMo has for garbage
@@ -70,11 +85,50 @@ def launcher(
             except MTBIError as error:
                 console.tell(f"Error: {error}")
                 sys.exit(1)
-            composed()
+            try:
+                composed()
+            except KeyboardInterrupt:
+                console.tell(f"\nStopped.{' The same command continues.' if config_name in CONTINUED else ''}")
+                sys.exit(INTERRUPTED)
 
         return entry
 
     return decorate
+
+
+def require_kinds(cfg: DictConfig, name: str) -> None:
+    """Lone texts where a list belongs become one; other values must be of the kind that the YAML has at their key.
+
+    Raises:
+        ConfigError: they are not, or nothing is named.
+    """
+    for key in FOLDERS:
+        if key in cfg and not OmegaConf.is_missing(cfg, key) and cfg[key] == "":
+            raise ConfigError(f"{key} is empty: name a folder.")
+    defaults = yaml.safe_load((CONF / f"{name}.yaml").read_text(encoding="utf-8"))
+    for key, default in defaults.items():
+        if key not in cfg or OmegaConf.is_missing(cfg, key):
+            continue
+        value = cfg[key]
+        if value is None and default != "???":
+            continue
+        if value is None:
+            raise ConfigError(f"{key} is null: it needs a value.")
+        listed = isinstance(default, list) or key in LISTS
+        if listed and isinstance(value, str):
+            cfg[key] = [value]
+            value = cfg[key]
+        mapping = isinstance(default, dict) or (key in MAPPINGS and name in WITH_MAPPINGS)
+        if (listed and not OmegaConf.is_list(value)) or (mapping and not OmegaConf.is_dict(value)):
+            form = "[A, B]" if listed else f"{{NAME: {value if isinstance(value, str) else '...'}}}"
+            raise ConfigError(f"{key}={value}: give {key}={form}.")
+        if key in NAMED and (listed or mapping) and not len(value):
+            raise ConfigError(f"{key}={value} names nothing.")
+        if isinstance(default, bool) and not isinstance(value, bool):
+            raise ConfigError(f"{key}={value}: true or false.")
+        numbers = (int,) if type(default) is int else (int, float)
+        if type(default) in (int, float) and type(value) not in numbers:
+            raise ConfigError(f"{key}={value}: give a {'whole ' if type(default) is int else ''}number.")
 
 
 def require_values(cfg: DictConfig, name: str) -> None:

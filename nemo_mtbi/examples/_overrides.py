@@ -21,6 +21,7 @@ PLAIN = re.compile(r"(?!(null|true|false|inf|nan)$)[A-Za-z_/][\w./-]*", re.ASCII
 QUOTED_END = re.compile(r'(\\*)("|\Z)')
 BEFORE_INTERPOLATION = re.compile(r"(\\*)\$\{")
 ESCAPED = re.compile(r"[\\()\[\]{}:=, \t]")
+PATHS = "output_dir run model nemo hf trainable_only output init_from warm_start cuts".split()  # keys
 ASSIGNMENT = re.compile(r"(\+{0,2}[A-Za-z_][\w./@$-]*)=(.*)", re.DOTALL)
 
 
@@ -78,8 +79,11 @@ def as_typed(argument: str) -> str:
         return argument
     key, text = match.groups()
     try:
-        if OverridesParser.create().parse_override(argument).is_sweep_override() and not _is_sweep_function(text):
+        parsed = OverridesParser.create().parse_override(argument)
+        if parsed.is_sweep_override() and not _is_sweep_function(text):
             return override(key, text)
+        if key in PATHS and not parsed.is_sweep_override() and isinstance(parsed.value(), int | float):
+            return f"{key}={quoted(text)}"  # 2026_12_01, which Hydra reads as a number
     except HydraException as error:
         if key != "prompt" and text.startswith(("[", "{")) and text.endswith(("]", "}")):
             raise ConfigError(

@@ -140,14 +140,14 @@ def train_values(cfg: DictConfig, variant: dict[str, Any], run: Path, seed: int)
 
 def inputs_of(cfg: DictConfig, values: dict[str, Any]) -> dict[str, str]:
     """Digests of the files that a variant is trained with, by what they are."""
-    from nemo_mtbi.checkpoints.run_directory import RunDirectory
+    from nemo_mtbi.checkpoints.run_directory import RunDirectory, split_stage
 
     sources = [source.get("cuts_path") for source in values["data.train_ds.input_cfg"]]
     names = [f"targets {n}" if n else "targets" for n in range(len(sources))]
     files = {name: Path(path) for name, path in zip(names, sources, strict=True) if path}
     files["validation"] = Path(cfg.targets.validation)
     if values["init_from"]:
-        run, stage = str(values["init_from"]).partition("@")[::2]
+        run, stage = split_stage(str(values["init_from"]))
         with suppress(CheckpointError):  # a finished variant does not need it any more
             files["warm start"] = RunDirectory(run).weights(stage or RunDirectory(run).last_stage())
     return {name: digest_of(path) for name, path in files.items() if path.is_file()}
@@ -167,6 +167,10 @@ def finished(run: Path, settings: list[str], inputs: dict[str, str]) -> bool:
         ConfigError: with other settings than now, or with files that have changed.
     """
     record, read_then = run / "overrides.json", run / "inputs.json"
+    trained = run / "imitation" / "trained.safetensors"
+    if not trained.is_file() and not any((run / "imitation" / "checkpoints").glob("*.ckpt")):  # nothing to lose
+        record.unlink(missing_ok=True)
+        read_then.unlink(missing_ok=True)
     if record.is_file() and values_of(json.loads(record.read_text())) != values_of(settings):
         raise ConfigError(f"{run} was trained with other settings ({record}). Use another output_dir, or remove it.")
     before = json.loads(read_then.read_text()) if read_then.is_file() else {}
@@ -177,7 +181,7 @@ def finished(run: Path, settings: list[str], inputs: dict[str, str]) -> bool:
         )
     jsonl.write_json(record, settings)
     jsonl.write_json(read_then, before | inputs)
-    return (run / "imitation" / "trained.safetensors").is_file()
+    return trained.is_file()
 
 
 def values_of(settings: list[str]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from nemo_mtbi.io.typed import typed
 @launcher("cache_features", {"speech_llm/schema": ModelConfig})
 def main(cfg: DictConfig) -> None:
     from nemo_mtbi import registration  # noqa: F401  registers our classes as NeMo targets
+    from nemo_mtbi.data.conversation import check_manifest
     from nemo_mtbi.data.perturbation import speed_factors
     from nemo_mtbi.preparation.cache_features import cache_features
     from nemo_mtbi.preparation.frozen_encoder import FrozenEncoder
@@ -22,6 +23,8 @@ def main(cfg: DictConfig) -> None:
     perturbed = cfg.manifests if cfg.perturbed_manifests is None else cfg.perturbed_manifests
     if unknown := set(perturbed) - set(cfg.manifests):
         raise ConfigError(f"perturbed_manifests: {', '.join(sorted(unknown))} is not among manifests.")
+    for manifest in cfg.manifests:
+        check_manifest(manifest)
     speeds = speed_factors(cfg.perturb_speed)
     encoder = FrozenEncoder(cfg.model) if (cfg.executor, cfg.workers) == (LOCAL, 1) else cfg.model
     who = (cfg.executor, cfg.workers, typed(RayConfig, cfg.ray))

@@ -512,6 +512,13 @@ class Preparation:
             cuts = (cut for path in written.values() for cut in jsonl.read(path))
             write_voice_report(self.folder / "voices.html", report, cuts)
         count.tell(self.folder / "report.json")
+        shares = self.config.split.shares or DEFAULT_SHARES
+        empty = [name for name, share in shares.items() if share > 0 and name not in written]
+        if empty and self.config.split.by == "speaker":
+            log.warning(
+                f"Nothing is in {' or '.join(empty)}: all of a speaker goes into one split, and there are few. "
+                "With split.by=utterance speakers are in all of them."
+            )
         for name in before - written.keys():
             (self.folder / f"cuts.{name}.jsonl").unlink(missing_ok=True)
         return written

@@ -159,6 +159,7 @@ def build(page: Page, examples: list[str]) -> gr.Blocks:
         for p in task.prompts
         if p.language == "en" and "{{" not in p.text and p.text.strip()
     ]
+    most = page.limits.max_tokens
     with gr.Blocks(title="Speech LLM", analytics_enabled=False, delete_cache=KEPT_UPLOADS) as blocks:
         gr.Markdown("# Ask about speech")
         with gr.Row():
@@ -171,7 +172,7 @@ def build(page: Page, examples: list[str]) -> gr.Blocks:
                 prompt = gr.Dropdown(
                     prompts, value=prompts[0], allow_custom_value=True, label="Prompt (choose one or write your own)"
                 )
-                length = gr.Slider(8, page.limits.max_tokens, 128, step=8, label="Longest answer, tokens")
+                length = gr.Slider(1, most, min(128, most), step=1, label="Longest answer, tokens")
                 ask = gr.Button("Ask", variant="primary", elem_id="ask")
                 remark = gr.Markdown()
             with gr.Column():

@@ -13,6 +13,8 @@ from nemo_mtbi.errors import ConfigError
 
 DEFAULT_FOLDER = Path(__file__).parents[1] / "conf" / "tasks"
 GROUPS, SPLITS = ("train", "held_out", "control", "voice"), ("seen", "held_out")
+PROMPT_KEYS = {"id", "text", "language"}
+FORM_KEYS = {"max_words": {"value"}, "min_words": {"value"}, "language": {"value"}, "list": {"min_items"}}
 FORMS = ("any", "one_word", "yes_no", "choice", "list", "max_words", "min_words", "question", "language")
 SANDBOX = SandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
 
@@ -98,10 +100,16 @@ def load_task(path: Path) -> Task:
             raise ConfigError(
                 f"Task file {path}: prompts has no split {sorted(map(str, unknown))[0]!r}, only {SPLITS}."
             )
+        for wording in (p for split in wordings.values() for p in split or ()):
+            if unknown := set(wording) - PROMPT_KEYS:
+                raise ConfigError(
+                    f"Task file {path}: a prompt has no {min(unknown)!r} ({wording.get('id')!r}); it has "
+                    f"{', '.join(sorted(PROMPT_KEYS))}."
+                )
         prompts = [
             Prompt(p["id"], p["text"], split, p.get("language", "en"))
             for split in SPLITS
-            for p in wordings.get(split, [])
+            for p in wordings.get(split) or ()
         ]
         steps = [PrepareStep(**s) for s in raw.pop("prepare", [])]
         task = Task(prompts=prompts, prepare=steps, **raw)
@@ -119,10 +127,15 @@ def load_task(path: Path) -> Task:
         raise ConfigError(f"Task file {path}: prompt id {slashed[0]!r} must not hold a slash.")
     values: dict[str, Any] = {k: v[0] for k, v in task.variables.items()} | {"choices": task.choices}
     values |= {s.variable: "..." for s in task.prepare}
-    for template in [p.text for p in task.prompts] + [s.prompt for s in task.prepare]:
-        render_template(template, values)
-    if task.answer is not None:
-        render_template(task.answer, values | {"transcript": "..."})
+    try:
+        for template in [p.text for p in task.prompts] + [s.prompt for s in task.prepare]:
+            render_template(template, values)
+        if task.answer is not None:
+            render_template(task.answer, values | {"transcript": "..."})
+        if task.form["kind"] == "language":
+            render_template(str(task.form["value"]), values)
+    except ConfigError as error:
+        raise ConfigError(f"Task file {path}: {error}") from error
     return task
 
 
@@ -151,6 +164,12 @@ def _type_problem(task: Task) -> str | None:
         return f"form is {task.form!r}; give a mapping with kind"
     if task.form.get("kind") in ("max_words", "min_words") and type(task.form.get("value")) is not int:
         return f"form {task.form['kind']} needs a value, a whole number of words"
+    if task.form.get("kind") == "language" and not isinstance(task.form.get("value"), str):
+        return "form language needs a value, the language or its placeholder"
+    if type(task.form.get("min_items", 1)) is not int:
+        return f"form.min_items is {task.form['min_items']!r}; give a whole number"
+    if unknown := set(task.form) - {"kind", *FORM_KEYS.get(str(task.form.get("kind")), ())}:
+        return f"form {task.form.get('kind')} has no {min(map(str, unknown))!r}"
     if task.form.get("kind") == "choice" and not task.choices:
         return "form choice needs choices"
     twice = [p.id for p in task.prompts if sum(p.id == other.id for other in task.prompts) > 1]

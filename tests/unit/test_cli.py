@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from nemo_mtbi.cli import COMMANDS, CONF, main
+from nemo_mtbi.examples._overrides import as_typed
 from tests.launching import Started
 
 pytestmark = pytest.mark.unit
@@ -63,6 +64,38 @@ def test_what_strangers_type_first_is_answered_in_a_line(arguments, message, tmp
     run = Started("cli", arguments, cwd=tmp_path)
     said = run.communicate()[0]
     assert run.returncode == 1 and message in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["benchmark", "output_dir=x", "cuts=a.jsonl", "systems={a: b}"], "cuts={NAME: a.jsonl}"),
+        (["benchmark", "output_dir=x", "cuts={a: b}", "systems={}"], "systems={} names nothing"),
+        (["evaluate", "run=x", "cuts={}"], "cuts={} names nothing"),
+        (["evaluate", "x", "cuts={a: b}", "batch_size=many"], "batch_size=many: give a whole number"),
+        (["evaluate", "run=null", "cuts={a: b}"], "run is null: it needs a value"),
+        (["prepare", "output_dir=", "sources=[{kind: tsv, path: x}]"], "output_dir is empty"),
+        (
+            ["ablate", "output_dir=x", "cuts={a: b}", "targets={train: a, validation: b}", "only=[]"],
+            "only=[] names nothing",
+        ),
+        (["cache", "manifests=[]"], "manifests=[] names nothing"),
+        (["cache", "manifests=gone.jsonl"], "There is no manifest gone.jsonl"),
+        (["serve", "m.nemo", "port=abc"], "port=abc: give a whole number"),
+        (["serve", "model=m.nemo", "page=maybe"], "page=maybe: true or false"),
+        (["train", "output_dir=x", "alignment_stage=false"], "alignment_stage"),
+        (["inspect", "setup.cfg"], "setup.cfg"),
+    ],
+)
+def test_values_of_another_kind_are_said_before_anything_is_loaded(arguments, message, tmp_path):
+    started = Started("cli", arguments, tmp_path)
+    printed, _ = started.communicate()
+    assert started.returncode != 0 and message in printed and "Traceback" not in printed, printed[-2000:]
+
+
+def test_folders_may_be_called_like_numbers(tmp_path):
+    assert as_typed("output_dir=2026_12_01") == 'output_dir="2026_12_01"' and as_typed("run=1e3") == 'run="1e3"'
+    assert as_typed("seed=1_000") == "seed=1_000" and as_typed("output_dir=runs/a") == "output_dir=runs/a"
 
 
 def test_lightning_starts_other_ranks_with_the_launchers_module(monkeypatch):

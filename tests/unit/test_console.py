@@ -58,3 +58,22 @@ def test_a_temporary_log_stays_only_with_something_to_say(tmp_path):
         log.unlink()
     _, err = console_run("-", TMPDIR=str(tmp_path))  # more than is shown
     assert f"more of them are in {next(tmp_path.iterdir())}" in err
+
+
+def test_a_reader_that_has_enough_ends_no_run():
+    script = "from nemo_mtbi import console\nfor i in range(20000): console.say(f'line {i}')\nconsole.tell('done')"
+    run = subprocess.run(f'{sys.executable} -c "{script}" | head -1', shell=True, capture_output=True, text=True)
+    assert run.stdout == "line 0\n" and run.stderr == "done\n"
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed(tmp_path, closed):
+    script = (
+        "from nemo_mtbi import console; from pathlib import Path; import sys\n"
+        f"with console.redirected(Path('{tmp_path}/log')):\n"
+        " console.say('x'); console.tell('y'); print('z'); sys.stdin.read()\n"
+        f"Path('{tmp_path}/done').touch()"
+    )
+    (tmp_path / "s.py").write_text(script)
+    code = subprocess.run(f"{sys.executable} {tmp_path}/s.py {closed}", shell=True, stdin=subprocess.DEVNULL).returncode
+    assert code == 0 and (tmp_path / "done").exists() and "z" in (tmp_path / "log").read_text()

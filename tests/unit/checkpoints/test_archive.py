@@ -14,7 +14,7 @@ import torch
 from nemo_mtbi.checkpoints.archive import exported_config, save_directory
 from nemo_mtbi.checkpoints.card import model_card
 from nemo_mtbi.checkpoints.round_trip import max_abs_logit_difference, require_same_logits
-from nemo_mtbi.checkpoints.run_directory import RunDirectory
+from nemo_mtbi.checkpoints.run_directory import RunDirectory, split_stage
 from nemo_mtbi.errors import CheckpointError, ConfigError
 from nemo_mtbi.io.tensors import as_readable_as_others, save_tensors
 from nemo_mtbi.losses.vocabulary import VocabularyShard
@@ -202,3 +202,13 @@ def test_the_card_passes_over_manifests_that_are_not_ours(exported, tmp_path, co
     if content is not None:
         (tmp_path / "manifest.json").write_text(content)
     assert "Teacher: not recorded" in model_card(model, tmp_path)
+
+
+def test_a_folder_may_have_an_at_in_its_name(tmp_path):
+    run = tmp_path / "me@home" / "run"
+    run.mkdir(parents=True)
+    assert split_stage(str(run)) == (str(run), "") and split_stage(f"{run}@alignment") == (str(run), "alignment")
+    assert split_stage("me@home/gone@untrained") == ("me@home/gone", "untrained")
+    assert split_stage("me@home/gone") == ("me@home/gone", "")
+    with pytest.raises(CheckpointError, match="'aligment' is no stage; there are untrained, alignment, imitation"):
+        split_stage(f"{run}@aligment")

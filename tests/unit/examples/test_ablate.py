@@ -48,7 +48,10 @@ def test_ablation_variants_as_command_lines(tmp_path):
                 assert own.data.train_ds.input_cfg[0].cuts_path == str(quarter)
     run = tmp_path / "full"
     same = {"targets": "a", "validation": "b"}
-    assert not finished(run, ["a=1"], same) and not finished(run, ["a=1"], same)
+    assert not finished(run, ["a=0"], same) and not finished(run, ["a=1"], same)  # nothing was trained with the first
+    (run / "imitation" / "checkpoints").mkdir(parents=True)
+    (run / "imitation" / "checkpoints" / "mtbi-step=50-last.ckpt").touch()
+    assert not finished(run, ["a=1"], same)
     with pytest.raises(ConfigError, match="other settings"):
         finished(run, ["a=2"], same)
     with pytest.raises(ConfigError, match="another file of its targets"):

@@ -91,3 +91,21 @@ def test_a_forgotten_question_is_no_recording(tmp_path, capsys):
     with pytest.raises(SystemExit):
         to_overrides(["m", str(tmp_path / "a.wav"), str(tmp_path / "b.wav")])
     assert "b.wav is a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["m", "{audio}", "What", "is", "this", "about?"],
+            "'What' is no file: put a question of several words in quotes",
+        ),
+        (["m", "{audio}", "hi", "max_new_tokens=3"], "--max-new-tokens 3"),
+    ],
+)
+def test_questions_without_quotes_and_settings_are_not_taken_for_recordings(tmp_path, arguments, message, capsys):
+    (tmp_path / "q.wav").touch()
+    with pytest.raises(SystemExit):
+        to_overrides([a.format(audio=tmp_path / "q.wav") for a in arguments])
+    assert message in capsys.readouterr().err
+    assert to_overrides(["--help"]) == ["--help"]

@@ -125,3 +125,15 @@ def test_an_output_that_is_a_file(tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(DataError, match="Cannot write under"):
         Preparation(config(tmp_path, SourceConfig("folder", str(tmp_path / "in")))).run()
+
+
+def test_a_split_that_got_nothing_is_said(tmp_path, caplog):
+    for i in range(6):
+        tone(tmp_path / "in" / "me" / f"{i}.wav").with_suffix(".txt").write_text(f"number {i}")
+    source = SourceConfig("folder", str(tmp_path / "in"))
+    shares = {"train": 0.8, "validation": 0.1, "held_out": 0.1}
+    written = Preparation(config(tmp_path, source, split=SplitConfig(shares=shares))).run()
+    assert len(written) == 1 and "With split.by=utterance" in caplog.text
+    caplog.clear()
+    Preparation(config(tmp_path / "b", source, split=SplitConfig("utterance", {"train": 0.5, "held_out": 0.5}))).run()
+    assert "split.by" not in caplog.text

@@ -399,6 +399,15 @@ def check_manifest(path: Any) -> None:
         raise DataError(f"There is no manifest {path}. Run prepare_data.py and generate_targets.py, or fix the path.")
     if file.is_file() and (file.stat().st_size == 0 or (path.endswith(".jsonl.gz") and nothing_in(file))):
         raise DataError(f"The manifest {path} is empty. Did the step that writes it finish?")
+
+
+def require_cuts(path: str) -> None:
+    """:func:`check_manifest`, and that Lhotse can read the first cut.
+
+    Raises:
+        DataError: it cannot.
+    """
+    check_manifest(path)
     try:
         next(iter(CutSet.from_file(path)), None)
     except Exception as error:  # of any kind, from Lhotse and what it reads with

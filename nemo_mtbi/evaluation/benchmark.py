@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_mtbi.checkpoints.run_directory import RunDirectory, split_stage
 from nemo_mtbi.data.chat_template import dialect
-from nemo_mtbi.data.conversation import MTBIConversation, check_manifest
+from nemo_mtbi.data.conversation import MTBIConversation, require_cuts
 from nemo_mtbi.data.feature_cache import FEATURES_FIELD
 from nemo_mtbi.data.target import Target, is_no_speech
 from nemo_mtbi.errors import ConfigError
@@ -156,7 +156,7 @@ class Benchmark:
             if (cfg[key] or 0) < least:
                 raise ConfigError(f"{key}={cfg[key]}: at least {least}.")
         for path in [*cfg.cuts.values(), *filter(None, [cfg.no_speech])]:
-            check_manifest(path)
+            require_cuts(path)
         for name, path in cfg.cuts.items():
             if next(iter(spoken_cuts(path)), None) is None:
                 raise ConfigError(f"cuts.{name}: nothing is said in any recording of {path}. Give it as no_speech.")

@@ -18,7 +18,7 @@ def main(cfg: DictConfig) -> None:
     from lhotse import CutSet
 
     from nemo_mtbi.checkpoints.run_directory import STAGES, UNTRAINED, RunDirectory
-    from nemo_mtbi.data.conversation import check_manifest
+    from nemo_mtbi.data.conversation import require_cuts
     from nemo_mtbi.evaluation.asr import WhisperASR
     from nemo_mtbi.evaluation.report import write_report
     from nemo_mtbi.evaluation.score import Evaluation
@@ -32,7 +32,7 @@ def main(cfg: DictConfig) -> None:
     if unknown := set(cfg.stages) - set(STAGES):
         raise ConfigError(f"stages: {sorted(unknown)[0]} is none; there are {', '.join(STAGES)}.")
     for path in [*cfg.cuts.values(), *filter(None, [cfg.no_speech])]:
-        check_manifest(path)
+        require_cuts(path)
     device = join_ranks(cfg.tensor_model_parallel_size, "evaluate")
     run, output = RunDirectory(cfg.run), Path(cfg.output_dir or Path(cfg.run) / "evaluation")
     stages = [name for name in cfg.stages if run.weights(name).is_file()]

@@ -8,7 +8,7 @@ from lhotse import CutSet
 from omegaconf import OmegaConf
 
 from nemo_mtbi import registration as registration
-from nemo_mtbi.data.conversation import ConversationIterator, TargetSelection, check_manifest, read_mtbi
+from nemo_mtbi.data.conversation import ConversationIterator, TargetSelection, read_mtbi, require_cuts
 from nemo_mtbi.data.cut_lines import Share
 from nemo_mtbi.errors import ConfigError, DataError
 from tests.unit.data_helpers import TARGETS, conversations
@@ -99,4 +99,4 @@ def test_what_is_no_manifest_is_said_first(tmp_path, kind):
     path = tmp_path / {"table": "t.tsv", "audio": "q.wav", "folder": "f", "text": "t.jsonl"}[kind]
     path.mkdir() if kind == "folder" else path.write_text("path\ttranscript\n")
     with pytest.raises(DataError, match="cannot be read as a manifest of cuts"):
-        check_manifest(str(path))
+        require_cuts(str(path))

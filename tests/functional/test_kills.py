@@ -13,7 +13,7 @@ from nemo_mtbi.data.feature_cache import FEATURES_FIELD
 from tests.launching import Started, killed_until_done, launch
 
 pytestmark = [pytest.mark.functional, pytest.mark.slow]
-KILLS, UTTERANCES = 25, 1500
+KILLS, UTTERANCES, ENCODED = 25, 8000, 1600  # enough for a fast machine not to be done before
 
 
 def interrupted(name, arguments, progress):
@@ -68,7 +68,7 @@ def test_prepare(corpus, prepared):
 
 def test_cache(prepared, tiny_whisper, tiny_llm, tmp_path):
     model = ["speech_llm@model=offline", f"model.pretrained_asr={tiny_whisper}", f"model.pretrained_llm={tiny_llm}"]
-    lines = (prepared / "cuts.train.jsonl").read_text().splitlines(keepends=True)[:400]
+    lines = (prepared / "cuts.train.jsonl").read_text().splitlines(keepends=True)[:ENCODED]
     found = []
     for name in ("whole", "killed"):
         manifest = tmp_path / name / "cuts.jsonl"

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,6 @@ from nemo_mtbi import console
 from nemo_mtbi.data.shar import without_data
 
 log = logging.getLogger(__name__)
-GRACE_SECONDS = 300  # of a loader's worker after SIGTERM
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -259,6 +259,14 @@ def spare_workers(loader: DataLoader) -> None:
 
 
 def _spared(own: Callable[[int], None] | None, worker: int) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # of this thread and those that it begins
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     if own is not None:
         own(worker)
+
+
+def _end_with(parent: int) -> None:
+    """End this process at the SIGTERM of its parent, which ends its workers so; not at others'."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -247,6 +247,13 @@ def test_workers_outlive_the_sigterm_of_their_process_group():
         subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)  # by another process than their parent
     got += list(batches)
     assert got == list(range(40))
+    batches = iter(loader)
+    assert next(batches) == 0
+    for worker in batches._workers:
+        worker.terminate()  # as their parent does when it ends
+        worker.join(timeout=10)
+        assert worker.exitcode == 0
+    batches._workers_status = [False] * 2
 
 
 def test_one_process_of_a_job_counts_the_transcripts(many, model, tmp_path, monkeypatch):

@@ -30,8 +30,8 @@ from nemo_mtbi.modules.causal_lm import causal_lm
 
 log = logging.getLogger(__name__)
 
-# Settings of training that mean nothing to a user of the model.
-TRAINING_KEYS = (
+# Settings of training that mean nothing to a user of the model, and where an export that was opened lies.
+NOT_EXPORTED = (
     "optimizer",
     "lr_scheduler",
     "alignment_stage",
@@ -39,14 +39,15 @@ TRAINING_KEYS = (
     "max_bad_steps",
     "prefix_cache_tokens",
     "packing",
+    "llm_config_path",
+    "tokenizer_path",
 )
-PLACES = ("llm_config_path", "tokenizer_path")  # of an export that was opened
 
 
 def exported_config(model: Any) -> dict[str, Any]:
     """The configuration with which the exported weights load without their pretrained sources."""
     cfg: dict[str, Any] = OmegaConf.to_container(model.cfg, resolve=True)  # type: ignore[assignment]
-    cfg = {k: v for k, v in cfg.items() if k not in TRAINING_KEYS + PLACES}
+    cfg = {k: v for k, v in cfg.items() if k not in NOT_EXPORTED}
     return cfg | {"pretrained_weights": False, "references": model.references, "trust_remote_code": False}
 
 
@@ -111,7 +112,7 @@ def save_trainable(model: Any, folder: Path, stage: str, card: str | None = None
     """
     with _new_folder(folder) as temporary:
         run = RunDirectory(temporary)
-        run.save_config(model, {k: v for k, v in model.hparams["cfg"].items() if k not in TRAINING_KEYS + PLACES})
+        run.save_config(model, {k: v for k, v in model.hparams["cfg"].items() if k not in NOT_EXPORTED})
         run.save_weights(model, stage)
         jsonl.write_text(temporary / "README.md", card or model_card(model, whole=False))
     return folder

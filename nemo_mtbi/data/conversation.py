@@ -10,6 +10,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
@@ -408,8 +409,18 @@ def require_cuts(path: str) -> None:
         DataError: it cannot.
     """
     check_manifest(path)
-    try:
+    with reading_cuts(path):
         next(iter(CutSet.from_file(path)), None)
+
+
+@contextmanager
+def reading_cuts(path: str) -> Iterator[None]:
+    """
+    Raises:
+        DataError: what Lhotse says of a manifest that it cannot read, with its name.
+    """
+    try:
+        yield
     except Exception as error:  # of any kind, from Lhotse and what it reads with
         said = f"{type(error).__name__}: {error}".splitlines()[0]
         raise DataError(f"{path} cannot be read as a manifest of cuts ({said[:200]}).") from error

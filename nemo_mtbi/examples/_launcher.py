@@ -110,10 +110,10 @@ def require_kinds(cfg: DictConfig, name: str) -> None:
         if key not in cfg or OmegaConf.is_missing(cfg, key):
             continue
         value = cfg[key]
-        if value is None and default != "???":
-            continue
         if value is None:
-            raise ConfigError(f"{key} is null: it needs a value.")
+            if default == "???":
+                raise ConfigError(f"{key} is null: it needs a value.")
+            continue
         listed = isinstance(default, list) or key in LISTS
         if listed and isinstance(value, str):
             cfg[key] = [value]

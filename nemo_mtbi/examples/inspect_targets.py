@@ -17,19 +17,16 @@ def main(cfg: DictConfig) -> None:
 
     from lhotse import CutSet
 
-    from nemo_mtbi.data.conversation import check_manifest, spoken_part
+    from nemo_mtbi.data.conversation import check_manifest, reading_cuts, spoken_part
     from nemo_mtbi.data.target import TARGETS_FIELD, Target
     from nemo_mtbi.errors import ConfigError, DataError
 
     check_manifest(cfg.cuts)
     if cfg.count < 1 or cfg.visits < 0:
         raise ConfigError(f"count={cfg.count}, visits={cfg.visits}: at least 1 and 0.")
-    try:
+    with reading_cuts(cfg.cuts):
         cuts = CutSet.from_file(cfg.cuts)
         chosen = [c for c in cuts if c.id == str(cfg.id)] if cfg.id is not None else list(islice(cuts, cfg.count))
-    except Exception as error:  # of any kind, from Lhotse and what it reads with
-        said = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise DataError(f"{cfg.cuts} cannot be read as a manifest of cuts ({said[:200]}).") from error
     if not chosen:
         raise DataError(f"{cfg.cuts} has no cut {cfg.id!r}.")
     for cut in chosen:

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import importlib
 import os
 import shlex
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 import hydra
 import yaml
 from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_mtbi import console
@@ -74,7 +76,9 @@ def launcher(
 
         guarded.__name__, guarded.__doc__ = function.__name__, function.__doc__
         guarded.__module__ = function.__module__
-        composed = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)
+        composed: Callable[[], None] = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(
+            guarded
+        )
 
         @functools.wraps(function)
         def entry() -> None:
@@ -91,6 +95,7 @@ def launcher(
                 console.tell(f"\nStopped.{' The same command continues.' if config_name in CONTINUED else ''}")
                 sys.exit(INTERRUPTED)
 
+        entry.config_name = config_name  # type: ignore[attr-defined]
         return entry
 
     return decorate
@@ -166,6 +171,25 @@ def open_dictionaries(node: DictConfig) -> DictConfig:
         else:
             open_dictionaries(node[key])
     return node
+
+
+def check_step(name: str, module: str, values: Mapping[str, Any]) -> None:
+    """Find wrong keys of a later step before the first one is run. (Within a launcher.)
+
+    Args:
+        name, module, values: of :func:`run_step`.
+
+    Raises:
+        ConfigError: that launcher has no such key, or a value is of another kind.
+    """
+    config_name = importlib.import_module(f"nemo_mtbi.examples.{module}").main.config_name
+    try:
+        require_kinds(hydra.compose(config_name, overrides(values)), config_name)
+    except HydraException as error:
+        said = " ".join(str(e).splitlines()[0] for e in (error, error.__cause__) if e is not None)
+        raise ConfigError(f"Step {name!r}: {said} (keys of {CONF / config_name}.yaml)") from error
+    except ConfigError as error:
+        raise ConfigError(f"Step {name!r}: {error}") from error
 
 
 def run_step(name: str, module: str, values: Mapping[str, Any]) -> float:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_mtbi import console
 from nemo_mtbi.data.target import NO_SPEECH
 from nemo_mtbi.errors import CheckpointError, ConfigError
-from nemo_mtbi.examples._launcher import announce, launcher, run_step
+from nemo_mtbi.examples._launcher import announce, check_step, launcher, run_step
 from nemo_mtbi.examples._overrides import overrides, read
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.tasks.library import load_library
@@ -45,29 +45,30 @@ def main(cfg: DictConfig) -> None:
             console.say(f"Left out, since there are no targets of their tasks: {', '.join(absent)}.")
     trained = check_tasks(cfg, {name: variants[name] for name in names})
     root = Path(cfg.output_dir)
-    runs: dict[str, dict[int, Path]] = {}
-    for name in names:
-        for seed in cfg.seeds.get(name, [0]):
-            runs.setdefault(name, {})[seed] = run = root / name / f"seed{seed}"
-            values = train_values(cfg, variants[name], run, seed)
-            if not finished(run, overrides(values), inputs_of(cfg, values)):
-                run_step(f"train {name}, seed {seed}", "train", values)
+    runs = {name: {seed: root / name / f"seed{seed}" for seed in cfg.seeds.get(name, [0])} for name in names}
     systems = {f"{name}.{seed}": str(run) for name, seeds in runs.items() for seed, run in seeds.items()}
     first = next(iter(systems.values()))
     systems = {STEP_0: cfg.warm_start or f"{first}@untrained"} | systems
-    references = [name for name in cfg.compare_with if name in systems]
-    run_step(
-        "benchmark",
-        "benchmark",
-        {
-            "output_dir": root / "benchmark",
-            "cuts": cfg.cuts,
-            "systems": systems,
-            "compare_with": references,
-            **cfg.benchmark,
-            "trained_tasks": trained,
-        },
-    )
+    benchmark = {
+        "output_dir": root / "benchmark",
+        "cuts": cfg.cuts,
+        "systems": systems,
+        "compare_with": [name for name in cfg.compare_with if name in systems],
+        **cfg.benchmark,
+        "trained_tasks": trained,
+    }
+    trainings = {
+        (name, seed): train_values(cfg, variants[name], run, seed)
+        for name, seeds in runs.items()
+        for seed, run in seeds.items()
+    }
+    for (name, seed), values in trainings.items():
+        check_step(f"train {name}, seed {seed}", "train", values)
+    check_step("benchmark", "benchmark", benchmark)
+    for (name, seed), values in trainings.items():
+        if not finished(runs[name][seed], overrides(values), inputs_of(cfg, values)):
+            run_step(f"train {name}, seed {seed}", "train", values)
+    run_step("benchmark", "benchmark", benchmark)
     paths = write_report(root, json.loads((root / "benchmark" / "benchmark.json").read_text()), runs)
     console.say("\n" + paths["md"].read_text())
     announce("Results", {**paths, "benchmark": root / "benchmark" / "benchmark.md"})

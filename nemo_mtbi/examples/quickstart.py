@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from nemo_mtbi import console
 from nemo_mtbi.evaluation.columns import CASCADE, NORMALIZED_CASCADE
-from nemo_mtbi.examples._launcher import announce, launcher, run_step
+from nemo_mtbi.examples._launcher import announce, check_step, launcher, run_step
 from nemo_mtbi.examples._steps import peak_gib
 from nemo_mtbi.io import jsonl
 
@@ -33,7 +33,17 @@ SYSTEMS = {"untrained": "untrained", "warm_start": "alignment", "trained": "imit
 
 def step_overrides(arguments: list[str]) -> list[str]:
     """Keys of the steps' sections, which may be any that those launchers know, in Hydra's form for new keys."""
-    return [f"++{a}" if a.partition(".")[0] in STEPS else a for a in arguments]
+    given = []
+    for argument in arguments:
+        section, _, rest = argument.partition(".")
+        key, _, value = rest.partition("=")
+        if section not in STEPS:
+            given.append(argument)
+        elif "@" in key:  # a group of that step's, not of this launcher's
+            given.append(f"++{section}={{{key}:{value}}}")
+        else:
+            given.append(f"++{argument}")
+    return given
 
 
 @launcher("quickstart", arguments=step_overrides)
@@ -47,9 +57,11 @@ def main(cfg: DictConfig) -> None:
     answered = {s: str(targets / f"{s}.jsonl") for s in splits}
     nemo, hf = root / "model.nemo", root / "hf"
     timings: dict[str, float] = {}
+    steps: list[tuple[str, str, Mapping[str, Any]]] = []
 
     def step(name: str, module: str, values: Mapping[str, Any]) -> None:
-        timings[name] = round(run_step(name, module, values), 1)
+        check_step(name, module, values)
+        steps.append((name, module, values))
 
     data = {
         "data.train_ds.input_cfg.0.cuts_path": answered["train"],
@@ -69,11 +81,14 @@ def main(cfg: DictConfig) -> None:
     step("train", "train", {"output_dir": run, **data, **cfg.train})
     asked = {"run": run, "cuts": scored, "no_speech": silent, "cached_features": True}
     step("evaluate", "evaluate", {**asked, **cfg.evaluate})
+    for name, module, values in steps:
+        timings[name] = round(run_step(name, module, values), 1)
     trained = run / "imitation" / "trained.safetensors"
     done = nemo.exists() and hf.exists() and (run / "export.json").exists()
     if not done or trained.stat().st_mtime > nemo.stat().st_mtime:
         shutil.rmtree(hf, ignore_errors=True)
-        step("export", "export", {"run": run, "nemo": nemo, "hf": hf})
+        exported = {"run": run, "nemo": nemo, "hf": hf}
+        timings["export"] = round(run_step("export", "export", exported), 1)
     summary = summarize(run, nemo, hf, time.time() - start + float(cfg.seconds_before), timings)
     jsonl.write_json(root / "summary.json", summary)
     print_table(summary)

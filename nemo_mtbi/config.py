@@ -147,6 +147,8 @@ class ModelConfig:
             the kept prompt beginnings off.
         fused_norms: RMSNorms of the LLM as one kernel each (Transformer Engine's, NVIDIA apex's or PyTorch's).
         parameter_groups: see :class:`ParameterGroupConfig`; over ``optimizer``.
+        shard_optimizer: spread the optimizer's states over the data-parallel ranks (ZeRO stage 1); see
+            :mod:`nemo_mtbi.parallel.sharded_optimizer`.
         max_bad_steps: stop after this many optimizer steps skipped for a non-finite loss or gradient.
     """
 
@@ -169,6 +171,7 @@ class ModelConfig:
     prevent_freeze_params: list[str] = field(default_factory=list)
     optimizer: Any = None
     parameter_groups: list[ParameterGroupConfig] = field(default_factory=list)
+    shard_optimizer: bool = False
     lr_scheduler: Any = None
     lora: Any = None
     nothing_heard_answer: str | None = NOTHING_HEARD_ANSWER

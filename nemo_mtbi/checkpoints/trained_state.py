@@ -128,6 +128,8 @@ class TrainableCheckpoint(LightningModule):
         if all(part_of(p) is None for p in trained):
             return
         for optimizer in checkpoint.get("optimizer_states", []):
+            if "state" not in optimizer:  # spread, and another rank's to write
+                continue
             states = dict(optimizer["state"])  # the optimizer's own dictionaries stay as they are
             for index, parameter in enumerate(trained):
                 part = part_of(parameter)

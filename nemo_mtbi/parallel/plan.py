@@ -23,7 +23,7 @@ from nemo_mtbi.parallel.plan_config import GB, PlanConfig
 from nemo_mtbi.parallel.sharding import check_divisible, shard_llm
 
 LOGIT_BYTES = 0.5 * GB  # chunks of logits and their gradients, see losses/imitation.py
-ADAM_BYTES = 16  # float32 weight, gradient and two moments
+TRAINED_BYTES, ADAM_BYTES = 8, 8  # float32: weight and gradient; two moments
 # What a layer of frozen weights in bfloat16 keeps of a position for its backward pass, without scores (measured
 # with saved-tensor hooks on Llama, Qwen, Gemma): of each unit of the feed-forward width the gate, its activation and
 # the other factor; queries, keys, values and what attention gives; of each norm its input in float32.
@@ -74,10 +74,11 @@ def plan(config: PlanConfig, llm_config: Any) -> Plan:
     llm_config = llm_config.get_text_config()
     n, where = config.tensor_model_parallel_size, config.positions
     llm = measured(llm_config, n, config.trust_remote_code)
+    copies = config.gpus // n if config.shard_optimizer else 1
     parts = {
         "frozen LLM (bf16)": float(llm.own_bytes),
         "frozen encoder (bf16)": 2.0 * config.encoder_parameters,
-        "connector, gradients, Adam": ADAM_BYTES * config.connector_parameters,
+        "connector, gradients, Adam": (TRAINED_BYTES + ADAM_BYTES / copies) * config.connector_parameters,
         "chunks of logits": LOGIT_BYTES,
         "CUDA and libraries": CONTEXT_BYTES,
     }

@@ -38,6 +38,7 @@ class PlanConfig:
         gpus: in all.
         tensor_model_parallel_size: n.
         sequence_parallel: as ``model.sequence_parallel``.
+        shard_optimizer: as ``model.shard_optimizer``.
         gpu_memory_gb, gpu_tflops: of one GPU; dense bf16.
         utilization: of ``gpu_tflops`` that the LLM's matrix products reach.
         activation_checkpointing: as ``model.activation_checkpointing``.
@@ -57,6 +58,7 @@ class PlanConfig:
     gpus: int = 8
     tensor_model_parallel_size: int = 1
     sequence_parallel: bool = False
+    shard_optimizer: bool = False
     gpu_memory_gb: float = 80.0
     gpu_tflops: float = 989.0
     utilization: float = 0.35

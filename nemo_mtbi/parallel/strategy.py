@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.parallel.launch import PATIENCE, backend, initialize
+from nemo_mtbi.parallel.sharded_optimizer import ShardedOptimizer
 
 SIZE = "tensor_model_parallel_size"
 OURS = ("auto", "ddp", "DDPStrategy", "TensorParallelStrategy")  # get our defaults and their own arguments
@@ -54,7 +55,8 @@ def requested_size(trainer: DictConfig) -> int:
     if any(word in name.lower() for word in ("modelparallel", "fsdp", "deepspeed")):
         raise ConfigError(
             f"trainer.strategy={name} would shard the LLM in its own way, which cannot be exported again. Use "
-            f"{{_target_: {__name__}.{TensorParallelStrategy.__name__}, {SIZE}: 8}}, or ddp; the connector is small."
+            f"{{_target_: {__name__}.{TensorParallelStrategy.__name__}, {SIZE}: 8}}, or ddp, with "
+            "model.shard_optimizer=true where much is trained."
         )
     if short > 1 and name != "auto":
         raise ConfigError(f"trainer.{SIZE}={short} chooses the strategy; leave trainer.strategy={name} out.")
@@ -65,8 +67,8 @@ class TensorParallelStrategy(DDPStrategy):
     """Every ``tensor_model_parallel_size`` consecutive ranks hold one LLM together and see the same batches.
 
     Gradients of what is trained (replicated on all ranks of a tensor-parallel group, with equal gradients) are
-    averaged over the data-parallel group only. Nothing that is trained is sharded: the connector is small, so an
-    FSDP-style sharding of it would save nothing.
+    averaged over the data-parallel group only. Weights that are trained are not sharded: the connector is
+    small. Its optimizer's states may be (``model.shard_optimizer``).
 
     Args:
         tensor_model_parallel_size: ranks of one LLM.
@@ -101,6 +103,14 @@ class TensorParallelStrategy(DDPStrategy):
         assert self.device_mesh is not None
         group = self.device_mesh["data_parallel"]
         return {"num_replicas": group.size(), "rank": group.get_local_rank()}
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """Spread states, whole, on every rank of the first LLM, which puts its parts of LoRA together; else nothing."""
+        own = getattr(optimizer, "_optimizer", optimizer)  # Lightning's wrapper
+        if not isinstance(own, ShardedOptimizer):
+            return super().optimizer_state(optimizer)
+        own.consolidate_state_dict()
+        return {} if own.rank else own.state_dict()
 
     def _setup_model(self, model: torch.nn.Module) -> Any:
         assert self.device_mesh is not None

@@ -67,12 +67,13 @@ REFUSED: list[tuple[str, Callable[[Any], bool], str]] = [
 RISING, FALLING = "val_agreement", ("val_loss", "val_kl")  # what the metrics of a validation begin with
 
 
-def check_options(cfg: DictConfig, lora: bool = False, by_answer: bool = False) -> None:
+def check_options(cfg: DictConfig, lora: bool = False, by_answer: bool = False, shard: bool = False) -> None:
     """
     Args:
         cfg: with ``trainer``, ``data`` and ``exp_manager``, of one stage.
         lora: whether LoRA is trained.
         by_answer: whether the objective is a mean over answers.
+        shard: whether the optimizer's states are spread over ranks.
 
     Raises:
         ConfigError: names every option that cannot be followed.
@@ -93,6 +94,8 @@ def check_options(cfg: DictConfig, lora: bool = False, by_answer: bool = False) 
         problems.append(
             "exp_manager.ema.enable=true: LoRA that is spread over tensor-parallel ranks cannot be averaged and saved."
         )
+    if OmegaConf.select(cfg, "exp_manager.ema.enable") and shard:
+        problems.append("exp_manager.ema.enable=true with model.shard_optimizer=true: NeMo's EMA needs whole states.")
     if lora and requested_size(cfg.trainer) > 1 and str(cfg.trainer.get("precision")) == "16-mixed":
         problems.append(
             "trainer.precision=16-mixed: each tensor-parallel rank would scale the loss by the overflows of its own "

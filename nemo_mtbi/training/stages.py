@@ -64,6 +64,7 @@ from nemo_mtbi.training.targets_check import PEEKED_LINES, check_targets, requir
 log = logging.getLogger(__name__)
 
 KEPT = ("best", "last")
+OF_THE_LAYOUT = ("tensor_model_parallel_size", "shard_optimizer")  # keys of a model that its run does not keep
 CTC_TARGET = "CTCCompressConnector"
 TOKENS_ALONE = ("WhisperDecoderConnector", "CTCCompressConnector")
 COARSE = ("bf16-true", "16-true")
@@ -99,7 +100,7 @@ def train(cfg: DictConfig) -> RunDirectory:
     stages = {name: stage_config(cfg, name) for name in [ALIGNMENT] * bool(cfg.alignment_stage.enabled) + [IMITATION]}
     for stage in stages.values():
         check_data(stage.data, config)
-        check_options(stage, config.lora is not None, config.imitation.by_answer)
+        check_options(stage, config.lora is not None, config.imitation.by_answer, config.shard_optimizer)
     run = RunDirectory(cfg.output_dir)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     choose_gpu()
@@ -115,7 +116,7 @@ def train(cfg: DictConfig) -> RunDirectory:
     if any(stage.data.cached_features for stage in stages.values()):
         require_fixed_features(model.perception)
     require_fine_types(model)
-    own_cfg = {k: v for k, v in model_cfg.items() if k != "tensor_model_parallel_size"}
+    own_cfg = {k: v for k, v in model_cfg.items() if k not in OF_THE_LAYOUT}
     begun = run.check_same_model(model, own_cfg)
     if not run.weights(IMITATION).is_file() and is_global_rank_zero():
         run.save_config(model, own_cfg)
@@ -245,18 +246,19 @@ def run_stage(cfg: DictConfig, model: MTBISALM, run: RunDirectory, name: str) ->
     if trainer.interrupted or not (trainer.global_step >= trainer.max_steps or ended.early):
         raise Stopped(name, trainer.global_step, by_hand=trainer.interrupted)
     seen, counts = model.seen.manifest(model.data_parallel_group()), model.seen.over_ranks(model.data_parallel_group())
+    moments = whole_moments(trainer.optimizers[0], model)
     if trainer.is_global_zero:  # before the weights, which say that the stage is finished
-        save_moments(trainer.optimizers[0], model, run.moments(name))
+        save_tensors(moments, run.moments(name))
         jsonl.write_json(run.seen(name), dict(counts))
         jsonl.write_json(run.root / "seen.json", seen)
     run.finish_stage(model, name, cfg.keep)
     log.info(f"Stage {name} wrote {run.weights(name)}")
 
 
-def save_moments(optimizer: torch.optim.Optimizer, model: MTBISALM, path: Path) -> None:
-    """Keep Adam's moments for the next stage. Parts under tensor parallelism are left out: LoRA starts anew."""
+def whole_moments(optimizer: torch.optim.Optimizer, model: MTBISALM) -> dict[str, torch.Tensor]:
+    """Adam's moments for the next stage. Parts under tensor parallelism are left out: LoRA starts anew."""
     whole = [(n, p) for n, p in model.named_parameters() if p.requires_grad and part_of(p) is None]
-    save_tensors(moments_of(optimizer, whole), path)
+    return moments_of(optimizer, whole)
 
 
 def load_moments(run: RunDirectory) -> dict[str, torch.Tensor]:

@@ -44,7 +44,10 @@ def test_what_fits_and_how_long_it_takes():
     assert plan(config, LLAMA).hours == pytest.approx(1.5 * found.hours)
     config.gpu_memory_gb = 2.0
     assert not plan(config, LLAMA).fits
-    config.gpu_memory_gb, config.activation_checkpointing = 6.0, True
+    config.shard_optimizer = True
+    whole, spread = (own.bytes_by_part["connector, gradients, Adam"] for own in (found, plan(config, LLAMA)))
+    assert (whole, spread) == (16 * 20e6, 10 * 20e6)  # 4 ranks share Adam's two moments
+    config.gpu_memory_gb, config.activation_checkpointing, config.shard_optimizer = 6.0, True, False
     assert plan(config, LLAMA).longest_batch > found.longest_batch
 
 

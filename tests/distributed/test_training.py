@@ -175,6 +175,7 @@ def opened(rank, run, results):
     "name, launch, options",
     [
         ("tp2", partial(train_on_ranks, ranks=2), [STRATEGY, "trainer.accumulate_grad_batches=2"]),
+        ("sharded", partial(train_on_ranks, ranks=2), ["model.shard_optimizer=true", "trainer.val_check_interval=10"]),
         pytest.param(  # test_normalization.py has data-parallel ranks
             "tp2dp2",
             train,
@@ -225,7 +226,8 @@ def test_another_layout_resumes(root, overrides, whole, lora):
         shutil.copy(root / "whole_lora" / "ctc_tokens.json", root / "begin")
         more.append(f"init_from={root / 'begin'}")
         assert any("lora_B" in name and value.abs().max() > 0 for name, value in whole.items())
-    process = start(output, more, "trainer.devices=4", "trainer.tensor_model_parallel_size=2")
+    layout = ["trainer.devices=4", "trainer.tensor_model_parallel_size=2", "model.shard_optimizer=true"]
+    process = start(output, more, *layout)
     wait_for_checkpoint(process, output)
     process.terminate()
     out = process.communicate(timeout=600)[0]

@@ -189,7 +189,7 @@ def test_optimizers_that_keep_other_things_begin_anew(kind, options, continues):
     model = SimpleNamespace(
         named_parameters=lambda: iter(named),
         cfg=OmegaConf.create({"optimizer": {"_target_": target, "lr": 0.1, **options}}),
-        config=SimpleNamespace(parameter_groups=[]),
+        config=SimpleNamespace(parameter_groups=[], shard_optimizer=False),
         earlier_moments=lambda: moments_of(first, named),
     )
     second = build_optimizer(model)["optimizer"]

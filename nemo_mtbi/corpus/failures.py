@@ -4,10 +4,12 @@ import errno
 import os
 import re
 import sqlite3
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from lhotse.audio import AudioSource
 from lhotse.cut import Cut, MixedCut
 from lhotse.cut.data import DataCut
@@ -65,6 +67,34 @@ def sources_of(cut: Cut) -> list[AudioSource]:
     """Of the recordings of a cut and its tracks."""
     parts = [track.cut for track in cut.tracks] if isinstance(cut, MixedCut) else [cut]
     return [s for part in parts if isinstance(part, DataCut) and part.has_recording for s in part.recording.sources]
+
+
+def require_room(folder: Path, size: int) -> None:
+    """
+    Raises:
+        OSError: so many bytes cannot be written there.
+    """
+    probe = folder / f".probe-{uuid.uuid4().hex}"
+    try:
+        with open(probe, "wb") as file:
+            file.write(bytes(size))
+            os.fsync(file.fileno())
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(folder: Path, step: str) -> Iterator[None]:
+    """One command at a time.
+
+    Raises:
+        DataError: another one works on the folder.
+    """
+    try:
+        with FileLock(folder / f"{step}.lock", blocking=False):
+            yield
+    except Timeout:
+        raise DataError(f"Another command fills {folder}. Wait for it, or end it.") from None
 
 
 @contextmanager

@@ -87,7 +87,7 @@ def _line(number: int, where: str, row: Any, root: Path) -> ManifestLine:
         raise DataError(f"no JSON ({row})")
     if not isinstance(row, dict):
         raise DataError(f"a JSON {type(row).__name__}, not an object with audio_filepath")
-    audio = _word(row, "audio_filepath")
+    audio = cell(row, "audio_filepath")
     if not audio:
         raise DataError(f"audio_filepath is {'missing' if 'audio_filepath' not in row else json.dumps(audio)}")
     offset, duration = _seconds(row, "offset") or 0.0, _seconds(row, "duration")
@@ -97,11 +97,11 @@ def _line(number: int, where: str, row: Any, root: Path) -> ManifestLine:
         number,
         where,
         _audio_path(audio, root),
-        _word(row, "text"),
+        cell(row, "text"),
         offset,
         duration,
-        next(filter(None, (_word(row, f) for f in SPEAKER_FIELDS)), None),
-        next(filter(None, (_word(row, f) for f in LANGUAGE_FIELDS)), None),
+        next(filter(None, (cell(row, f) for f in SPEAKER_FIELDS)), None),
+        next(filter(None, (cell(row, f) for f in LANGUAGE_FIELDS)), None),
         fields=row,
     )
 
@@ -117,7 +117,7 @@ def _audio_path(audio: str, root: Path) -> Path:
         raise DataError(f"audio_filepath is no path ({error})") from error
 
 
-def _word(row: dict[str, Any], field: str) -> str | None:
+def cell(row: dict[str, Any], field: str) -> str | None:
     """A string; numbers are written as people write them, so that speaker 7 is speaker "7"."""
     value = row.get(field)
     if isinstance(value, float) and not math.isfinite(value):  # an empty cell of pandas

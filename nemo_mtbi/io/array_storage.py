@@ -79,6 +79,20 @@ def place_of(key: str) -> tuple[int, np.dtype, list[int]]:
     return int(offset), np.dtype(np.int16 if dtype == "bfloat16" else dtype), [int(s) for s in shape.split("x")]
 
 
+def end_of(key: str) -> int:
+    """The byte after an array's last one."""
+    begin, dtype, sizes = place_of(key)
+    return begin + dtype.itemsize * int(np.prod(sizes))
+
+
+class FileSizes(dict[str, int]):
+    """Bytes of files by path, asked once; -1 where there is none. A file may have lost what was written last."""
+
+    def __missing__(self, path: str) -> int:
+        self[path] = Path(path).stat().st_size if Path(path).is_file() else -1
+        return self[path]
+
+
 @register_reader
 class RawChunkyReader(FeaturesReader):
     """Reads what :class:`RawChunkyWriter` wrote; bfloat16 comes back as int16 bits (NumPy has no bfloat16)."""

@@ -157,6 +157,8 @@ def replacing(path: Path, tag: str) -> Iterator[TextIO]:
         opened: Any = gzip.open if path.suffix == ".gz" else open
         with opened(temporary, "wt", encoding="utf-8") as stream:
             yield stream
+        with open(temporary, "rb") as written:  # or a machine that dies may leave the name without the text
+            os.fsync(written.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

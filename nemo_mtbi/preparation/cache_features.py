@@ -9,20 +9,18 @@ continues, features are found again when lines move; a cut whose audio or encode
 import logging
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_mtbi import console
 from nemo_mtbi.config import plain
 from nemo_mtbi.corpus.execution import LOCAL, check_execution, spread
-from nemo_mtbi.corpus.failures import explained
+from nemo_mtbi.corpus.failures import alone, explained
 from nemo_mtbi.corpus.index import RecordIndex
 from nemo_mtbi.corpus.ray_data import RayConfig
 from nemo_mtbi.corpus.shards import Shard, plan_manifest
@@ -71,7 +69,7 @@ def cache_features(
     manifest = manifest.resolve()  # what a link points to
     folder = manifest.with_suffix(".features")
     folder.mkdir(exist_ok=True)
-    with explained(folder), held(folder):
+    with explained(folder), alone(folder, "cache"):
         before = version_of(manifest)
         shards = plan_manifest(manifest.stem, str(manifest), folder, SHARD_CUTS)
         if not shards:
@@ -172,17 +170,3 @@ def _copy(parts: list[Path], out: TextIO) -> None:
 def _remove(parts: list[Path]) -> None:
     for part in parts:
         part.unlink()
-
-
-@contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """One command at a time.
-
-    Raises:
-        DataError: another one works on the folder.
-    """
-    try:
-        with FileLock(folder / "cache.lock", blocking=False):
-            yield
-    except Timeout:
-        raise DataError(f"Another command fills {folder}. Wait for it, or end it.") from None

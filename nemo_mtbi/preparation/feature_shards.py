@@ -37,7 +37,7 @@ from nemo_mtbi.data.feature_cache import (
 from nemo_mtbi.data.perturbation import features_field, perturbed
 from nemo_mtbi.errors import DataError
 from nemo_mtbi.io import jsonl
-from nemo_mtbi.io.array_storage import RawChunkyWriter, place_of
+from nemo_mtbi.io.array_storage import FileSizes, RawChunkyWriter, end_of
 from nemo_mtbi.models.speech import cut_windows
 from nemo_mtbi.preparation.frozen_encoder import FrozenEncoder
 
@@ -240,11 +240,10 @@ class Arrays:
     """Whether the arrays that records point to are there; a file may have been deleted, or not copied."""
 
     def __init__(self) -> None:
-        self.sizes: dict[str, int] = {}
+        self.sizes = FileSizes()
 
     def holds(self, record: dict[str, Any]) -> bool:
-        begin, dtype, sizes = place_of(record["array"]["storage_key"])
-        return begin + dtype.itemsize * int(np.prod(sizes)) <= self._size(record["array"]["storage_path"])
+        return end_of(record["array"]["storage_key"]) <= self.sizes[record["array"]["storage_path"]]
 
     def whole(self, path: Path, journal: jsonl.Journal) -> Path:
         """The file to append to: ``path``, unless it, or a file that follows it, has lost what the journal says it
@@ -253,11 +252,6 @@ class Arrays:
         if all(self.holds(r) for r in records if Path(r["array"]["storage_path"]).name.startswith(f"{path.stem}.")):
             return path
         return path.with_suffix(f".{uuid.uuid4().hex[:8]}{path.suffix}")
-
-    def _size(self, path: str) -> int:
-        if path not in self.sizes:
-            self.sizes[path] = Path(path).stat().st_size if Path(path).is_file() else -1
-        return self.sizes[path]
 
 
 def _versions(cut: Cut, speeds: Sequence[float], encoder_key: str) -> list[Version]:

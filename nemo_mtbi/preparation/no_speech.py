@@ -10,6 +10,7 @@ import numpy as np
 import soundfile
 from lhotse.cut import Cut
 
+from nemo_mtbi.corpus.failures import require_room
 from nemo_mtbi.data.target import NO_SPEECH
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.io.typed import typed
@@ -82,10 +83,19 @@ SOUNDS: tuple[Callable[[int, np.random.Generator], np.ndarray], ...] = (zeros, n
 
 
 def write_flac(path: Path, samples: np.ndarray, rate: int) -> None:
-    """(S,) as a FLAC file, complete or absent; its folder is made."""
+    """(S,) or (S, channels) as a FLAC file, complete or absent; its folder is made.
+
+    Raises:
+        OSError: the disk is full.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
-    soundfile.write(temporary, samples, rate, format="FLAC")
+    try:
+        soundfile.write(temporary, samples, rate, format="FLAC")
+    except soundfile.LibsndfileError:  # says "system error" of a full disk
+        temporary.unlink(missing_ok=True)
+        require_room(path.parent, samples.nbytes)
+        raise
     temporary.replace(path)
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+from lhotse import Recording
 from lhotse.cut import Cut
 from lhotse.cut.data import DataCut
 from lhotse.utils import fastcopy
@@ -28,7 +29,7 @@ from omegaconf import MISSING
 
 from nemo_mtbi import console
 from nemo_mtbi.corpus.execution import LOCAL, RAY, check_execution, spread
-from nemo_mtbi.corpus.failures import explained, raise_if_of_the_machine, sources_of
+from nemo_mtbi.corpus.failures import alone, explained, raise_if_of_the_machine, sources_of
 from nemo_mtbi.corpus.ray_data import RayConfig
 from nemo_mtbi.data.alignments import from_its_beginning, transcript
 from nemo_mtbi.data.audio import mono_samples
@@ -37,7 +38,7 @@ from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.io.text import language_code, word_count
 from nemo_mtbi.preparation.describe import DescribeConfig, Describer, Tally
-from nemo_mtbi.preparation.no_speech import LOWEST_NOISE_HZ, read_no_speech
+from nemo_mtbi.preparation.no_speech import LOWEST_NOISE_HZ, read_no_speech, write_flac
 from nemo_mtbi.preparation.noisy import NoiseConfig, with_noise
 from nemo_mtbi.preparation.sentences import read_sentences
 from nemo_mtbi.preparation.sources import READERS, Entry, SourceConfig, packed, require_keys
@@ -299,21 +300,39 @@ class Preparation:
             if record.get("settings") != settings:
                 return None
             why = record.get("skipped")
-            return why is not None, why not in (None, DEADLY), hash(record.get("text")), record.get("of")
+            grid_missing = self.textgrids is not None and record.get("unaligned") is not None  # it may be there now
+            again = why not in (None, DEADLY) or grid_missing
+            return why is not None, again, hash(record.get("text")), record.get("of")
 
         def finished(entry: Entry) -> bool:
             """A changed transcript or recording is prepared again, and a skipped utterance is tried again, unless it
             kills who tries."""
+            if entry.problem is not None:
+                return False
             _, known = journal.places.get(entry.id, (0, None))
             same = known is not None and known[1:3] == (False, hash(entry.text))
             return same and known[3] in (None, entry.identity)  # older records do not say of what they are
 
-        with explained(self.folder), jsonl.Journal(self.folder / "prepared.jsonl", kept) as journal:
+        self._require_other_sources()
+        journal_file = self.folder / "prepared.jsonl"
+        with explained(self.folder), alone(self.folder, "prepare"), jsonl.Journal(journal_file, kept) as journal:
             todo, sharing = self._first_pass(finished)
             records = self._records(e for e in self._entries() if not finished(e)) if todo else iter(())
             for record in console.progress(records, total=todo, desc="prepare", unit="utt", disable=not todo):
                 journal.write(record)
             return self._write(journal, sharing)
+
+    def _require_other_sources(self) -> None:
+        """
+        Raises:
+            ConfigError: a source is a manifest that this step writes, or removes where its split is empty.
+        """
+        for source in self.config.sources:
+            path = Path(source.path or "").resolve()
+            if path.parent == self.folder.resolve() and re.fullmatch(r"cuts\..+\.jsonl", path.name):
+                raise ConfigError(
+                    f"The source {source.path} has a name that is this step's to write: choose another output_dir."
+                )
 
     def _first_pass(self, finished: Callable[[Entry], bool]) -> tuple[int, Sharing]:
         """How many utterances are still to be prepared, and who shares recordings.
@@ -339,6 +358,8 @@ class Preparation:
     def _records(self, todo: Iterator[Entry]) -> Iterator[dict[str, Any]]:
         """Of a stream of entries, of which some thousands are in memory."""
         c = self.config
+        if self.textgrids is not None and c.executor == LOCAL:
+            self.textgrids.look()  # before processes are forked
         make = partial(recorder, c) if c.executor == RAY else lambda worker: self.record
         while some := list(map(packed, islice(todo, AT_ONCE[c.executor]))):
             yield from spread(
@@ -451,8 +472,10 @@ class Preparation:
             name = re.sub(r"[^\w.-]+", "-", cut.id, flags=re.ASCII)[:80]
             digest = hashlib.blake2b(cut.id.encode(), digest_size=8).hexdigest()
             path = self.folder / "audio" / f"{name}-{digest}.flac"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            cut = from_its_beginning(cut).save_audio(str(path))
+            own = from_its_beginning(cut)
+            write_flac(path, own.load_audio().T, own.sampling_rate)
+            whole = Recording.from_file(path).to_cut()
+            cut = fastcopy(whole, id=own.id, supervisions=own.supervisions, custom=own.custom)
             # Shar notes where a cut came from as a Path, which is no JSON; its other fields have their data in memory.
             custom = {k: str(v) if isinstance(v, Path) else v for k, v in (cut.custom or {}).items()}
             cut.custom = {k: v for k, v in custom.items() if not hasattr(v, "to_dict")}
@@ -507,6 +530,8 @@ class Preparation:
         report, before = count.report(), self._splits_before()
         if self.describer is not None:
             report["described"] = self.describer.report(tally)
+        for name in before - written.keys() if written else ():  # before the report, which says what is ours to remove
+            (self.folder / f"cuts.{name}.jsonl").unlink(missing_ok=True)
         jsonl.write_json(self.folder / "report.json", report)
         if self.describer is not None:
             cuts = (cut for path in written.values() for cut in jsonl.read(path))
@@ -519,8 +544,6 @@ class Preparation:
                 f"Nothing is in {' or '.join(empty)}: all of a speaker goes into one split, and there are few. "
                 "With split.by=utterance speakers are in all of them."
             )
-        for name in before - written.keys():
-            (self.folder / f"cuts.{name}.jsonl").unlink(missing_ok=True)
         return written
 
     def _splits_before(self) -> set[str]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -20,7 +21,7 @@ from nemo_mtbi.corpus.failures import raise_if_of_the_machine
 from nemo_mtbi.data.alignments import transcript
 from nemo_mtbi.data.audio import audio_files, part_of
 from nemo_mtbi.data.audio_length import with_length
-from nemo_mtbi.data.manifest import ManifestLine, read_manifest
+from nemo_mtbi.data.manifest import ManifestLine, cell, read_manifest
 from nemo_mtbi.data.target import is_no_speech
 from nemo_mtbi.errors import ConfigError, DataError, MTBIError
 from nemo_mtbi.io.tables import read_table
@@ -255,7 +256,8 @@ def read_shar(config: SourceConfig) -> Iterator[Entry]:
             return partial(SharReader.cut, path, number, position, cut.id, config.language)
 
         metadata = LazySharIterator({"cuts": [shard["cuts"]]})
-        yield from _cut_entries(lambda metadata=metadata: metadata, str(shard["cuts"]), config.language, load)  # type: ignore[misc]
+        entries = _cut_entries(lambda metadata=metadata: metadata, str(shard["cuts"]), config.language, load)  # type: ignore[misc]
+        yield from (replace(entry, about=(Path(path).resolve(), *entry.about)) for entry in entries)
 
 
 class SharReader:
@@ -325,8 +327,11 @@ def read_nemo(config: SourceConfig) -> Iterator[Entry]:
 
         column = config.speaker_column
         own_column = column is not None and column != SourceConfig.speaker_column
-        named = line.fields.get(str(column)) if own_column else line.speaker
-        speaker = None if named in (None, "") else str(named)
+        try:
+            speaker = (cell(line.fields, str(column)) if own_column else line.speaker) or None
+            split = cell(line.fields, config.split_column) if config.split_column else None
+        except DataError as error:
+            speaker, split, problem = None, None, problem or str(error)
 
         def load(line: ManifestLine = line, entry_id: str = entry_id, speaker: str | None = speaker) -> Cut:
             assert line.audio is not None and line.text is not None
@@ -340,9 +345,7 @@ def read_nemo(config: SourceConfig) -> Iterator[Entry]:
         problem = problem or ("there is no text" if line.text is None else None)
         about = (line.audio, line.offset_seconds, line.duration_seconds, line.language or config.language)
         about += tuple(line.fields.get(k) for k in config.metadata)
-        split = line.fields.get(config.split_column) if config.split_column else None
-        own = None if split in (None, "") else str(split)
-        yield Entry(entry_id, load, speaker, line.text or "", own, line.where, problem, about=about)
+        yield Entry(entry_id, load, speaker, line.text or "", split or None, line.where, problem, about=about)
 
 
 def _digest(values: list[Any]) -> str:
@@ -400,8 +403,8 @@ def read_folder(config: SourceConfig) -> Iterator[Entry]:
         text, problem = "", None
         try:
             text = " ".join(read_text(text_file, config.encoding).split()) if text_file.is_file() else ""
-        except DataError as error:  # one broken transcript must not stop the run
-            problem = str(error)
+        except DataError as error:  # one broken transcript must not stop the run; reasons are counted, so without place
+            problem = "its transcript: " + re.sub(r"^(, line \d+:)? ", "", str(error).removeprefix(str(text_file)))
         if chosen[file.with_suffix("")] != file:
             entry_id, problem = f"{entry_id}{file.suffix}", "another audio file has the same name"
         speaker = file.parent.name if file.parent != root else None

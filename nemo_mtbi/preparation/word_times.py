@@ -273,6 +273,10 @@ class TextGrids:
             raise DataError(f"aligner: {folder} is not a folder of TextGrid files.")
         self.folder = folder
 
+    def look(self) -> None:
+        """Through the folder, now."""
+        _ = self.files
+
     @cached_property
     def files(self) -> dict[str, list[Path]]:
         """By path in the folder, and by name, both without the ending."""

@@ -6,6 +6,7 @@ a fixed composition, so that a killed and continued run computes what an uninter
 """
 
 import json
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from filelock import FileLock
 
 from nemo_mtbi.corpus.index import Record, RecordIndex
 from nemo_mtbi.io import jsonl
-from nemo_mtbi.io.array_storage import RawChunkyReader, RawChunkyWriter
+from nemo_mtbi.io.array_storage import FileSizes, RawChunkyReader, RawChunkyWriter, end_of
 from nemo_mtbi.targets.decoder import Answer
 
 TOP_K_FIELDS = ("top_k", "arrays", "teacher")
@@ -29,8 +30,13 @@ class AnswerFile:
         self.arrays_path = path.with_suffix(".bin")
         self.records: dict[str, Record] = {}
         self.appender = jsonl.Appender(path)  # repairs an incomplete last line
+        sizes = FileSizes()
         for line in jsonl.read(path):
-            self.records.update((r["key"], r) for r in line["answers"])
+            for record in line["answers"]:
+                if top_k and not whole(record, path.parent, sizes):  # would point into arrays that are appended
+                    self.arrays_path = path.with_suffix(f".{uuid.uuid4().hex[:8]}.bin")
+                elif usable(record, top_k, temperature) or not self.has(record["key"]):
+                    self.records[record["key"]] = record
         self.arrays = RawChunkyWriter(self.arrays_path) if top_k else None
 
     def has(self, key: str) -> bool:
@@ -92,6 +98,11 @@ class AnswerFile:
             self.arrays.close()
 
 
+def whole(record: Record, folder: Path, sizes: FileSizes) -> bool:
+    """Whether a record's arrays are there: a machine that dies may lose the end of one file and not of another."""
+    return "teacher" not in record or max(map(end_of, record["teacher"])) <= sizes[str(folder / record["arrays"])]
+
+
 def usable(record: Record, top_k: int, temperature: float) -> bool:
     """A record serves where no top-k is wanted, or this one."""
     return top_k == 0 or record.get("top_k") == [top_k, temperature]
@@ -129,6 +140,10 @@ class AnswerIndex:
             return
         for key in keys:
             found = self.index.places(key, self.run)
-            usable_ones = ((record, folder) for record, folder in found if usable(record, top_k, temperature))
+            usable_ones = (
+                (record, folder)
+                for record, folder in found
+                if usable(record, top_k, temperature) and (not top_k or whole(record, folder, FileSizes()))
+            )
             if (first := next(usable_ones, None)) is not None:
                 yield first

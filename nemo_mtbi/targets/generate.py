@@ -30,7 +30,7 @@ from nemo_mtbi.targets.answers import AnswerIndex
 from nemo_mtbi.targets.config import ENGINES, TargetsConfig
 from nemo_mtbi.targets.draw import PromptDrawer
 from nemo_mtbi.targets.filters import choose_filters
-from nemo_mtbi.targets.merge import merge_manifest, run_manifest
+from nemo_mtbi.targets.merge import merge_manifest, require_own_shar, run_manifest
 from nemo_mtbi.targets.report import write_report
 from nemo_mtbi.targets.shards import LazyEngine, ShardWriter, settings_of
 
@@ -56,8 +56,10 @@ class TargetGenerator:
         check_execution(config.executor, config.workers)
         check_values(config)
         choose_filters(config.filters)
-        for path in config.cuts.values():
+        for name, path in config.cuts.items():
             check_manifest(path)
+            if config.shar_dir is not None:
+                require_own_shar(Path(config.shar_dir) / name)
         self.drawer = PromptDrawer(config)
         self.folder = Path(config.output_dir)
         self.engine = LazyEngine(config, self.drawer)
@@ -164,11 +166,12 @@ def check_values(config: TargetsConfig) -> None:
     for field in ("splits", "tasks_per_cut"):
         if unknown := set(getattr(config, field)) - set(config.cuts):
             problems.append(f"{field} names {', '.join(sorted(unknown))}, which cuts does not")
+    outputs = {(Path(config.output_dir) / f"{name}.jsonl").resolve() for name in config.cuts}
     for name, path in config.cuts.items():
         if not re.fullmatch(r"[\w.-]+", name):
             problems.append(f"output name {name!r}: letters, digits, '_', '-' and '.' only")
-        if Path(path).resolve() == (Path(config.output_dir) / f"{name}.jsonl").resolve():
-            problems.append(f"the output {name}.jsonl would replace its own input; choose another output_dir or name")
+        if (replaced := Path(path).resolve()) in outputs:
+            problems.append(f"the output {replaced.name} would replace an input; choose another output_dir or name")
     if problems:
         raise ConfigError("; ".join(problems) + ".")
 

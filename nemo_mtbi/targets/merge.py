@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,7 +23,7 @@ from nemo_mtbi.data.alignments import from_its_beginning
 from nemo_mtbi.data.chat_template import template_digest
 from nemo_mtbi.data.feature_cache import is_features, with_span
 from nemo_mtbi.data.target import TARGETS_FIELD, TEACHER_IDS_FIELD, TEACHER_LOG_PROBS_FIELD
-from nemo_mtbi.errors import DataError
+from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.targets.config import TargetsConfig
 from nemo_mtbi.targets.draw import PromptDrawer
@@ -31,6 +32,7 @@ from nemo_mtbi.targets.shards import ShardStatus, ShardWriter, context_limit, re
 from nemo_mtbi.tasks.library import Task
 
 LIBRARIES = ("nemo_toolkit", "transformers", "torch", "lhotse", "megatron-core")
+SHAR_FILE = re.compile(r"[\w.-]+\.\d{6,}\.(tar|jsonl)(\.gz)?")
 AUDIO = "audio"  # why a cut is not in Shar
 BYTES_PER_ENTRY = 6  # int32 id and float16 log-probability
 Check = Callable[[Task, str, str], str | None]  # of a task, a wording and an answer: why it is rejected
@@ -203,9 +205,27 @@ def write_shar(manifest: Path, folder: Path, rejected: Path, config: TargetsConf
     cuts.to_shar(temporary, fields, shard_size=config.shar_size, verbose=True)
     if not found[True]:
         raise DataError(f"No recording of {manifest} can be read for Shar. Look at {rejected} for the reasons.")
+    require_own_shar(folder)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.replace(folder)
     return found[False]
+
+
+def require_own_shar(folder: Path) -> None:
+    """
+    Raises:
+        ConfigError: there is something else than what :func:`write_shar` wrote, which would be lost.
+    """
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    ours = all(SHAR_FILE.fullmatch(name) for name in names)
+    if names and ours:
+        cuts = CutSet.from_jsonl_lazy(folder / names[0]) if names[0].startswith("cuts.") else []
+        ours = all(TARGETS_FIELD in (cut.custom or {}) for cut in islice(cuts, 1))
+    if not ours:
+        raise ConfigError(
+            f"{folder} holds other files than targets as Shar, which would be removed. Use another shar_dir, in which "
+            "no folder has the name of an output."
+        )
 
 
 def run_manifest(config: TargetsConfig, drawer: PromptDrawer, counts: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 # which counts the transcript too: "repeat" would not. vLLM knows it by this name; `transformers serve` refuses the
 # name, and takes the frequency penalty for it.
 PENALTY = "repetition_penalty"
+PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds, as the client's own between its retries
 SAID = 500  # letters of an error that are shown
 ENDS = {"stop": True, "length": False, "content_filter": False}  # finish_reason of a completion, and whether it ended
 
@@ -52,7 +53,7 @@ class OpenAIEngine:
         self.config, self.model, self.tokenizer, self.errors = config, config.model, tokenizer, openai
         self.client = openai.OpenAI(
             base_url=config.base_url,
-            api_key=os.environ.get(config.api_key_variable, "none"),
+            api_key=os.environ.get(config.api_key_variable) or "none",
             max_retries=config.max_retries,
             timeout=config.timeout_seconds,
         )
@@ -89,9 +90,15 @@ class OpenAIEngine:
         """
         where, ends = f"{self.config.base_url} (model {self.model})", list[str]()
         while len(ends) <= self.config.max_retries:
-            reply = self._completion(request)
-            if not getattr(reply, "choices", None):
-                raise DataError(f"{where} sent no completion ({str(reply)[:200]!r}). Check openai.base_url.")
+            if ends:
+                time.sleep(min(PAUSE * 2 ** (len(ends) - 1), LONGEST_PAUSE))
+            try:
+                reply = self._completion(request)
+            except json.JSONDecodeError as error:
+                reply = f"{type(error).__name__}: {error}"
+            if not getattr(reply, "choices", None):  # an error of a gateway, with status 200
+                ends.append(f"no completion, {str(reply)[:SAID]!r}")
+                continue
             read = getattr(getattr(reply, "usage", None), "prompt_tokens", None)
             if read is not None and read != len(request.prompt_ids):
                 raise ConfigError(
@@ -100,9 +107,12 @@ class OpenAIEngine:
                 )
             choice = reply.choices[0]
             if choice.finish_reason in ENDS:
-                return self._read(request, choice.text, ENDS[choice.finish_reason])
+                return self._read(request, choice.text or "", ENDS[choice.finish_reason])
             ends.append(str(choice.finish_reason))  # the server gave it up
-        raise DataError(f"{where} gives up answers ({', '.join(ends)}). Look at its log; the same command continues.")
+        raise DataError(
+            f"{where} gives up answers ({', '.join(ends)}). Check openai.base_url, and the server's log; the same "
+            "command continues."
+        )
 
     def _read(self, request: Request, text: str, finished: bool) -> Answer:
         try:

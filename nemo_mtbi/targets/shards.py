@@ -65,7 +65,7 @@ CONTEXT, NO_TRANSCRIPT = "context", "no_transcript"
 @dataclass
 class ShardStatus:
     """What a finished shard holds; ``digest`` is of the input lines and of everything that decides the output,
-    ``readings`` are for :class:`~nemo_mtbi.targets.filters.OneSided`."""
+    ``readings`` are for :class:`~nemo_mtbi.targets.filters.OneSided`, ``sizes`` of its files, in bytes."""
 
     digest: str
     kept: int = 0
@@ -74,6 +74,7 @@ class ShardStatus:
     prompts: dict[str, int] = field(default_factory=dict)
     rejected: dict[str, int] = field(default_factory=dict)
     readings: Readings = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
 
 
 def settings_of(config: TargetsConfig, drawer: PromptDrawer) -> str:
@@ -121,11 +122,14 @@ class ShardWriter:
 
     def status(self, shard: Shard) -> ShardStatus | None:
         """The status of a shard that is finished with these settings and this input; None otherwise."""
-        file = self.paths(shard)["json"]
-        if not file.is_file():
+        paths = self.paths(shard)
+        try:
+            status = ShardStatus(**json.loads(paths["json"].read_text()))
+            same = status.digest == self.digest(shard)
+            whole = all(paths[kind].stat().st_size == size for kind, size in status.sizes.items())
+        except (FileNotFoundError, ValueError, TypeError):  # being written anew, or cut off by a machine that died
             return None
-        status = ShardStatus(**json.loads(file.read_text()))
-        return status if status.digest == self.digest(shard) else None
+        return status if same and whole else None
 
     def write(self, shard: Shard) -> ShardStatus:
         """Answer what is missing, then write cuts, rejected answers and status."""
@@ -155,6 +159,7 @@ class ShardWriter:
             paths["json"].unlink(missing_ok=True)  # from here on it does not describe what is there
             status = self._write(shard, cuts, jobs, answers)
         status.seconds = round(time.time() - start, 2)
+        status.sizes = {kind: paths[kind].stat().st_size for kind in ("cuts.jsonl", "rejected.jsonl")}
         jsonl.write_json(paths["json"], asdict(status))
         self.advance(0)
         return status

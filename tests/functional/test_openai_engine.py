@@ -90,7 +90,9 @@ class Misbehaving(BaseHTTPRequestHandler):
 
     replies: list[int] = []
     ends: list[str] = []  # finish reasons of the next answers
-    text, read, refused, details = "fine", None, "", False
+    text: str | None = "fine"
+    read, refused, details = None, "", False
+    bodies: list[bytes] = []  # of the next answers, in place of completions
     received: list[dict] = []
 
     def do_POST(self) -> None:
@@ -106,6 +108,7 @@ class Misbehaving(BaseHTTPRequestHandler):
             body["usage"] = {"prompt_tokens": self.read, "completion_tokens": 1, "total_tokens": self.read + 1}
         error = {"detail": message} if self.details else {"error": {"message": message}}
         data = json.dumps(body if status == 200 else error).encode()
+        data = self.bodies.pop(0) if self.bodies else data
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
@@ -119,7 +122,7 @@ class Misbehaving(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def misbehaving(monkeypatch):
-    for name, value in (("received", []), ("ends", []), ("replies", [])):
+    for name, value in (("received", []), ("ends", []), ("replies", []), ("bodies", [])):
         monkeypatch.setattr(Misbehaving, name, value)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Misbehaving)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -172,6 +175,23 @@ def test_only_answers_that_ended_or_were_cut_off_are_kept(smollm2, misbehaving):
     Misbehaving.ends = ["abort", "error", "abort"]
     with pytest.raises(DataError, match=r"gives up answers \(abort, error, abort\)"):
         list(engine(smollm2, misbehaving).generate(requests(smollm2)))
+
+
+def test_replies_that_are_no_completions_are_asked_for_again(smollm2, misbehaving, monkeypatch):
+    monkeypatch.setattr("nemo_mtbi.targets.openai_engine.PAUSE", 0.01)
+    gateway = json.dumps({"error": {"code": 503, "message": "no backend"}}).encode()
+    Misbehaving.bodies = [b'{"id": "x", "cho', gateway]
+    (answer,) = engine(smollm2, misbehaving).generate(requests(smollm2))
+    assert answer.finished and len(Misbehaving.received) == 3
+    Misbehaving.bodies = [gateway] * 3
+    with pytest.raises(DataError, match="no completion.*no backend.*Check openai.base_url"):
+        list(engine(smollm2, misbehaving).generate(requests(smollm2)))
+    monkeypatch.setattr(Misbehaving, "text", None)
+    Misbehaving.ends = ["content_filter"]
+    (answer,) = engine(smollm2, misbehaving).generate(requests(smollm2))
+    assert not answer.finished and answer.response_ids == []
+    monkeypatch.setenv("OPENAI_API_KEY", "")  # as shells export what is not set
+    assert list(engine(smollm2, misbehaving).generate(requests(smollm2)))
 
 
 @pytest.mark.parametrize("details", [False, True])

@@ -168,7 +168,8 @@ def test_encodings(tmp_path, kind, encoding):
     file.write_bytes(texts[kind].encode(encoding))
     path = str(file.parent if kind == "folder" else file)
     if encoding == "latin-1":
-        with pytest.raises(DataError, match=rf"{file.name}, line \d: byte 0xe9 is no UTF-8"):
+        place = "its transcript:" if kind == "folder" else rf"{file.name}, line \d:"
+        with pytest.raises(DataError, match=f"{place} byte 0xe9 is no UTF-8"):
             Preparation(config(tmp_path, SourceConfig(kind, path))).run()
     own = encoding if encoding == "latin-1" else None
     (cut,) = cuts_of(Preparation(config(tmp_path, SourceConfig(kind, path, "x", encoding=own))).run())

@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 from nemo_mtbi.checkpoints.card import model_card
 from nemo_mtbi.checkpoints.exported import LLM_BACKBONE_DIR, NEMO_CONFIG
 from nemo_mtbi.checkpoints.run_directory import RunDirectory
+from nemo_mtbi.checkpoints.seen_record import SEEN
 from nemo_mtbi.data.chat_template import chat_template
 from nemo_mtbi.errors import CheckpointError, ConfigError
 from nemo_mtbi.io import jsonl
@@ -51,13 +52,14 @@ def exported_config(model: Any) -> dict[str, Any]:
     return cfg | {"pretrained_weights": False, "references": model.references, "trust_remote_code": False}
 
 
-def save_directory(model: Any, folder: Path, card: str | None = None) -> Path:
+def save_directory(model: Any, folder: Path, card: str | None = None, seen: dict[str, Any] | None = None) -> Path:
     """Write the Hugging Face directory; it is complete or absent.
 
     Args:
         model: a :class:`nemo_mtbi.models.MTBISALM`.
         folder: where to; must not exist or be empty.
         card: text of README.md; by default one without the run's records.
+        seen: what it was trained on (``seen.json``).
 
     Raises:
         CheckpointError: the folder is in use, or the model is one rank's part of it.
@@ -75,6 +77,8 @@ def save_directory(model: Any, folder: Path, card: str | None = None) -> Path:
         backbone.config.save_pretrained(temporary / LLM_BACKBONE_DIR)
         backbone.generation_config.save_pretrained(temporary / LLM_BACKBONE_DIR)
         jsonl.write_text(temporary / "README.md", card or model_card(model))
+        if seen:
+            jsonl.write_json(temporary / SEEN, seen)
     return folder
 
 
@@ -96,7 +100,9 @@ def save_tokenizer(model: Any, folder: Path) -> None:
         hf.chat_template = own
 
 
-def save_trainable(model: Any, folder: Path, stage: str, card: str | None = None) -> Path:
+def save_trainable(
+    model: Any, folder: Path, stage: str, card: str | None = None, seen: dict[str, Any] | None = None
+) -> Path:
     """Write what was trained alone, with references to what is frozen: a few MB, laid out as a training run.
 
     ``MTBISALM.restore_from`` opens it where the same LLM and encoder can be found under the names in ``model.json``.
@@ -105,7 +111,7 @@ def save_trainable(model: Any, folder: Path, stage: str, card: str | None = None
         model: what to export.
         folder: where to; must not exist or be empty.
         stage: name of the training stage that the weights come from.
-        card: text of README.md.
+        card, seen: as in :func:`save_directory`.
 
     Raises:
         CheckpointError: the folder is in use.
@@ -115,6 +121,8 @@ def save_trainable(model: Any, folder: Path, stage: str, card: str | None = None
         run.save_config(model, {k: v for k, v in model.hparams["cfg"].items() if k not in NOT_EXPORTED})
         run.save_weights(model, stage)
         jsonl.write_text(temporary / "README.md", card or model_card(model, whole=False))
+        if seen:
+            jsonl.write_json(temporary / SEEN, seen)
     return folder
 
 
@@ -134,13 +142,13 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         temporary.rename(folder)
 
 
-def save_nemo(model: Any, path: Path, card: str | None = None) -> Path:
+def save_nemo(model: Any, path: Path, card: str | None = None, seen: dict[str, Any] | None = None) -> Path:
     """Write one ``.nemo`` archive (uncompressed tar of the directory, and ``model_config.yaml`` as NeMo's archives
     have).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as name:
-        folder = save_directory(model, Path(name) / "model", card)
+        folder = save_directory(model, Path(name) / "model", card, seen)
         OmegaConf.save(
             OmegaConf.create({"target": "nemo_mtbi.models.MTBISALM", **exported_config(model)}), folder / NEMO_CONFIG
         )

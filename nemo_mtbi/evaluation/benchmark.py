@@ -17,10 +17,11 @@ from lhotse import CutSet
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_mtbi.checkpoints.run_directory import RunDirectory, split_stage
+from nemo_mtbi.checkpoints.seen_record import seen_prompts
 from nemo_mtbi.data.chat_template import dialect
 from nemo_mtbi.data.conversation import MTBIConversation, require_cuts
 from nemo_mtbi.data.feature_cache import FEATURES_FIELD
-from nemo_mtbi.data.target import Target, is_no_speech
+from nemo_mtbi.data.target import Target
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.evaluation.asr import WhisperASR
 from nemo_mtbi.evaluation.benchmark_report import write_report
@@ -36,7 +37,7 @@ from nemo_mtbi.evaluation.columns import (
 from nemo_mtbi.evaluation.labelled import label_of, labelled_cuts
 from nemo_mtbi.evaluation.latency import seconds_to_first_token
 from nemo_mtbi.evaluation.predictions import Predictions, digest, key_of
-from nemo_mtbi.evaluation.silence import nothing_heard
+from nemo_mtbi.evaluation.silence import nothing_heard, require_spoken, spoken_cuts
 from nemo_mtbi.evaluation.summary import summarize, summarize_labels
 from nemo_mtbi.evaluation.systems import (
     EvaluationSet,
@@ -47,11 +48,10 @@ from nemo_mtbi.evaluation.systems import (
     TextSystem,
     require_text_llm,
 )
-from nemo_mtbi.io import jsonl
 from nemo_mtbi.models.mtbi_salm import MTBISALM
 from nemo_mtbi.targets import workers
 from nemo_mtbi.targets.config import TargetsConfig
-from nemo_mtbi.tasks.library import Task, load_library, select_tasks
+from nemo_mtbi.tasks.library import comparable, load_library, select_tasks
 
 SALM_PREFIX = "salm:"
 Records = dict[str, dict[str, Any]]
@@ -69,16 +69,21 @@ class Benchmark:
         self._check_names()
         folders = list(cfg.task_folders) if cfg.task_folders else None
         self.library = load_library(folders)
-        trained = cfg.trained_tasks
-        if trained is None:
-            trained = trained_on(cfg.systems.values(), self.library)
+        trained, self.seen = cfg.trained_tasks, seen_by(cfg.systems.values())
+        if trained is None and self.seen:
+            trained = comparable(self.library, self.seen)
+            if not trained:
+                raise ConfigError(
+                    f"The systems were trained on {', '.join(sorted(self.seen))} alone, which the benchmark does not "
+                    "ask: name trained_tasks."
+                )
         groups = ((trained, "train"), (cfg.unseen_tasks, "held_out"))
         self.trained, self.unseen = (
             [t.name for t in select_tasks(self.library, list(names) if names is not None else None, group)]
             for names, group in groups
         )
         if cfg.unseen_tasks is None:
-            self.unseen = [name for name in self.unseen if name not in self.trained]
+            self.unseen = [name for name in self.unseen if name not in {*self.trained, *self.seen}]
         if not self.unseen:
             raise ConfigError("unseen_tasks: the systems were trained on all of the group held_out; name other tasks.")
         if given := [n for n in [*self.trained, *self.unseen] if self.library[n].answer is not None]:
@@ -88,6 +93,8 @@ class Benchmark:
             )
         if both := set(self.trained) & set(self.unseen):
             raise ConfigError(f"{sorted(both)[0]} stands in trained_tasks and in unseen_tasks.")
+        if both := self.seen.keys() & set(self.unseen):
+            raise ConfigError(f"unseen_tasks: a system was trained on {sorted(both)[0]} (seen.json).")
         # Ours first: one of them gives the text LLM. NeMo's other speech LLMs have their own.
         self.specs = dict(sorted(cfg.systems.items(), key=lambda item: item[1].startswith(SALM_PREFIX)))
         if next(iter(self.specs.values())).startswith(SALM_PREFIX):
@@ -132,6 +139,7 @@ class Benchmark:
         about = {
             "trained_tasks": self.trained,
             "unseen_tasks": self.unseen,
+            "seen_wordings": self._seen_wordings(),
             "systems": self.specs,
             "baseline": baseline,
             "resamples": self.cfg.resamples,
@@ -139,6 +147,11 @@ class Benchmark:
             "nothing_heard": self.silence,
         }
         return write_report(self.output, results, about, command)
+
+    def _seen_wordings(self) -> list[str]:
+        """Prompts of the column of unseen ones that a system was trained on all the same."""
+        held_out = [(name, p.id) for name in self.trained for p in self.library[name].select("held_out")]
+        return [prompt for name, prompt in held_out if prompt in self.seen.get(name, ())]
 
     def _check_names(self) -> None:
         cfg = self.cfg
@@ -158,8 +171,7 @@ class Benchmark:
         for path in [*cfg.cuts.values(), *filter(None, [cfg.no_speech])]:
             require_cuts(path)
         for name, path in cfg.cuts.items():
-            if next(iter(spoken_cuts(path)), None) is None:
-                raise ConfigError(f"cuts.{name}: nothing is said in any recording of {path}. Give it as no_speech.")
+            require_spoken(name, path)
 
     def _target_settings(self, folders: list[str] | None) -> dict[str, Any]:
         cfg, model = self.cfg, self.model
@@ -259,21 +271,14 @@ class Benchmark:
             }
 
 
-def spoken_cuts(path: str | Path) -> CutSet:
-    """The cuts of a manifest but for those in which nothing is said, which ``no_speech`` is for."""
-    return CutSet.from_file(path).filter(lambda cut: not is_no_speech(cut))
-
-
-def trained_on(specs: Iterable[str], library: dict[str, Task]) -> list[str] | None:
-    """Tasks that the training runs among the systems have seen (``seen.json``, whatever the stage), of those that the
-    benchmark can ask; None where no run says so."""
-    seen: set[str] = set()
+def seen_by(specs: Iterable[str]) -> dict[str, set[str]]:
+    """Ids of prompts by task that systems were trained on, whatever the stage, as far as their files say so."""
+    seen: dict[str, set[str]] = {}
     for spec in specs:
-        record = Path(split_stage(spec)[0]) / "seen.json"
-        if not spec.startswith(SALM_PREFIX) and record.is_file():
-            seen |= set(jsonl.read_json(record).get("tasks", {}))
-    known = (library[name] for name in sorted(seen & set(library)))
-    return [t.name for t in known if t.group != "control" and t.answer is None and not t.about_the_voice] or None
+        own = {} if spec.startswith(SALM_PREFIX) else seen_prompts(Path(split_stage(spec)[0]))
+        for task, prompts in own.items():
+            seen.setdefault(task, set()).update(prompts)
+    return seen
 
 
 def write_references(

@@ -14,7 +14,7 @@ TITLES = {
     "token_agreement": "token agreement",
     "kl_per_token": "KL / token",
     "rouge_l": "ROUGE-L",
-    "chrf": "chrF",
+    "chrf": "chrF (mean)",
     "form": "form kept",
     "accuracy_text": "choice, by text",
     "accuracy_likelihood": "choice, by likelihood",
@@ -122,17 +122,20 @@ def markdown(sections: list[tuple[str, list[list[str]]]], about: dict[str, Any],
         f"Trained tasks: {', '.join(about['trained_tasks'])}. Unseen tasks: {', '.join(about['unseen_tasks'])}. "
         "Brackets: 95 % bootstrap intervals over utterances, of labelled corpora over speakers or sentences where they "
         f"are known ({about['resamples']} resamples); none for fewer than {LEAST_UNITS}. Token agreement is the "
-        "recovery of the text topline's behavior, whose own agreement is 1.",
+        "recovery of the text topline's behavior; its own is 1 but for near ties, which bfloat16 breaks at random. "
+        "chrF is a mean over answers, BLEU that of the corpus.",
         "",
         "Versions: " + ", ".join(f"{k} {v}" for k, v in versions.items()),
         "",
     ]
+    if about.get("seen_wordings"):
+        lines += [f"Trained on all the same, of the column of unseen prompts: {', '.join(about['seen_wordings'])}.", ""]
     if about["seconds_to_first_token"]:
         times = ", ".join(f"{k} {v:.3f} s" for k, v in about["seconds_to_first_token"].items())
         lines += [f"Median time to first token, one utterance at a time: {times}", ""]
     for title, rows in sections:
-        lines += [f"## {title}", "", "| " + " | ".join(rows[0]) + " |", "| --- |" + " ---: |" * (len(rows[0]) - 1)]
-        lines += ["| " + " | ".join(row) + " |" for row in rows[1:]] + [""]
+        head, *rest = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+        lines += [f"## {title}", "", head, "| --- |" + " ---: |" * (len(rows[0]) - 1), *rest, ""]
     return "\n".join(lines)
 
 
@@ -147,7 +150,7 @@ def plot(columns: dict[str, Any]) -> Any:
         values = [s["value"] for s in scores if s]
         ends = [[s["value"] if s[k] is None else s[k] for s in scores if s] for k in ("low", "high")]
         below, above = ([abs(e - v) for e, v in zip(own, values, strict=True)] for own in ends)
-        axis.bar(places, values, width, label=system, yerr=[below, above], error_kw={"lw": 1})
+        axis.bar(places, values, width, label=as_label(system), yerr=[below, above], error_kw={"lw": 1})
     axis.set_xticks([i + 0.4 - width / 2 for i in range(len(columns))], [c.replace("_", " ") for c in columns])
     axis.set_ylabel("token agreement with the text LLM")
     axis.set_ylim(0, 1)
@@ -184,13 +187,18 @@ def plot_confusions(systems: dict[str, Any], most: int = 12) -> Any:
                 for x, count in enumerate(row):
                     dark = count > 0.6 * sum(row)
                     axis.text(x, y, str(count), ha="center", va="center", fontsize=8, color="w" if dark else "k")
-            axis.set_xticks(range(len(choices)), choices, fontsize=7, rotation=30, ha="right")
-            axis.set_yticks(range(len(counts)), list(counts), fontsize=7)
-            axis.set_title(task if i == 0 else "", fontsize=9)
+            axis.set_xticks(range(len(choices)), list(map(as_label, choices)), fontsize=7, rotation=30, ha="right")
+            axis.set_yticks(range(len(counts)), list(map(as_label, counts)), fontsize=7)
+            axis.set_title(as_label(task) if i == 0 else "", fontsize=9)
             if j == 0:
-                axis.set_ylabel(system, fontsize=9)
+                axis.set_ylabel(as_label(system), fontsize=9)
     figure.tight_layout()
     return figure
+
+
+def as_label(name: str) -> str:
+    """A name as Matplotlib shows it: no formula, and not left out of legends."""
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def _with_interval(score: dict[str, Any] | None) -> str:

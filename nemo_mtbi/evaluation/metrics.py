@@ -32,7 +32,7 @@ import numpy as np
 from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.evaluation.statistics import Score, Sums, ratio
 from nemo_mtbi.io.text import UNSPACED, language_code, normalized, words_of
-from nemo_mtbi.tasks.forms import choose, form_error
+from nemo_mtbi.tasks.forms import choose, form_kept
 from nemo_mtbi.tasks.library import Task
 
 Measure = (
@@ -62,13 +62,13 @@ def measures(record: dict[str, Any], reference: dict[str, Any], task: Task) -> d
     if answer is None or own is None:
         return {**result}
     result |= text_measures(own, answer)
-    if task.form["kind"] != "any":
-        result["form"] = (float(form_error(answer, task, filled_values(task, record["prompt"])) is None), 1)
+    if (kept := form_kept(answer, task, filled_values(task, record["prompt"]))) is not None:
+        result["form"] = (float(kept), 1)
     if task.choices:
         named = choose(own, task.choices)
         if named is not None:
             result["accuracy_text"] = (float(choose(answer, task.choices) == named), 1)
-    if task.metric == "wer":
+    if task.metric == "wer" and record.get("ended", True):  # what the limit of tokens cut off is nobody's error
         result["wer"] = word_errors(record["transcript"], answer, record["language"])
         result["wer_to_text_llm"] = word_errors(own, answer, record["language"])
     return {k: v for k, v in result.items() if v[1] > 0}

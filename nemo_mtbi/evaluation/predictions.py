@@ -81,7 +81,7 @@ class Predictions:
                     done[record["id"]] = record
         if missing:
             newest_alone(file)
-        return {i: done[i] | resampled_with(c) for i, c in wanted.items() if i in done}
+        return {i: done[i] | about(c) for i, c in wanted.items() if i in done}
 
     def _key(self, conversation: MTBIConversation) -> str:
         """Of everything that decides a record.
@@ -111,7 +111,6 @@ class Predictions:
         for i, (conversation, example) in enumerate(zip(reading.conversations, reading.examples, strict=True)):
             target = conversation.target
             assert target is not None
-            languages = [s.language for s in conversation.cut.supervisions if s.language]
             record = {
                 "id": record_id(conversation),
                 "key": self._key(conversation),
@@ -120,12 +119,12 @@ class Predictions:
                 "prompt_id": target.prompt_id,
                 "prompt": target.prompt,
                 "transcript": example.transcript,
-                "language": languages[0] if languages else "en",
                 "reference": target.response,
+                "ended": target.finished,
                 "answer": answers[i] if answers else None,
                 "choice": chosen[i],
             }
-            yield record | label_of(conversation) | (asdict(forced[i]) if forced else {})
+            yield record | about(conversation) | label_of(conversation) | (asdict(forced[i]) if forced else {})
 
     def _choices(self, model: MTBISALM, system: System, reading: SystemBatch) -> list[str | None]:
         """The most likely choice of each example whose task has choices, by the probability of its tokens and the end
@@ -160,10 +159,16 @@ def ways_of_writing(choices: list[str]) -> dict[str, list[str]]:
     }
 
 
-def resampled_with(conversation: MTBIConversation) -> dict[str, Any]:
-    """Whose answers are resampled together with this one; said of records that are read, too."""
-    speakers = {s.speaker for s in conversation.cut.supervisions if s.speaker}
-    return {"speaker": speakers.pop() if len(speakers) == 1 else None, GROUP: label_of(conversation).get(GROUP)}
+def about(conversation: MTBIConversation) -> dict[str, Any]:
+    """Of a record, also of one that is read, what does not decide the answer: the language, and whose answers are
+    resampled together with this one."""
+    spoken = conversation.cut.supervisions
+    speakers, languages = {s.speaker for s in spoken if s.speaker}, [s.language for s in spoken if s.language]
+    return {
+        "speaker": speakers.pop() if len(speakers) == 1 else None,
+        "language": languages[0] if languages else "en",
+        GROUP: label_of(conversation).get(GROUP),
+    }
 
 
 def newest_alone(file: Path) -> None:

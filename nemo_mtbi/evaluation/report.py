@@ -39,11 +39,12 @@ def markdown(results: dict[str, dict[str, Any]], command: str) -> str:
     """One table for each manifest."""
     lines = [f"Command: `{command}`", ""]
     for manifest, systems in results.items():
-        lines += [f"## {manifest}", "", "| system | " + " | ".join(title for _, title in COLUMNS) + " |"]
-        lines.append("|---|" + "---:|" * len(COLUMNS))
+        lines += [f"## {manifest}", "", "| system | " + " | ".join(title for _, title in COLUMNS) + " | answers |"]
+        lines.append("|---|" + "---:|" * (len(COLUMNS) + 1))
         for system, scores in systems.items():
             cells = ["-" if scores.get(key) is None else f"{scores[key]:.3f}" for key, _ in COLUMNS]
-            lines.append(f"| {system} | " + " | ".join(cells) + " |")
+            missing = f" ({scores['missing']} missing)" if scores.get("missing") else ""
+            lines.append(f"| {system} | " + " | ".join(cells) + f" | {scores.get('answers', '-')}{missing} |")
         lines.append("")
     return "\n".join(lines)
 

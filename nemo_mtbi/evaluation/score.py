@@ -44,6 +44,8 @@ class Scores:
     utterances: dict[str, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0, 0.0]))
     repeats: list[tuple[str, str, str]] = field(default_factory=list)  # answer, text LLM's answer, transcript
     heard: list[tuple[str, str]] = field(default_factory=list)  # what the recognizer wrote, transcript
+    answers: int = 0
+    missing: int = 0  # of recordings that cannot be read
 
     def sums(self, measure: str = "token_agreement") -> Sums:
         """By utterance, for tests between systems; ``measure`` is ``token_agreement`` or ``kl_per_token``."""
@@ -53,6 +55,8 @@ class Scores:
     def summary(self) -> dict[str, Any]:
         total = max(1, sum(self.tokens.values()))
         result: dict[str, Any] = {
+            "answers": self.answers,
+            "missing": self.missing,
             "response_tokens": sum(self.tokens.values()),
             "token_agreement": sum(self.agreed.values()) / total,
             "kl_per_token": sum(self.kl.values()) / total,
@@ -108,11 +112,13 @@ class Evaluation:
             for example, forced in zip(
                 reading.examples, against_the_text_llm(self.model, system, reading, self.text_llm), strict=True
             ):
+                scores.answers += 1
                 scores.tokens[example.task] += forced.tokens
                 scores.agreed[example.task] += forced.agreed
                 scores.kl[example.task] += forced.kl
                 own = scores.utterances[example.id.rsplit("/", 2)[0]]
                 own[:] = own[0] + forced.agreed, own[1] + forced.kl, own[2] + forced.tokens
+        scores.missing = len(everything) - scores.answers
         repeat = [c for c in everything if c.target and c.target.task == REPEAT] if generate else []
         for reading in system_batches(system, self.questions, repeat, self.batch_size, f"{name}: repeat"):
             answers = system.answers(reading, [budget(reading.examples)] * len(reading.examples))

@@ -1,11 +1,29 @@
 """What a connector that writes text heard, and whether a model notices that nothing is said."""
 
+from pathlib import Path
+
 from lhotse import CutSet
 
+from nemo_mtbi.data.target import is_no_speech
+from nemo_mtbi.errors import ConfigError
 from nemo_mtbi.evaluation.systems import EvaluationSet, SpeechSystem, system_batches
 from nemo_mtbi.models.mtbi_salm import MTBISALM
 from nemo_mtbi.modules.connectors.base import Connector
 from nemo_mtbi.modules.perception import connector_of
+
+
+def spoken_cuts(path: str | Path) -> CutSet:
+    """The cuts of a manifest but for those in which nothing is said, which ``no_speech`` is for."""
+    return CutSet.from_file(path).filter(lambda cut: not is_no_speech(cut))
+
+
+def require_spoken(name: str, path: str | Path) -> None:
+    """
+    Raises:
+        ConfigError: there is nothing to score.
+    """
+    if next(iter(spoken_cuts(path)), None) is None:
+        raise ConfigError(f"cuts.{name}: nothing is said in any recording of {path}. Give it as no_speech.")
 
 
 def writes_text(model: MTBISALM) -> bool:

@@ -77,7 +77,7 @@ def read_voice(config: LabelledConfig, folder: Path) -> Iterator[Question]:
 
     ``split`` names the attributes (comma-separated; default: all that a task asks for). The text topline reads the
     description; without it, the transcripts are given as they are under ``prompts: {described: ""}``.
-    ``per_label`` balances the labels.
+    ``per_label`` balances the labels. Of a recording of several people only what holds for all of them is asked.
     """
     tasks = [t for t in load_library().values() if len(t.needs) == 1 and t.choices]
     wanted = _asked(config, tuple(t.needs[0] for t in tasks))
@@ -85,7 +85,7 @@ def read_voice(config: LabelledConfig, folder: Path) -> Iterator[Question]:
     cuts = sorted(CutSet.from_file(config.path), key=lambda cut: _number(cut.id)) if config.per_label else None
     counts = Counter[tuple[str, str]]()
     for cut in CutSet.from_file(config.path) if cuts is None else cuts:
-        known = labels_of(cut.supervisions[0]) if cut.supervisions else {}
+        known = _agreed(cut.supervisions)
         labels = [(t, str(known.get(t.needs[0]))) for t in tasks if t.needs[0] in wanted]
         for task, label in labels:
             counts[task.needs[0], label] += label in task.choices
@@ -104,6 +104,12 @@ def read_voice(config: LabelledConfig, folder: Path) -> Iterator[Question]:
             prompt = render_template(config.prompts.get(task.needs[0], wording.text), {"choices": task.choices})
             speaker = cut.supervisions[0].speaker
             yield Question(audio, task.needs[0], prompt, label, "accuracy", tuple(task.choices), text, speaker=speaker)
+
+
+def _agreed(supervisions: list[Any]) -> dict[str, Any]:
+    """Labels that all who speak have."""
+    own = [labels_of(s) for s in supervisions if (s.text or "").strip()]
+    return {name: label for name, label in own[0].items() if all(o.get(name) == label for o in own)} if own else {}
 
 
 def _number(cut_id: str) -> int:

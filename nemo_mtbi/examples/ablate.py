@@ -10,12 +10,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_mtbi import console
-from nemo_mtbi.data.target import NO_SPEECH
 from nemo_mtbi.errors import CheckpointError, ConfigError
 from nemo_mtbi.examples._launcher import announce, check_step, launcher, run_step
 from nemo_mtbi.examples._overrides import overrides, read
 from nemo_mtbi.io import jsonl
-from nemo_mtbi.tasks.library import load_library
+from nemo_mtbi.tasks.library import comparable, load_library
 
 STEP_0 = "step_0"  # what training starts from
 VARIANT_KEYS = {"tasks", "targets", "data_share", "train", "warm_start"}
@@ -82,7 +81,7 @@ def held(cfg: DictConfig, variant: dict[str, Any]) -> set[str]:
 
 
 def check_tasks(cfg: DictConfig, variants: dict[str, dict[str, Any]]) -> list[str]:
-    """What the benchmark is to call trained: what the variants train on, without control tasks.
+    """What the benchmark is to call trained: what the variants train on, as far as it can ask it.
 
     Raises:
         ConfigError: there are no targets, a variant names a task of which its manifest has none, or
@@ -97,22 +96,21 @@ def check_tasks(cfg: DictConfig, variants: dict[str, dict[str, Any]]) -> list[st
             )
     trained = tasks_of(Path(cfg.targets.train)).union(*(held(cfg, variant) for variant in variants.values()))
     library = load_library(cfg.benchmark.get("task_folders"))
-    # Not asked in the benchmark: control tasks, and of recordings in which nothing is said.
-    trained -= {NO_SPEECH, *(task.name for task in library.values() if task.group == "control")}
+    asked = set(comparable(library, trained))
     unseen = set(cfg.benchmark.get("unseen_tasks") or (t.name for t in library.values() if t.group == "held_out"))
     if both := trained & unseen:
         raise ConfigError(
             f"The targets to train on hold {sorted(both)[0]}, which benchmark.unseen_tasks is to ask as unseen: leave "
             "it out there, or of the targets."
         )
-    called = set(cfg.benchmark.get("trained_tasks") or trained)
-    if trained != called or not trained:
-        there, said = (", ".join(sorted(names)) or "none" for names in (trained, called))
+    called = set(cfg.benchmark.get("trained_tasks") or asked)
+    if asked != called or not asked:
+        there, said = (", ".join(sorted(names)) or "none" for names in (asked, called))
         raise ConfigError(
             f"The targets to train on are of {there}, but benchmark.trained_tasks is {said}: the columns of seen and "
             "unseen tasks would be wrong. Name what is trained."
         )
-    return list(cfg.benchmark.get("trained_tasks") or sorted(trained))
+    return list(cfg.benchmark.get("trained_tasks") or sorted(asked))
 
 
 def manifest_of(cfg: DictConfig, variant: dict[str, Any]) -> Path:

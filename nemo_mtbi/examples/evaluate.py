@@ -22,7 +22,7 @@ def main(cfg: DictConfig) -> None:
     from nemo_mtbi.evaluation.asr import WhisperASR
     from nemo_mtbi.evaluation.report import write_report
     from nemo_mtbi.evaluation.score import Evaluation
-    from nemo_mtbi.evaluation.silence import nothing_heard
+    from nemo_mtbi.evaluation.silence import nothing_heard, require_spoken, spoken_cuts
     from nemo_mtbi.evaluation.systems import SpeechSystem, TextSystem, require_text_llm
     from nemo_mtbi.models import MTBISALM
     from nemo_mtbi.parallel.launch import from_first_rank, is_first_rank, join_ranks
@@ -33,6 +33,8 @@ def main(cfg: DictConfig) -> None:
         raise ConfigError(f"stages: {sorted(unknown)[0]} is none; there are {', '.join(STAGES)}.")
     for path in [*cfg.cuts.values(), *filter(None, [cfg.no_speech])]:
         require_cuts(path)
+    for name, path in cfg.cuts.items():
+        require_spoken(name, path)
     device = join_ranks(cfg.tensor_model_parallel_size, "evaluate")
     run, output = RunDirectory(cfg.run), Path(cfg.output_dir or Path(cfg.run) / "evaluation")
     stages = [name for name in cfg.stages if run.weights(name).is_file()]
@@ -53,7 +55,7 @@ def main(cfg: DictConfig) -> None:
         if is_first_rank():
             paths = write_report(output, results, no_speech, command)
     for manifest, path in cfg.cuts.items():
-        evaluation = Evaluation(model, CutSet.from_file(path), cfg.cached_features, cfg.batch_size)
+        evaluation = Evaluation(model, spoken_cuts(path), cfg.cached_features, cfg.batch_size)
         systems = results.setdefault(manifest, {})
         if cfg.text_topline:
             systems["text_topline"] = evaluation.score(f"{manifest}: text topline", TextSystem(model, None)).summary()

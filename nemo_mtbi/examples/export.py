@@ -16,7 +16,8 @@ def main(cfg: DictConfig) -> None:
     from nemo_mtbi.checkpoints.archive import save_directory, save_nemo, save_trainable
     from nemo_mtbi.checkpoints.card import model_card
     from nemo_mtbi.checkpoints.round_trip import MERGED, TOLERANCE, probe_logits, require_same_logits
-    from nemo_mtbi.checkpoints.run_directory import STAGES, UNTRAINED, RunDirectory
+    from nemo_mtbi.checkpoints.run_directory import IMITATION, STAGES, UNTRAINED, RunDirectory
+    from nemo_mtbi.checkpoints.seen_record import record_of
     from nemo_mtbi.errors import ConfigError
     from nemo_mtbi.io import jsonl
     from nemo_mtbi.models import MTBISALM
@@ -33,7 +34,7 @@ def main(cfg: DictConfig) -> None:
         )
     if cfg.stage is None and stage != begun[-1]:
         console.say(f"The stage {begun[-1]} is not finished; what is exported is the one before, {stage}.")
-    model = MTBISALM.from_run(run, stage)
+    model, seen = MTBISALM.from_run(run, stage), record_of(run.root) if stage == IMITATION else None
     written: dict[str, Path] = {}
     differences: dict[str, float] = {}
     logits = probe_logits(model) if cfg.check else None
@@ -52,17 +53,17 @@ def main(cfg: DictConfig) -> None:
         check("round_trip_max_abs_diff", str(path), partial(MTBISALM.restore_from, path, trust_remote_code=True))
 
     if cfg.trainable_only:
-        written["trainable_only"] = save_trainable(model, Path(cfg.trainable_only), stage, card(whole=False))
+        written["trainable_only"] = save_trainable(model, Path(cfg.trainable_only), stage, card(whole=False), seen)
         read_back(written["trainable_only"])
     if cfg.merge_lora:
         model.merge_lora()
         tolerance = MERGED.get(model.llm.dtype, TOLERANCE)
         check("merge_lora_max_abs_diff", "The model with its LoRA merged", lambda: model, tolerance)
     if cfg.nemo:
-        written["nemo"] = save_nemo(model, Path(cfg.nemo), card(whole=True))
+        written["nemo"] = save_nemo(model, Path(cfg.nemo), card(whole=True), seen)
         read_back(written["nemo"])
     if cfg.hf:
-        written["hf"] = save_directory(model, Path(cfg.hf), card(whole=True))
+        written["hf"] = save_directory(model, Path(cfg.hf), card(whole=True), seen)
         read_back(written["hf"])
     jsonl.write_json(run.root / "export.json", {k: str(v) for k, v in written.items()} | differences)
     found = differences.get("round_trip_max_abs_diff", "not looked at")

@@ -133,9 +133,9 @@ def _as_in_words(character: str) -> str:
 
 
 def words_of(text: str) -> list[str]:
-    """Words of a :func:`normalized` text; of scripts without spaces, characters, so that an error rate is one of
-    characters there."""
-    return UNSPACED.sub(r" \g<0> ", text).split()
+    """Words of a :func:`normalized` text, without quotation marks that look like apostrophes; of scripts without
+    spaces, characters, so that an error rate is one of characters there."""
+    return [word for part in UNSPACED.sub(r" \g<0> ", text).split() if (word := part.strip("'"))]
 
 
 def language_code(language: str) -> str:

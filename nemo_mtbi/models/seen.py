@@ -3,15 +3,21 @@
 from collections import Counter
 from typing import Any
 
+from nemo_mtbi.checkpoints.seen_record import EARLIER, TASKS
 from nemo_mtbi.data.example import Example
 from nemo_mtbi.parallel.ranks import gathered_objects
 
 
 class SeenRecord:
-    """Counts of this rank. After a resume one rank goes on with the sum of all, so the sum over ranks stays right."""
+    """Counts of this rank. After a resume one rank goes on with the sum of all, so the sum over ranks stays right.
+
+    Attributes:
+        earlier: tasks and their prompts of what training began with (``init_from``).
+    """
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
+        self.earlier: dict[str, list[str]] = {}
 
     def add(self, examples: list[Example], stage: str) -> None:
         """Count a micro-batch of a stage (``alignment`` or ``imitation``)."""
@@ -35,4 +41,5 @@ class SeenRecord:
             if key.count("/") == 2:
                 task, prompt, kind = key.split("/")
                 tasks.setdefault(task, {}).setdefault(prompt, {})[kind] = value
-        return {"examples": counts["examples"], "alignment_examples": counts["alignment_examples"], "tasks": tasks}
+        result = {"examples": counts["examples"], "alignment_examples": counts["alignment_examples"], TASKS: tasks}
+        return result | ({EARLIER: self.earlier} if self.earlier else {})

@@ -22,7 +22,7 @@ FLOOR_DB = -100.0
 DIGITAL_SILENCE = 1e-10  # power of frames in which nothing was recorded: padding, a gate
 NOISE_SECONDS = 0.2  # between words; where there is less than that, of longer utterances:
 NOISE_PERCENTILE, PERCENTILE_SECONDS = 5, 2.0
-VERSION = 2  # of the measures: another one measures again
+VERSION = 3  # of the measures: another one measures again
 
 Words = Sequence[tuple[float, float] | None]  # begin and end in seconds, in the order of the transcript; None: unknown
 Stretch = tuple[float, float]
@@ -34,7 +34,7 @@ MEASURES = {
     "pitch_range_semitones": "distance of its 10th and 90th percentile",
     "level_db": "root mean square of the frames in which words are, dB of full scale",
     "noise_db": "median of the frames between words; where there are few, the 5th percentile of all, if those are 2 s "
-    "or more; without digital silence",
+    "or more, and no gate has cut out what is between words; without digital silence",
     "snr_db": "level_db - noise_db",
     "pauses": "gaps between words of 0.25 s or more",
     "pause_share": "of the time from the first to the last word",
@@ -106,17 +106,21 @@ def _levels(samples: np.ndarray, rate: int, words: Words) -> dict[str, float]:
     power = librosa.feature.rms(y=samples, frame_length=LEVEL_FRAME, hop_length=LEVEL_HOP, center=False)[0] ** 2
     times = (np.arange(len(power)) * LEVEL_HOP + LEVEL_FRAME / 2) / rate
     inside = outside = np.ones(len(power), bool)
+    gated = 0
     if known := [word for word in words if word is not None]:
-        inside = _within(times, known)
-        outside = ~inside & ~_within(times, _unknown(words, len(samples) / rate))
+        inside, half = _within(times, known), LEVEL_FRAME / 2 / rate
+        spoken = [*known, *_unknown(words, len(samples) / rate)]
+        outside = ~_within(times, [(begin - half, end + half) for begin, end in spoken])  # without a part of a word
     else:
         outside = ~inside
     recorded = power > DIGITAL_SILENCE
+    if known:
+        gated = int((outside & ~recorded & (times > known[0][1]) & (times < known[-1][0])).sum())
     between, all_frames = power[outside & recorded], power[recorded]
     level = _db(power[inside].mean() if inside.any() else power.mean())
     if len(between) * LEVEL_HOP >= NOISE_SECONDS * rate:
         noise = _db(np.median(between))
-    elif len(all_frames) * LEVEL_HOP >= PERCENTILE_SECONDS * rate:
+    elif not gated and len(all_frames) * LEVEL_HOP >= PERCENTILE_SECONDS * rate:
         noise = _db(np.percentile(all_frames, NOISE_PERCENTILE))
     else:
         return {"level_db": level}

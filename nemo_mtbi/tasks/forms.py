@@ -5,29 +5,35 @@ from collections.abc import Callable
 from typing import Any
 
 from nemo_mtbi.io.languages import identified, known_languages
-from nemo_mtbi.io.text import UNSPACED, language_code
+from nemo_mtbi.io.text import UNSPACED, language_code, word_count
 from nemo_mtbi.tasks.library import Task, render_template
 
 _AROUND = " \t\n.,;:!?\"'"
 QUESTION_MARKS = ("?", "\uff1f", "\u061f", "\u037e")
 LIKELY_LANGUAGES, SURE = ("de", "en", "es", "fr"), 0.6  # a word or a name tells nothing
+AFTER_A_QUESTION = " \t\n\"'\u201d\u2019\u00bb*)_`"
+CHARACTERS = 2  # of a word of scripts without spaces
 _EDGE = " \t\n.,;:!?\"'()[]*-"
 
 
-def words(text: str) -> list[str]:
-    """Words of an answer, without punctuation around them."""
-    return [w for w in (part.strip(_EDGE) for part in text.split()) if w]
+def words(text: str) -> int:
+    """Number of words of an answer; signs alone are none, and of scripts without spaces two characters are one."""
+    return sum(word_count(part, CHARACTERS) for part in text.split() if any(map(str.isalnum, part)))
 
 
 def items(text: str) -> list[str]:
-    """Items of a list answer: lines, or parts between commas or semicolons; numbers and bullets are dropped."""
+    """Items of a list answer: lines (but for a first one that announces them), or parts between commas or semicolons;
+    numbers and bullets are dropped."""
     lines = [line for line in text.splitlines() if line.strip()]
-    parts = lines if len(lines) > 1 else re.split(r"[,;\u3001\uff0c\u060c]", text)
-    return [p for p in (re.sub(r"^\s*(?:\d+[.)]|[-*•])\s*", "", part).strip(_EDGE) for part in parts) if p]
+    if len(lines) > 1 and lines[0].rstrip(" *").endswith((":", "\uff1a")):
+        lines = lines[1:]
+    parts = lines if len(lines) > 1 else re.split(r"[,;\u3001\uff0c\u060c]", lines[0] if lines else "")
+    parts = [re.sub(r"^\s*(?:(?:\d+[.)]|[-*•])\s*|(?:and|or)\s+(?=\w))", "", part).strip(_EDGE) for part in parts]
+    return [part for part in parts if part]
 
 
 def _one_word(text: str, task: Task, values: dict[str, Any]) -> str | None:
-    return None if len(words(text)) == 1 else f"{len(words(text))} words instead of one"
+    return None if words(text) == 1 else f"{words(text)} words instead of one"
 
 
 def _choice(text: str, task: Task, values: dict[str, Any]) -> str | None:
@@ -40,28 +46,38 @@ def _yes_no(text: str, task: Task, values: dict[str, Any]) -> str | None:
 
 
 def _list(text: str, task: Task, values: dict[str, Any]) -> str | None:
-    least = int(task.form.get("min_items", 2))
-    return None if len(items(text)) >= least else f"{len(items(text))} items instead of at least {least}"
+    found, least, most = items(text), int(task.form.get("min_items", 2)), task.form.get("max_items")
+    whole = [*found[:-1], *re.split(r"\s+(?:and|&)\s+", found[-1])] if found else []  # "a, b and c"
+    longest = max(map(words, found), default=0)
+    if longest > (allowed := int(task.form.get("item_words", longest))):
+        return f"an item of {longest} words instead of at most {allowed}"
+    if len(whole) < least or len(found) > int(most or len(found)):
+        return f"{len(found)} items instead of {f'{least} to {most}' if most else f'at least {least}'}"
+    return None
 
 
 def _max_words(text: str, task: Task, values: dict[str, Any]) -> str | None:
     most = int(task.form["value"])
-    return None if len(words(text)) <= most else f"{len(words(text))} words instead of at most {most}"
+    return None if words(text) <= most else f"{words(text)} words instead of at most {most}"
 
 
 def _min_words(text: str, task: Task, values: dict[str, Any]) -> str | None:
     least = int(task.form["value"])
-    return None if len(words(text)) >= least else f"{len(words(text))} words instead of at least {least}"
+    return None if words(text) >= least else f"{words(text)} words instead of at least {least}"
 
 
 def _question(text: str, task: Task, values: dict[str, Any]) -> str | None:
-    return None if text.rstrip(" \"'").endswith(QUESTION_MARKS) else "no question mark at the end"
+    return None if text.rstrip(AFTER_A_QUESTION).endswith(QUESTION_MARKS) else "no question mark at the end"
+
+
+def _wanted_language(task: Task, values: dict[str, Any]) -> str:
+    return language_code(render_template(str(task.form["value"]), values))
 
 
 def _language(text: str, task: Task, values: dict[str, Any]) -> str | None:
     """By the code of the language that is asked for, among those that an answer is likely to be in instead."""
-    wanted = language_code(render_template(str(task.form["value"]), values))
-    if wanted not in known_languages() or not words(text):
+    wanted = _wanted_language(task, values)
+    if wanted not in known_languages():
         return None  # not judged
     found, probability = identified(text, tuple(sorted({wanted, *LIKELY_LANGUAGES})))
     other = found != wanted and probability >= SURE
@@ -82,8 +98,18 @@ CHECKS: dict[str, Callable[[str, Task, dict[str, Any]], str | None]] = {
 
 
 def form_error(text: str, task: Task, values: dict[str, Any] | None = None) -> str | None:
-    """Why an answer lacks the form of its task; None if it has it. ``values`` fill placeholders of the form."""
-    return CHECKS[task.form["kind"]](text, task, values or {})
+    """Why an answer lacks the form of its task; None if it has it, or it is not judged. ``values`` fill placeholders of
+    the form."""
+    kind = task.form["kind"]
+    return "no word" if kind != "any" and not words(text) else CHECKS[kind](text, task, values or {})
+
+
+def form_kept(text: str, task: Task, values: dict[str, Any] | None = None) -> bool | None:
+    """Whether an answer has the form of its task; None where nothing is asked for, or it cannot be judged."""
+    kind = task.form["kind"]
+    if kind == "any" or (kind == "language" and _wanted_language(task, values or {}) not in known_languages()):
+        return None
+    return form_error(text, task, values) is None
 
 
 def choose(text: str, choices: list[str]) -> str | None:

@@ -1,6 +1,6 @@
 """The task library: YAML files under ``conf/tasks`` (or a folder of the user's) to prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from nemo_mtbi.errors import ConfigError
 DEFAULT_FOLDER = Path(__file__).parents[1] / "conf" / "tasks"
 GROUPS, SPLITS = ("train", "held_out", "control", "voice"), ("seen", "held_out")
 PROMPT_KEYS = {"id", "text", "language"}
-FORM_KEYS = {"max_words": {"value"}, "min_words": {"value"}, "language": {"value"}, "list": {"min_items"}}
+FORM_KEYS = {name: {"value"} for name in ("max_words", "min_words", "language")} | {
+    "list": {"min_items", "max_items", "item_words"}
+}
 FORMS = ("any", "one_word", "yes_no", "choice", "list", "max_words", "min_words", "question", "language")
 SANDBOX = SandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
 
@@ -193,6 +195,13 @@ def load_library(folders: Sequence[str | Path] | None = None) -> dict[str, Task]
             if (other := owners.setdefault(prompt.id, task.name)) != task.name:
                 raise ConfigError(f"The prompt id {prompt.id!r} is that of the tasks {other} and {task.name}.")
     return library
+
+
+def comparable(library: dict[str, Task], names: Iterable[str]) -> list[str]:
+    """Of some tasks, those with answers of the text LLM to a transcript, to compare with: no control tasks, none that
+    gives its answer itself or asks about the voice, and none of another library."""
+    known = (library[name] for name in sorted(set(names) & library.keys()))
+    return [t.name for t in known if t.group != "control" and t.answer is None and not t.about_the_voice]
 
 
 def select_tasks(library: dict[str, Task], names: list[str] | None, group: str | None = "train") -> list[Task]:

@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 
 from nemo_mtbi import console
 from nemo_mtbi.checkpoints.run_directory import ALIGNMENT, IMITATION, UNTRAINED, RunDirectory
+from nemo_mtbi.checkpoints.seen_record import SEEN, seen_prompts
 from nemo_mtbi.checkpoints.trained_state import CONNECTOR_PREFIX
 from nemo_mtbi.config import AUTO, PERCEPTION_KEYS, ModelConfig, misspelled, model_config, plain
 from nemo_mtbi.data.alignments import transcript
@@ -126,6 +127,8 @@ def train(cfg: DictConfig) -> RunDirectory:
     if cfg.init_from is not None:
         start, furthest = RunDirectory.parse(cfg.init_from)
         start.load_weights(model, furthest)
+        if furthest == IMITATION:
+            model.seen.earlier = {task: sorted(prompts) for task, prompts in seen_prompts(start.root).items()}
     if not run.weights(IMITATION).is_file():
         check_targets(stages[IMITATION].data, model)
     if cfg.alignment_stage.enabled:
@@ -250,7 +253,7 @@ def run_stage(cfg: DictConfig, model: MTBISALM, run: RunDirectory, name: str) ->
     if trainer.is_global_zero:  # before the weights, which say that the stage is finished
         save_tensors(moments, run.moments(name))
         jsonl.write_json(run.seen(name), dict(counts))
-        jsonl.write_json(run.root / "seen.json", seen)
+        jsonl.write_json(run.root / SEEN, seen)
     run.finish_stage(model, name, cfg.keep)
     log.info(f"Stage {name} wrote {run.weights(name)}")
 

@@ -3,7 +3,7 @@
 import pytest
 
 from nemo_mtbi.evaluation.report import markdown, plot
-from nemo_mtbi.evaluation.score import Scores, word_error_rate
+from nemo_mtbi.evaluation.score import Scores, compared, word_error_rate
 from nemo_mtbi.io.text import normalized
 
 pytestmark = pytest.mark.unit
@@ -21,6 +21,13 @@ def test_scores_and_their_tables(tmp_path):
     assert "| imitation | 0.900 | 0.200 | 0.167 | 0.286 |" in text
     plot({"held_out": {"imitation": summary}, "other": {"imitation": summary}}, tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("marks", ["''", '""', "\u2018\u2019", "\u201c\u201d"])
+def test_quotation_marks_of_any_kind_are_no_words(marks):
+    said = f"{marks[0]}Don't go,{marks[1]} he said."
+    assert word_error_rate([compared("Don't go, he said.")], [compared(said)]) == 0.0
+    assert compared("don\u2019t") == "don't"
 
 
 def test_normalization_and_word_error_rate():

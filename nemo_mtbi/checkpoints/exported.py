@@ -18,7 +18,18 @@ from nemo_mtbi.modules.causal_lm import causal_lm
 
 CONFIG, WEIGHTS, NEMO_CONFIG = "config.json", "model.safetensors", "model_config.yaml"
 LLM_BACKBONE_DIR = "llm_backbone"  # NeMo's name (speechlm2/parts/hf_hub.py)
-PARTS_OF = ("nemo_mtbi.", "nemo.", "torch.nn.")  # packages whose modules a model may consist of
+# Where the parts of a model may come from. Whole models are none: those read further files, some of which hold code.
+PARTS_OF = (
+    "nemo_mtbi.modules.",
+    "nemo.collections.speechlm2.modules.perception.",
+    *(
+        f"nemo.collections.asr.modules.{name}."
+        for name in ("audio_preprocessing", "conformer_encoder", "squeezeformer_encoder", "conv_asr", "rnn_encoder")
+    ),
+    "torch.nn.modules.",
+)
+PACKAGES = ("nemo_mtbi.", "nemo.", "torch.nn.")  # of which nothing else is imported
+OF_HYDRA = ("_args_", "_convert_", "_partial_", "_recursive_")
 
 
 def export_folder(path: Path) -> AbstractContextManager[Path]:
@@ -97,12 +108,20 @@ def checked_directory(folder: Path) -> set[str]:
         raise CheckpointError(
             f"{folder / CONFIG} does not describe a speech LLM: it has no perception.modality_adapter."
         )
-    if config.get("trust_remote_code"):
+    if any(value for key, value in _entries(config) if key == "trust_remote_code"):
         raise CheckpointError(
             f"{folder / CONFIG} asks to run code that came with the model; set trust_remote_code to false."
         )
-    for target in _targets(perception):
-        module_class(target)
+    for name in ("preprocessor", "encoder"):  # else NeMo would look for a model of its own
+        if not isinstance(perception.get(name), dict) or "_target_" not in perception[name]:
+            raise CheckpointError(f"{folder / CONFIG} does not describe its perception.{name}.")
+    for key, value in _entries(perception):
+        if key in OF_HYDRA:
+            raise CheckpointError(f"{CONFIG} holds {key}, which no export of nemo_mtbi has.")
+        if isinstance(value, str) and "${" in value:
+            raise CheckpointError(f"{CONFIG} holds {value!r}: an exported configuration has values, no interpolations.")
+        if key == "_target_":
+            module_class(value)
     try:
         with safe_open(folder / WEIGHTS, "pt") as weights:
             return set(weights.keys())
@@ -113,32 +132,26 @@ def checked_directory(folder: Path) -> set[str]:
 def module_class(target: Any) -> type[nn.Module]:
     """The class of a part of an exported model, whose configuration comes from whoever made the file.
 
-    NeMo itself would call functions of its own too, some of which write files.
+    NeMo itself would call functions of its own too, some of which write files, and make whole models.
 
     Raises:
-        CheckpointError: ``target`` is no ``nn.Module`` of ours, NeMo's or PyTorch's.
+        CheckpointError: ``target`` is no ``nn.Module`` of :data:`PARTS_OF`.
     """
     try:
-        found = resolve_name(target) if str(target).startswith(PARTS_OF) else None
+        found = resolve_name(target) if str(target).startswith(PACKAGES) else None
     except (ImportError, AttributeError, ValueError):
         found = None
-    if isinstance(found, type) and issubclass(found, nn.Module):
+    if isinstance(found, type) and issubclass(found, nn.Module) and f"{found.__module__}.".startswith(PARTS_OF):
         return found
     raise CheckpointError(f"{CONFIG} names {target!r} as a part of the model, which is no module of nemo_mtbi or NeMo.")
 
 
-def _targets(part: Any) -> Iterator[Any]:
-    """Every ``_target_`` within a part of a configuration."""
-    if isinstance(part, str) and "${" in part:
-        raise CheckpointError(f"{CONFIG} holds {part!r}: an exported configuration has values, no interpolations.")
-    if isinstance(part, dict):
-        if "_target_" in part:
-            yield part["_target_"]
-        part = part.values()
-    elif not isinstance(part, list):
-        return
-    for value in part:
-        yield from _targets(value)
+def _entries(part: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value within a configuration, with its key (of items of a list, that of the list)."""
+    yield key, part
+    if isinstance(part, dict | list):
+        for name, value in part.items() if isinstance(part, dict) else ((key, value) for value in part):
+            yield from _entries(value, name)
 
 
 def require_every_weight(model: Any, folder: Path, names: set[str]) -> None:

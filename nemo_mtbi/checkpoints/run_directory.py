@@ -15,8 +15,7 @@
 """
 
 import json
-import os
-import shutil
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,11 @@ from torch import Tensor
 from nemo_mtbi.checkpoints.trained_state import TrainableCheckpoint
 from nemo_mtbi.errors import CheckpointError, ConfigError
 from nemo_mtbi.io import jsonl
-from nemo_mtbi.io.tensors import save_tensors
+from nemo_mtbi.io.tensors import copy_file, save_tensors
 from nemo_mtbi.parallel.launch import tensors_from_first_rank
+
+log = logging.getLogger(__name__)
+RUN_OF_TRAINING = "data.json"  # what exports lack
 
 UNTRAINED, ALIGNMENT, IMITATION = "untrained", "alignment", "imitation"
 STAGES = (UNTRAINED, ALIGNMENT, IMITATION)
@@ -83,6 +85,10 @@ class RunDirectory:
         """Step and value of the best validation."""
         return self.kept(name) / "best.json"
 
+    def validated(self, name: str) -> Path:
+        """Step of the last whole validation."""
+        return self.kept(name) / "validated.json"
+
     def moments(self, name: str) -> Path:
         """The optimizer's moments at the end of a stage."""
         return self.stage(name) / "optimizer.safetensors"
@@ -102,18 +108,32 @@ class RunDirectory:
         if is_global_rank_zero():
             chosen = self.best_weights(name)
             chosen = chosen if keep == "best" and chosen.is_file() else self.last_weights(name)
-            temporary = self.weights(name).with_name(f".{self.weights(name).name}.{os.getpid()}")
-            shutil.copyfile(chosen, temporary)
-            temporary.replace(self.weights(name))
+            copy_file(chosen, self.weights(name))
         if keep == "best":  # as where the next stage is begun by another process; others may not see the file
             model.load_trained_state(tensors_from_first_rank(lambda: load_file(self.weights(name))))
 
     def last_stage(self) -> str:
-        """The furthest finished stage."""
-        for name in reversed(STAGES):
-            if self.weights(name).is_file():
-                return name
-        raise CheckpointError(f"{self.root} holds no trained model. Run train.py with output_dir={self.root} first.")
+        """The furthest finished stage.
+
+        Raises:
+            CheckpointError: none is; what training starts from has to be named.
+        """
+        finished = [name for name in STAGES if self.weights(name).is_file()]
+        begun = [name for name in STAGES if (self.stage(name) / "checkpoints").is_dir() and name not in finished]
+        if not finished:
+            raise CheckpointError(
+                f"{self.root} holds no trained model. Run train.py with output_dir={self.root} first."
+            )
+        if finished == [UNTRAINED] and (self.root / RUN_OF_TRAINING).is_file():
+            raise CheckpointError(
+                f"No stage of {self.root} is finished{f' ({begun[-1]} was begun)' if begun else ''}: finish the "
+                f"training, or take what it starts from, {self.root}@{UNTRAINED} (or stage={UNTRAINED})."
+            )
+        if begun:
+            log.warning(
+                f"The stage {begun[-1]} of {self.root} is not finished; this is the one before, {finished[-1]}."
+            )
+        return finished[-1]
 
     @classmethod
     def parse(cls, name: str) -> tuple["RunDirectory", str]:
@@ -126,7 +146,7 @@ class RunDirectory:
         jsonl.write_json(self.root / "model.json", {"model": cfg, "references": model.references})
 
     def save_data_paths(self, paths: dict[str, list[str]]) -> None:
-        jsonl.write_json(self.root / "data.json", paths)
+        jsonl.write_json(self.root / RUN_OF_TRAINING, paths)
 
     def check_same_model(self, model: TrainableCheckpoint, cfg: dict[str, Any]) -> bool:
         """Whether what the run began with (``untrained``) stays: stages are finished, or ``model.json`` says the same.

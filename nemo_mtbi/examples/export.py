@@ -16,7 +16,7 @@ def main(cfg: DictConfig) -> None:
     from nemo_mtbi.checkpoints.archive import save_directory, save_nemo, save_trainable
     from nemo_mtbi.checkpoints.card import model_card
     from nemo_mtbi.checkpoints.round_trip import MERGED, TOLERANCE, probe_logits, require_same_logits
-    from nemo_mtbi.checkpoints.run_directory import IMITATION, STAGES, UNTRAINED, RunDirectory
+    from nemo_mtbi.checkpoints.run_directory import IMITATION, RunDirectory
     from nemo_mtbi.checkpoints.seen_record import record_of
     from nemo_mtbi.errors import ConfigError
     from nemo_mtbi.io import jsonl
@@ -24,16 +24,10 @@ def main(cfg: DictConfig) -> None:
 
     if not (cfg.nemo or cfg.hf or cfg.trainable_only):
         raise ConfigError("Say what to write: nemo=FILE, hf=FOLDER or trainable_only=FOLDER.")
+    if cfg.merge_lora and not (cfg.nemo or cfg.hf):
+        raise ConfigError("merge_lora=true changes the LLM, which trainable_only does not hold: give nemo or hf.")
     run = RunDirectory(cfg.run)
     stage = cfg.stage or run.last_stage()
-    begun = [name for name in STAGES if run.weights(name).is_file() or (run.stage(name) / "checkpoints").is_dir()]
-    if stage == UNTRAINED and cfg.stage is None:
-        raise ConfigError(
-            f"No stage of {cfg.run} is finished{f' ({begun[-1]} was begun)' if begun[-1] != UNTRAINED else ''}: finish "
-            "the training, or take what it started from with stage=untrained."
-        )
-    if cfg.stage is None and stage != begun[-1]:
-        console.say(f"The stage {begun[-1]} is not finished; what is exported is the one before, {stage}.")
     model, seen = MTBISALM.from_run(run, stage), record_of(run.root) if stage == IMITATION else None
     written: dict[str, Path] = {}
     differences: dict[str, float] = {}

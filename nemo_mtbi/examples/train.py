@@ -18,10 +18,9 @@ def main(cfg: DictConfig) -> None:
     tune(cfg.threads)
     try:
         run = train(cfg)
-    except KeyboardInterrupt as stop:
+    except Stopped as stop:
         console.tell(f"\nStopped. {stop}")
-        planned = isinstance(stop, Stopped) and not stop.by_hand
-        sys.exit(0 if planned and not console.within_step() else 1)  # 0: the job that follows goes on
+        sys.exit(1 if console.within_step() else 0)  # 0: the job that follows goes on
     announce(
         "Training finished",
         {

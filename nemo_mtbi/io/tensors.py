@@ -1,6 +1,7 @@
 """Tensors in files: complete or absent, and as readable as other files."""
 
 import os
+import shutil
 import stat
 import uuid
 from contextlib import suppress
@@ -19,11 +20,27 @@ def save_tensors(state: dict[str, Tensor], path: Path, metadata: dict[str, str] 
         mode = stat.S_IMODE(temporary.stat().st_mode)
         save_file(state, temporary, metadata=metadata)
         _change(temporary, mode)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        keep(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """A copy, complete or absent."""
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        shutil.copyfile(source, temporary)
+        keep(temporary)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def keep(file: Path) -> None:
+    """Let a file that is written outlive a machine that dies."""
+    with open(file, "rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def as_readable_as_others(folder: Path) -> None:

@@ -34,7 +34,7 @@ def build_optimizer(model: Any) -> dict[str, Any]:
     elif moments:
         continue_moments(optimizer, trained, moments)
     result: dict[str, Any] = {"optimizer": optimizer}
-    if "lr_scheduler" in model.cfg:
+    if model.cfg.get("lr_scheduler") is not None:
         scheduler = safe_instantiate(model.cfg.lr_scheduler, optimizer)
         result["lr_scheduler"] = {"scheduler": scheduler, "interval": "step", "frequency": 1}
     return result

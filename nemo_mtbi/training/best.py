@@ -22,6 +22,7 @@ class BestWeights(pl.Callback):
     def __init__(self, run: RunDirectory, stage: str, monitor: str, mode: str) -> None:
         self.run, self.stage, self.monitor, self.mode = run, stage, monitor, mode
         self.best: float | None = None
+        self.validated: int | None = None  # the step of the last whole validation
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """What the first rank knows of an interrupted run holds for all."""
@@ -29,11 +30,19 @@ class BestWeights(pl.Callback):
         value = record.get("value") if record.get("monitor") == self.monitor else None
         value = trainer.strategy.broadcast(value)
         self.best = value if value is not None and math.isfinite(value) else None
+        if self.validated is None:
+            self.validated = trainer.strategy.broadcast(jsonl.read_json(self.run.validated(self.stage)).get("step"))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         value = trainer.callback_metrics.get(self.monitor)
         if trainer.sanity_checking:
             return
+        self._look(trainer, pl_module, value)
+        self.validated = trainer.global_step
+        if trainer.is_global_zero:
+            jsonl.write_json(self.run.validated(self.stage), {"step": trainer.global_step})
+
+    def _look(self, trainer: pl.Trainer, pl_module: Any, value: Any) -> None:
         if value is None and self.monitor.startswith("val") and trainer.callback_metrics:
             measured = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val")))
             raise ConfigError(

@@ -41,6 +41,10 @@ REFUSED: list[tuple[str, Callable[[Any], bool], str]] = [
         lambda v: not v,
         "SIGTERM is handled already, on GPUs and CPUs (nemo_mtbi.training.resume.Preemption)",
     ),
+    *(
+        (key, lambda v: v is None or bool(v), "a run that is stopped continues from its last checkpoint")
+        for key in ("exp_manager.checkpoint_callback_params.save_last", "exp_manager.create_checkpoint_callback")
+    ),
     (
         "trainer.max_steps",
         lambda v: v is None or (v >= 1 and float(v).is_integer()),

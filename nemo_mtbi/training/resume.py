@@ -3,6 +3,7 @@
 Atomic checkpoints, SIGTERM, and a resumed run that goes on as if nothing had happened.
 """
 
+import inspect
 import logging
 import os
 import signal
@@ -11,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
@@ -21,12 +22,16 @@ from lightning.pytorch.trainer.states import TrainerFn
 from nemo.collections.common.data.lhotse.broadcasting import BroadcastingDataLoader
 from nemo.utils.callbacks import NeMoModelCheckpoint
 from nemo.utils.exp_manager import _flush_in_flight_batch_progress
+from nemo.utils.get_rank import is_global_rank_zero
 from torch.utils.data import DataLoader
 
 from nemo_mtbi import console
 from nemo_mtbi.data.shar import without_data
 
 log = logging.getLogger(__name__)
+INTERRUPTED = 130  # exit code after Ctrl-C
+OF_A_STEP = ("params", "lr", "step")  # keys of an optimizer's group that are no settings
+DERIVED = {"base_lrs", "decay_steps", "constant_steps", "hold_steps"}  # by NeMo's and PyTorch's schedulers
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -45,22 +50,25 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class Preemption(pl.Callback):
-    """SIGTERM (as SLURM sends it before it takes the machine): finish the step, write the last checkpoint, exit with 0.
+    """SIGTERM (as SLURM sends it before it takes the machine) and Ctrl-C: finish the step, write the last checkpoint,
+    exit with 0 (after Ctrl-C with 130; a second one ends at once).
 
     NeMo's own callback does this on GPUs only. All ranks leave together, whichever was told.
     """
 
     def __init__(self) -> None:
-        self.noticed = False
-        self.previous: Any = None
+        self.noticed: int | None = None
+        self.previous: dict[int, Any] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if self.previous is None:
-            self.previous = signal.getsignal(signal.SIGTERM)
+        if not self.previous:
+            self.previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         self._listen()
 
     def _listen(self) -> None:
         signal.signal(signal.SIGTERM, self._notice)
+        if self.previous.get(signal.SIGINT) is not signal.SIG_IGN:  # as of jobs in the background
+            signal.signal(signal.SIGINT, self._notice)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # After ``setup`` Lightning puts its own handler before ours, and would leave in the middle of a step.
@@ -70,12 +78,16 @@ class Preemption(pl.Callback):
         self._listen()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if self.previous is not None:
-            signal.signal(signal.SIGTERM, self.previous)
-            self.previous = None
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        self.previous = {}
 
-    def _notice(self, *_: Any) -> None:
-        self.noticed = True
+    def _notice(self, number: int, _: Any) -> None:
+        if number == self.noticed == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.noticed = number
+        if number == signal.SIGINT and is_global_rank_zero():
+            console.tell("\nStopping after this step; Ctrl-C again stops at once.")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -88,19 +100,84 @@ class Preemption(pl.Callback):
         self._leave_if_told(trainer)
 
     def _leave_if_told(self, trainer: pl.Trainer) -> None:
-        if not trainer.strategy.reduce_boolean_decision(self.noticed, all=False):
+        if not trainer.strategy.reduce_boolean_decision(self.noticed is not None, all=False):
             return
         if trainer.state.fn != TrainerFn.FITTING:
-            log.warning("SIGTERM: stopped before the first step; the same command begins anew.")
-            sys.exit(0)
+            self._leave("stopped before the first step; the same command begins anew.")
         callback = trainer.checkpoint_callback
         assert isinstance(callback, NeMoModelCheckpoint)
         _flush_in_flight_batch_progress(trainer)
         candidates = callback._monitor_candidates(trainer)
         if callback.last_model_path != callback.format_checkpoint_name(candidates, callback.CHECKPOINT_NAME_LAST):
             callback._save_last_checkpoint(trainer, candidates)
-        log.warning(f"SIGTERM: stopped after step {trainer.global_step}; the same command continues from there.")
-        sys.exit(0)
+        self._leave(f"stopped after step {trainer.global_step}; the same command continues from there.")
+
+    def _leave(self, how: str) -> NoReturn:
+        by_hand = self.noticed == signal.SIGINT
+        log.warning(f"{'Ctrl-C' if by_hand else 'SIGTERM'}: {how}")
+        if by_hand and is_global_rank_zero():
+            console.tell(how.capitalize())
+        sys.exit(INTERRUPTED if by_hand else 0)
+
+
+class ConfiguredSettings(pl.Callback):
+    """A resumed stage follows its configuration: with moments and counters Lightning restores a checkpoint's settings
+    of optimizer and scheduler too, such as a scheduler's length, whatever the configuration says now.
+    """
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Before a checkpoint's state is restored."""
+        self.groups = [dict(group) for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        self.schedulers = [settings_of(config.scheduler) for config in trainer.lr_scheduler_configs]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.global_step:
+            return
+        changed: dict[str, str] = {}
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        for group, own in zip(groups, self.groups, strict=True):
+            _put(group, {key: value for key, value in own.items() if key not in OF_A_STEP}, "optimizer", changed)
+            if not trainer.lr_scheduler_configs:  # a constant rate
+                _put(group, {"lr": own["lr"]}, "optimizer", changed)
+        for config, own in zip(trainer.lr_scheduler_configs, self.schedulers, strict=True):
+            _put(config.scheduler.__dict__, own, "lr_scheduler", changed)
+            if changed:
+                for group, rate in zip(
+                    config.scheduler.optimizer.param_groups, rates_of(config.scheduler), strict=True
+                ):
+                    group["lr"] = rate
+        if changed and is_global_rank_zero():
+            told = ", ".join(f"{key} {how}" for key, how in changed.items())
+            console.say(f"Settings other than the checkpoint's, which hold from here on: {told}.")
+
+
+def settings_of(scheduler: Any) -> dict[str, Any]:
+    """What a scheduler was made with, as far as it keeps it under that name, and what it derives from that."""
+    named = {name for kind in type(scheduler).__mro__ for name in inspect.signature(kind).parameters}
+    kept = (named | DERIVED) - {"self", "optimizer", "last_epoch"}
+    return {key: value for key, value in scheduler.__dict__.items() if key in kept}
+
+
+def rates_of(scheduler: Any) -> list[float]:
+    """Learning rates of the step that a scheduler stands at."""
+    if hasattr(scheduler, "_get_closed_form_lr"):
+        return scheduler._get_closed_form_lr()
+    if type(scheduler).__module__.startswith("nemo."):  # a function of the step
+        return scheduler.get_lr()
+    groups = scheduler.optimizer.param_groups
+    return [
+        group["lr"] * base / (group["initial_lr"] or 1) for group, base in zip(groups, scheduler.base_lrs, strict=True)
+    ]
+
+
+def _put(place: dict[str, Any], own: dict[str, Any], name: str, changed: dict[str, str]) -> None:
+    """Values of ``own`` that ``place`` has others of, noted in ``changed``."""
+    for key, value in own.items():
+        before = place.get(key)
+        pair = [list(v) if isinstance(v, tuple) else v for v in (before, value)]
+        if pair[0] != pair[1]:
+            place[key] = value
+            changed.setdefault(f"{name}.{key}", f"{before} -> {value}")
 
 
 class WholeSteps(pl.Callback):
@@ -260,6 +337,7 @@ def spare_workers(loader: DataLoader) -> None:
 
 def _spared(own: Callable[[int], None] | None, worker: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # of this thread and those that it begins
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     if own is not None:
         own(worker)

@@ -54,6 +54,7 @@ from nemo_mtbi.training.options import check_options, named, of_whole_steps
 from nemo_mtbi.training.progress import StageProgress
 from nemo_mtbi.training.resume import (
     AtomicCheckpointIO,
+    ConfiguredSettings,
     Preemption,
     WholeSteps,
     settle_checkpoints,
@@ -74,11 +75,10 @@ DESCRIBED = re.compile(r'"described": ?"[^"]')
 
 
 class Stopped(KeyboardInterrupt):
-    """A stage that was left before its last step: by hand, or because its time was over."""
+    """A stage that was left before its last step, because its time was over."""
 
-    def __init__(self, stage: str, step: int, by_hand: bool) -> None:
+    def __init__(self, stage: str, step: int) -> None:
         super().__init__(f"Stage {stage} stopped at step {step}; the same command continues it.")
-        self.by_hand = by_hand
 
 
 def train(cfg: DictConfig) -> RunDirectory:
@@ -131,6 +131,11 @@ def train(cfg: DictConfig) -> RunDirectory:
             model.seen.earlier = {task: sorted(prompts) for task, prompts in seen_prompts(start.root).items()}
     if not run.weights(IMITATION).is_file():
         check_targets(stages[IMITATION].data, model)
+    if cfg.alignment_stage.enabled and run.weights(IMITATION).is_file() and not run.weights(ALIGNMENT).is_file():
+        raise ConfigError(
+            f"{run.root} holds a finished run that had no alignment stage. Use another output_dir, or "
+            "alignment_stage.enabled=false."
+        )
     if cfg.alignment_stage.enabled:
         require_text_channel(model)
         if not run.weights(ALIGNMENT).is_file():
@@ -246,8 +251,11 @@ def run_stage(cfg: DictConfig, model: MTBISALM, run: RunDirectory, name: str) ->
     if watchable and not trainer.ckpt_path and trainer.world_size == 1:
         trainer.validate(model, data, verbose=False)  # step 0: what training starts from
     trainer.fit(model, data)
-    if trainer.interrupted or not (trainer.global_step >= trainer.max_steps or ended.early):
-        raise Stopped(name, trainer.global_step, by_hand=trainer.interrupted)
+    if not (trainer.global_step >= trainer.max_steps or ended.early):
+        raise Stopped(name, trainer.global_step)
+    if watchable and best.validated != trainer.global_step:  # the last step's validation was interrupted
+        trainer.ckpt_path = None
+        trainer.validate(model, data, verbose=False)
     seen, counts = model.seen.manifest(model.data_parallel_group()), model.seen.over_ranks(model.data_parallel_group())
     moments = whole_moments(trainer.optimizers[0], model)
     if trainer.is_global_zero:  # before the weights, which say that the stage is finished
@@ -302,7 +310,14 @@ def build_trainer(
         options["strategy"] = DDPStrategy(**ddp_options(**ddp))
     bars = [StageProgress(name)] if options.get("enable_progress_bar", True) else []
     options["plugins"] = [*options.get("plugins", []), AtomicCheckpointIO()]
-    options["callbacks"] = [*options.get("callbacks", []), *callbacks, *bars, Preemption(), WholeSteps()]
+    options["callbacks"] = [
+        *options.get("callbacks", []),
+        *callbacks,
+        *bars,
+        Preemption(),
+        WholeSteps(),
+        ConfiguredSettings(),
+    ]
     return pl.Trainer(**options)
 
 
@@ -315,12 +330,19 @@ def stage_config(cfg: DictConfig, name: str) -> DictConfig:
     for key in ("trainer", "data", "exp_manager"):
         stage[key] = OmegaConf.merge(stage[key], own.get(key) or {})
     for key in ("optimizer", "lr_scheduler"):
-        stage[key] = own.get(key) or stage[key]
+        stage[key] = own[key] if key in own else stage[key]
+    if stage.optimizer is None:
+        raise ConfigError(f"The stage {name} has no optimizer (null).")
     stage.exp_manager.explicit_log_dir = str(Path(cfg.output_dir) / name)
     params = stage.exp_manager.checkpoint_callback_params or OmegaConf.create()
     if name == ALIGNMENT:  # one example a cut: the task does not matter to CTC
         chosen = (own.get("exp_manager") or {}).get("checkpoint_callback_params") or {}
         params = OmegaConf.merge(params, {"monitor": "val_loss", "mode": "min"}, chosen)
+    if "://" in str(params.get("dirpath")):
+        raise ConfigError(
+            f"exp_manager.checkpoint_callback_params.dirpath={params.dirpath}: give a folder (of a mounted bucket, "
+            "say); checkpoints are completed by renaming them."
+        )
     if params.get("dirpath"):
         params.dirpath = str(Path(params.dirpath) / name)  # the stages would resume from each other's
     stage.exp_manager.checkpoint_callback_params = params

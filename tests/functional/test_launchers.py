@@ -1,14 +1,20 @@
 """The real launchers in processes of their own, from audio files to an answer, on tiny models; and their errors."""
 
 import json
+import re
+import signal
+import time
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 
+from nemo_mtbi.errors import CheckpointError
 from nemo_mtbi.evaluation.run_report import scalars
 from nemo_mtbi.examples._launcher import CONF
-from tests.launching import launch
+from nemo_mtbi.models import MTBISALM
+from tests.launching import Started, launch
 
 pytestmark = pytest.mark.functional
 WORDS = "one two three four five six seven eight nine ten".split()
@@ -134,10 +140,50 @@ def test_an_interrupted_stage_continues_from_its_checkpoint(root, targets, model
     (root / "resumed" / "imitation" / "trained.safetensors").unlink()  # as if it had been stopped at step 2 of 4
     checkpoints = root / "resumed" / "imitation" / "checkpoints"
     assert any("step=2" in f.name and f.stat().st_size < 2**21 for f in checkpoints.glob("*.ckpt"))
-    launch("train", *model, *overrides)
+    with pytest.raises(CheckpointError, match=r"No stage of .* is finished \(imitation was begun\)"):
+        MTBISALM.restore_from(root / "resumed")  # not what it started from, without a word
+    told = launch("train", *model, *overrides, "model.optimizer.weight_decay=0.02")
     assert any("step=4" in f.name for f in checkpoints.glob("*.ckpt"))
     seen = json.loads((root / "resumed" / "seen.json").read_text())
     assert seen["examples"] == 16  # 4 steps of 4, the first two from the checkpoint's record
+    # The configuration decides, not what the checkpoint was trained with.
+    assert "lr_scheduler.max_steps 2 -> 4" in told and "optimizer.weight_decay 0.01 -> 0.02" in told
+    last = torch.load(next(checkpoints.glob("*last.ckpt")), weights_only=True)
+    assert last["lr_schedulers"][0]["max_steps"] == 4
+    assert last["optimizer_states"][0]["param_groups"][0]["weight_decay"] == 0.02
+
+
+def test_what_was_interrupted_in_its_last_validation_is_validated(root, targets, model):
+    overrides = train_overrides(root, targets, "unvalidated", "alignment_stage.enabled=false")
+    launch("train", *model, *overrides)
+    stage, record = root / "unvalidated" / "imitation", root / "unvalidated" / "imitation" / "kept" / "validated.json"
+    assert json.loads(record.read_text()) == {"step": 4}
+    last = (stage / "last.safetensors").read_bytes()
+    for file in ("trained.safetensors", "last.safetensors", "kept/best.safetensors", "kept/best.json"):
+        (stage / file).unlink()
+    record.write_text('{"step": 0}')  # as a kill after the last step leaves it
+    launch("train", *model, *overrides)
+    assert json.loads(record.read_text()) == json.loads(record.read_text()) == {"step": 4}
+    assert json.loads((stage / "kept" / "best.json").read_text())["step"] == 4
+    assert (stage / "last.safetensors").read_bytes() == (stage / "trained.safetensors").read_bytes() == last
+    told = launch("train", *model, *train_overrides(root, targets, "unvalidated"), ok=False)
+    assert "holds a finished run that had no alignment stage" in told
+    assert not (root / "unvalidated" / "alignment").exists()
+
+
+def test_ctrl_c_keeps_what_is_trained(root, targets, model):
+    own = ["alignment_stage.enabled=false", "trainer.max_steps=100000", "model.lr_scheduler=null"]
+    overrides = train_overrides(root, targets, "stopped", *own)
+    started = Started("train", [*model, *overrides])
+    begun = root / "stopped" / "imitation" / "kept" / "best.json"  # of the validation before the first step
+    while started.poll() is None and not begun.is_file():
+        time.sleep(0.05)
+    started.send_signal(signal.SIGINT)
+    told, _ = started.communicate(120)
+    assert started.returncode == 130 and "Traceback" not in told, told[-3000:]
+    step = int(re.search(r"Stopped after step (\d+); the same command continues", told)[1])
+    launch("train", *model, *overrides[:-2], f"trainer.max_steps={step + 1}", "model.lr_scheduler=null")
+    assert json.loads((root / "stopped" / "seen.json").read_text())["examples"] == 4 * (step + 1)
 
 
 @pytest.fixture(scope="module")

@@ -110,6 +110,35 @@ def test_an_export_cannot_call_what_is_no_module(exported, tmp_path, where, targ
     assert victim.read_text() == "mine"
 
 
+MODEL = {
+    "_target_": "nemo_mtbi.models.MTBISALM",
+    "cfg": {"pretrained_llm": "LLM", "pretrained_asr": "ASR", "trust_remote_code": True, "perception": {}},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"spec_augment": MODEL}, "trust_remote_code"),
+        ({"spec_augment": {**MODEL, "cfg": {}}}, "no module of nemo_mtbi"),  # it would open what its file names
+        ({"spec_augment": {"_target_": "nemo.collections.speechlm2.models.SALM"}}, "no module of nemo_mtbi"),
+        ({"spec_augment": {"_target_": "nemo_mtbi.modules.perception.SALM"}}, "no module of nemo_mtbi"),
+        ({"spec_augment": {"_target_": "torch.nn.Identity", "_recursive_": False}}, "holds _recursive_"),
+        ({"encoder": {"layers": 2}}, "does not describe its perception.encoder"),
+        ({"preprocessor": None}, "does not describe its perception.preprocessor"),
+    ],
+)
+def test_an_export_holds_parts_of_models_alone(exported, tmp_path, change, message):
+    """Whole models read files that the export's maker names, with the code that lies there."""
+    shutil.copytree(exported[2], tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    config["perception"] |= change
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    for opened in (MTBISALM.restore_from, MTBISALM.from_pretrained, open_speech_llm):
+        with pytest.raises(CheckpointError, match=message):
+            opened(tmp_path / "hf")
+
+
 def test_a_difference_of_logits_fails_and_so_does_what_is_no_number():
     own = torch.tensor([[1.0, -20.0, 3.0]])
     assert require_same_logits(own, own + 0.1, "it") == pytest.approx(0.1, rel=1e-4)

@@ -41,8 +41,9 @@ def read_messages(model: SpeechLLM, messages: list[ChatMessage], limits: Limits)
         if audios and message.role != "user":
             raise DataError(f"Only a user's message can hold audio, not one of role {message.role}.")
         for audio in audios:
-            left = limits.max_audio_seconds - seconds
-            heard.append(decode_audio(audio_bytes(audio), model.sampling_rate, left))
+            heard.append(
+                decode_audio(audio_bytes(audio), model.sampling_rate, limits.max_audio_seconds, before=seconds)
+            )
             seconds += seconds_of(heard[-1], model.sampling_rate)
         if message.role == previous == "tool":  # several results are one turn
             dialog[-1]["content"] += ["\n", *_turn(model, "tool", parts)["content"]]

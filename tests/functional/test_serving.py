@@ -285,9 +285,13 @@ def test_streaming_in_python_equals_the_whole_answer(model, tmp_path):
     file.write_bytes(wav(1.2, 5))
     whole = model.chat(file, PROMPTS[1], max_new_tokens=8, do_sample=False)
     assert "".join(model.stream(file, PROMPTS[1], max_new_tokens=8, do_sample=False)).strip() == whole
-    pieces = model.stream(file, PROMPTS[1], max_new_tokens=500, do_sample=False)
+    passes = []
+    hook = model.llm.register_forward_hook(lambda *_: passes.append(1))
+    pieces = model.stream(file, PROMPTS[1], max_new_tokens=500, min_new_tokens=500, do_sample=False)
     next(pieces)
     pieces.close()  # stops the generation
+    hook.remove()
+    assert len(passes) < 400
     assert not [t for t in threading.enumerate() if t.name.startswith("Thread-") and "work" in t.name]
     with pytest.raises(ValueError, match="no audio file"):
         next(model.stream(tmp_path / "absent.wav", "?"))

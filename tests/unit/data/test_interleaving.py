@@ -1,12 +1,22 @@
 """Which words are text: every word once, shares, spans, seeds, schedules."""
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_mtbi.data.interleaving import OVERLAP_SECONDS, InterleavingPolicy, Schedule, SpeechSpan, Word, merge, timeline
+from nemo_mtbi.data.interleaving import (
+    OVERLAP_SECONDS,
+    InterleavingPolicy,
+    Schedule,
+    SpeechSpan,
+    Unit,
+    Word,
+    merge,
+    timeline,
+)
 from nemo_mtbi.errors import ConfigError
 
 pytestmark = pytest.mark.unit
@@ -127,6 +137,34 @@ def test_plans_depend_on_seed_example_and_visit_only():
     assert policy.plan(units, "a", 3, 0) == policy.plan(units, "a", 3, 0)
     others = [policy.plan(units, "a", v, 0) for v in range(8)] + [policy.plan(units, "b", 3, 0)]
     assert len({tuple(p) for p in others}) > 5
+    assert policy.plan(units, "a", 3, 0) == policy.plan(units, "a", 3, 10**6)  # a constant schedule
+    seeds = [InterleavingPolicy(0.9, 0.5, seed=seed).plan(units, "a", 3, 0) for seed in range(8)]
+    assert len({tuple(plan) for plan in seeds}) > 5
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_shares_and_spans_are_counted_in_words(share):
+    """Of units of one to four words."""
+    units, token = [], 0
+    for number in range(40):
+        count = 1 + number % 4
+        units.append(Unit(token, token + count, float(number), number + 1.0, count))
+        token += count
+    policy = InterleavingPolicy(1.0, share, span_words=3.0)
+    plans = [policy.plan(units, "a", visit, 0) for visit in range(400)]
+    given = sum(unit.words for plan in plans for unit, text in zip(units, plan, strict=True) if text)
+    assert given / (400 * token) == pytest.approx(share, abs=0.03)
+    spans = sum(1 for plan in plans for before, text in pairwise([False, *plan]) if text and not before)
+    assert 3.0 < given / spans < 6.5  # a unit is not cut; without counting words it would be 7.5
+
+
+def test_words_that_rounding_lets_overlap_are_units_of_their_own():
+    def units(overlap):
+        words = [Word(i, i + 1, i - overlap * (i > 0), i + 1.0) for i in range(4)]
+        return len(timeline(words, 4.0))
+
+    assert units(0.0) == units(0.02) == units(OVERLAP_SECONDS) == 4
+    assert units(OVERLAP_SECONDS + 0.2) == 1
 
 
 def test_share_zero_and_one():

@@ -230,6 +230,8 @@ def test_it_stays_with_the_last_speech_of_the_utterance(config, order):
     for spoken in ([0], [units - 1], [0, 2]):
         found = taken([unit not in spoken for unit in range(units)])
         assert own <= set(found) and len(found) == len(set(found))
+        last = taken([unit != spoken[-1] for unit in range(units)])  # which has the description, wherever it stands
+        assert found[len(found) - len(last) :] == last
     assert taken([True] * units) == []
 
 

@@ -131,3 +131,20 @@ def test_the_page_gives_its_examples_and_nothing_beside_them(tmp_path, monkeypat
     monkeypatch.setattr(page, "build", lambda *_: SimpleNamespace())
     page.mount_page(None, None, None, Limits(), None, [str(tmp_path / "a.wav")])
     assert given["allowed_paths"] == [str(tmp_path / "a.wav")] and given["max_file_size"] == Limits().max_body_bytes
+
+
+def test_the_limit_that_is_told_is_that_of_all_audio():
+    import io
+
+    import numpy as np
+    import soundfile
+
+    from nemo_mtbi.serving.audio import TooLong, decode_audio
+
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(32_000), 16_000, format="WAV")
+    assert decode_audio(file.getvalue(), 16_000, 4.0, before=2.0)
+    with pytest.raises(TooLong, match="longer than 3 s together with the 2 s before it"):
+        decode_audio(file.getvalue(), 16_000, 3.0, before=2.0)
+    with pytest.raises(TooLong, match="longer than 1 s, which"):
+        decode_audio(file.getvalue(), 16_000, 1.0)

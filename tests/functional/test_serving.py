@@ -151,8 +151,9 @@ def test_a_full_queue_is_429(server, client):
         try:
             ask(client, audio, PROMPTS[0], max_tokens=40)
             codes.append(200)
-        except openai.RateLimitError:
+        except openai.RateLimitError as error:
             codes.append(429)
+            assert error.response.headers["Retry-After"] == "1"
 
     with ThreadPoolExecutor(80) as pool:
         list(pool.map(one, range(80)))

@@ -173,6 +173,33 @@ def test_agreement_and_sums():
     torch.testing.assert_close(loss.ce, cross_entropy(hidden @ weight.t(), wrong, reduction="sum"))
 
 
+@pytest.mark.parametrize("top_k", [None, 2])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_of_tokens_that_tie_the_first_is_the_most_likely(top_k, temperature):
+    """Low-precision logits tie often; greedy decoding takes the first. With and without the direct path."""
+    weight = torch.eye(4)[[0, 1, 1, 2]]  # tokens 1 and 2 always tie
+    hidden = torch.tensor([[0.0, 3.0, 0.0, 0.0]] * 2)
+    teacher = {"teacher_hidden": hidden}
+    if top_k:
+        teacher = {"cached_teacher": CachedTeacher(torch.tensor([[1, 2]] * 2), torch.tensor([[0.6, 0.3]] * 2).log())}
+    objective = ImitationObjective(temperature=temperature)
+    found = imitation_loss(hidden, Head(weight), torch.tensor([1, 2]), objective, **teacher)
+    assert found.agreed.tolist() == [True, False]
+
+
+def test_two_teachers_are_refused():
+    hidden, cached = torch.zeros(1, 4), CachedTeacher(torch.tensor([[1]]), torch.zeros(1, 1))
+    with pytest.raises(ConfigError, match="exactly one teacher"):
+        imitation_loss(
+            hidden,
+            Head(torch.eye(4)),
+            torch.tensor([1]),
+            ImitationObjective(),
+            teacher_hidden=hidden,
+            cached_teacher=cached,
+        )
+
+
 def test_no_response_token_is_a_zero_loss():
     head = Head(torch.randn(V, H))
     loss = imitation_loss(torch.zeros(0, H), head, torch.zeros(0, dtype=torch.long), ImitationObjective(1.0, 0.0))

@@ -1,5 +1,7 @@
 """The LLM's input from pieces of text and speech."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,6 +21,14 @@ def test_positions_are_partitioned_by_adjacent_spans():
     layout = lay_out_batch([together], [[7]], [30], [centers], [2.4], 0.02)
     assert layout.index[0].tolist() == list(range(30))
     assert layout.response_rows.tolist() == [29] and layout.response_ids.tolist() == [7]
+
+
+def test_spans_without_a_position_are_counted():
+    """Their words are lost to the LLM."""
+    centers, cuts = [10.0, 90.0], [0.0, 0.5, 1.0, 1.5, 2.0]
+    pieces = [[SpeechSpan(0, a, b) for a, b in pairwise(cuts)], [[1], SpeechSpan(1, 0.0, 2.0)]]
+    layout = lay_out_batch(pieces, [[7], [7]], [2, 0], [centers, centers], [2.0, 2.0], 0.02)
+    assert layout.empty_spans == 3 and layout.row_lengths == [2, 1]
 
 
 def test_positions_by_time_are_those_of_a_search():

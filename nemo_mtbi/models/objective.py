@@ -140,8 +140,7 @@ def transcript_terms(
         seconds = encoder_frame_seconds(perception)
         if speech is None:
             speech = connect(perception, features, lengths, windows, written)
-            if speech.ctc_log_probs is None:  # CTC frames have times of their own
-                speech.centers = connector.word_centers(speech, examples, seconds)
+            speech.centers = connector.word_centers(speech, examples, seconds)  # as where the LLM reads it
         spoken, text = pooled_words(examples, speech, seconds, embed_tokens)
         terms.append(Term(weights.w_align, word_alignment_loss(spoken, text, embedding_energy(embed_tokens)), WORDS))
     return terms

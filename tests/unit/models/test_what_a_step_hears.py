@@ -13,7 +13,7 @@ from nemo_mtbi.data.interleaving import SpeechSpan
 from nemo_mtbi.errors import ConfigError, DataError
 from nemo_mtbi.io import jsonl
 from nemo_mtbi.models import MTBISALM
-from nemo_mtbi.models.objective import TRANSCRIPT_TOKENS, term_counts
+from nemo_mtbi.models.objective import TRANSCRIPT_TOKENS, term_counts, transcript_terms
 from nemo_mtbi.models.speech import cut_speech_spans
 from nemo_mtbi.serving.batching import Batcher, _together
 from nemo_mtbi.serving.request import Request
@@ -177,3 +177,21 @@ def test_ctc_reads_clean_frames_and_keeps_their_times(tiny_config):
     assert (
         float(found.centers[0, 0]) == float(connector.subsample.centers(count, features[:1])[0, 3]) == 3 * factor - 0.5
     )
+
+
+def test_words_are_aligned_alike_in_both_stages(tiny_config):
+    """A CTC connector may emit a token earlier or later than it is spoken; its place is that of its order."""
+    config = copy.deepcopy(tiny_config)
+    config["perception"]["modality_adapter"] = {
+        "_target_": "nemo_mtbi.modules.connectors.CTCCompressConnector",
+        **{"vocab_size": 5, "d_model": 32, "heads": 4},
+    }
+    model = MTBISALM(config).eval()
+    batch = make_batch(model, 2)
+    model.set_ctc_vocabulary(sorted({t for e in batch["examples"] for t in e.prompt_ids[3:7]})[:5])
+    weights = SimpleNamespace(w_ctc=0.0, w_align=1.0)
+    spoken = model.student(batch, interleave=True).spoken.unfused
+    own = [model.perception, model.embed_tokens, weights]
+    ([alone], [beside]) = (transcript_terms(batch, speech, *own) for speech in (None, spoken))
+    torch.testing.assert_close(alone.total, beside.total)
+    assert spoken.lengths.min() > 1  # there is something to put in order

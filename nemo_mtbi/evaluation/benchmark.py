@@ -66,7 +66,7 @@ class Benchmark:
 
     def __init__(self, cfg: DictConfig) -> None:
         self.cfg, self.output = cfg, Path(cfg.output_dir)
-        self._check_names()
+        check_names(cfg)
         folders = list(cfg.task_folders) if cfg.task_folders else None
         self.library = load_library(folders)
         trained, self.seen = cfg.trained_tasks, seen_by(cfg.systems.values())
@@ -152,26 +152,6 @@ class Benchmark:
         """Prompts of the column of unseen ones that a system was trained on all the same."""
         held_out = [(name, p.id) for name in self.trained for p in self.library[name].select("held_out")]
         return [prompt for name, prompt in held_out if prompt in self.seen.get(name, ())]
-
-    def _check_names(self) -> None:
-        cfg = self.cfg
-        if reserved := {TOPLINE, CASCADE, NORMALIZED_CASCADE} & set(cfg.systems):
-            raise ConfigError(f"systems: {sorted(reserved)[0]} is a name of the benchmark's own; choose another.")
-        cascades = [CASCADE, *([NORMALIZED_CASCADE] if cfg.normalized_cascade else [])] if cfg.cascade else []
-        if cfg.baseline not in {TOPLINE, *cfg.systems, *cascades}:
-            raise ConfigError(f"baseline={cfg.baseline} is none of the systems ({', '.join(cfg.systems)}).")
-        if unknown := set(cfg.compare_with) - {TOPLINE, *cascades, *cfg.systems}:
-            there = ", ".join([TOPLINE, *cascades, *cfg.systems])
-            raise ConfigError(f"compare_with: {sorted(unknown)[0]} is none of the systems ({there}).")
-        if shared := set(cfg.cuts) & set(cfg.labelled or {}):
-            raise ConfigError(f"cuts and labelled: {sorted(shared)[0]} is a name of both; each set needs its own.")
-        for key, least in (("resamples", 100), ("batch_size", 1), ("latency_utterances", 0)):
-            if (cfg[key] or 0) < least:
-                raise ConfigError(f"{key}={cfg[key]}: at least {least}.")
-        for path in [*cfg.cuts.values(), *filter(None, [cfg.no_speech])]:
-            require_cuts(path)
-        for name, path in cfg.cuts.items():
-            require_spoken(name, path)
 
     def _target_settings(self, folders: list[str] | None) -> dict[str, Any]:
         cfg, model = self.cfg, self.model
@@ -269,6 +249,32 @@ class Benchmark:
                 )
                 for title, cuts in sets.items()
             }
+
+
+def check_names(cfg: DictConfig) -> None:
+    """What can be checked before anything is trained or loaded.
+
+    Raises:
+        ConfigError: names that stand for nothing or twice, numbers that are too small, no speech.
+        DataError: manifests that are missing.
+    """
+    if reserved := {TOPLINE, CASCADE, NORMALIZED_CASCADE} & set(cfg.systems):
+        raise ConfigError(f"systems: {sorted(reserved)[0]} is a name of the benchmark's own; choose another.")
+    cascades = [CASCADE, *([NORMALIZED_CASCADE] if cfg.normalized_cascade else [])] if cfg.cascade else []
+    if cfg.baseline not in {TOPLINE, *cfg.systems, *cascades}:
+        raise ConfigError(f"baseline={cfg.baseline} is none of the systems ({', '.join(cfg.systems)}).")
+    if unknown := set(cfg.compare_with) - {TOPLINE, *cascades, *cfg.systems}:
+        there = ", ".join([TOPLINE, *cascades, *cfg.systems])
+        raise ConfigError(f"compare_with: {sorted(unknown)[0]} is none of the systems ({there}).")
+    if shared := set(cfg.cuts) & set(cfg.labelled or {}):
+        raise ConfigError(f"cuts and labelled: {sorted(shared)[0]} is a name of both; each set needs its own.")
+    for key, least in (("resamples", 100), ("batch_size", 1), ("latency_utterances", 0)):
+        if (cfg[key] or 0) < least:
+            raise ConfigError(f"{key}={cfg[key]}: at least {least}.")
+    for path in [*cfg.cuts.values(), *filter(None, [cfg.no_speech])]:
+        require_cuts(path)
+    for name, path in cfg.cuts.items():
+        require_spoken(name, path)
 
 
 def seen_by(specs: Iterable[str]) -> dict[str, set[str]]:

@@ -173,8 +173,8 @@ def open_dictionaries(node: DictConfig) -> DictConfig:
     return node
 
 
-def check_step(name: str, module: str, values: Mapping[str, Any]) -> None:
-    """Find wrong keys of a later step before the first one is run. (Within a launcher.)
+def check_step(name: str, module: str, values: Mapping[str, Any]) -> DictConfig:
+    """Find wrong keys of a later step before the first one is run (within a launcher); its configuration.
 
     Args:
         name, module, values: of :func:`run_step`.
@@ -184,7 +184,9 @@ def check_step(name: str, module: str, values: Mapping[str, Any]) -> None:
     """
     config_name = importlib.import_module(f"nemo_mtbi.examples.{module}").main.config_name
     try:
-        require_kinds(hydra.compose(config_name, overrides(values)), config_name)
+        composed = hydra.compose(config_name, overrides(values))
+        require_kinds(composed, config_name)
+        return composed
     except HydraException as error:
         said = " ".join(str(e).splitlines()[0] for e in (error, error.__cause__) if e is not None)
         raise ConfigError(f"Step {name!r}: {said} (keys of {CONF / config_name}.yaml)") from error

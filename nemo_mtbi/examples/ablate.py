@@ -24,6 +24,7 @@ VARIANT_KEYS = {"tasks", "targets", "data_share", "train", "warm_start"}
 def main(cfg: DictConfig) -> None:
     from nemo_mtbi.data.conversation import check_manifest
     from nemo_mtbi.evaluation.ablation import write_report
+    from nemo_mtbi.evaluation.benchmark import check_names
 
     given: dict[str, Any] = OmegaConf.to_container(cfg.variants, resolve=True)  # type: ignore[assignment]
     variants = {name: variant or {} for name, variant in given.items()}
@@ -63,7 +64,7 @@ def main(cfg: DictConfig) -> None:
     }
     for (name, seed), values in trainings.items():
         check_step(f"train {name}, seed {seed}", "train", values)
-    check_step("benchmark", "benchmark", benchmark)
+    check_names(check_step("benchmark", "benchmark", benchmark))
     for (name, seed), values in trainings.items():
         if not finished(runs[name][seed], overrides(values), inputs_of(cfg, values)):
             run_step(f"train {name}, seed {seed}", "train", values)

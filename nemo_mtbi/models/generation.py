@@ -179,16 +179,23 @@ class SpeechLLM(nn.Module):
     def _answers(
         self, inputs: Tensor, mask: Tensor, silent: list[bool], config: GenerationConfig | None = None, **options: Any
     ) -> Tensor:
-        """:meth:`generate_from_embeddings`, where ``silent`` rows get ``model.nothing_heard_answer``."""
+        """:meth:`generate_from_embeddings`, where ``silent`` rows get ``model.nothing_heard_answer``.
+
+        Raises:
+            DataError: something else than token ids is asked for.
+        """
+        if options.get("return_dict_in_generate") or getattr(config, "return_dict_in_generate", None):
+            raise DataError("return_dict_in_generate: generate gives token ids; ask model.generate_from_embeddings.")
         if not any(silent):
             return self.generate_from_embeddings(inputs, mask, config, **options)
         answer = torch.tensor(self.nothing_heard_ids(), device=inputs.device)
         heard = [row for row, nothing in enumerate(silent) if not nothing]
-        rows = [answer] * len(silent)
+        several = options.get("num_return_sequences") or getattr(config, "num_return_sequences", None) or 1
+        rows = [answer] * (len(silent) * several)
         if heard:
             given = self.generate_from_embeddings(inputs[heard], mask[heard], config, **options)
-            for row, own in zip(heard, given, strict=True):
-                rows[row] = own
+            for place, own in enumerate(given):
+                rows[heard[place // several] * several + place % several] = own
         elif "streamer" in options:
             options["streamer"].put(answer.cpu())
             options["streamer"].end()

@@ -180,7 +180,7 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
         pieces = plan_batch(examples, policy, step, self.opening)
         level = policy.level if policy else None
         if level == "waveform" and self.interleaving.probability == 0:  # nothing is cut
-            level = None
+            level = "embedding"
         return self.answering(examples, speech.speech_input(self.perception, batch, pieces, level))
 
     def answering(self, examples: list[Example], spoken: speech.SpeechInput) -> StudentOutput:
@@ -294,9 +294,14 @@ class MTBISALM(TrainableCheckpoint, PersistenceMixin, SpeechLLM, GradientMixin, 
         return batch.to(device, non_blocking=True) if isinstance(batch, Tensor) else batch
 
     def keep_frozen_parts_in_evaluation_mode(self) -> None:
-        """Lightning puts the whole module in training mode."""
-        for module in (self.perception.preprocessor, self.perception.encoder, self.llm):
+        """Lightning puts the whole module in training mode: also layers that keep statistics or drop values, and are
+        not trained."""
+        for module in (self.perception, self.llm):
             if is_frozen(module):
+                module.eval()
+        for module in self.perception.modules():
+            own = list(module.parameters())  # modules without follow those that they are part of
+            if own and not any(parameter.requires_grad for parameter in own):
                 module.eval()
         if self.config.activation_checkpointing:
             checkpoint_activations(self.llm)

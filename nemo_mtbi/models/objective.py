@@ -359,13 +359,14 @@ def step_loss(
     layout, tokens = student.layout, len(student.layout.response_ids)
     count = len(batch["examples"]) if config.by_answer else tokens
     total = loss.loss if extra is None else loss.loss + extra[0]
-    metrics = {"ce": loss.ce / tokens, "kl": loss.kl / tokens, "agreement": loss.agreed.float().mean()}
+    sums = {"ce": loss.ce, "kl": loss.kl, "agreement": loss.agreed.float().sum()}
+    metrics = {name: own / max(1, tokens) for name, own in sums.items()}
     metrics |= extra[1] if extra else {}
-    metrics["loss"] = total.detach() / count
+    metrics["loss"] = total.detach() / max(1, count)
     metrics["padding_fraction"] = 1 - layout.lengths.sum() / layout.index.numel()
     metrics["empty_spans"] = torch.tensor(float(layout.empty_spans))  # their words were lost to the LLM
-    sums = sums_by_task(batch["examples"], layout, loss, config)
-    metrics |= {f"loss_by_task/{task}": own[0] / own[3] for task, own in sums.items()}
+    by_task = sums_by_task(batch["examples"], layout, loss, config)
+    metrics |= {f"loss_by_task/{task}": own[0] / own[3].clamp_min(1) for task, own in by_task.items()}
     return StepLoss(total, count, metrics)
 
 
@@ -379,6 +380,6 @@ def sums_by_task(
     counted = Counter(tasks.index(e.task) for e in examples) if config.by_answer else tokens
     values = loss.per_token.detach()
     rows = torch.stack([values, loss.agreed.to(values.dtype)], 1)
-    sums = rows.new_zeros(len(tasks), 2).index_add(0, to_device(places, rows.device), rows)
+    sums = rows.new_zeros(len(tasks), 2).index_add(0, to_device(places, rows.device, torch.long), rows)
     counts = to_device([[float(tokens[place]), float(counted[place])] for place in range(len(tasks))], rows.device)
     return dict(zip(tasks, torch.cat([sums, counts.to(sums.dtype)], 1), strict=True))

@@ -167,8 +167,8 @@ def check_trainable(model: Any, config: ModelConfig) -> None:
     """
     Raises:
         ConfigError: weights of the LLM itself are trained under tensor parallelism, or with the LLM as its own online
-            teacher; embeddings of which a connector keeps a copy; one of two names of a tensor; w_risk has nothing to
-            train.
+            teacher; embeddings of which a connector keeps a copy; one of two names of a tensor; w_risk or w_ctc has
+            nothing to train.
     """
     both = [n for n, p in model.named_parameters(remove_duplicate=False) if p is model.embed_tokens.weight]
     if len({is_frozen_by(config, name) for name in both}) > 1:
@@ -186,6 +186,11 @@ def check_trainable(model: Any, config: ModelConfig) -> None:
         raise ConfigError(
             f"model.imitation.w_risk={config.imitation.w_risk} trains what a connector writes, and model.freeze_params "
             "freezes it."
+        )
+    if config.imitation.w_ctc > 0 and not encoder and connector is not None and not connector.learns_transcripts:
+        raise ConfigError(
+            f"model.imitation.w_ctc={config.imitation.w_ctc} trains the connector on transcripts, and "
+            "model.freeze_params freezes what it would train. Set model.imitation.w_ctc=0."
         )
     trained = trained_in_llm(model)
     if trained and config.tensor_model_parallel_size > 1:

@@ -109,6 +109,11 @@ class Connector(nn.Module):
         """
 
     @property
+    def learns_transcripts(self) -> bool:
+        """Whether the transcription loss trains anything here."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
+    @property
     def learns_by_risk(self) -> bool:
         """Whether there is something that ``risk_loss`` trains."""
         return False

@@ -161,8 +161,8 @@ class WhisperRecognizer(TokenConnector):
         learned = self._learned(ids, None if windows is None else windows.alone)
         kept = [row for row, fits in enumerate(learned) if fits]
         if not kept:
-            trained = [p.sum() for p in self.parameters() if p.requires_grad]
-            return torch.stack(trained).sum() * 0.0, 0  # with a graph: the step of the other ranks goes on
+            trained = [p.sum() for p in self.parameters() if p.requires_grad]  # a graph: other ranks' step goes on
+            return (torch.stack(trained).sum() if trained else features.new_zeros(())) * 0.0, 0
         features, sizes = features[kept], lengths[kept]
         if self.training:
             features = mask_spans(features, sizes, self.time_masks, self.time_mask_frames)
@@ -183,6 +183,10 @@ class WhisperRecognizer(TokenConnector):
         """What decides a text."""
         parts = (self.encoder_layers, self.encoder_norm, self.decoder)
         return [parameter for part in parts for parameter in part.parameters()]
+
+    @property
+    def learns_transcripts(self) -> bool:
+        return self.learns_by_risk
 
     @property
     def learns_by_risk(self) -> bool:

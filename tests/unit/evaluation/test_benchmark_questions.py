@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from nemo_mtbi.data.target import NO_SPEECH
 from nemo_mtbi.errors import ConfigError, DataError
-from nemo_mtbi.evaluation.benchmark import Benchmark, spoken_cuts
+from nemo_mtbi.evaluation.benchmark import Benchmark, check_names, spoken_cuts
 from nemo_mtbi.evaluation.corpora import READERS
 from nemo_mtbi.evaluation.labelled import LabelledConfig
 from nemo_mtbi.evaluation.run_report import _last_samples
@@ -26,12 +26,10 @@ def test_recordings_in_which_nothing_is_said_are_not_asked(tmp_path):
     for cut in cuts:
         cut.custom = {NO_SPEECH: True}
     CutSet(cuts).to_file(manifest)
-    benchmark = Benchmark.__new__(Benchmark)
     names = {"systems": {}, "cascade": False, "normalized_cascade": False, "baseline": "text_topline", "labelled": None}
     numbers = {"resamples": 100, "batch_size": 1, "latency_utterances": 0, "compare_with": [], "no_speech": None}
-    benchmark.cfg = OmegaConf.create({"cuts": {"test": str(manifest)}, **names, **numbers})
     with pytest.raises(ConfigError, match=r"cuts.test: nothing is said .* no_speech"):
-        benchmark._check_names()
+        check_names(OmegaConf.create({"cuts": {"test": str(manifest)}, **names, **numbers}))
 
 
 def test_wordings_are_of_the_languages_that_are_asked_for():

@@ -10,7 +10,7 @@ from lhotse.cut import MonoCut
 from sklearn.metrics import f1_score
 
 from nemo_mtbi.errors import ConfigError, DataError
-from nemo_mtbi.evaluation.benchmark import Benchmark
+from nemo_mtbi.evaluation.benchmark import check_names
 from nemo_mtbi.evaluation.labelled import label_measures, labelled_cuts
 from nemo_mtbi.evaluation.metrics import contains, word_errors
 from nemo_mtbi.evaluation.predictions import newest_alone
@@ -252,16 +252,15 @@ def test_speakers_of_the_table_without_recordings_are_counted(tmp_path, capsys):
 
 
 def test_a_set_and_a_corpus_of_one_name_are_refused():
-    benchmark = Benchmark.__new__(Benchmark)
     from omegaconf import OmegaConf
 
-    benchmark.cfg = OmegaConf.create(
+    cfg = OmegaConf.create(
         {"systems": {"a": "b"}, "baseline": "cascade", "cascade": True, "compare_with": [], "no_speech": None}
         | {"normalized_cascade": False}
         | {"cuts": {"slurp": "x.jsonl"}, "labelled": {"slurp": {}}}
     )
     with pytest.raises(ConfigError, match="slurp is a name of both"):
-        benchmark._check_names()
+        check_names(cfg)
 
 
 def test_resampling_in_blocks_is_resampling_at_once():

@@ -58,7 +58,7 @@ def asking(monkeypatch, systems, trained=None, unseen=None):
         raise Opened
 
     monkeypatch.setattr(Benchmark, "_open", opened)
-    monkeypatch.setattr(Benchmark, "_check_names", lambda self: None)
+    monkeypatch.setattr("nemo_mtbi.evaluation.benchmark.check_names", lambda cfg: None)
     cfg = {"output_dir": ".", "task_folders": None, "systems": systems, "labelled": None, "cuts": {}}
     benchmark = Benchmark.__new__(Benchmark)
     with pytest.raises(Opened):

@@ -195,3 +195,78 @@ def test_words_are_aligned_alike_in_both_stages(tiny_config):
     ([alone], [beside]) = (transcript_terms(batch, speech, *own) for speech in (None, spoken))
     torch.testing.assert_close(alone.total, beside.total)
     assert spoken.lengths.min() > 1  # there is something to put in order
+
+
+def test_layers_that_are_not_trained_keep_their_statistics(nemo_asr, tiny_config):
+    """A Conformer of which one layer is trained: its other layers' BatchNorm and dropout are at rest."""
+    config = copy.deepcopy(tiny_config) | {
+        "pretrained_asr": nemo_asr,
+        "prevent_freeze_params": [r"^perception\.encoder\.layers\.0\.norm_out.+$"],
+    }
+    model = build(config)
+    model.log = model.log_dict = lambda *_, **__: None
+    batch, before = make_batch(model, 2), copy.deepcopy(dict(model.perception.encoder.named_buffers()))
+    model.train()
+    model.training_step(batch, 0)
+    assert model.perception.encoder.training and model.perception.encoder.layers[0].norm_out.training
+    norms = [m for m in model.perception.encoder.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    assert norms and not any(m.training for m in norms)
+    torch.testing.assert_close(dict(model.perception.encoder.named_buffers()), before)
+
+
+def test_a_frozen_connector_is_at_rest(tiny_config):
+    config = copy.deepcopy(tiny_config) | {"lora": LORA, "imitation": {"teacher": "online", "w_ctc": 0.0}}
+    config["freeze_params"] = [r"^embed_tokens\..+$", r"^llm\.(?!.*lora).+$", r"^perception\..+$"]
+    model = build(config)
+    model.log = model.log_dict = lambda *_, **__: None
+    model.train()
+    model.training_step(make_batch(model, 2), 0)
+    assert not any(module.training for module in model.perception.modules())
+
+
+def test_a_transcription_loss_that_trains_nothing_is_refused(tiny_config):
+    config = copy.deepcopy(tiny_config) | {"lora": LORA, "imitation": {"teacher": "online", "w_ctc": 0.3}}
+    config["perception"]["modality_adapter"] = {"_target_": "nemo_mtbi.modules.connectors.WhisperDecoderConnector"}
+    config["freeze_params"] = [r"^embed_tokens\..+$", r"^llm\.(?!.*lora).+$", r"^perception\..+$"]
+    with pytest.raises(ConfigError, match=r"Set model.imitation.w_ctc=0"):
+        build(config)
+    config["imitation"]["w_ctc"] = 0.0
+    model = build(config)
+    own, count = model.perception.modality_adapter.transcription_loss(
+        None, torch.zeros(1, 4, 64), torch.tensor([4]), ["word " * 10_000]
+    )
+    assert float(own) == count == 0
+
+
+def test_waveforms_that_are_not_cut_give_words_their_positions(tiny_config):
+    """With a probability of 0 both levels are the same step."""
+    config = copy.deepcopy(tiny_config)
+    config["perception"]["modality_adapter"] = {"_target_": "nemo_mtbi.modules.connectors.WhisperDecoderConnector"}
+    centers = []
+    for level in ("embedding", "waveform"):
+        model = build(config, interleaving={"level": level, "probability": 0.0}).eval()
+        centers.append(model.student(make_batch(model, 2), interleave=True).spoken.unfused.centers)
+    torch.testing.assert_close(*centers)
+
+
+def test_a_batch_of_empty_answers_is_no_crash(tiny_config):
+    for mean_over in ("tokens", "answers"):
+        model = build(tiny_config, imitation={"mean_over": mean_over})
+        model.log = model.log_dict = lambda *_, **__: None
+        batch = make_batch(model, 2)
+        batch["examples"] = [replace(example, response_ids=[]) for example in batch["examples"]]
+        assert float(model.training_step(batch, 0)["loss"]) == 0
+
+
+def test_several_answers_beside_one_to_silence(tiny_config, monkeypatch):
+    model = build(tiny_config).eval()
+    inputs, mask = model.generation_inputs([[[100, 101]], [[102, 103]], [[104, 105]]], None, None)
+    options = {"max_new_tokens": 3, "num_return_sequences": 2, "num_beams": 2}
+    whole = model._answers(inputs, mask, [False] * 3, **options)
+    found = model._answers(inputs, mask, [False, True, False], **options)
+    said = model.nothing_heard_ids()
+    assert len(found) == 6 and found[2].tolist()[: len(said)] == found[3].tolist()[: len(said)] == said
+    for row in (0, 1, 4, 5):
+        assert found[row].tolist()[:3] == whole[row].tolist()
+    with pytest.raises(DataError, match="return_dict_in_generate"):
+        model._answers(inputs, mask, [False] * 3, return_dict_in_generate=True)

@@ -113,6 +113,7 @@ class Started:
 
 def _main(name, arguments, cwd, printed, environment):
     multiprocessing.set_start_method("fork", force=True)  # a process that nobody forked has the platform's
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # of a suite that runs in the background it is ignored
     os.chdir(cwd)
     os.environ.update(environment)
     file = os.open(printed, os.O_WRONLY | os.O_APPEND)

@@ -8,7 +8,9 @@ import importlib
 import multiprocessing
 import os
 import resource
+import signal
 import sys
+import threading
 from contextlib import suppress
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
@@ -77,6 +79,14 @@ def _received(given: Any) -> int:
     return given.detach()
 
 
+def _end_with_launcher() -> None:
+    """End this step when the launcher that it belongs to is killed: nobody waits for it, and the same command would run
+    it a second time."""
+    if (launcher := multiprocessing.parent_process()) is not None:
+        launcher.join()
+        os.kill(os.getpid(), signal.SIGTERM)  # a training writes a checkpoint first
+
+
 def _main(
     module: str,
     arguments: list[str],
@@ -87,6 +97,7 @@ def _main(
     out: int,
     err: int,
 ) -> None:
+    threading.Thread(target=_end_with_launcher, daemon=True).start()
     multiprocessing.set_start_method(method, force=True)  # or a loader's workers would import everything anew, and fail
     os.environ.clear()
     os.environ.update(environment)

@@ -1,17 +1,12 @@
 """Wrong keys of later steps are found before the first step is run."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
+from tests.launching import launch
+
 pytestmark = pytest.mark.unit
-
-
-def mtbi(folder, *arguments):
-    command = [sys.executable, "-m", "nemo_mtbi.cli", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize(
@@ -24,11 +19,9 @@ def mtbi(folder, *arguments):
     ],
 )
 def test_quickstart(tmp_path, key, step, named):
-    done = mtbi(tmp_path, "quickstart", "output_dir=q", key)
-    assert done.returncode == 1
-    assert f"Error: Step {step!r}" in done.stderr + done.stdout
-    assert named in done.stderr + done.stdout
-    assert "===" not in done.stdout  # no step was begun
+    told = launch("quickstart", "output_dir=q", key, ok=False, cwd=tmp_path)
+    assert f"Error: Step {step!r}" in told and named in told
+    assert "===" not in told  # no step was begun
     assert not (tmp_path / "q" / "prepared.jsonl").exists()
 
 
@@ -46,8 +39,7 @@ def test_ablate(tmp_path, key, step, named):
     for name in ("train", "held_out"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(line) + "\n")
     targets, cuts = "targets={train: train.jsonl, validation: held_out.jsonl}", "cuts={held_out: held_out.jsonl}"
-    done = mtbi(tmp_path, "ablate", "output_dir=a", targets, cuts, "only=[full]", "seeds={full: [0]}", key)
-    assert done.returncode == 1
-    assert f"Error: Step {step!r}" in done.stderr + done.stdout or step is None
-    assert named in done.stderr + done.stdout
-    assert "===" not in done.stdout
+    own = ["output_dir=a", targets, cuts, "only=[full]", "seeds={full: [0]}", key]
+    told = launch("ablate", *own, ok=False, cwd=tmp_path)
+    assert (step is None or f"Error: Step {step!r}" in told) and named in told
+    assert "===" not in told

@@ -2,12 +2,17 @@
 
 import os
 import signal
+import subprocess
 import sys
+import time
+from contextlib import suppress
 
+import psutil
 import pytest
 
 from nemo_mtbi.errors import MTBIError
 from nemo_mtbi.examples import _launcher, _steps
+from tests.unit.preparation_helpers import tone
 
 pytestmark = pytest.mark.unit
 
@@ -37,3 +42,34 @@ def test_a_step_that_is_killed_has_its_signal_for_a_code(monkeypatch):
 
 def killed(*_):
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forked on Linux alone")
+def test_a_step_ends_with_the_launcher_that_is_killed(tmp_path):
+    """The same command would run it a second time beside itself."""
+
+    def here():
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.cwd() == str(tmp_path) and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process.pid)
+        return found
+
+    def until(holds):
+        end = time.time() + 100
+        while not holds() and time.time() < end:
+            time.sleep(0.1)
+        assert holds()
+
+    for i in range(500):
+        tone(tmp_path / "in" / f"{i}.wav", 2.0).with_suffix(".txt").write_text("one two three")
+    arguments = ["output_dir=q", "sources=[{kind: folder, path: in}]", "describe.enabled=true"]
+    code = "from nemo_mtbi.examples import _steps; _steps.PRELOADED = []; "
+    code += f"_steps.run_launcher('prepare_data', {arguments})"
+    launcher = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    until(lambda: (tmp_path / "q" / "prepared.jsonl").exists())
+    assert len(here()) >= 2  # it and its step
+    launcher.kill()
+    launcher.wait()
+    until(lambda: not here())

@@ -218,9 +218,9 @@ def require_own_shar(folder: Path) -> None:
     """
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     ours = all(SHAR_FILE.fullmatch(name) for name in names)
-    if names and ours:
+    if names and ours:  # the files of cuts come first
         cuts = CutSet.from_jsonl_lazy(folder / names[0]) if names[0].startswith("cuts.") else []
-        ours = all(TARGETS_FIELD in (cut.custom or {}) for cut in islice(cuts, 1))
+        ours = any(TARGETS_FIELD in (cut.custom or {}) for cut in islice(cuts, 1))
     if not ours:
         raise ConfigError(
             f"{folder} holds other files than targets as Shar, which would be removed. Use another shar_dir, in which "

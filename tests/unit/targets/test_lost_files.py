@@ -70,7 +70,10 @@ def test_folders_that_are_not_its_own_are_not_removed(tmp_path, tiny_llm):
     settings = {"shar_dir": str(theirs.parent), "shard_cuts": 2}
     with pytest.raises(ConfigError, match="would be removed"):
         TargetGenerator(config(tmp_path, tiny_llm, cuts, **settings))
-    (theirs / "a.wav").unlink()
+    (theirs / "a.wav").rename(theirs / "noise.000001.tar")  # like a part of a Shar
+    with pytest.raises(ConfigError, match="would be removed"):
+        TargetGenerator(config(tmp_path, tiny_llm, cuts, **settings))
+    (theirs / "noise.000001.tar").unlink()
     (theirs / "cuts.000000.jsonl").write_text(
         json.dumps({"type": "MonoCut", "id": "x", "start": 0, "duration": 1, "channel": 0})
     )

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 # In the environment, since steps and ranks are processes of their own.
 VERBOSE, LOG_FILE, STEP = "MTBI_VERBOSE", "MTBI_LOG_FILE", "MTBI_STEP"
+INTERRUPTED = 130  # exit code after Ctrl-C
 SHOWN_WARNINGS = 10
 
 

@@ -26,7 +26,7 @@ from nemo_mtbi.checkpoints.seen_record import SEEN
 from nemo_mtbi.data.chat_template import chat_template
 from nemo_mtbi.errors import CheckpointError, ConfigError
 from nemo_mtbi.io import jsonl
-from nemo_mtbi.io.tensors import as_readable_as_others, keep
+from nemo_mtbi.io.tensors import as_readable_as_others
 from nemo_mtbi.modules.causal_lm import causal_lm
 
 log = logging.getLogger(__name__)
@@ -156,6 +156,6 @@ def save_nemo(model: Any, path: Path, card: str | None = None, seen: dict[str, A
         with tarfile.open(temporary, "w:") as tar:
             for file in sorted(folder.rglob("*")):
                 tar.add(file, arcname=f"./{file.relative_to(folder)}", recursive=False)
-        keep(temporary)
+        jsonl.keep(temporary)
         os.replace(temporary, path)
     return path

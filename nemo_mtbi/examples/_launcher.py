@@ -30,7 +30,6 @@ LISTS = ("manifests", "perturbed_manifests", "only", "task_folders", "trained_ta
 MAPPINGS, WITH_MAPPINGS = ("cuts", "systems", "labelled", "targets"), ("evaluate", "benchmark", "ablate")
 NAMED = ("manifests", "stages", "cuts", "systems", "targets", "only", "languages")
 CONTINUED = ("prepare", "cache_features", "targets", "train", "benchmark", "ablate", "quickstart")
-INTERRUPTED = 130  # exit code
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
@@ -93,7 +92,7 @@ def launcher(
                 composed()
             except KeyboardInterrupt:
                 console.tell(f"\nStopped.{' The same command continues.' if config_name in CONTINUED else ''}")
-                sys.exit(INTERRUPTED)
+                sys.exit(console.INTERRUPTED)
 
         entry.config_name = config_name  # type: ignore[attr-defined]
         return entry

@@ -40,9 +40,8 @@ def main(cfg: DictConfig) -> None:
     stages = [name for name in cfg.stages if run.weights(name).is_file()]
     if left := [name for name in cfg.stages if name not in stages]:
         console.say(f"Left out, since {cfg.run} does not have them: {', '.join(left)}.")
-    model = MTBISALM.from_run(run, stages[-1] if stages else None, cfg.llm_dtype, cfg.tensor_model_parallel_size).to(
-        device
-    )
+    begin = stages[-1] if stages else None
+    model = MTBISALM.from_run(run, begin, cfg.llm_dtype, cfg.tensor_model_parallel_size).to(device)
     require_text_llm(model)
     command = shlex.join(["python", "-m", "nemo_mtbi.examples.evaluate", *sys.argv[1:]])
     results: dict[str, dict] = {}

@@ -147,6 +147,12 @@ def write_text(path: Path, text: str) -> None:
         stream.write(text)
 
 
+def keep(file: Path) -> None:
+    """Let a file that is written outlive a machine that dies, which may else leave its name without what it holds."""
+    with open(file, "rb") as stream:
+        os.fsync(stream.fileno())
+
+
 @contextmanager
 def replacing(path: Path, tag: str) -> Iterator[TextIO]:
     """A text file (compressed if its name ends in .gz) that takes its name only when it is complete; ``tag`` ends its
@@ -157,8 +163,7 @@ def replacing(path: Path, tag: str) -> Iterator[TextIO]:
         opened: Any = gzip.open if path.suffix == ".gz" else open
         with opened(temporary, "wt", encoding="utf-8") as stream:
             yield stream
-        with open(temporary, "rb") as written:  # or a machine that dies may leave the name without the text
-            os.fsync(written.fileno())
+        keep(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,6 +1,5 @@
 """Tensors in files: complete or absent, and as readable as other files."""
 
-import os
 import shutil
 import stat
 import uuid
@@ -9,6 +8,8 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
+
+from nemo_mtbi.io.jsonl import keep
 
 
 def save_tensors(state: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -35,12 +36,6 @@ def copy_file(source: Path, target: Path) -> None:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def keep(file: Path) -> None:
-    """Let a file that is written outlive a machine that dies."""
-    with open(file, "rb") as stream:
-        os.fsync(stream.fileno())
 
 
 def as_readable_as_others(folder: Path) -> None:

@@ -106,7 +106,6 @@ def _levels(samples: np.ndarray, rate: int, words: Words) -> dict[str, float]:
     power = librosa.feature.rms(y=samples, frame_length=LEVEL_FRAME, hop_length=LEVEL_HOP, center=False)[0] ** 2
     times = (np.arange(len(power)) * LEVEL_HOP + LEVEL_FRAME / 2) / rate
     inside = outside = np.ones(len(power), bool)
-    gated = 0
     if known := [word for word in words if word is not None]:
         inside, half = _within(times, known), LEVEL_FRAME / 2 / rate
         spoken = [*known, *_unknown(words, len(samples) / rate)]
@@ -114,8 +113,7 @@ def _levels(samples: np.ndarray, rate: int, words: Words) -> dict[str, float]:
     else:
         outside = ~inside
     recorded = power > DIGITAL_SILENCE
-    if known:
-        gated = int((outside & ~recorded & (times > known[0][1]) & (times < known[-1][0])).sum())
+    gated = known and (outside & ~recorded & (times > known[0][1]) & (times < known[-1][0])).any()
     between, all_frames = power[outside & recorded], power[recorded]
     level = _db(power[inside].mean() if inside.any() else power.mean())
     if len(between) * LEVEL_HOP >= NOISE_SECONDS * rate:

@@ -27,9 +27,9 @@ from torch.utils.data import DataLoader
 
 from nemo_mtbi import console
 from nemo_mtbi.data.shar import without_data
+from nemo_mtbi.io.jsonl import keep
 
 log = logging.getLogger(__name__)
-INTERRUPTED = 130  # exit code after Ctrl-C
 OF_A_STEP = ("params", "lr", "step")  # keys of an optimizer's group that are no settings
 DERIVED = {"base_lrs", "decay_steps", "constant_steps", "hold_steps"}  # by NeMo's and PyTorch's schedulers
 
@@ -44,8 +44,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         super().save_checkpoint(checkpoint, temporary, storage_options)
-        with open(temporary, "rb") as stream:
-            os.fsync(stream.fileno())
+        keep(temporary)
         temporary.replace(path)
 
 
@@ -117,7 +116,7 @@ class Preemption(pl.Callback):
         log.warning(f"{'Ctrl-C' if by_hand else 'SIGTERM'}: {how}")
         if by_hand and is_global_rank_zero():
             console.tell(how.capitalize())
-        sys.exit(INTERRUPTED if by_hand else 0)
+        sys.exit(console.INTERRUPTED if by_hand else 0)
 
 
 class ConfiguredSettings(pl.Callback):

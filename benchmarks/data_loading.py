@@ -6,8 +6,10 @@ Cuts of 4 s with 18 targets each (12 kB a line), batches of 16, tokenizer of Smo
 
 - ``sampler_ms_per_example``: CPU time that rank 0 spends on an example of its own, by the number of data-parallel
   ranks: with a share of the manifest for each rank (ours), and where every rank draws the batches of all (NeMo's way).
-- ``finding_the_place_ms_per_example``: CPU time that a resumed run needs for each example that it was trained on, for a
-  manifest and for Shar, and for Shar if its audio were read again.
+- ``drawing_again_ms_per_example``: CPU time that a resumed run needs for each example that it draws again, of a
+  manifest and of Shar, and of Shar if its audio were read again.
+- ``resumed_shar_cpu_seconds``: to the first batch of a run on Shar, by the batches before it: with the place that its
+  checkpoint holds, and drawn from the beginning.
 - ``examples_per_s``: of the whole loader by worker processes, for recordings, cached features and Shar, and of NeMo's
   SALM data set (the same recordings, prompts and answers as multimodal conversations).
 - ``slowest_vs_salm``: recordings over SALM, the least of all numbers of workers.
@@ -26,6 +28,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -168,9 +171,32 @@ def place_cost(model: Any, entry: dict[str, Any], read: bool, batches: int) -> f
     data = ours(model, entry)
     data._get_dp_rank, data._get_world_size = lambda: 0, lambda: 1
     loader = data.train_dataloader()._source
-    drawn = iter(loader.dataset.sampler if "shar_path" in entry else loader.sampler)
+    drawn = iter(loader.dataset.sources[0] if "shar_path" in entry else loader.sampler)
     with nullcontext() if read else without_data():
         return milliseconds_to_draw(drawn, batches)
+
+
+def resumed_cost(model: Any, entry: dict[str, Any], steps: tuple[int, ...]) -> dict[str, dict[int, float]]:
+    """CPU seconds of a resumed run before its first batch, by the batches that came before."""
+    from nemo_mtbi.data.shar import without_data
+
+    found: dict[str, dict[int, float]] = {"place_kept": {}, "drawn_again": {}}
+    for step in steps:
+        stopped = ours(model, entry)
+        drawn = stopped.train_dataloader()._source.dataset.sources[0]
+        with without_data():
+            batches = iter(drawn)
+            for _ in range(step):
+                next(batches)
+        stopped.places = {0: drawn.places}
+        stopped.trainer = SimpleNamespace(global_step=step)
+        for kind, kept in (("place_kept", stopped.state_dict()), ("drawn_again", None)):
+            resumed = ours(model, entry)
+            resumed.skip, resumed.kept = step, kept
+            begin = time.process_time()
+            next(iter(resumed.train_dataloader()))
+            found[kind][step] = time.process_time() - begin
+    return found
 
 
 def seconds_a_batch(clock: Callable[[], float], loader: Any, batches: int) -> float:
@@ -222,6 +248,7 @@ def main() -> None:
             "shar": place_cost(model, shar, False, batches),
             "shar_read_again": place_cost(model, shar, True, batches),
         }
+        resumed = resumed_cost(model, shar, (1100, 2100) if arguments.quick else (1100, 4100, 16_100))
         rates: dict[str, dict[int, float]] = {name: {} for name in ("recordings", "cached_features", "shar", "salm")}
         for workers in (0, 1, 2):
             rates["salm"][workers] = rate(salm(model, data["talks"], workers), read)
@@ -239,7 +266,8 @@ def main() -> None:
     result = {
         "cuts": count,
         "sampler_ms_per_example": cost,
-        "finding_the_place_ms_per_example": place,
+        "drawing_again_ms_per_example": place,
+        "resumed_shar_cpu_seconds": resumed,
         "examples_per_s": rates,
         "slowest_vs_salm": min(versus.values()),
         "training_process_ms_per_batch": here,

@@ -54,8 +54,8 @@ class AcousticPositions:
 
 
 class Origin(NamedTuple):
-    """Where an example was drawn: number of its ``input_cfg`` entry, visit, number in that visit's order, line of the
-    manifest, and number among the targets that this visit uses of the cut."""
+    """Where an example was drawn: number of its ``input_cfg`` entry, pass, place in that pass's order, line of the
+    manifest (or place in the Shar), and number among the targets that this visit uses of the cut."""
 
     entry: int
     visit: int
@@ -210,8 +210,8 @@ class TargetSelection:
 class ConversationIterator:
     """Infinite (or one-pass) stream of conversations over a rank's cuts; ``visit`` counts the passes.
 
-    With ``config.place``, a JSON object, it begins with the examples ``waiting`` ([visit, at, line, target] each), and
-    goes on after the one that was ``last`` ([visit, at, target]).
+    With ``config.place``, a JSON object by the number of the entry, it goes on after the one that was ``last`` ([pass,
+    at, target]), or consists of those that are ``waiting`` ([pass, at, line, target] each).
     """
 
     def __init__(self, share: Share, selection: TargetSelection, config: DictConfig) -> None:
@@ -227,22 +227,21 @@ class ConversationIterator:
         self.with_ids = config.get("with_ids", False)
         self.finite = config.get("force_finite", False)
         self.entry = config.get("entry", 0)
-        self.waiting: list[list[int]] = []
-        self.last: list[int] | None = None
-        if config.get("place"):
-            place = json.loads(config.place)
-            self.waiting, self.last = place["waiting"], place["last"]
+        place = json.loads(config.place)[str(self.entry)] if config.get("place") else {}
+        self.waiting: list[list[int]] | None = place.get("waiting")
+        self.last: list[int] | None = place.get("last")
 
     def __iter__(self) -> Iterator[MTBIConversation]:
-        yield from self._waiting()
+        if self.waiting is not None:
+            yield from self._waiting(self.waiting)
+            return
         looked = False
         first, begin, done = self.last or (0, 0, -1)
         for visit in count(first):
             usable = begin > 0  # else what was left out was looked at
-            drawn = self.share.drawn_visit(visit)
             for at, line, cut in self.share.placed(visit, begin):
                 usable = usable or self.every_cut or self.selection.has_any(cut)
-                yield from islice(self.conversations(cut, drawn, at, line), done + 1, None)
+                yield from islice(self.conversations(cut, visit, at, line), done + 1, None)
                 done = -1
             begin, done = 0, -1
             if not usable and not looked:  # perhaps other ranks have what is asked for, and this one later
@@ -256,12 +255,14 @@ class ConversationIterator:
             if self.finite:
                 return
 
-    def _waiting(self) -> Iterator[MTBIConversation]:
-        cuts = self.share.at(line for _, _, line, _ in self.waiting) if self.waiting else ()
-        for (visit, at, line, index), cut in zip(self.waiting, cuts, strict=True):
-            yield from islice(self.conversations(cut, visit, at, line), index, index + 1)
+    def _waiting(self, waiting: list[list[int]]) -> Iterator[MTBIConversation]:
+        cuts = self.share.at(line for _, _, line, _ in waiting) if waiting else ()
+        for (number, at, line, index), cut in zip(waiting, cuts, strict=True):
+            yield from islice(self.conversations(cut, number, at, line), index, index + 1)
 
-    def conversations(self, cut: Cut, visit: int, at: int = 0, line: int = 0) -> Iterator[MTBIConversation]:
+    def conversations(self, cut: Cut, number: int, at: int = 0, line: int = 0) -> Iterator[MTBIConversation]:
+        """Examples of a cut in the ``number``-th pass."""
+        visit = self.share.drawn_visit(number)
         targets = (cut.custom or {}).get(TARGETS_FIELD, [])
         chosen = [NO_TARGET] if self.every_cut else self.selection.select(cut.id, targets, visit)
         promise = promise_of(cut)
@@ -282,7 +283,7 @@ class ConversationIterator:
                 shared_prefix=self.shared_prefix,
                 acoustic=self.acoustic,
                 with_ids=self.with_ids,
-                origin=Origin(self.entry, visit, at, line, index),
+                origin=Origin(self.entry, number, at, line, index),
                 read_cut=None if promise is None else partial(self._read, promise, visit, index),
             )
 
@@ -357,15 +358,20 @@ def read_mtbi(config: DictConfig) -> tuple[CutSet, bool]:
     if path is None:
         raise ConfigError("An input_cfg entry of type mtbi needs cuts_path or shar_path.")
     weighted = weighted_shars(config)
-    if weighted and not config.get("force_finite"):  # shares of the examples, as NeMo means them; one visit has all
-        parts = [read_mtbi(OmegaConf.merge(config, {"shar_path": own}))[0] for own, _ in weighted]  # type: ignore[arg-type]
+    # Shares of the examples, as NeMo means them; one visit has all.
+    if weighted and not (config.get("force_finite") and config.get("place") is None):
+        first = config.get("entry", 0)
+        parts = [
+            read_mtbi(OmegaConf.merge(config, {"shar_path": own, "entry": number}))[0]  # type: ignore[arg-type]
+            for number, (own, _) in enumerate(weighted, first)
+        ]
         return CutSet.mux(
             *parts, weights=[weight for _, weight in weighted], seed=config.get("shard_seed", "trng")
         ), True
     check_manifest(path)
     reader.force_finite = True  # we repeat by ourselves, to count the visits
     cuts, is_tarred = read_cutset_from_config(reader)
-    cuts, shars = with_visits(cuts)
+    cuts, shars = with_visits(cuts, config.get("order_seed"))
     tasks = task_weights(config.get("tasks"))
     selection = TargetSelection(
         tasks, config.get("task_temperature", 1.0), config.get("every_target", False), config.get("seed", 0)

@@ -86,6 +86,7 @@ class Share:
         whole: bool = False,
     ) -> None:
         self.shars, self.by_worker, self.whole = shars, by_worker, whole
+        self.shar = shars[0] if whole and len(shars) == 1 and shars[0].source.slice_length is None else None
         self.cuts, self.ranks, self.seed, self.dealt = cuts, (rank, world_size), seed, dealt
         self.path = Path(path) if has_lines(path) else None
         self.starts: np.ndarray | None = None
@@ -108,9 +109,13 @@ class Share:
         return (cut for _, _, cut in self.placed(number))
 
     def placed(self, number: int, begin: int = 0) -> Iterator[tuple[int, int, Cut]]:
-        """The cuts of one pass from its ``begin``-th on, each with its number in the pass and its line (from 0)."""
+        """The cuts of one pass from its ``begin``-th on, each with its number in the pass and its line (from 0); of a
+        Shar that is read whole, the places are :class:`nemo_mtbi.data.shar.SharVisits`'."""
         for shar in self.shars:
             shar.visit = number
+        if self.shar is not None:
+            yield from self.shar.placed(begin)
+            return
         if self.path is None:
             rank, count = (0, 1) if self.whole else self.place
             cuts = islice(readable(self.cuts), (rank + number) % count, None, count)
@@ -127,11 +132,14 @@ class Share:
                     yield at, line, cut
 
     def at(self, lines: Iterable[int]) -> Iterator[Cut]:
-        """The cuts of some lines of the manifest.
+        """The cuts of some lines of the manifest, or places in the Shar.
 
         Raises:
             DataError: it no longer has them.
         """
+        if self.shar is not None:
+            yield from self.shar.at(lines)
+            return
         assert self.path is not None
         with self._opened(self.path) as file:
             assert self.starts is not None

@@ -1,16 +1,17 @@
-"""Lhotse Shar whose cuts can be drawn before their audio and arrays are read.
+"""Lhotse Shar whose cuts can be drawn from any place on, and before their audio and arrays are read.
 
-A resumed run finds its place by drawing what it has trained on again. Of that the metadata is enough
-(:func:`without_data`): a cut that is still to come, because it waits in a buffer of the sampler, gets its data when a
-batch needs it (:class:`PromisedCut`).
+A resumed run draws some of what it has trained on again. Of that the metadata is enough (:func:`without_data`): a cut
+that is still to come, because it waits in a buffer of the sampler, gets its data when a batch needs it
+(:class:`PromisedCut`).
 """
 
+import copy
 import random
 import tarfile
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -29,6 +30,7 @@ from nemo_mtbi.data.cut_lines import readable
 from nemo_mtbi.errors import DataError
 
 PROMISE_FIELD = "promised"
+SHARD = 2**32  # a place is a shard times this, and a number in it: what comes before is not counted
 
 
 class _Reading:
@@ -74,18 +76,21 @@ class SharVisits:
 
     Args:
         source: Lhotse's reader, with shuffled shards or not.
+        seed: of the order; None: the reader's.
     """
 
-    def __init__(self, source: LazySharIterator) -> None:
+    def __init__(self, source: LazySharIterator, seed: int | str | None = None) -> None:
         self.source, self.visit = source, 0
+        self.seed = source.seed if seed is None else seed
         self.promised: dict[int, weakref.WeakSet[PromisedCut]] = defaultdict(weakref.WeakSet)
         self.changing = threading.Lock()  # a bucketing sampler may draw in a thread of its own
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"source": self.source, "visit": self.visit}  # promises are kept where they were given
+        # promises are kept where they were given
+        return {"source": self.source, "seed": self.seed, "visit": self.visit}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["source"])  # type: ignore[misc]
+        self.__init__(state["source"], state["seed"])  # type: ignore[misc]
         self.visit = state["visit"]
 
     def __iter__(self) -> Iterator[Cut]:
@@ -93,15 +98,57 @@ class SharVisits:
             self.source.epoch = self.visit
             yield from self.source
             return
+        yield from (cut for _, _, cut in self.placed())
+
+    def placed(self, begin: int = 0) -> Iterator[tuple[int, int, Cut]]:
+        """The cuts from one on, each with its place in the order of this visit (see :data:`SHARD`) and in the Shar."""
         order = list(range(self.source.num_shards))
         if self.source.shuffle_shards:
-            random.Random(resolve_seed(self.source.seed) + self.visit).shuffle(order)
-        for shard in order:
-            yield from self._cuts(shard)
+            random.Random(resolve_seed(self.seed) + self.visit).shuffle(order)
+        first, position = divmod(begin, SHARD)
+        for at, shard in enumerate(order[first:], first):
+            for number, cut in enumerate(self._cuts(shard, position), position):
+                yield at * SHARD + number, shard * SHARD + number, cut
+            position = 0
 
-    def _cuts(self, shard: int) -> Iterator[Cut]:
-        position, with_data = 0, _Reading.data
-        cuts = readable(self._shard(shard, with_data), self._named(shard))
+    def at(self, places: Iterable[int]) -> Iterator[Cut]:
+        """The cuts of some places in the Shar, without their data (:class:`PromisedCut`). Only the metadata of their
+        shards is read.
+
+        Raises:
+            DataError: it no longer has them.
+        """
+        places = list(places)
+        wanted: dict[int, set[int]] = defaultdict(set)
+        for place in places:
+            wanted[place // SHARD].add(place % SHARD)
+        found: dict[int, Cut] = {}
+        for shard, positions in wanted.items():
+            if shard >= self.source.num_shards:
+                continue
+            cuts = islice(self._shard(shard, False), max(positions) + 1)
+            for position, cut in enumerate(readable(cuts, self._named(shard))):
+                if position in positions:
+                    found[shard * SHARD + position] = cut
+        for place in places:
+            shard, position = divmod(place, SHARD)
+            if place not in found:
+                raise DataError(
+                    f"The Shar of {self.source.shards[0]['cuts']} has no cut {position + 1} in a shard {shard + 1}, "
+                    "which is still to be trained on. Did the Shar change since the run was stopped?"
+                )
+            yield self._promise(copy.copy(found[place]), shard, position)
+
+    def _promise(self, cut: Cut, shard: int, position: int) -> Cut:
+        promise = PromisedCut(self, shard, position, cut.id)
+        with self.changing:
+            self.promised[shard].add(promise)
+        cut.custom = {**(cut.custom or {}), PROMISE_FIELD: promise}
+        return cut
+
+    def _cuts(self, shard: int, begin: int) -> Iterator[Cut]:
+        position, with_data = begin, _Reading.data
+        cuts = readable(islice(self._shard(shard, with_data), begin, None), self._named(shard))
         while True:
             if _Reading.data and not with_data:
                 cuts, with_data = readable(islice(self._shard(shard, True), position, None), self._named(shard)), True
@@ -110,10 +157,7 @@ class SharVisits:
             except StopIteration:
                 return
             if not with_data:
-                promise = PromisedCut(self, shard, position, cut.id)
-                with self.changing:
-                    self.promised[shard].add(promise)
-                cut.custom = {**(cut.custom or {}), PROMISE_FIELD: promise}
+                cut = self._promise(cut, shard, position)
             position += 1
             yield cut
 
@@ -179,15 +223,19 @@ def _members(file: Any, positions: set[int]) -> Iterator[tuple[int, str, Any]]:
                 return
 
 
-def with_visits(cuts: CutSet) -> tuple[CutSet, list[SharVisits]]:
-    """The cuts of one Shar or of several that NeMo mixes, and their readers; none for other sources."""
+def with_visits(cuts: CutSet, seed: int | str | None = None) -> tuple[CutSet, list[SharVisits]]:
+    """The cuts of one Shar or of several that NeMo mixes, and their readers; none for other sources.
+
+    Args:
+        seed: of the order of shards; None: as the readers have it.
+    """
     if isinstance(cuts.data, LazySharIterator):
-        reader = SharVisits(cuts.data)
+        reader = SharVisits(cuts.data, seed)
         return CutSet(reader), [reader]
     if isinstance(cuts.data, LazyIteratorMultiplexer):
         mixed = cuts.data
         inside = mixed.iterators if hasattr(mixed, "iterators") else mixed.sources  # Lhotse 2.0
-        parts = [with_visits(part if isinstance(part, CutSet) else CutSet(part)) for part in inside]
+        parts = [with_visits(part if isinstance(part, CutSet) else CutSet(part), seed) for part in inside]
         own = LazyIteratorMultiplexer(
             *(part for part, _ in parts), stop_early=mixed.stop_early, weights=mixed.weights, seed=mixed.seed
         )

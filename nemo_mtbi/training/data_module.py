@@ -5,43 +5,50 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from lhotse.dataset import DynamicBucketingSampler
-from lhotse.serialization import open_best
 from nemo.collections.common.data.lhotse import get_lhotse_dataloader_from_config
 from nemo.collections.common.data.lhotse.broadcasting import BroadcastingDataLoader, is_dp_source_rank
-from nemo.collections.common.data.lhotse.dataloader import (
-    get_lhotse_sampler_from_config,
-    make_structured_with_schema_warnings,
-)
 from nemo.collections.speechlm2.data import DataModule
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_mtbi.checkpoints.run_directory import ALIGNMENT
-from nemo_mtbi.data.conversation import INPUT_TYPE
-from nemo_mtbi.data.cut_lines import has_lines
 from nemo_mtbi.data.dataset import MTBIDataset
 from nemo_mtbi.data.messages import require_same_rendering
 from nemo_mtbi.data.shar import without_data
-from nemo_mtbi.errors import ConfigError, DataError
+from nemo_mtbi.errors import DataError
 from nemo_mtbi.models.mtbi_salm import MTBISALM
 from nemo_mtbi.models.objective import WINDOW_COUNTS, term_counts
 from nemo_mtbi.modules.connectors.base import Connector
 from nemo_mtbi.modules.perception import connector_of, writing_key
-from nemo_mtbi.training.resume import Dealt, Wrapped, skip_batches, spare_workers, with_sampler
-from nemo_mtbi.training.segments import SEGMENT_BATCHES, Place, Segments
+from nemo_mtbi.training.resume import Dealt, LaterBatches, Wrapped, spare_workers, with_dataset, with_sampler
+from nemo_mtbi.training.sections import (
+    BUFFERS,
+    SEEDS_APART,
+    enough,
+    input_entries,
+    number_entries,
+    numbers_of,
+    order_seed,
+    parts_of,
+    seed_of,
+    shuffle_buffer,
+    workers_that_draw,
+)
+from nemo_mtbi.training.segments import (
+    KEPT_PLACES,
+    SEGMENT_BATCHES,
+    DrawnByWorkers,
+    Place,
+    SectionSampler,
+    Segments,
+)
 
 log = logging.getLogger(__name__)
 
-# In examples, of NeMo's samplers. Lhotse adds the second one to the first.
-BUFFERS = ("bucket_buffer_size", "shuffle_buffer_size", "num_cuts_for_bins_estimate")
-SHUFFLE_BUFFER = 10_000  # NeMo's default
-SHAR_SHUFFLE_BUFFER = 500
 UNREADABLE_BATCHES = 10
-SEEDS_APART = 1_000_003
 
 
 class WindowedLoader(Wrapped):
@@ -109,6 +116,43 @@ class Readable(Wrapped):
                 yield batch
 
 
+class Placed(Wrapped):
+    """Batches of a loader whose workers draw (:class:`DrawnByWorkers`); the places that they tell go to ``places``."""
+
+    def __init__(self, loader: Any, places: dict[int, dict[int, Place | None]]) -> None:
+        super().__init__(loader)
+        self.places = places
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._placed(iter(self.source))
+
+    def _placed(self, told: Iterator[Any]) -> Iterator[Any]:
+        for batch, new in told:
+            if new is not None:
+                own = self.places[new.worker]
+                own[new.number] = Place(**new.place)
+                own.pop(new.number - KEPT_PLACES, None)
+            yield batch
+
+
+class Begun(Wrapped):
+    """A loader whose iterator is given again if nothing was taken from it: Lightning makes one, and drops it, before
+    that with which it trains, and the loader's workers may have drawn the first batches."""
+
+    def __init__(self, loader: Any) -> None:
+        super().__init__(loader)
+        self.waiting: Iterator[Any] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.waiting is None:
+            self.waiting = iter(self.source)
+        return self._taken(self.waiting)
+
+    def _taken(self, batches: Iterator[Any]) -> Iterator[Any]:
+        self.waiting = None
+        yield from batches
+
+
 class Waited(Wrapped):
     """A loader that counts the ``seconds`` in which its batches were waited for."""
 
@@ -135,15 +179,16 @@ class ResumableData(DataModule):
 
     With ``shared``, a data-parallel rank draws its batches from its own share of the cuts. NeMo lets every rank draw
     the batches of all, so that the cost of one grows with their number. With ``in_segments``, it begins close to its
-    place (:mod:`nemo_mtbi.training.segments`), which is part of the checkpoints.
+    place (:mod:`nemo_mtbi.training.segments`), which is part of the checkpoints. ``drawing_workers``: processes that
+    draw batches and read them, in turns (Shar, ``force_iterable_dataset``); 0: this process draws, others read.
     """
 
     skip = 0
     in_segments = False
     kept: dict[str, Any] | None = None  # of a checkpoint, what ``state_dict`` gave
     readable = Readable(())  # before there is a loader
-    segments: Segments | None = None
-    segment_batches = SEGMENT_BATCHES
+    places: dict[int, dict[int, Place | None]]  # of each process that draws, of the segments that it has come to
+    segment_batches, first_segment = SEGMENT_BATCHES, 0
     drawing_workers = 0
     accumulated = 1
     seed = 0
@@ -158,20 +203,15 @@ class ResumableData(DataModule):
             entry.rank, entry.world_size = self._get_dp_rank(), self._get_world_size()
             entry.by_worker = self.drawing_workers > 0  # NeMo lets them all read a manifest from its first line
             entry.whole = "shar_path" in entry
+            if entry.whole:
+                entry.order_seed = entry.get("shard_seed", self.cfg.train_ds.shard_seed)
         with without_data():  # from which NeMo estimates the buckets
             loader = self._loader()
         own = self._kept_of_rank()
         dropped = own.get("dropped", 0)
-        skip = self.skip + dropped
-        if self.in_segments and loader._source is not None:
-            skip -= self._begin(loader._source.sampler, skip, own) * self.segment_batches
-            loader._source = with_sampler(loader._source, self.segments)
-        if loader._source is not None:
-            spare_workers(loader._source)
-        self.readable = Readable(skip_batches(loader, skip, self.drawing_workers), dropped)
-        loader = self.readable
+        loader = self.readable = Readable(self._draw(loader, self.skip + dropped, own), dropped)
         loader = WindowedLoader(loader, self.accumulated, self.connector) if self.accumulated > 1 else loader
-        self.waited = Waited(loader)
+        self.waited = Waited(Begun(loader))
         return self.waited
 
     def _build_test_dataloader(self, cfg: DictConfig) -> Any:
@@ -187,34 +227,51 @@ class ResumableData(DataModule):
             spare_workers(source)
         return BroadcastingDataLoader(source=source, device_mesh=mesh)
 
-    def _begin(self, whole: Any, skip: int, kept: dict[str, Any]) -> int:
-        """Make the segments from a batch on; returns the number of the first one. ``whole``: NeMo's sampler."""
-        section = self.cfg.train_ds
-        entries = len(list(input_entries(section)))
-        bins = None
+    def _draw(self, loader: BroadcastingDataLoader, skip: int, kept: dict[str, Any]) -> Any:
+        """NeMo's loader, whose batches are drawn as ours are, from the ``skip``-th one on.
+
+        Workers that draw give batches in turns: each leaves out its share, and what is left is read and dropped.
+        """
+        source, workers = loader._source, max(self.drawing_workers, 1)
+        each, rest = divmod(skip, workers)
+        first, places = self._begin(each, kept)
+        self.first_segment = first
+        self.places = {worker: {first: place} for worker, place in enumerate(places)}
+        if source is not None:
+            sampler = source.dataset.sampler if self.drawing_workers else source.sampler
+            drawn = [sampler] * workers
+            if self.in_segments:
+                sampler_of = self._sampler_of(sampler)
+                entries = sum(len(numbers_of(entry)) for entry in input_entries(self.cfg.train_ds))
+                drawn = [Segments(sampler_of, entries, (first, place), self.segment_batches) for place in places]
+            later = [LaterBatches(own, each - first * self.segment_batches) for own in drawn]
+            if self.drawing_workers:
+                loader._source = with_dataset(source, DrawnByWorkers(self.dataset, later))
+            else:
+                loader._source = with_sampler(source, later[0])
+                if self.in_segments:
+                    self.places = {0: drawn[0].places}
+            spare_workers(loader._source)
+        return LaterBatches(Placed(loader, self.places), rest) if self.drawing_workers else loader
+
+    def _begin(self, batches: int, kept: dict[str, Any]) -> tuple[int, list[Place | None]]:
+        """Segment to begin with where each process that draws has drawn as many, and the places of these processes."""
+        workers = max(self.drawing_workers, 1)
+        self.sources = [str(entry.get("cuts_path") or entry.shar_path) for entry in input_entries(self.cfg.train_ds)]
+        layout = {"number": batches // self.segment_batches, "batches": self.segment_batches}
+        if self.in_segments and kept.get("places") and kept["sources"] != self.sources:
+            log.warning("What is to be trained on is other than before, so the data is drawn up to its place.")
+        elif self.in_segments and len(kept.get("places", [])) == workers and layout.items() <= kept.items():
+            return kept["number"], [Place(**own) for own in kept["places"]]
+        return 0, [None] * workers
+
+    def _sampler_of(self, whole: Any) -> SectionSampler:
+        """``whole``: NeMo's, of the data from its beginning on."""
+        section, bins = self.cfg.train_ds, None
         if isinstance(whole, DynamicBucketingSampler) and section.get("bucket_duration_bins") is None:
             bins = [float(bin) for bin in whole.duration_bins]  # estimated once
-
-        def sampler_of(number: int, place: Place | None) -> Any:
-            own = section.copy()
-            own.shard_seed = order_seed(section) + SEEDS_APART * number
-            if bins is not None:
-                own.bucket_duration_bins = bins
-            for entry in input_entries(own):
-                entry.place = place and place.of_entry(entry.entry)
-            own = make_structured_with_schema_warnings(own)  # not NeMo's loader, which seeds all generators anew
-            return get_lhotse_sampler_from_config(own, global_rank=0, world_size=1, tokenizer=self.tokenizer)[0]
-
-        place = None
-        self.sources = [str(entry.cuts_path) for entry in input_entries(section)]
-        number = skip // self.segment_batches
-        if kept.get("place") and kept["sources"] != self.sources:
-            log.warning("The manifests to train on are others than before, so their data is drawn up to its place.")
-        elif kept.get("place") and (kept["number"], kept["batches"]) == (number, self.segment_batches):
-            place = Place(**kept["place"])
-        first = (0, None) if place is None else (kept["number"], place)
-        self.segments = Segments(sampler_of, entries, first, self.segment_batches)
-        return first[0]
+        seed = section.shard_seed if self.drawing_workers else order_seed(section)
+        return SectionSampler(section, self.tokenizer, seed, bins)
 
     def _kept_of_rank(self) -> dict[str, Any]:
         """What this rank's module kept in the checkpoint; nothing where there were more or fewer ranks."""
@@ -228,11 +285,11 @@ class ResumableData(DataModule):
             return {}
         given = self.trainer.global_step * self.accumulated
         dropped = self.readable.dropped_before(given - self.skip)
-        number = (given + dropped) // self.segment_batches
+        number = (given + dropped) // max(self.drawing_workers, 1) // self.segment_batches
         own: dict[str, Any] = {"dropped": dropped}
-        place = self.segments.places.get(number) if self.segments is not None else None
-        if place is not None:
-            own |= {"number": number, "batches": self.segment_batches, "place": vars(place), "sources": self.sources}
+        places = [vars(place) for worker in self.places.values() if (place := worker.get(number)) is not None]
+        if places and len(places) == len(self.places):
+            own |= {"number": number, "batches": self.segment_batches, "places": places, "sources": self.sources}
         found: list[Any] = [(self._get_dp_rank(), own)]
         if torch.distributed.is_initialized():
             found *= torch.distributed.get_world_size()
@@ -274,8 +331,8 @@ def data_module(
     shared = drawing_workers == 0
     seed = order_seed(cfg.get("train_ds") or OmegaConf.create())
     in_segments = False
-    if "train_ds" in cfg and cfg.train_ds.get("shuffle") and not reads_shar(cfg.train_ds):
-        in_segments = order_lines(cfg.train_ds) and shared
+    if "train_ds" in cfg and cfg.train_ds.get("shuffle"):
+        in_segments = number_entries(cfg.train_ds)
         in_segments &= not (cfg.train_ds.get("concurrent_bucketing", True) or cfg.train_ds.get("multi_config"))
     if "train_ds" in cfg and cfg.train_ds.get("use_bucketing") and cfg.train_ds.get("concurrent_bucketing", True):
         log.warning(
@@ -314,6 +371,7 @@ def data_module(
     dataset = targets_dataset(model, cached)
     require_same_rendering(dataset.renderer, model.audio_locator_tag, model.config.speech_position)
     data = ResumableData(cfg, tokenizer=model.tokenizer, dataset=dataset)
+    data.places = {}
     data.skip = step * accumulated
     data.drawing_workers = drawing_workers
     data.shared, data.seed = shared, seed
@@ -335,97 +393,3 @@ def targets_dataset(model: MTBISALM, cached_features: bool = False) -> MTBIDatas
         llm_key=model.references["llm"],
         sampling_rate=model.sampling_rate,
     )
-
-
-def order_lines(section: DictConfig) -> bool:
-    """Let the lines of a section's manifests come in random order; NeMo's buffer is for what is read through.
-
-    Returns:
-        Whether all are manifests whose lines can be read where they stand.
-    """
-    entries = list(input_entries(section))
-    for number, entry in enumerate(entries):  # two entries may read the same cuts
-        entry.order_seed = order_seed(section) + SEEDS_APART * number
-        entry.dealt = section.get("batch_size") or 1
-        entry.entry = number
-    if not all(has_lines(entry.get("cuts_path")) for entry in entries):
-        return False
-    section.shuffle, section.shuffle_buffer_size = False, None
-    return True
-
-
-def order_seed(section: DictConfig) -> int:
-    """Of the order of a manifest's lines, on which all ranks must agree."""
-    return seed_of(section, "shard_seed", "seed")
-
-
-def seed_of(section: DictConfig, *keys: str) -> int:
-    """The first of the section's ``keys`` (default: ``seed``) that is a number; 0 without one."""
-    seeds = (section.get(key) for key in keys or ("seed",))
-    return next((seed for seed in seeds if isinstance(seed, int) and seed >= 0), 0)
-
-
-def enough(section: DictConfig, most: int) -> int:
-    """Examples that a buffer of ``most`` needs: those of small manifests go round and round in it before the first
-    batch. At least some batches of every bucket; all of ``most`` for Shar and pipes.
-    """
-    found = 0
-    for entry in input_entries(section):
-        path = entry.get("cuts_path")
-        if not isinstance(path, str) or not Path(path).is_file():
-            return most
-        with open_best(path) as lines:
-            found += sum(1 for _ in islice(lines, most - found))
-    batches = (section.get("num_buckets") or 1) * (section.get("batch_size") or 16)
-    return min(most, max(found, batches))
-
-
-def shuffle_buffer(section: DictConfig) -> int | None:
-    """Examples that every process that draws holds for shuffling, beside those for buckets.
-
-    Shar's shards are shuffled as such, and its cuts come with their audio or features.
-    """
-    if not reads_shar(section):
-        return SHUFFLE_BUFFER
-    return None if section.get("use_bucketing") else SHAR_SHUFFLE_BUFFER
-
-
-def workers_that_draw(section: DictConfig | None) -> int:
-    """Processes that draw batches and read them, in turns (Shar, ``force_iterable_dataset``); 0 otherwise.
-
-    Raises:
-        ConfigError: there are none to do it, or Shar is to be read by others.
-    """
-    if section is None:
-        return 0
-    if section.get("force_iterable_dataset") and not section.get("num_workers"):
-        raise ConfigError(
-            "data.train_ds.force_iterable_dataset=true lets the loader's workers draw the batches; set "
-            "data.train_ds.num_workers to at least 1."
-        )
-    shar = reads_shar(section)
-    if shar and section.get("force_map_dataset"):
-        raise ConfigError(
-            "data.train_ds.force_map_dataset=true: Shar is read by the processes that draw the batches. Leave it out."
-        )
-    return max(section.get("num_workers") or 0, 1) if shar or section.get("force_iterable_dataset") else 0
-
-
-def reads_shar(section: DictConfig) -> bool:
-    return any("shar_path" in entry for entry in input_entries(section))
-
-
-def parts_of(section: DictConfig) -> list[DictConfig]:
-    """A section and the data sets in it, which have options of their own."""
-    return [section, *section.get("datasets", {}).values()]
-
-
-def input_entries(section: DictConfig) -> Iterator[DictConfig]:
-    """``input_cfg`` entries of our type in a train or validation section, groups included."""
-    for part in parts_of(section):
-        queue = list(part.get("input_cfg") or [])
-        while queue:
-            entry = queue.pop()
-            queue += list(entry.get("input_cfg") or [])
-            if entry.get("type") == INPUT_TYPE:
-                yield entry

@@ -19,11 +19,10 @@ import torch
 from lhotse import CutSet
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
-from nemo.collections.common.data.lhotse.broadcasting import BroadcastingDataLoader
 from nemo.utils.callbacks import NeMoModelCheckpoint
 from nemo.utils.exp_manager import _flush_in_flight_batch_progress
 from nemo.utils.get_rank import is_global_rank_zero
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from nemo_mtbi import console
 from nemo_mtbi.data.shar import without_data
@@ -184,7 +183,7 @@ class WholeSteps(pl.Callback):
 
     Checkpoints are written while Lightning's counters stand between two batches (one short at the end of a step, or
     in the middle of an accumulation after a validation). Gradients are not in a checkpoint, so an unfinished step is
-    done again, whole; the counters, and the training data (:func:`skip_batches`), are set to where it begins.
+    done again, whole; the counters, and the training data (:class:`LaterBatches`), are set to where it begins.
     """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -294,37 +293,24 @@ class LaterBatches(Wrapped):
                 return
 
 
-def skip_batches(loader: BroadcastingDataLoader, skip: int, drawing_workers: int = 0) -> Any:
-    """The training data loader without its first ``skip`` batches.
-
-    A rank that gets its batches from another has no source.
-
-    Args:
-        loader: NeMo's.
-        skip: batches.
-        drawing_workers: processes that draw batches and read them, in turns (Shar, ``force_iterable_dataset``); each
-            leaves out its share, and what is left is read and dropped. 0: batches are drawn in this process.
-    """
-    source: DataLoader | None = loader._source
-    if skip and drawing_workers:
-        if source is not None:
-            drawing: Any = source.dataset  # Lhotse's IterableDatasetWrapper
-            drawing.sampler = LaterBatches(drawing.sampler, skip // drawing_workers)
-        return LaterBatches(loader, skip % drawing_workers)
-    if skip and source is not None:
-        loader._source = with_sampler(source, LaterBatches(source.sampler, skip))
-    return loader
-
-
 def with_sampler(loader: DataLoader, sampler: Any) -> DataLoader:
     """A loader of whole batches, with another sampler of them."""
+    return _as(loader, loader.dataset, sampler=sampler)
+
+
+def with_dataset(loader: DataLoader, dataset: IterableDataset) -> DataLoader:
+    """A loader whose workers draw, with what gives them whole batches."""
+    return _as(loader, dataset)
+
+
+def _as(loader: DataLoader, dataset: Any, **more: Any) -> DataLoader:
     return DataLoader(
-        loader.dataset,
-        sampler=sampler,
+        dataset,
         batch_size=None,
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory,
         worker_init_fn=loader.worker_init_fn,
+        **more,
     )
 
 

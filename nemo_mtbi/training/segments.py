@@ -2,25 +2,33 @@
 
 Lhotse's samplers find their place by drawing everything again (0.4 ms an example). Here a new sampler takes over after
 every ``SEGMENT_BATCHES`` batches: it begins with the examples that waited in the buckets of the one before, and goes
-on with the next line. Where that is goes into the checkpoints; a resumed run makes the sampler of its segment and
-draws what is left, at most ``SEGMENT_BATCHES`` batches.
+on with the next cut. Where that is goes into the checkpoints; a resumed run makes the sampler of its segment and
+draws what is left, at most ``SEGMENT_BATCHES`` batches of every process that draws.
 
-Letters: E entries of ``input_cfg``, W waiting examples.
+Letters: E entries of ``input_cfg`` (several Shars with weights in one are as many), W waiting examples.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from lhotse import CutSet
+from lhotse.dataset.dataloading import resolve_seed
+from nemo.collections.common.data.lhotse.dataloader import (
+    get_lhotse_sampler_from_config,
+    make_structured_with_schema_warnings,
+)
+from omegaconf import DictConfig
 from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from nemo_mtbi.data.conversation import MTBIConversation, Origin
+from nemo_mtbi.training.sections import SEEDS_APART, input_entries, numbers_of
 
-SEGMENT_BATCHES = 1000  # of a rank; about as many as a run may draw again
+SEGMENT_BATCHES = 1000  # about as many as a process that draws may draw again
 KEPT_PLACES = 3  # the loader's workers are ahead of the steps, by less than two segments
 
 
@@ -29,8 +37,8 @@ class Place:
     """Where a segment begins.
 
     Attributes:
-        last: (E, 3), of each entry the visit, number in its order and target of the example that was drawn last;
-            -1 where none was.
+        last: (E, 3), of each entry the pass, place in its order and target of the example that was drawn last; -1
+            where none was.
         waiting: (W, 5), the :class:`~nemo_mtbi.data.conversation.Origin` of examples that were drawn and are in no
             batch yet, in the order in which they were drawn.
     """
@@ -38,30 +46,71 @@ class Place:
     last: Tensor
     waiting: Tensor
 
-    def of_entry(self, number: int) -> str:
-        """``place`` of an entry, see :class:`~nemo_mtbi.data.conversation.ConversationIterator`."""
-        last = self.last[number].tolist()
-        waiting = self.waiting[self.waiting[:, 0] == number, 1:].tolist()
-        return json.dumps({"last": last if last[0] >= 0 else None, "waiting": waiting})
+    @classmethod
+    def beginning(cls, entries: int) -> "Place":
+        return cls(torch.full((entries, 3), -1), torch.zeros(0, 5, dtype=torch.int64))
+
+    def last_of(self, numbers: Iterable[int]) -> str:
+        """``place`` of entries, see :class:`~nemo_mtbi.data.conversation.ConversationIterator`."""
+        rows = {number: self.last[number].tolist() for number in numbers}
+        return json.dumps({number: {"last": row if row[0] >= 0 else None} for number, row in rows.items()})
+
+    def waiting_of(self, numbers: Iterable[int]) -> str:
+        """As :meth:`last_of`, of the examples that wait."""
+        rows = {number: self.waiting[self.waiting[:, 0] == number, 1:].tolist() for number in numbers}
+        return json.dumps({number: {"waiting": own} for number, own in rows.items()})
+
+
+class SamplerOf(Protocol):
+    """Makes a Lhotse sampler over what comes after a place (None: the beginning), or over what ``waits`` there."""
+
+    def __call__(self, number: int, place: Place | None, waiting: bool = False) -> Any: ...
+
+
+@dataclass
+class SectionSampler:
+    """NeMo's samplers of a training section.
+
+    Attributes:
+        seed: of the first segment, see Lhotse's ``resolve_seed``.
+        bins: of a bucketing sampler that estimates them, as they were estimated once.
+    """
+
+    section: DictConfig
+    tokenizer: Any
+    seed: int | str
+    bins: list[float] | None
+
+    def __call__(self, number: int, place: Place | None, waiting: bool = False) -> Any:
+        own = self.section.copy()
+        own.shard_seed = resolve_seed(self.seed) + SEEDS_APART * number
+        if self.bins is not None:
+            own.bucket_duration_bins = self.bins
+        if waiting:
+            own.force_finite, own.max_open_streams = True, None
+        if place is not None:
+            for entry in input_entries(own):
+                entry.place = (place.waiting_of if waiting else place.last_of)(numbers_of(entry))
+        own = make_structured_with_schema_warnings(own)  # not NeMo's loader, which seeds all generators anew
+        return get_lhotse_sampler_from_config(own, global_rank=0, world_size=1, tokenizer=self.tokenizer)[0]
 
 
 class Drawn:
-    """The examples of a sampler, which it knows until they are in a batch."""
+    """The examples of a sampler, those that waited first, which it knows until they are in a batch."""
 
-    def __init__(self, cuts: CutSet, entries: int, place: Place | None) -> None:
+    def __init__(self, cuts: CutSet, waiting: Sequence[MTBIConversation], last: Tensor) -> None:
         self.cuts = cuts
-        self.last: list[list[int]] = place.last.tolist() if place else [[-1, -1, -1] for _ in range(entries)]
-        # Those that wait from the beginning: an entry that is seldom drawn from may not give all in this segment.
-        self.waiting = {Origin(*row): None for row in (place.waiting.tolist() if place else ())}
+        self.last: list[list[int]] = last.tolist()
+        self.first = list(waiting)
+        self.waiting = {example.origin: example for example in waiting}
 
     def __iter__(self) -> Iterator[MTBIConversation]:
-        before = set(self.waiting)
+        yield from self.first
         for example in self.cuts:
             origin = example.origin
             assert origin is not None
-            if origin not in before:
-                self.waiting[origin] = None
-                self.last[origin.entry] = [origin.visit, origin.at, origin.target]
+            self.waiting[origin] = example
+            self.last[origin.entry] = [origin.visit, origin.at, origin.target]
             yield example
 
     def taken(self, batch: CutSet) -> None:
@@ -69,7 +118,7 @@ class Drawn:
             del self.waiting[example.origin]
 
     def place(self) -> Place:
-        waiting = torch.tensor([list(origin) for origin in self.waiting], dtype=torch.int64).reshape(-1, 5)
+        waiting = torch.tensor([list(origin or ()) for origin in self.waiting], dtype=torch.int64).reshape(-1, 5)
         return Place(torch.tensor(self.last, dtype=torch.int64), waiting)
 
 
@@ -77,15 +126,15 @@ class Segments:
     """Batches of one segment after the other.
 
     Args:
-        sampler_of: makes a Lhotse sampler of a segment's number and place (None: the beginning of the data).
+        sampler_of: makes the sampler of a segment.
         entries: E.
-        first: segment to begin with, and its place.
+        first: segment to begin with, and its place (None: the beginning of the data).
         batches: of a segment.
     """
 
     def __init__(
         self,
-        sampler_of: Callable[[int, Place | None], Any],
+        sampler_of: SamplerOf,
         entries: int,
         first: tuple[int, Place | None] = (0, None),
         batches: int = SEGMENT_BATCHES,
@@ -94,17 +143,61 @@ class Segments:
         self.places: dict[int, Place | None] = dict([first])
 
     def __iter__(self) -> Iterator[CutSet]:
-        self.places = dict([self.first])
-        for number in count(self.first[0]):
-            place = self.places[number]
+        self.places.clear()
+        self.places.update([self.first])
+        first, place = self.first
+        waiting = self._waiting(place)
+        for number in count(first):
             sampler = self.sampler_of(number, place)
-            drawn = Drawn(sampler.cuts[0], self.entries, place)
+            drawn = Drawn(sampler.cuts[0], waiting, (place or Place.beginning(self.entries)).last)
             sampler.cuts = (CutSet(drawn), *sampler.cuts[1:])
             for taken, batch in enumerate(islice(sampler, self.batches), 1):
                 drawn.taken(batch)
                 if taken == self.batches:  # a checkpoint may be written before the next batch is drawn
-                    self.places[number + 1] = drawn.place()
+                    place, waiting = drawn.place(), list(drawn.waiting.values())
+                    self.places[number + 1] = place
                     self.places.pop(number + 1 - KEPT_PLACES, None)
                 yield batch
             if number + 1 not in self.places:  # the data has an end
                 return
+
+    def _waiting(self, place: Place | None) -> list[MTBIConversation]:
+        """Those that wait at a place, read again."""
+        if place is None or not len(place.waiting):
+            return []
+        found = {example.origin: example for example in self.sampler_of(0, place, waiting=True).cuts[0]}
+        return [found[Origin(*row)] for row in place.waiting.tolist()]
+
+
+@dataclass
+class NewPlace:
+    """What a loader's ``worker`` tells with a batch: the ``place`` of its segment of a ``number``, which it has come
+    to."""
+
+    worker: int
+    number: int
+    place: dict[str, Tensor]
+
+
+class DrawnByWorkers(IterableDataset):
+    """Batches that a loader's workers draw and read, each with a :class:`NewPlace` or None.
+
+    Args:
+        dataset: reads a batch.
+        sources: of each worker its batches, to be drawn.
+    """
+
+    def __init__(self, dataset: Dataset, sources: Sequence[Iterable[CutSet]]) -> None:
+        self.dataset, self.sources = dataset, sources
+
+    def __iter__(self) -> Iterator[tuple[Any, NewPlace | None]]:
+        info = get_worker_info()
+        worker = info.id if info else 0
+        source: Any = self.sources[worker]
+        told = -1
+        for batch in source:
+            places: dict[int, Place | None] = getattr(source, "places", {})
+            newest = max(places, default=-1)
+            place = places.get(newest) if newest > told else None
+            told = newest
+            yield self.dataset[batch], None if place is None else NewPlace(worker, newest, vars(place))

@@ -47,7 +47,7 @@ from nemo_mtbi.pretrained.offline import resolve_pretrained
 from nemo_mtbi.process import fast_bfloat16
 from nemo_mtbi.training.accelerators import fused_optimizer
 from nemo_mtbi.training.best import BestWeights, Ended, LastValidation
-from nemo_mtbi.training.data_module import ResumableData, input_entries
+from nemo_mtbi.training.data_module import ResumableData
 from nemo_mtbi.training.data_module import data_module as data_module
 from nemo_mtbi.training.monitor import SampleAnswers, Throughput
 from nemo_mtbi.training.options import check_options, named, of_whole_steps
@@ -61,6 +61,7 @@ from nemo_mtbi.training.resume import (
     state_of_data,
     step_of,
 )
+from nemo_mtbi.training.sections import input_entries
 from nemo_mtbi.training.targets_check import PEEKED_LINES, check_targets, require_word_times
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,8 @@ from nemo_mtbi.io import jsonl
 from nemo_mtbi.models.mtbi_salm import MTBISALM
 from nemo_mtbi.modules.perception import connector_of
 from nemo_mtbi.tasks.library import load_library
-from nemo_mtbi.training.data_module import input_entries, targets_dataset
+from nemo_mtbi.training.data_module import targets_dataset
+from nemo_mtbi.training.sections import input_entries
 
 PEEKED_LINES = 200
 Lines = list[dict[str, Any]]

@@ -10,8 +10,11 @@ import pytest
 import soundfile
 import torch
 from lhotse import CutSet
+from lhotse.shar.readers.tar import parse_tarinfo
 
-from nemo_mtbi.data import cut_lines
+from nemo_mtbi.data import cut_lines, shar
+from nemo_mtbi.data.cut_lines import readable
+from nemo_mtbi.data.shar import SharVisits
 from nemo_mtbi.errors import DataError
 from nemo_mtbi.preparation.sources import utterance_cut
 from nemo_mtbi.training import segments
@@ -38,8 +41,8 @@ def manifests(tmp_path):
             soundfile.write(path, np.random.default_rng([number, i]).standard_normal(3200 + 1600 * (i % 5)), 16000)
             custom = {"targets": [t.to_dict() for t in TARGETS]}
             cuts.append(utterance_cut(f"m{number}u{i}", path, "one two three", "s", "en", custom))
-        CutSet.from_cuts(cuts).to_file(tmp_path / f"{number}.jsonl")
-        lines = (tmp_path / f"{number}.jsonl").read_text().splitlines()
+        CutSet.from_cuts(cuts).to_file(tmp_path / f"whole{number}.jsonl")
+        lines = (tmp_path / f"whole{number}.jsonl").read_text().splitlines()
         (tmp_path / f"{number}.jsonl").write_text("\n".join([*lines[:5], "", *lines[5:]]) + "\n")
     return tmp_path
 
@@ -49,9 +52,23 @@ def model(tiny_config):
     return build(tiny_config)
 
 
-def drawing(model, folder, step=0, rank=0, ranks=1, kept=None, mixed=False, workers=0, **section):
+def as_shar(folder, number):
+    """The utterances of a manifest, in shards of 4."""
+    if not (made := folder / f"shar{number}").is_dir():
+        made.mkdir()
+        CutSet.from_file(folder / f"whole{number}.jsonl").to_shar(made, {"recording": "wav"}, shard_size=4)
+    return str(made)
+
+
+def drawing(model, folder, step=0, rank=0, ranks=1, kept=None, mixed=False, workers=0, shar=False, **section):
+    """``mixed``: two entries. ``shar``: of Shar; "mixed": the second one alone; "weighted": both in one entry."""
     entries = [{"cuts_path": str(folder / "0.jsonl"), "weight": 1.0}]
     entries += [{"cuts_path": str(folder / "1.jsonl"), "weight": 2.0}] * mixed
+    if shar == "weighted":
+        entries = [{"shar_path": [[as_shar(folder, 0), 1.0], [as_shar(folder, 1), 2.0]]}]
+    elif shar:
+        for number in range(shar == "mixed", len(entries)):
+            entries[number] = {"shar_path": as_shar(folder, number), "weight": 1.0 + number}
     buffers = {"bucket_buffer_size": 8, "num_cuts_for_bins_estimate": 20, "batch_size": 2, "shard_seed": 7}
     section = {**buffers, **BUCKETS, "num_workers": workers, **section}
     return training_data(model, entries, step, rank, ranks, kept, **section)
@@ -74,10 +91,21 @@ def same(got, expected):
     )
 
 
-@pytest.mark.parametrize("changes", [{}, {"mixed": True}, {"workers": 2}, {"use_bucketing": False}, {"ranks": 2}])
+DRAWN_HERE = [{}, {"mixed": True}, {"workers": 2}, {"use_bucketing": False}, {"ranks": 2}]
+DRAWN_BY_WORKERS = [
+    {"shar": True},
+    {"shar": True, "workers": 2, "mixed": True},
+    {"shar": True, "workers": 3, "ranks": 2, "use_bucketing": False},
+    {"shar": "mixed", "mixed": True, "workers": 2, "force_iterable_dataset": True},
+    {"shar": "weighted", "workers": 2},
+    {"force_iterable_dataset": True, "workers": 2, "mixed": True},
+]
+
+
+@pytest.mark.parametrize("changes", [*DRAWN_HERE, *DRAWN_BY_WORKERS])
 def test_a_resumed_run_goes_on_with_the_next_batch(manifests, model, changes):
-    whole = drawing(model, manifests, **changes)
-    expected = batches(whole, 26)
+    expected = batches(drawing(model, manifests, **changes), 26)
+    drawing_processes = 1 if changes in DRAWN_HERE else max(changes.get("workers", 0), 1)
     for step in (2, 3, 13, 25):
         stopped = drawing(model, manifests, **changes)
         batches(stopped, step)
@@ -85,12 +113,14 @@ def test_a_resumed_run_goes_on_with_the_next_batch(manifests, model, changes):
         states["ranks"] *= changes.get("ranks", 1)  # those of other processes are gathered
         resumed = drawing(model, manifests, step, kept=states, **changes)
         assert same(batches(resumed, 26 - step), expected[step:])
-        assert step < SEGMENT or resumed.segments.first[0] == step // SEGMENT
+        assert resumed.first_segment == step // drawing_processes // SEGMENT
 
 
+@pytest.mark.parametrize("shar", [False, True])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_nothing_is_lost_or_doubled_between_segments(manifests, model, mixed):
-    drawn = Counter(example for ids, _ in batches(drawing(model, manifests, mixed=mixed), 150) for example in ids)
+def test_nothing_is_lost_or_doubled_between_segments(manifests, model, mixed, shar):
+    data = drawing(model, manifests, mixed=mixed, shar=shar)
+    drawn = Counter(example for ids, _ in batches(data, 150) for example in ids)
     cuts = {(id.split("/")[0], visit) for id, visit in drawn}
     assert set(drawn.values()) == {1} and len(cuts) == len(drawn)
     for name, size in (("m0", 20), ("m1", 12)) if mixed else (("m0", 20),):
@@ -111,6 +141,56 @@ def test_little_is_drawn_again(manifests, model, monkeypatch):
     assert few < 70 and len(read) > 200
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_little_of_shar_is_drawn_again(manifests, model, monkeypatch, kept):
+    """Neither its metadata, nor the data of what was trained on or waits without being needed yet."""
+    stopped = drawing(model, manifests, shar=True)
+    expected = batches(stopped, 101)
+    state = state_at(stopped, 100) if kept else None
+    drawn, read = [], []
+    monkeypatch.setattr(shar, "readable", lambda cuts, name: (drawn.append(1) or cut for cut in readable(cuts, name)))
+    monkeypatch.setattr(shar, "parse_tarinfo", lambda *member: read.append(0.5) or parse_tarinfo(*member))
+    resumed = drawing(model, manifests, 100, shar=True, kept=state, num_cuts_for_bins_estimate=4)
+    resumed.cfg.train_ds.bucket_duration_bins = [1.0]
+    assert len(batches(resumed, 1)) == 1
+    assert (len(drawn) < 90) == kept and len(read) < 40
+    assert same(batches(drawing(model, manifests, 100, shar=True, kept=state), 1), expected[100:])
+
+
+def test_what_waits_at_the_end_of_a_segment_is_not_read_again(manifests, model, monkeypatch):
+    read = []
+    monkeypatch.setattr(SharVisits, "at", lambda *_: read.append(1))
+    batches(drawing(model, manifests, shar=True), 40)
+    assert not read
+
+
+def test_a_shar_that_lost_its_shards_is_named(manifests, model):
+    stopped = drawing(model, manifests, shar=True)
+    batches(stopped, 4)
+    state = state_at(stopped, 4)
+    for shard in sorted((manifests / "shar0").glob("*"))[1:]:
+        if ".000000." not in shard.name:
+            shard.unlink()
+    with pytest.raises(DataError, match="Did the Shar change since the run was stopped"):
+        batches(drawing(model, manifests, 4, shar=True, kept=state), 1)
+
+
+def test_what_has_no_places_is_drawn_up_to_its_place(manifests, model):
+    """Slices of shards, and several Shars in the shares of their sizes."""
+    paths = [as_shar(manifests, 0), as_shar(manifests, 1)]
+    sliced = {"slice_length": 3}
+    for entry, more in (
+        ({"shar_path": paths[0], **sliced}, {}),
+        ({"shar_path": paths[0]}, sliced),
+        ({"shar_path": paths}, {}),
+    ):
+        section = {"batch_size": 2, "shuffle_buffer_size": 8, **more}
+        whole = training_data(model, [entry], **section)
+        expected = batches(whole, 9)
+        assert not whole.in_segments and "places" not in state_at(whole, 6)["ranks"][0]
+        assert same(batches(training_data(model, [entry], 6, **section), 3), expected[6:])
+
+
 def test_a_state_of_another_number_of_ranks_is_left_alone(manifests, model):
     stopped = drawing(model, manifests)
     batches(stopped, 7)
@@ -118,12 +198,14 @@ def test_a_state_of_another_number_of_ranks_is_left_alone(manifests, model):
     assert same(batches(resumed, 4), batches(drawing(model, manifests, ranks=2), 11)[7:])
 
 
-def test_a_state_passes_through_a_checkpoint(manifests, model, tmp_path):
-    stopped = drawing(model, manifests, mixed=True)
+@pytest.mark.parametrize("source", [{}, {"shar": True, "workers": 2}])
+def test_a_state_passes_through_a_checkpoint(manifests, model, tmp_path, source):
+    stopped = drawing(model, manifests, mixed=True, **source)
     expected = batches(stopped, 14)
     torch.save({"data": state_at(stopped, 10)}, tmp_path / "one.ckpt")
     state = torch.load(tmp_path / "one.ckpt", mmap=True, weights_only=True)["data"]
-    assert same(batches(drawing(model, manifests, 10, kept=state, mixed=True), 4), expected[10:])
+    resumed = drawing(model, manifests, 10, kept=state, mixed=True, **source)
+    assert same(batches(resumed, 4), expected[10:]) and resumed.first_segment
 
 
 def test_a_new_segment_leaves_the_random_numbers_of_training_alone(manifests, model):
@@ -168,4 +250,7 @@ def test_given_buckets(manifests, model):
 def test_places_of_before_are_forgotten(manifests, model):
     data = drawing(model, manifests)
     batches(data, 40)
-    assert len(data.segments.places) == segments.KEPT_PLACES
+    assert len(data.places[0]) == segments.KEPT_PLACES
+    workers = drawing(model, manifests, shar=True, workers=2)
+    batches(workers, 40)
+    assert [len(own) for own in workers.places.values()] == [segments.KEPT_PLACES] * 2

@@ -1,0 +1,135 @@
+"""What follows from a training or validation section of the data: its entries, seeds, buffers, and who draws."""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from lhotse.serialization import open_best
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_mtbi.data.conversation import INPUT_TYPE, weighted_shars
+from nemo_mtbi.data.cut_lines import has_lines
+from nemo_mtbi.errors import ConfigError
+
+# In examples, of NeMo's samplers. Lhotse adds the second one to the first.
+BUFFERS = ("bucket_buffer_size", "shuffle_buffer_size", "num_cuts_for_bins_estimate")
+SHUFFLE_BUFFER = 10_000  # NeMo's default
+SHAR_SHUFFLE_BUFFER = 500
+SEEDS_APART = 1_000_003
+
+
+def number_entries(section: DictConfig) -> bool:
+    """Let the lines of a section's manifests come in random order; NeMo's buffer is for what is read through.
+
+    Returns:
+        Whether all that is read can be begun at any place: lines of manifests, and Shar.
+    """
+    entries, number = list(input_entries(section)), 0
+    for entry in entries:
+        entry.entry = number
+        if "shar_path" not in entry:  # two entries may read the same cuts
+            entry.order_seed = order_seed(section) + SEEDS_APART * number
+            entry.dealt = section.get("batch_size") or 1
+        number += len(numbers_of(entry))
+    if entries and all(has_lines(entry.get("cuts_path")) and "shar_path" not in entry for entry in entries):
+        section.shuffle, section.shuffle_buffer_size = False, None
+    sliced = any(part.get("slice_length") for part in parts_of(section))
+    return len(entries) == len(list(sources(section))) and all(map(has_places, entries)) and not sliced
+
+
+def has_places(entry: DictConfig) -> bool:
+    """Whether an entry can be read from any place on: not a pipe or compressed lines, slices of Shar, or several Shars
+    in the shares of their sizes."""
+    shar = entry.get("shar_path")
+    if shar is None:
+        return has_lines(entry.get("cuts_path"))
+    alone = not OmegaConf.is_list(shar) or len(shar) == 1
+    return (alone or bool(weighted_shars(entry))) and not entry.get("slice_length")
+
+
+def order_seed(section: DictConfig) -> int:
+    """Of the order of a manifest's lines, on which all ranks must agree."""
+    return seed_of(section, "shard_seed", "seed")
+
+
+def seed_of(section: DictConfig, *keys: str) -> int:
+    """The first of the section's ``keys`` (default: ``seed``) that is a number; 0 without one."""
+    seeds = (section.get(key) for key in keys or ("seed",))
+    return next((seed for seed in seeds if isinstance(seed, int) and seed >= 0), 0)
+
+
+def enough(section: DictConfig, most: int) -> int:
+    """Examples that a buffer of ``most`` needs: those of small manifests go round and round in it before the first
+    batch. At least some batches of every bucket; all of ``most`` for Shar and pipes.
+    """
+    found = 0
+    for entry in input_entries(section):
+        path = entry.get("cuts_path")
+        if not isinstance(path, str) or not Path(path).is_file():
+            return most
+        with open_best(path) as lines:
+            found += sum(1 for _ in islice(lines, most - found))
+    batches = (section.get("num_buckets") or 1) * (section.get("batch_size") or 16)
+    return min(most, max(found, batches))
+
+
+def shuffle_buffer(section: DictConfig) -> int | None:
+    """Examples that every process that draws holds for shuffling, beside those for buckets.
+
+    Shar's shards are shuffled as such, and its cuts come with their audio or features.
+    """
+    if not reads_shar(section):
+        return SHUFFLE_BUFFER
+    return None if section.get("use_bucketing") else SHAR_SHUFFLE_BUFFER
+
+
+def workers_that_draw(section: DictConfig | None) -> int:
+    """Processes that draw batches and read them, in turns (Shar, ``force_iterable_dataset``); 0 otherwise.
+
+    Raises:
+        ConfigError: there are none to do it, or Shar is to be read by others.
+    """
+    if section is None:
+        return 0
+    if section.get("force_iterable_dataset") and not section.get("num_workers"):
+        raise ConfigError(
+            "data.train_ds.force_iterable_dataset=true lets the loader's workers draw the batches; set "
+            "data.train_ds.num_workers to at least 1."
+        )
+    shar = reads_shar(section)
+    if shar and section.get("force_map_dataset"):
+        raise ConfigError(
+            "data.train_ds.force_map_dataset=true: Shar is read by the processes that draw the batches. Leave it out."
+        )
+    return max(section.get("num_workers") or 0, 1) if shar or section.get("force_iterable_dataset") else 0
+
+
+def reads_shar(section: DictConfig) -> bool:
+    return any("shar_path" in entry for entry in input_entries(section))
+
+
+def parts_of(section: DictConfig) -> list[DictConfig]:
+    """A section and the data sets in it, which have options of their own."""
+    return [section, *section.get("datasets", {}).values()]
+
+
+def input_entries(section: DictConfig) -> Iterator[DictConfig]:
+    """``input_cfg`` entries of our type in a train or validation section, groups included."""
+    return (entry for entry in sources(section) if entry.get("type") == INPUT_TYPE)
+
+
+def sources(section: DictConfig) -> Iterator[DictConfig]:
+    """``input_cfg`` entries of any type, groups excepted."""
+    for part in parts_of(section):
+        queue = list(part.get("input_cfg") or [])
+        while queue:
+            entry = queue.pop()
+            queue += list(entry.get("input_cfg") or [])
+            if not entry.get("input_cfg"):
+                yield entry
+
+
+def numbers_of(entry: DictConfig) -> range:
+    """Of an entry that was numbered, or of its Shars."""
+    first = entry.get("entry") or 0
+    return range(first, first + max(len(weighted_shars(entry)), 1))

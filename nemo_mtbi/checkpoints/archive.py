@@ -1,11 +1,12 @@
 """Writes exports that need nothing else: a Hugging Face directory, and the same directory as one ``.nemo`` file.
 
 Contents: ``config.json`` (SALM's configuration format, encoder and connector described completely),
-``model.safetensors`` (every weight), the tokenizer's files, ``llm_backbone/config.json`` and
-``generation_config.json``, and ``README.md``.
+``model.safetensors`` (every weight; above :data:`SHARD` several files and Transformers' index), the tokenizer's files,
+``llm_backbone/config.json`` and ``generation_config.json``, and ``README.md``.
 No pickle, no code: classes come from the configuration through NeMo's list of allowed targets.
 """
 
+import json
 import logging
 import os
 import tarfile
@@ -15,12 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelHubMixin
+from huggingface_hub import save_torch_model, split_torch_state_dict_into_shards
 from nemo.collections.common.prompts import PromptFormatter
 from omegaconf import OmegaConf
 
 from nemo_mtbi.checkpoints.card import model_card
-from nemo_mtbi.checkpoints.exported import LLM_BACKBONE_DIR, NEMO_CONFIG
+from nemo_mtbi.checkpoints.exported import CONFIG, LLM_BACKBONE_DIR, NEMO_CONFIG
 from nemo_mtbi.checkpoints.run_directory import RunDirectory
 from nemo_mtbi.checkpoints.seen_record import SEEN
 from nemo_mtbi.data.chat_template import chat_template
@@ -31,6 +32,9 @@ from nemo_mtbi.modules.causal_lm import causal_lm
 
 log = logging.getLogger(__name__)
 
+SHARD = "50GB"  # as Transformers has it
+# By which vLLM and Transformers know NeMo's speech LLMs (nemo/collections/speechlm2/parts/hf_hub.py).
+IDENTITY = {"model_type": "nemo_speechlm", "architectures": ["NeMoSpeechLMForConditionalGeneration"]}
 # Settings of training that mean nothing to a user of the model, and where an export that was opened lies.
 NOT_EXPORTED = (
     "optimizer",
@@ -49,10 +53,31 @@ def exported_config(model: Any) -> dict[str, Any]:
     """The configuration with which the exported weights load without their pretrained sources."""
     cfg: dict[str, Any] = OmegaConf.to_container(model.cfg, resolve=True)  # type: ignore[assignment]
     cfg = {k: v for k, v in cfg.items() if k not in NOT_EXPORTED}
-    return cfg | {"pretrained_weights": False, "references": model.references, "trust_remote_code": False}
+    own = {"pretrained_weights": False, "references": model.references, "trust_remote_code": False}
+    return IDENTITY | cfg | own
 
 
-def save_directory(model: Any, folder: Path, card: str | None = None, seen: dict[str, Any] | None = None) -> Path:
+def require_size(size: Any) -> None:
+    """
+    Raises:
+        ConfigError: no size such as ``"50GB"``, or number of bytes.
+    """
+    try:
+        split_torch_state_dict_into_shards({}, max_shard_size=size)
+        known = isinstance(size, str) or size > 0
+    except (ValueError, TypeError):
+        known = False
+    if not known:
+        raise ConfigError(f"max_shard_size={size!r}: a size with its unit, as 50GB, or a number of bytes.")
+
+
+def save_directory(
+    model: Any,
+    folder: Path,
+    card: str | None = None,
+    seen: dict[str, Any] | None = None,
+    max_shard_size: int | str = SHARD,
+) -> Path:
     """Write the Hugging Face directory; it is complete or absent.
 
     Args:
@@ -60,8 +85,11 @@ def save_directory(model: Any, folder: Path, card: str | None = None, seen: dict
         folder: where to; must not exist or be empty.
         card: text of README.md; by default one without the run's records.
         seen: what it was trained on (``seen.json``).
+        max_shard_size: bytes of a file of weights, as ``"50GB"``. NeMo's own ``SALM.from_pretrained`` opens one file
+            alone.
 
     Raises:
+        ConfigError: a size that is none.
         CheckpointError: the folder is in use, or the model is one rank's part of it.
     """
     if model.vocabulary_shard.group is not None:
@@ -69,9 +97,11 @@ def save_directory(model: Any, folder: Path, card: str | None = None, seen: dict
             "The model is spread over tensor-parallel ranks, and none has all of its weights: export it with "
             "`mtbi export`, or open it with tensor_model_parallel_size=1 first."
         )
+    require_size(max_shard_size)
     with _new_folder(folder) as temporary:
         # torch_dtype etc. of SALM are left alone: weights are stored in the type that each part computes in.
-        ModelHubMixin.save_pretrained(model, temporary, config=exported_config(model))
+        save_torch_model(model, temporary, max_shard_size=max_shard_size)
+        jsonl.write_text(temporary / CONFIG, json.dumps(exported_config(model), sort_keys=True, indent=2))
         save_tokenizer(model, temporary)
         backbone = causal_lm(model.llm)
         backbone.config.save_pretrained(temporary / LLM_BACKBONE_DIR)
@@ -142,13 +172,19 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         temporary.rename(folder)
 
 
-def save_nemo(model: Any, path: Path, card: str | None = None, seen: dict[str, Any] | None = None) -> Path:
+def save_nemo(
+    model: Any,
+    path: Path,
+    card: str | None = None,
+    seen: dict[str, Any] | None = None,
+    max_shard_size: int | str = SHARD,
+) -> Path:
     """Write one ``.nemo`` archive (uncompressed tar of the directory, and ``model_config.yaml`` as NeMo's archives
     have).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as name:
-        folder = save_directory(model, Path(name) / "model", card, seen)
+        folder = save_directory(model, Path(name) / "model", card, seen, max_shard_size)
         OmegaConf.save(
             OmegaConf.create({"target": "nemo_mtbi.models.MTBISALM", **exported_config(model)}), folder / NEMO_CONFIG
         )

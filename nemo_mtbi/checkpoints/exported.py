@@ -4,7 +4,7 @@ import errno
 import json
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from pkgutil import resolve_name
@@ -14,9 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from nemo_mtbi.errors import CheckpointError
+from nemo_mtbi.io.tensors import INDEX, SINGLE, weight_files
 from nemo_mtbi.modules.causal_lm import causal_lm
 
-CONFIG, WEIGHTS, NEMO_CONFIG = "config.json", "model.safetensors", "model_config.yaml"
+CONFIG, NEMO_CONFIG = "config.json", "model_config.yaml"
 LLM_BACKBONE_DIR = "llm_backbone"  # NeMo's name (speechlm2/parts/hf_hub.py)
 # Where the parts of a model may come from. Whole models are none: those read further files, some of which hold code.
 PARTS_OF = (
@@ -64,7 +65,7 @@ def unpacked_nemo(path: Path) -> Iterator[Path]:
         try:
             with tarfile.open(path, "r:") as tar:
                 members = {m.name.removeprefix("./") for m in tar.getmembers()}
-                if CONFIG not in members or WEIGHTS not in members:
+                if CONFIG not in members or not members & {SINGLE, INDEX}:
                     raise CheckpointError(
                         f"{path} is a NeMo archive of another kind of model (it holds "
                         f"{', '.join(sorted(members)[:5])}); "
@@ -90,15 +91,17 @@ def unpacked_nemo(path: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def checked_directory(folder: Path) -> set[str]:
-    """Names of the tensors of an exported directory, after every check that needs no model.
+def checked_directory(folder: Path) -> dict[str, Path]:
+    """Names of the tensors of an exported directory and the files that hold them, after every check that needs no
+    model.
 
     Raises:
         CheckpointError: no export, of another kind of model, damaged, or one that asks for its own code to be run.
     """
-    for file in (CONFIG, WEIGHTS):
-        if not (folder / file).is_file():
-            raise CheckpointError(f"{folder} is not an exported model: it has no {file}.")
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(f"{folder} is not an exported model: it has no {CONFIG}.")
+    if not (folder / SINGLE).is_file() and not (folder / INDEX).is_file():
+        raise CheckpointError(f"{folder} is not an exported model: it has neither {SINGLE} nor {INDEX}.")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -122,11 +125,31 @@ def checked_directory(folder: Path) -> set[str]:
             raise CheckpointError(f"{CONFIG} holds {value!r}: an exported configuration has values, no interpolations.")
         if key == "_target_":
             module_class(value)
+    return weights_of(folder)
+
+
+def weights_of(folder: Path) -> dict[str, Path]:
+    """Names of the tensors of a folder and the files that hold them.
+
+    Raises:
+        CheckpointError: a file is missing, truncated, or holds other tensors than the index says.
+    """
     try:
-        with safe_open(folder / WEIGHTS, "pt") as weights:
-            return set(weights.keys())
+        files = weight_files(folder)
+        for file in set(files.values()):
+            with safe_open(file, "pt") as weights:
+                lacking = {name for name, own in files.items() if own == file} - set(weights.keys())
+            if lacking:
+                raise CheckpointError(f"{file} lacks {sorted(lacking)[0]}, which {INDEX} says it has. Copy it again.")
     except SafetensorError as error:
-        raise CheckpointError(f"{folder / WEIGHTS} is truncated or no safetensors file ({error}).") from error
+        raise CheckpointError(
+            f"A file of weights in {folder} is truncated or no safetensors file ({error})."
+        ) from error
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} lacks a file of its weights ({error}). Copy it again.") from error
+    except ValueError as error:
+        raise CheckpointError(f"{folder / INDEX} is damaged ({error}). Copy it again.") from error
+    return files
 
 
 def module_class(target: Any) -> type[nn.Module]:
@@ -154,7 +177,7 @@ def _entries(part: Any, key: str = "") -> Iterator[tuple[str, Any]]:
             yield from _entries(value, name)
 
 
-def require_every_weight(model: Any, folder: Path, names: set[str]) -> None:
+def require_every_weight(model: Any, folder: Path, names: Iterable[str]) -> None:
     """
     Raises:
         CheckpointError: the model has tensors that are not among the ``names`` in ``folder``.
@@ -164,8 +187,8 @@ def require_every_weight(model: Any, folder: Path, names: set[str]) -> None:
     tied = {n for n in state if tie and n.endswith("lm_head.weight")}
     own = {n for n in state if not n.endswith("_extra_state")}  # Megatron's layers name one that is empty
     own -= {n for n in own if state[n].numel() == 0}
-    missing = own - names - tied
+    missing = own - set(names) - tied
     if missing:
         raise CheckpointError(
-            f"{folder / WEIGHTS} lacks {len(missing)} tensors of the model, e.g. {sorted(missing)[0]}."
+            f"The weights in {folder} lack {len(missing)} tensors of the model, e.g. {sorted(missing)[0]}."
         )

@@ -1,6 +1,7 @@
-"""Opening a model whose every weight is in one file: no random initialization, no copy of the file."""
+"""Opening a model whose every weight is in its files: no random initialization, no copy of the file."""
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,19 +25,23 @@ def without_initialization() -> Iterator[None]:
         yield
 
 
-def fill(model: Any, file: Path) -> None:
-    """Give a model the tensors of a safetensors file; names that one of both lacks are left out.
+def fill(model: Any, files: Mapping[str, Path]) -> None:
+    """Give a model the tensors of safetensors files (by name); names that the model lacks are left out.
 
-    Parameters of the large parts lie in the mapped file, which is read where and when it is used; writing to them
-    changes the process's own copy of a page, not the file. The rest goes through ``load_state_dict`` and its hooks.
+    Parameters of the large parts lie in the mapped files, which is read where and when it is used; writing to them
+    changes the process's own copy of a page, not a file. The rest goes through ``load_state_dict`` and its hooks.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     rest = {}
-    with safe_open(file, "pt") as weights:
-        for name in weights.keys():
-            tensor, parameter = weights.get_tensor(name), parameters.get(name)
-            if parameter is not None and name.startswith(FROZEN_PARTS) and tensor.shape == parameter.shape:
-                parameter.data = tensor.to(parameter.dtype)
-            else:
-                rest[name] = tensor
+    held: dict[Path, list[str]] = defaultdict(list)
+    for name, file in files.items():
+        held[file].append(name)
+    for file, names in held.items():
+        with safe_open(file, "pt") as weights:
+            for name in names:
+                tensor, parameter = weights.get_tensor(name), parameters.get(name)
+                if parameter is not None and name.startswith(FROZEN_PARTS) and tensor.shape == parameter.shape:
+                    parameter.data = tensor.to(parameter.dtype)
+                else:
+                    rest[name] = tensor
     model.load_state_dict(rest, strict=False)

@@ -24,6 +24,7 @@ from nemo_mtbi.evaluation.systems import (
     system_batches,
 )
 from nemo_mtbi.io import jsonl
+from nemo_mtbi.io.tensors import weight_files
 from nemo_mtbi.models.mtbi_salm import MTBISALM
 
 
@@ -198,7 +199,8 @@ def digest(path: Path) -> str:
     All of it, since a connector is a small part.
     """
     value = hashlib.blake2b(digest_size=16)
-    with open(path / "model.safetensors" if path.is_dir() else path, "rb") as stream:
-        while block := stream.read(1 << 24):
-            value.update(block)
+    for file in sorted(set(weight_files(path).values())) if path.is_dir() else [path]:
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 24):
+                value.update(block)
     return value.hexdigest()

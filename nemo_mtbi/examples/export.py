@@ -13,7 +13,7 @@ from nemo_mtbi.examples._launcher import announce, launcher
 
 @launcher("export")
 def main(cfg: DictConfig) -> None:
-    from nemo_mtbi.checkpoints.archive import save_directory, save_nemo, save_trainable
+    from nemo_mtbi.checkpoints.archive import require_size, save_directory, save_nemo, save_trainable
     from nemo_mtbi.checkpoints.card import model_card
     from nemo_mtbi.checkpoints.round_trip import MERGED, TOLERANCE, probe_logits, require_same_logits
     from nemo_mtbi.checkpoints.run_directory import IMITATION, RunDirectory
@@ -26,6 +26,7 @@ def main(cfg: DictConfig) -> None:
         raise ConfigError("Say what to write: nemo=FILE, hf=FOLDER or trainable_only=FOLDER.")
     if cfg.merge_lora and not (cfg.nemo or cfg.hf):
         raise ConfigError("merge_lora=true changes the LLM, which trainable_only does not hold: give nemo or hf.")
+    require_size(cfg.max_shard_size)
     run = RunDirectory(cfg.run)
     stage = cfg.stage or run.last_stage()
     model, seen = MTBISALM.from_run(run, stage), record_of(run.root) if stage == IMITATION else None
@@ -54,10 +55,10 @@ def main(cfg: DictConfig) -> None:
         tolerance = MERGED.get(model.llm.dtype, TOLERANCE)
         check("merge_lora_max_abs_diff", "The model with its LoRA merged", lambda: model, tolerance)
     if cfg.nemo:
-        written["nemo"] = save_nemo(model, Path(cfg.nemo), card(whole=True), seen)
+        written["nemo"] = save_nemo(model, Path(cfg.nemo), card(whole=True), seen, cfg.max_shard_size)
         read_back(written["nemo"])
     if cfg.hf:
-        written["hf"] = save_directory(model, Path(cfg.hf), card(whole=True), seen)
+        written["hf"] = save_directory(model, Path(cfg.hf), card(whole=True), seen, cfg.max_shard_size)
         read_back(written["hf"])
     jsonl.write_json(run.root / "export.json", {k: str(v) for k, v in written.items()} | differences)
     found = differences.get("round_trip_max_abs_diff", "not looked at")

@@ -1,15 +1,50 @@
 """Tensors in files: complete or absent, and as readable as other files."""
 
+import json
 import shutil
 import stat
 import uuid
 from contextlib import suppress
 from pathlib import Path
 
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_mtbi.io.jsonl import keep
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"  # of Transformers
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Name of each weight -> its file, of ``model.safetensors.index.json``.
+
+    Raises:
+        ValueError: it is damaged, or names a file elsewhere.
+    """
+    read = json.loads(index.read_text(encoding="utf-8"))
+    named = read.get("weight_map") if isinstance(read, dict) else None
+    if not isinstance(named, dict) or not named:
+        raise ValueError("it has no weight_map")
+    for file in named.values():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(f"{file!r} is no safetensors file beside it")
+    return named
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Name of each weight of a folder -> the safetensors file that holds it; empty where there is none.
+
+    Raises:
+        ValueError: see :func:`weight_map`.
+        SafetensorError: a file that is none.
+    """
+    if (folder / INDEX).is_file():
+        return {name: folder / file for name, file in weight_map(folder / INDEX).items()}
+    if not (folder / SINGLE).is_file():
+        return {}
+    with safe_open(folder / SINGLE, "pt") as weights:
+        return dict.fromkeys(weights.keys(), folder / SINGLE)
 
 
 def save_tensors(state: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

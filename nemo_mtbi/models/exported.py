@@ -12,12 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nemo_mtbi.checkpoints.exported import (
     CONFIG,
-    WEIGHTS,
     checked_directory,
     export_folder,
     local_config,
     module_class,
     require_every_weight,
+    weights_of,
 )
 from nemo_mtbi.checkpoints.fast_loading import fill, without_initialization
 from nemo_mtbi.config import model_config
@@ -120,7 +120,7 @@ class ExportedSpeechLLM(SpeechLLM):
             self.perception = Perception(OmegaConf.create(cfg["perception"]))
         self.perception.encoder.to(getattr(torch, config.encoder_dtype))
         self.frame_seconds = encoder_frame_seconds(self.perception)
-        fill(self, folder / WEIGHTS)
+        fill(self, weights_of(folder))
         self.requires_grad_(False)
         connector = connector_of(self.perception)
         assert connector is not None

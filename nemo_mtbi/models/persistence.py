@@ -7,10 +7,9 @@ from huggingface_hub import snapshot_download
 from omegaconf import open_dict
 from safetensors import safe_open
 
+from nemo_mtbi.checkpoints.archive import SHARD, save_nemo
 from nemo_mtbi.checkpoints.archive import save_directory as export_directory
-from nemo_mtbi.checkpoints.archive import save_nemo
 from nemo_mtbi.checkpoints.exported import (
-    WEIGHTS,
     checked_directory,
     export_folder,
     local_config,
@@ -103,27 +102,32 @@ class PersistenceMixin:
 
     @classmethod
     def _from_export(cls, folder: Path, map_location: str, ranks: int = 1) -> Self:
-        names = checked_directory(folder)
-        model = cls._sharded(folder, map_location, ranks) if ranks > 1 else cls._whole(folder, map_location)
-        require_every_weight(model, folder, names)
+        files = checked_directory(folder)
+        model = (
+            cls._sharded(folder, files, map_location, ranks) if ranks > 1 else cls._whole(folder, files, map_location)
+        )
+        require_every_weight(model, folder, files)
         return model.eval()
 
     @classmethod
-    def _whole(cls, folder: Path, map_location: str) -> Any:
+    def _whole(cls, folder: Path, files: dict[str, Path], map_location: str) -> Any:
         with without_initialization():
             model: Any = cls(local_config(folder))  # type: ignore[call-arg]
-        fill(model, folder / WEIGHTS)
+        fill(model, files)
         return model.to(map_location)
 
     @classmethod
-    def _sharded(cls, folder: Path, map_location: str, ranks: int) -> Any:
+    def _sharded(cls, folder: Path, files: dict[str, Path], map_location: str, ranks: int) -> Any:
         cfg = local_config(folder) | {"tensor_model_parallel_size": ranks}
         model: Any = cls(cfg)  # type: ignore[call-arg]
         model.llm_weights = folder
         model.configure_model()
-        with safe_open(folder / WEIGHTS, "pt") as weights:
-            rest = [n for n in weights.keys() if "lora_" in n or not n.startswith(("llm.", "embed_tokens."))]
-            model.load_trained_state({name: weights.get_tensor(name) for name in rest})
+        state = {}
+        for name, file in files.items():
+            if "lora_" in name or not name.startswith(("llm.", "embed_tokens.")):
+                with safe_open(file, "pt") as weights:
+                    state[name] = weights.get_tensor(name)
+        model.load_trained_state(state)
         return model.to(map_location)
 
     def save_to(self, path: str | Path) -> Path:
@@ -136,16 +140,18 @@ class PersistenceMixin:
         *,
         repo_id: str | None = None,
         push_to_hub: bool = False,
+        max_shard_size: str = SHARD,
         **hub: Any,
     ) -> str | None:
-        """Write the directory that ``mtbi export hf=...`` writes (``push_to_hub`` uploads one too).
+        """Write the directory that ``mtbi export hf=...`` writes (``push_to_hub`` uploads one too), in files of weights
+        of at most ``max_shard_size``.
 
         Raises:
             CheckpointError: the folder is in use, or the model is one rank's part of it.
         """
         for name in ("config", "model_card_kwargs"):  # these are the model's own
             hub.pop(name, None)
-        folder = export_directory(self, Path(save_directory))
+        folder = export_directory(self, Path(save_directory), max_shard_size=max_shard_size)
         return self.push_to_hub(repo_id or folder.name, **hub) if push_to_hub else None
 
     def merge_lora(self: Any) -> None:

@@ -1,6 +1,5 @@
 """An LLM whose weights each rank reads by itself: built empty, then filled from the files, as far as it holds them."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,10 @@ from safetensors import safe_open
 from torch import nn
 
 from nemo_mtbi.errors import ConfigError
+from nemo_mtbi.io.tensors import INDEX, SINGLE, weight_files, weight_map
 from nemo_mtbi.modules.causal_lm import causal_lm
 from nemo_mtbi.parallel.parts import part_of
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -100,22 +99,14 @@ def local_snapshot(name: str) -> Path:
         ) from error
 
 
-def weight_map(index: Path) -> dict[str, str]:
-    """Name of each weight -> its file, of ``model.safetensors.index.json``."""
-    return json.loads(index.read_text())["weight_map"]
-
-
 def _weight_files(folder: Path) -> dict[str, tuple[Path, str]]:
     """Name of a weight in the LLM -> the file that holds it, and its name there."""
-    index = folder / INDEX
-    if index.is_file():
-        files = {name: folder / file for name, file in weight_map(index).items()}
-    else:
-        single = folder / SINGLE
-        if not single.is_file():
-            raise ConfigError(f"{folder} has no safetensors weights; tensor parallelism reads no other format.")
-        with safe_open(single, "pt") as file:
-            files = dict.fromkeys(file.keys(), single)
+    try:
+        files = weight_files(folder)
+    except ValueError as error:
+        raise ConfigError(f"{folder / INDEX} is damaged: {error}.") from error
+    if not files:
+        raise ConfigError(f"{folder} has no safetensors weights; tensor parallelism reads no other format.")
     return {own_name(name): (file, name) for name, file in files.items()}
 
 

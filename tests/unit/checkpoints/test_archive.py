@@ -10,16 +10,20 @@ import tarfile
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig
 
-from nemo_mtbi.checkpoints.archive import exported_config, save_directory
+from nemo_mtbi.checkpoints.archive import exported_config, save_directory, save_nemo
 from nemo_mtbi.checkpoints.card import model_card
 from nemo_mtbi.checkpoints.round_trip import max_abs_logit_difference, require_same_logits
 from nemo_mtbi.checkpoints.run_directory import RunDirectory, split_stage
 from nemo_mtbi.errors import CheckpointError, ConfigError
-from nemo_mtbi.io.tensors import as_readable_as_others, save_tensors
+from nemo_mtbi.evaluation.predictions import digest
+from nemo_mtbi.io.tensors import INDEX, SINGLE, as_readable_as_others, save_tensors, weight_files
 from nemo_mtbi.losses.vocabulary import VocabularyShard
 from nemo_mtbi.models import MTBISALM
 from nemo_mtbi.models.exported import open_speech_llm
+from nemo_mtbi.parallel.loading import empty_llm, load_shards
 from nemo_mtbi.pretrained.fingerprint import fingerprint
 from nemo_mtbi.pretrained.offline import of_one_layout
 
@@ -175,6 +179,66 @@ def test_save_pretrained_writes_what_from_pretrained_opens(exported, tmp_path):
     }
     again = MTBISALM.from_pretrained(tmp_path / "hf")
     assert max_abs_logit_difference(model, again) < 1e-5
+
+
+@pytest.fixture
+def in_files(exported, tmp_path):
+    """An export whose weights are in several files."""
+    return save_directory(exported[0], tmp_path / "files", max_shard_size="20KB")
+
+
+def test_an_export_in_several_files_is_the_same_model(exported, in_files, tmp_path, tiny_llm):
+    """By Transformers' index; opened with NeMo and without, from an archive too, and read by rank."""
+    model = exported[0]
+    parts = sorted(in_files.glob("*.safetensors"))
+    assert len(parts) > 3 and not (in_files / SINGLE).exists()
+    nemo = save_nemo(model, tmp_path / "m.nemo", max_shard_size="20KB")
+    for source in (in_files, nemo):
+        assert max_abs_logit_difference(model, MTBISALM.restore_from(source)) < 1e-5
+        assert max_abs_logit_difference(model, open_speech_llm(source)) < 1e-5
+    whole = {name: value for part in parts for name, value in load_file(part).items()}
+    single = load_file(save_directory(model, tmp_path / "one") / SINGLE)
+    assert single.keys() == whole.keys() and all(torch.equal(single[name], whole[name]) for name in whole)
+    by_rank = empty_llm(AutoConfig.from_pretrained(in_files / "llm_backbone"), torch.float32)
+    load_shards(by_rank, in_files, torch.device("cpu"))
+    assert torch.equal(by_rank.model.embed_tokens.weight, model.embed_tokens.weight)
+    assert digest(in_files) == digest(in_files) != digest(tmp_path / "one")
+
+
+def test_damage_to_one_of_several_files_is_named(in_files, tmp_path):
+    index = in_files / INDEX
+    said = json.loads(index.read_text())
+    first, last = sorted(in_files.glob("*.safetensors"))[0], sorted(in_files.glob("*.safetensors"))[-1]
+
+    def broken(message, change):
+        folder = tmp_path / message
+        shutil.copytree(in_files, folder)
+        change(folder)
+        for opened in (MTBISALM.restore_from, open_speech_llm):
+            with pytest.raises(CheckpointError, match=message):
+                opened(folder)
+
+    def mapped(**changes):
+        return lambda folder: (folder / INDEX).write_text(json.dumps(said | changes))
+
+    broken("truncated", lambda folder: (folder / first.name).write_bytes(first.read_bytes()[:-10]))
+    broken("lacks a file of its weights", lambda folder: (folder / last.name).unlink())
+    broken("says it has", lambda folder: (folder / last.name).write_bytes(first.read_bytes()))
+    broken("is damaged", lambda folder: (folder / INDEX).write_text(index.read_text()[:50]))
+    broken("has no weight_map", mapped(weight_map=[]))
+    name = next(iter(said["weight_map"]))
+    for file in ("../x.safetensors", "/etc/passwd", 7):
+        with pytest.raises(ValueError, match="no safetensors file beside it"):
+            (tmp_path / INDEX).write_text(json.dumps({"weight_map": {name: file}}))
+            weight_files(tmp_path)
+    del said["weight_map"][name]
+    broken("lack 1 tensors", mapped())
+
+
+@pytest.mark.parametrize("size", ["50", "x GB", "", 0, -1, None, [1]])
+def test_a_size_of_files_that_is_none_is_refused(exported, tmp_path, size):
+    with pytest.raises(ConfigError, match="max_shard_size"):
+        save_directory(exported[0], tmp_path / "hf", max_shard_size=size)
 
 
 def test_weights_of_another_size_are_named(exported, tmp_path):

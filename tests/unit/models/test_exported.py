@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 from nemo_mtbi.checkpoints import exported as files
 from nemo_mtbi.checkpoints.archive import save_directory, save_nemo
 from nemo_mtbi.errors import CheckpointError
+from nemo_mtbi.io.tensors import SINGLE
 from nemo_mtbi.models import MTBISALM
 from nemo_mtbi.models.exported import ExportedSpeechLLM, open_speech_llm
 from tests.helpers import build
@@ -120,7 +121,7 @@ def test_missing_weights_and_wrong_paths_are_named(tiny_config, tmp_path):
     folder = save_directory(make(tiny_config, "stack"), tmp_path / "hf")
     with pytest.raises(CheckpointError, match="There is no file"):
         open_speech_llm(tmp_path / "none.nemo")
-    (folder / files.WEIGHTS).write_bytes((folder / files.WEIGHTS).read_bytes()[:-100])
+    (folder / SINGLE).write_bytes((folder / SINGLE).read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="truncated"):
         open_speech_llm(folder)
 

@@ -17,7 +17,7 @@ import numpy as np
 from filelock import FileLock
 from lhotse import CutSet
 from lhotse.cut import Cut
-from lhotse.serialization import deserialize_item
+from lhotse.serialization import decode_json_line, deserialize_item
 from nemo.collections.common.data.lhotse.cutset import resolve_relative_paths
 from torch.utils.data import get_worker_info
 
@@ -166,7 +166,11 @@ class Share:
         file.seek(begin)
         if not (text := file.read(end - begin)).strip():
             return None
-        cut = deserialize_item(jsonl.parsed(self.path, line + 1, text))
+        try:
+            read = decode_json_line(text)  # as Lhotse reads manifests
+        except ValueError:
+            read = jsonl.parsed(self.path, line + 1, text)
+        cut = deserialize_item(read)
         return resolve_relative_paths(cut, manifest_path=str(self.path))
 
     def _own(self, order: np.ndarray, visit: int) -> np.ndarray:

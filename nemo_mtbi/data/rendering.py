@@ -282,6 +282,8 @@ def match_words(words: list[str], timed: tuple[TimedWord, ...]) -> list[TimedWor
     def key(word: str) -> str:
         return normalized(word).replace(" ", "").replace("'", "")
 
+    if words == [own.text for own in timed]:
+        return list(timed)
     result = [TimedWord(word) for word in words]
     if not timed:
         return result

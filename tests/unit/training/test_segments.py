@@ -132,8 +132,8 @@ def test_little_is_drawn_again(manifests, model, monkeypatch):
     stopped = drawing(model, manifests)
     expected = batches(stopped, 101)
     state = state_at(stopped, 100)
-    read, parsed = [], cut_lines.jsonl.parsed
-    monkeypatch.setattr(cut_lines.jsonl, "parsed", lambda *line: read.append(line) or parsed(*line))
+    read, parsed = [], cut_lines.decode_json_line
+    monkeypatch.setattr(cut_lines, "decode_json_line", lambda *line: read.append(line) or parsed(*line))
     assert same(batches(drawing(model, manifests, 100, kept=state), 1), expected[100:])
     few = len(read)
     read.clear()

@@ -262,7 +262,7 @@ class ResumableData(DataModule):
         if self.in_segments and kept.get("places") and kept["sources"] != self.sources:
             log.warning("What is to be trained on is other than before, so the data is drawn up to its place.")
         elif self.in_segments and len(kept.get("places", [])) == workers and layout.items() <= kept.items():
-            return kept["number"], [Place(**own) for own in kept["places"]]
+            return kept["number"], [Place.unpacked(own) for own in kept["places"]]
         return 0, [None] * workers
 
     def _sampler_of(self, whole: Any) -> SectionSampler:
@@ -287,7 +287,7 @@ class ResumableData(DataModule):
         dropped = self.readable.dropped_before(given - self.skip)
         number = (given + dropped) // max(self.drawing_workers, 1) // self.segment_batches
         own: dict[str, Any] = {"dropped": dropped}
-        places = [vars(place) for worker in self.places.values() if (place := worker.get(number)) is not None]
+        places = [place.packed() for worker in self.places.values() if (place := worker.get(number)) is not None]
         if places and len(places) == len(self.places):
             own |= {"number": number, "batches": self.segment_batches, "places": places, "sources": self.sources}
         found: list[Any] = [(self._get_dp_rank(), own)]

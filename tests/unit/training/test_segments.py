@@ -247,6 +247,19 @@ def test_given_buckets(manifests, model):
     assert len(found) == 8
 
 
+@pytest.mark.parametrize("waiting", [0, 4000])
+def test_places_are_small_in_checkpoints(waiting):
+    """They are those of all ranks and workers."""
+    random_lines = torch.randperm(10_000_000)[:waiting]
+    at = torch.arange(waiting).mul(2) + 7_000_000
+    columns = [torch.arange(waiting) % 3, torch.full((waiting,), 2), at, random_lines, torch.zeros_like(at)]
+    place = segments.Place(torch.tensor([[2, 9, 0]]), torch.stack(columns, 1))
+    kept = place.packed()
+    again = segments.Place.unpacked(kept)
+    assert torch.equal(again.waiting, place.waiting) and torch.equal(again.last, place.last)
+    assert kept["waiting"].numel() < 25_000
+
+
 def test_places_of_before_are_forgotten(manifests, model):
     data = drawing(model, manifests)
     batches(data, 40)

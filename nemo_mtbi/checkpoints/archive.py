@@ -9,8 +9,10 @@ No pickle, no code: classes come from the configuration through NeMo's list of a
 import json
 import logging
 import os
+import re
 import tarfile
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +29,7 @@ from nemo_mtbi.checkpoints.seen_record import SEEN
 from nemo_mtbi.data.chat_template import chat_template
 from nemo_mtbi.errors import CheckpointError, ConfigError
 from nemo_mtbi.io import jsonl
-from nemo_mtbi.io.tensors import as_readable_as_others
+from nemo_mtbi.io.tensors import INDEX, as_readable_as_others
 from nemo_mtbi.modules.causal_lm import causal_lm
 
 log = logging.getLogger(__name__)
@@ -62,12 +64,9 @@ def require_size(size: Any) -> None:
     Raises:
         ConfigError: no size such as ``"50GB"``, or number of bytes.
     """
-    try:
-        split_torch_state_dict_into_shards({}, max_shard_size=size)
-        known = isinstance(size, str) or size > 0
-    except (ValueError, TypeError):
-        known = False
-    if not known:
+    number = re.fullmatch(r"\s*(\d+)\s*[KMGT]B\s*", size, re.IGNORECASE) if isinstance(size, str) else None
+    found = int(number[1]) if number else size if type(size) is int else 0
+    if found < 1:
         raise ConfigError(f"max_shard_size={size!r}: a size with its unit, as 50GB, or a number of bytes.")
 
 
@@ -100,7 +99,7 @@ def save_directory(
     require_size(max_shard_size)
     with _new_folder(folder) as temporary:
         # torch_dtype etc. of SALM are left alone: weights are stored in the type that each part computes in.
-        save_torch_model(model, temporary, max_shard_size=max_shard_size)
+        save_weights(model, temporary, max_shard_size)
         jsonl.write_text(temporary / CONFIG, json.dumps(exported_config(model), sort_keys=True, indent=2))
         save_tokenizer(model, temporary)
         backbone = causal_lm(model.llm)
@@ -110,6 +109,16 @@ def save_directory(
         if seen:
             jsonl.write_json(temporary / SEEN, seen)
     return folder
+
+
+def save_weights(model: Any, folder: Path, max_shard_size: int | str) -> None:
+    """In one file, or in several, whose names no other export has: half a copy over an older export is noticed."""
+    if not split_torch_state_dict_into_shards(model.state_dict(), max_shard_size=max_shard_size).is_sharded:
+        save_torch_model(model, folder, max_shard_size=max_shard_size)
+        return
+    name = f"model-{uuid.uuid4().hex[:12]}{{suffix}}.safetensors"
+    save_torch_model(model, folder, max_shard_size=max_shard_size, filename_pattern=name)
+    (folder / f"{name.format(suffix='')}.index.json").rename(folder / INDEX)
 
 
 def save_tokenizer(model: Any, folder: Path) -> None:

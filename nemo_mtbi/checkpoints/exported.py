@@ -102,6 +102,10 @@ def checked_directory(folder: Path) -> dict[str, Path]:
         raise CheckpointError(f"{folder} is not an exported model: it has no {CONFIG}.")
     if not (folder / SINGLE).is_file() and not (folder / INDEX).is_file():
         raise CheckpointError(f"{folder} is not an exported model: it has neither {SINGLE} nor {INDEX}.")
+    if (folder / SINGLE).is_file() and (folder / INDEX).is_file():
+        raise CheckpointError(
+            f"{folder} has {SINGLE} and {INDEX}, of two exports. Remove what belongs to the older one."
+        )
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -136,7 +140,7 @@ def weights_of(folder: Path) -> dict[str, Path]:
     """
     try:
         files = weight_files(folder)
-        for file in set(files.values()):
+        for file in sorted(set(files.values())):
             with safe_open(file, "pt") as weights:
                 lacking = {name for name, own in files.items() if own == file} - set(weights.keys())
             if lacking:
@@ -145,7 +149,7 @@ def weights_of(folder: Path) -> dict[str, Path]:
         raise CheckpointError(
             f"A file of weights in {folder} is truncated or no safetensors file ({error})."
         ) from error
-    except FileNotFoundError as error:
+    except OSError as error:
         raise CheckpointError(f"{folder} lacks a file of its weights ({error}). Copy it again.") from error
     except ValueError as error:
         raise CheckpointError(f"{folder / INDEX} is damaged ({error}). Copy it again.") from error

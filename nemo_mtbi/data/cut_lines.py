@@ -188,6 +188,14 @@ def has_lines(path: Any) -> bool:
     return isinstance(path, str) and path.endswith(".jsonl") and Path(path).is_file()
 
 
+def count_lines(path: Any) -> int | None:
+    """Lines of a manifest whose lines can be read where they stand; None of others."""
+    if not has_lines(path):
+        return None
+    with open(path, "rb") as file:
+        return len(line_starts(Path(path), file)) - 3
+
+
 def line_starts(path: Path, file: BinaryIO) -> np.ndarray:
     """Size and time of change of an open file, then the byte offsets of its N lines and its end (N + 3,).
 

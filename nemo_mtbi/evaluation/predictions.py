@@ -199,7 +199,10 @@ def digest(path: Path) -> str:
     All of it, since a connector is a small part.
     """
     value = hashlib.blake2b(digest_size=16)
-    for file in sorted(set(weight_files(path).values())) if path.is_dir() else [path]:
+    files = sorted(set(weight_files(path).values())) if path.is_dir() else [path]
+    if not files:
+        raise FileNotFoundError(f"There are no safetensors weights in {path}.")
+    for file in files:
         with open(file, "rb") as stream:
             while block := stream.read(1 << 24):
                 value.update(block)

@@ -22,12 +22,16 @@ def weight_map(index: Path) -> dict[str, str]:
     Raises:
         ValueError: it is damaged, or names a file elsewhere.
     """
-    read = json.loads(index.read_text(encoding="utf-8"))
+    try:
+        read = json.loads(index.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("its brackets are too deep") from error
     named = read.get("weight_map") if isinstance(read, dict) else None
     if not isinstance(named, dict) or not named:
         raise ValueError("it has no weight_map")
     for file in named.values():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+        beside = isinstance(file, str) and Path(file).name == file and not (index.parent / file).is_dir()
+        if not beside or not file.endswith(".safetensors"):
             raise ValueError(f"{file!r} is no safetensors file beside it")
     return named
 
@@ -39,12 +43,12 @@ def weight_files(folder: Path) -> dict[str, Path]:
         ValueError: see :func:`weight_map`.
         SafetensorError: a file that is none.
     """
-    if (folder / INDEX).is_file():
-        return {name: folder / file for name, file in weight_map(folder / INDEX).items()}
-    if not (folder / SINGLE).is_file():
+    if (folder / SINGLE).is_file():  # first, as for Transformers and NeMo
+        with safe_open(folder / SINGLE, "pt") as weights:
+            return dict.fromkeys(weights.keys(), folder / SINGLE)
+    if not (folder / INDEX).is_file():
         return {}
-    with safe_open(folder / SINGLE, "pt") as weights:
-        return dict.fromkeys(weights.keys(), folder / SINGLE)
+    return {name: folder / file for name, file in weight_map(folder / INDEX).items()}
 
 
 def save_tensors(state: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

@@ -22,6 +22,7 @@ from nemo_mtbi.errors import CheckpointError, ConfigError
 from nemo_mtbi.modules.causal_lm import lent_embedding
 from nemo_mtbi.parallel.launch import once_per_node
 
+WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
@@ -143,8 +144,9 @@ class PersistenceMixin:
         max_shard_size: str = SHARD,
         **hub: Any,
     ) -> str | None:
-        """Write the directory that ``mtbi export hf=...`` writes (``push_to_hub`` uploads one too), in files of weights
-        of at most ``max_shard_size``.
+        """Write the directory that ``mtbi export hf=...`` writes, in files of weights of at most ``max_shard_size``.
+
+        ``push_to_hub`` uploads one too, in files of the default size (:meth:`push_to_hub`).
 
         Raises:
             CheckpointError: the folder is in use, or the model is one rank's part of it.
@@ -153,6 +155,11 @@ class PersistenceMixin:
             hub.pop(name, None)
         folder = export_directory(self, Path(save_directory), max_shard_size=max_shard_size)
         return self.push_to_hub(repo_id or folder.name, **hub) if push_to_hub else None
+
+    def push_to_hub(self, *args: Any, **hub: Any) -> str:
+        """``huggingface_hub``'s, which also removes the repository's former files of weights, as the number of files
+        may be another one."""
+        return super().push_to_hub(*args, **{"delete_patterns": WEIGHT_PATTERNS, **hub})  # type: ignore[misc]
 
     def merge_lora(self: Any) -> None:
         """Add the LoRA adapters to the LLM's own weights; the model computes the same without them, up to rounding.

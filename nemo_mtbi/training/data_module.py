@@ -28,6 +28,7 @@ from nemo_mtbi.training.sections import (
     BUFFERS,
     SEEDS_APART,
     enough,
+    identity,
     input_entries,
     number_entries,
     numbers_of,
@@ -130,8 +131,9 @@ class Placed(Wrapped):
         for batch, new in told:
             if new is not None:
                 own = self.places[new.worker]
-                own[new.number] = Place(**new.place)
-                own.pop(new.number - KEPT_PLACES, None)
+                own.update(new.places)
+                for number in sorted(own)[:-KEPT_PLACES]:
+                    del own[number]
             yield batch
 
 
@@ -257,10 +259,10 @@ class ResumableData(DataModule):
     def _begin(self, batches: int, kept: dict[str, Any]) -> tuple[int, list[Place | None]]:
         """Segment to begin with where each process that draws has drawn as many, and the places of these processes."""
         workers = max(self.drawing_workers, 1)
-        self.sources = [str(entry.get("cuts_path") or entry.shar_path) for entry in input_entries(self.cfg.train_ds)]
+        self.sources = identity(self.cfg.train_ds)
         layout = {"number": batches // self.segment_batches, "batches": self.segment_batches}
         if self.in_segments and kept.get("places") and kept["sources"] != self.sources:
-            log.warning("What is to be trained on is other than before, so the data is drawn up to its place.")
+            log.warning("The data to train on, or its seeds, are other than before, so it is drawn up to its place.")
         elif self.in_segments and len(kept.get("places", [])) == workers and layout.items() <= kept.items():
             return kept["number"], [Place.unpacked(own) for own in kept["places"]]
         return 0, [None] * workers

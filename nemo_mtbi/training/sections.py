@@ -8,7 +8,7 @@ from lhotse.serialization import open_best
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_mtbi.data.conversation import INPUT_TYPE, weighted_shars
-from nemo_mtbi.data.cut_lines import has_lines
+from nemo_mtbi.data.cut_lines import count_lines, has_lines
 from nemo_mtbi.errors import ConfigError
 
 # In examples, of NeMo's samplers. Lhotse adds the second one to the first.
@@ -16,6 +16,8 @@ BUFFERS = ("bucket_buffer_size", "shuffle_buffer_size", "num_cuts_for_bins_estim
 SHUFFLE_BUFFER = 10_000  # NeMo's default
 SHAR_SHUFFLE_BUFFER = 500
 SEEDS_APART = 1_000_003
+# NeMo's options by which cuts come from places that nobody knows, or the same ones twice.
+WITHOUT_PLACES = ("slice_length", "max_open_streams")
 
 
 def number_entries(section: DictConfig) -> bool:
@@ -33,18 +35,29 @@ def number_entries(section: DictConfig) -> bool:
         number += len(numbers_of(entry))
     if entries and all(has_lines(entry.get("cuts_path")) and "shar_path" not in entry for entry in entries):
         section.shuffle, section.shuffle_buffer_size = False, None
-    sliced = any(part.get("slice_length") for part in parts_of(section))
-    return len(entries) == len(list(sources(section))) and all(map(has_places, entries)) and not sliced
+    whole = not any(part.get(key) for part in parts_with_groups(section) for key in WITHOUT_PLACES)
+    return len(entries) == len(list(sources(section))) and all(map(has_places, entries)) and whole
 
 
 def has_places(entry: DictConfig) -> bool:
-    """Whether an entry can be read from any place on: not a pipe or compressed lines, slices of Shar, or several Shars
-    in the shares of their sizes."""
+    """Whether an entry can be read from any place on: not a pipe or compressed lines, or several Shars in the shares of
+    their sizes."""
     shar = entry.get("shar_path")
     if shar is None:
         return has_lines(entry.get("cuts_path"))
     alone = not OmegaConf.is_list(shar) or len(shar) == 1
-    return (alone or bool(weighted_shars(entry))) and not entry.get("slice_length")
+    return alone or bool(weighted_shars(entry))
+
+
+def identity(section: DictConfig) -> list[str]:
+    """What decides where examples stand in the order of a training section: its sources with their numbers of lines or
+    shards, and seeds."""
+    found = [f"seeds {section.get('seed')} {section.get('shard_seed')}"]
+    for entry in input_entries(section):
+        shar, cuts = entry.get("shar_path"), entry.get("cuts_path")
+        size = len(list(Path(shar).glob("cuts.*"))) if isinstance(shar, str) else count_lines(cuts) if cuts else ""
+        found.append(f"{shar or cuts} {size} {entry.get('order_seed')} {entry.get('dealt')}")
+    return found
 
 
 def order_seed(section: DictConfig) -> int:
@@ -120,13 +133,16 @@ def input_entries(section: DictConfig) -> Iterator[DictConfig]:
 
 def sources(section: DictConfig) -> Iterator[DictConfig]:
     """``input_cfg`` entries of any type, groups excepted."""
-    for part in parts_of(section):
-        queue = list(part.get("input_cfg") or [])
-        while queue:
-            entry = queue.pop()
-            queue += list(entry.get("input_cfg") or [])
-            if not entry.get("input_cfg"):
-                yield entry
+    return (part for part in parts_with_groups(section) if part.get("type") and not part.get("input_cfg"))
+
+
+def parts_with_groups(section: DictConfig) -> Iterator[DictConfig]:
+    """A section, the data sets in it, their groups and the entries of these."""
+    queue = parts_of(section)
+    while queue:
+        part = queue.pop(0)
+        yield part
+        queue += list(part.get("input_cfg") or [])
 
 
 def numbers_of(entry: DictConfig) -> range:

@@ -9,7 +9,10 @@ Letters: E entries of ``input_cfg`` (several Shars with weights in one are as ma
 """
 
 import json
+import logging
+import random
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
@@ -28,7 +31,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from nemo_mtbi.data.conversation import MTBIConversation, Origin
-from nemo_mtbi.training.sections import SEEDS_APART, input_entries, numbers_of
+from nemo_mtbi.training.sections import input_entries, numbers_of
+
+log = logging.getLogger(__name__)
 
 SEGMENT_BATCHES = 1000  # about as many as a process that draws may draw again
 KEPT_PLACES = 3  # the loader's workers are ahead of the steps, by less than two segments
@@ -98,11 +103,12 @@ class SectionSampler:
 
     def __call__(self, number: int, place: Place | None, waiting: bool = False) -> Any:
         own = self.section.copy()
-        own.shard_seed = resolve_seed(self.seed) + SEEDS_APART * number
+        # Not a sum: seeds of ranks differ by a constant.
+        own.shard_seed = random.Random(f"{resolve_seed(self.seed)}/{number}").randrange(2**31)
         if self.bins is not None:
             own.bucket_duration_bins = self.bins
         if waiting:
-            own.force_finite, own.max_open_streams = True, None
+            own.force_finite = True
         if place is not None:
             for entry in input_entries(own):
                 entry.place = (place.waiting_of if waiting else place.last_of)(numbers_of(entry))
@@ -116,11 +122,12 @@ class Drawn:
     def __init__(self, cuts: CutSet, waiting: Sequence[MTBIConversation], last: Tensor) -> None:
         self.cuts = cuts
         self.last: list[list[int]] = last.tolist()
-        self.first = list(waiting)
+        self.first = deque(waiting)
         self.waiting = {example.origin: example for example in waiting}
 
     def __iter__(self) -> Iterator[MTBIConversation]:
-        yield from self.first
+        while self.first:
+            yield self.first.popleft()  # and keep none that is trained on: they may hold their audio
         for example in self.cuts:
             origin = example.origin
             assert origin is not None
@@ -165,6 +172,7 @@ class Segments:
         for number in count(first):
             sampler = self.sampler_of(number, place)
             drawn = Drawn(sampler.cuts[0], waiting, (place or Place.beginning(self.entries)).last)
+            waiting = []
             sampler.cuts = (CutSet(drawn), *sampler.cuts[1:])
             for taken, batch in enumerate(islice(sampler, self.batches), 1):
                 drawn.taken(batch)
@@ -181,21 +189,25 @@ class Segments:
         if place is None or not len(place.waiting):
             return []
         found = {example.origin: example for example in self.sampler_of(0, place, waiting=True).cuts[0]}
-        return [found[Origin(*row)] for row in place.waiting.tolist()]
+        waiting = [found[origin] for row in place.waiting.tolist() if (origin := Origin(*row)) in found]
+        if lacking := len(place.waiting) - len(waiting):
+            log.warning(
+                f"{lacking} of {len(place.waiting)} examples that were still to be trained on are left out, as the "
+                "configuration or the targets of now have it."
+            )
+        return waiting
 
 
 @dataclass
-class NewPlace:
-    """What a loader's ``worker`` tells with a batch: the ``place`` of its segment of a ``number``, which it has come
-    to."""
+class NewPlaces:
+    """What a loader's ``worker`` tells with a batch: the places of the segments that it has come to, by number."""
 
     worker: int
-    number: int
-    place: dict[str, Tensor]
+    places: dict[int, Place]
 
 
 class DrawnByWorkers(IterableDataset):
-    """Batches that a loader's workers draw and read, each with a :class:`NewPlace` or None.
+    """Batches that a loader's workers draw and read, each with :class:`NewPlaces` or None.
 
     Args:
         dataset: reads a batch.
@@ -205,14 +217,13 @@ class DrawnByWorkers(IterableDataset):
     def __init__(self, dataset: Dataset, sources: Sequence[Iterable[CutSet]]) -> None:
         self.dataset, self.sources = dataset, sources
 
-    def __iter__(self) -> Iterator[tuple[Any, NewPlace | None]]:
+    def __iter__(self) -> Iterator[tuple[Any, NewPlaces | None]]:
         info = get_worker_info()
         worker = info.id if info else 0
         source: Any = self.sources[worker]
         told = -1
         for batch in source:
             places: dict[int, Place | None] = getattr(source, "places", {})
-            newest = max(places, default=-1)
-            place = places.get(newest) if newest > told else None
-            told = newest
-            yield self.dataset[batch], None if place is None else NewPlace(worker, newest, vars(place))
+            new = {number: place for number, place in places.items() if number > told and place is not None}
+            told = max(places, default=told)
+            yield self.dataset[batch], NewPlaces(worker, new) if new else None

@@ -7,9 +7,11 @@ import os
 import shutil
 import stat
 import tarfile
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
@@ -227,15 +229,42 @@ def test_damage_to_one_of_several_files_is_named(in_files, tmp_path):
     broken("is damaged", lambda folder: (folder / INDEX).write_text(index.read_text()[:50]))
     broken("has no weight_map", mapped(weight_map=[]))
     name = next(iter(said["weight_map"]))
-    for file in ("../x.safetensors", "/etc/passwd", 7):
+    (tmp_path / "d.safetensors").mkdir()
+    for file in ("../x.safetensors", "/etc/passwd", 7, "d.safetensors"):
         with pytest.raises(ValueError, match="no safetensors file beside it"):
             (tmp_path / INDEX).write_text(json.dumps({"weight_map": {name: file}}))
             weight_files(tmp_path)
+    broken("brackets are too deep", lambda folder: (folder / INDEX).write_text("[" * 100_000))
+    broken("of two exports", lambda folder: (folder / SINGLE).write_bytes(first.read_bytes()))
     del said["weight_map"][name]
     broken("lack 1 tensors", mapped())
 
 
-@pytest.mark.parametrize("size", ["50", "x GB", "", 0, -1, None, [1]])
+def test_files_of_two_exports_are_told_apart(exported, in_files, tmp_path):
+    """As an interrupted copy over an older export leaves them."""
+    other = save_directory(exported[0], tmp_path / "other", max_shard_size="20KB")
+    first, *_ = sorted(other.glob("*.safetensors"))
+    shutil.copy(first, in_files)
+    assert max_abs_logit_difference(exported[0], MTBISALM.restore_from(in_files)) < 1e-5  # it is not looked at
+    shutil.copy(other / INDEX, in_files)
+    with pytest.raises(CheckpointError, match="lacks a file of its weights"):
+        MTBISALM.restore_from(in_files)
+
+
+def test_an_upload_removes_former_files_of_weights(exported, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **_: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **given: asked.update(given) or "url")
+    assert exported[0].push_to_hub("me/model", private=True) == "url"
+    assert asked["delete_patterns"] == ["*.safetensors", "*.safetensors.index.json"]
+
+
+def test_a_folder_without_weights_has_no_digest(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no safetensors weights"):
+        digest(tmp_path)
+
+
+@pytest.mark.parametrize("size", ["50", "x GB", "", "0GB", "-1GB", 0, -1, None, [1], True, float("inf")])
 def test_a_size_of_files_that_is_none_is_refused(exported, tmp_path, size):
     with pytest.raises(ConfigError, match="max_shard_size"):
         save_directory(exported[0], tmp_path / "hf", max_shard_size=size)

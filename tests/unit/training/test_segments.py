@@ -1,6 +1,9 @@
 """Batches are drawn in segments: nothing is lost or doubled between them, and a resumed run draws little again."""
 
+import gc
+import gzip
 import random
+import weakref
 from collections import Counter
 from itertools import islice
 from types import SimpleNamespace
@@ -164,25 +167,28 @@ def test_what_waits_at_the_end_of_a_segment_is_not_read_again(manifests, model, 
     assert not read
 
 
-def test_a_shar_that_lost_its_shards_is_named(manifests, model):
+def test_a_shar_whose_shards_lost_cuts_is_named(manifests, model):
     stopped = drawing(model, manifests, shar=True)
     batches(stopped, 4)
     state = state_at(stopped, 4)
-    for shard in sorted((manifests / "shar0").glob("*"))[1:]:
-        if ".000000." not in shard.name:
-            shard.unlink()
+    for shard in (manifests / "shar0").glob("cuts.*"):
+        shard.write_bytes(gzip.compress(gzip.decompress(shard.read_bytes()).splitlines(keepends=True)[0]))
     with pytest.raises(DataError, match="Did the Shar change since the run was stopped"):
         batches(drawing(model, manifests, 4, shar=True, kept=state), 1)
 
 
 def test_what_has_no_places_is_drawn_up_to_its_place(manifests, model):
-    """Slices of shards, and several Shars in the shares of their sizes."""
+    """Slices of shards, several Shars in the shares of their sizes, and streams that may be opened twice."""
     paths = [as_shar(manifests, 0), as_shar(manifests, 1)]
-    sliced = {"slice_length": 3}
+    sliced, few = {"slice_length": 3}, {"max_open_streams": 2}
+    each = [{"type": "mtbi", "shar_path": path, "weight": 1.0} for path in paths]
+    both = {"type": "group", "input_cfg": each}
     for entry, more in (
         ({"shar_path": paths[0], **sliced}, {}),
         ({"shar_path": paths[0]}, sliced),
         ({"shar_path": paths}, {}),
+        ({**both, **few}, {}),
+        (both, few),
     ):
         section = {"batch_size": 2, "shuffle_buffer_size": 8, **more}
         whole = training_data(model, [entry], **section)
@@ -222,7 +228,7 @@ def test_a_manifest_that_lost_its_lines_is_named(manifests, model):
     batches(stopped, 4)
     state = state_at(stopped, 4)
     lines = (manifests / "0.jsonl").read_text().splitlines()
-    (manifests / "0.jsonl").write_text(lines[0] + "\n")
+    (manifests / "0.jsonl").write_text(lines[0] + "\n" * len(lines))
     with pytest.raises(DataError, match="still to be trained on"):
         batches(drawing(model, manifests, 4, kept=state), 1)
 
@@ -245,6 +251,84 @@ def test_given_buckets(manifests, model):
     two = {"bucket_duration_bins": [[40, 10], [200, 60]], "bucket_batch_size": [3, 2], "batch_size": None}
     found = batches(drawing(model, manifests, **two, measure_total_length=False), 8)
     assert len(found) == 8
+
+
+@pytest.mark.parametrize("shar", [False, True])
+@pytest.mark.parametrize("change", [{"max_duration": 0.45}, {"tasks": {"repeat": 0.05, "other": 1.0}}])
+def test_what_the_configuration_has_no_more_is_left_out(manifests, model, shar, change, caplog):
+    stopped = drawing(model, manifests, mixed=True, shar=shar)
+    batches(stopped, 10)
+    state = state_at(stopped, 10)
+    resumed = drawing(model, manifests, 10, kept=state, mixed=True, shar=shar, **change)
+    if "tasks" in change:
+        del resumed.cfg.train_ds["tasks"]
+        for entry in resumed.cfg.train_ds.input_cfg:
+            entry.tasks = change["tasks"]
+    assert len(batches(resumed, 5)) == 5 and resumed.first_segment
+    assert "examples that were still to be trained on are left out" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["lines", "seed", "batch_size", "shards"])
+def test_where_the_order_is_another_one_places_mean_nothing(manifests, model, change, caplog):
+    shar = change == "shards"
+    stopped = drawing(model, manifests, shar=shar)
+    batches(stopped, 10)
+    state = state_at(stopped, 10)
+    more = {"seed": {"shard_seed": 8}, "batch_size": {"batch_size": 3}}.get(change, {})
+    if change == "lines":
+        lines = (manifests / "0.jsonl").read_text()
+        (manifests / "0.jsonl").write_text(lines + lines.splitlines()[0].replace("m0u0", "m0u20") + "\n")
+    if shar:
+        for file in (manifests / "shar0").glob("*.000001.*"):
+            file.rename(file.with_name(file.name.replace("000001", "000009")))
+        for file in (manifests / "shar0").glob("*.000004.*"):
+            file.unlink()
+    resumed = drawing(model, manifests, 10, kept=state, shar=shar, **more)
+    assert len(batches(resumed, 5)) == 5 and resumed.first_segment == 0
+    assert "other than before" in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_unreadable_recordings_and_segments(manifests, model, workers):
+    """A batch of them is no batch for training, but one for who draws. Resumed twice."""
+    for name in ("0_3", "0_7", "0_11", "1_2", "1_5"):
+        (manifests / f"{name}.wav").write_bytes(b"no recording")
+    changes = {"mixed": True, "batch_size": 1, "workers": workers, "force_iterable_dataset": workers > 0}
+    whole = drawing(model, manifests, **changes)
+    expected = batches(whole, 36)
+    assert len(whole.readable.places) > 3
+    for step in (5, 9, 18, 26):
+        stopped = drawing(model, manifests, **changes)
+        batches(stopped, step + 3)  # read ahead
+        resumed = drawing(model, manifests, step, kept=state_at(stopped, step), **changes)
+        assert same(batches(resumed, 6), expected[step : step + 6])
+        again = drawing(model, manifests, step + 5, kept=state_at(resumed, step + 5), **changes)
+        assert same(batches(again, 4), expected[step + 5 : step + 9])
+        assert again.first_segment
+
+
+def test_what_was_trained_on_is_not_kept(manifests, model, monkeypatch):
+    """Examples of Shar hold their audio."""
+    trained, taken = [], segments.Drawn.taken
+
+    def noted(self, batch):
+        trained.extend(weakref.ref(example) for example in batch)
+        taken(self, batch)
+
+    monkeypatch.setattr(segments.Drawn, "taken", noted)
+    monkeypatch.setattr(ResumableData, "segment_batches", 10)
+    for _ in islice(iter(drawing(model, manifests, shar=True).train_dataloader()), 30):
+        gc.collect()
+        assert sum(reference() is not None for reference in trained) <= 4  # batches of 2: that of now
+
+
+def test_segments_ranks_and_workers_draw_by_seeds_of_their_own(manifests, model):
+    found = []
+    for rank in range(4):
+        data = drawing(model, manifests, shar=True, rank=rank, ranks=4)
+        sampler_of = data.train_dataloader()._source.dataset.sources[0].sampler_of
+        found += [sampler_of(number, None).seed for number in range(4)]
+    assert len(set(found)) == 16
 
 
 @pytest.mark.parametrize("waiting", [0, 4000])

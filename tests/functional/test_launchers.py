@@ -194,8 +194,10 @@ def results(trained, targets):
 
 @pytest.fixture(scope="module")
 def exported(root, trained, results):
-    """m.nemo, hf and small, with a card of the results."""
-    launch("export", f"run={trained}", f"nemo={root}/m.nemo", f"hf={root}/hf", f"trainable_only={root}/small")
+    """m.nemo, hf and small, with a card of the results; weights in several files."""
+    targets = [f"nemo={root}/m.nemo", f"hf={root}/hf", f"trainable_only={root}/small"]
+    launch("export", f"run={trained}", *targets, "max_shard_size=50KB")
+    assert len(list((root / "hf").glob("*.safetensors"))) > 2
     return root
 
 

@@ -8,7 +8,7 @@ import soundfile
 from lhotse import CutSet, Recording
 from nemo.collections.common.data.lhotse.dataloader import resample as nemo_resample
 
-from nemo_mtbi.data.audio import CANCELLED, DC_OFFSET, load_waveform, mono, mono_samples, resample
+from nemo_mtbi.data.audio import CANCELLED, DC_OFFSET, load_waveform, mean_energies, mono, mono_samples, resample
 from nemo_mtbi.errors import DataError
 from nemo_mtbi.preparation.sources import utterance_cut
 from nemo_mtbi.serving.audio import decode_audio
@@ -123,6 +123,17 @@ def test_a_part_of_a_resampled_cut(tmp_path, rate):
         heard = mono_samples(part, RATE)
         assert abs(len(heard) - 0.7 * RATE) <= 2
         assert np.abs(heard[200:11_000] - speech(3.0)[RATE + 200 : RATE + 11_000]).max() < 5e-3
+
+
+@pytest.mark.parametrize("channels, samples", [(1, 0), (2, 0), (1, 1), (1, 2**16), (2, 2**16 + 1), (3, 500_000)])
+def test_energies_are_those_of_float64_sums(channels, samples):
+    audio = np.random.default_rng(0).standard_normal((samples, channels)).astype(np.float32).T  # as decoders give it
+    expected = (audio.astype(np.float64) ** 2).sum(1) / max(1, samples)
+    assert mean_energies(audio) == pytest.approx(expected, rel=1e-5)
+    if samples:
+        loud, broken = audio * np.float32(1e25), audio * np.float32("nan")
+        assert mean_energies(loud) == pytest.approx(expected * 1e50, rel=1e-5)
+        assert np.isnan(mean_energies(broken)).all()
 
 
 def test_samples_of_another_byte_order_are_refused():

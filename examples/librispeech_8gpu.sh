@@ -24,6 +24,6 @@ python -m nemo_mtbi.examples.train output_dir="$D/train" data.cached_features=tr
   data.train_ds.input_cfg.0.cuts_path="$D/targets/train.jsonl" \
   data.validation_ds.datasets.held_out.input_cfg.0.cuts_path="$D/targets/validation.jsonl" \
   trainer.devices=8 trainer.max_steps=20000 \
-  alignment_stage.trainer.max_steps=5000 data.train_ds.num_workers=4
+  alignment_stage.trainer.max_steps=5000
 python -m nemo_mtbi.examples.evaluate run="$D/train" cached_features=true "cuts={held_out: $D/targets/held_out.jsonl}"
 python -m nemo_mtbi.examples.export run="$D/train" nemo="$D/model.nemo" hf="$D/hf"

@@ -36,6 +36,7 @@ from nemo_mtbi.training.sections import (
     parts_of,
     seed_of,
     shuffle_buffer,
+    workers_of,
     workers_that_draw,
 )
 from nemo_mtbi.training.segments import (
@@ -49,6 +50,7 @@ from nemo_mtbi.training.segments import (
 
 log = logging.getLogger(__name__)
 
+SECTIONS = ("train_ds", "validation_ds")
 UNREADABLE_BATCHES = 10
 
 
@@ -329,6 +331,8 @@ def data_module(
     cached = cfg.pop("cached_features")
     connector = connector_of(model.perception)
     emits_tokens = connector is not None and connector.emits_tokens
+    for section in (name for name in SECTIONS if name in cfg):
+        cfg[section].num_workers = workers_of(cfg[section])
     drawing_workers = workers_that_draw(cfg.get("train_ds"))
     shared = drawing_workers == 0
     seed = order_seed(cfg.get("train_ds") or OmegaConf.create())
@@ -340,7 +344,7 @@ def data_module(
         log.warning(
             "data.train_ds.concurrent_bucketing=true: no run, and no resumed one, draws the same batches again."
         )
-    for section in ("train_ds", "validation_ds"):
+    for section in SECTIONS:
         if section in cfg:
             cfg[section].prompt_format = model.cfg.prompt_format
             cfg[section].audio_locator_tag = model.audio_locator_tag

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+import torch
 from lhotse.serialization import open_best
 from omegaconf import DictConfig, OmegaConf
 
@@ -16,6 +17,7 @@ BUFFERS = ("bucket_buffer_size", "shuffle_buffer_size", "num_cuts_for_bins_estim
 SHUFFLE_BUFFER = 10_000  # NeMo's default
 SHAR_SHUFFLE_BUFFER = 500
 SEEDS_APART = 1_000_003
+WORKERS_BESIDE_GPU = 4
 # NeMo's options by which cuts come from places that nobody knows, or the same ones twice.
 WITHOUT_PLACES = ("slice_length", "max_open_streams")
 
@@ -94,6 +96,21 @@ def shuffle_buffer(section: DictConfig) -> int | None:
     if not reads_shar(section):
         return SHUFFLE_BUFFER
     return None if section.get("use_bucketing") else SHAR_SHUFFLE_BUFFER
+
+
+def workers_of(section: DictConfig) -> int:
+    """``num_workers`` of a section; ``auto``: some where steps run on a GPU, whose batches are then read beside them.
+    The same number on every machine with GPUs, as resumed runs need.
+
+    Raises:
+        ConfigError: neither ``auto`` nor a number of processes.
+    """
+    given = section.get("num_workers")
+    if given == "auto":
+        return WORKERS_BESIDE_GPU if torch.cuda.is_available() else 0
+    if given is not None and (type(given) is not int or given < 0):
+        raise ConfigError(f"num_workers={given!r}: a number of processes that read the data (0: none), or auto.")
+    return given or 0
 
 
 def workers_that_draw(section: DictConfig | None) -> int:

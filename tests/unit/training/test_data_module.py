@@ -274,6 +274,24 @@ def test_one_process_of_a_job_counts_the_transcripts(many, model, tmp_path, monk
     assert len(counted) == 1 and all(r == results[0] for r in results) and len(results[0]) > 3
 
 
+@pytest.mark.parametrize(
+    ("given", "gpu", "workers"), [("auto", True, 4), ("auto", False, 0), (3, True, 3), (None, True, 0)]
+)
+def test_workers_read_beside_a_gpu(model, many, monkeypatch, given, gpu, workers):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    section = OmegaConf.create({"input_cfg": [{"type": "mtbi", "cuts_path": str(many)}], "num_workers": given})
+    cfg = {"cached_features": False, "train_ds": section, "validation_ds": section}
+    data = data_module(OmegaConf.create(cfg), model)
+    assert data.cfg.train_ds.num_workers == data.cfg.validation_ds.num_workers == workers
+
+
+@pytest.mark.parametrize("given", ["many", -1, 1.5, True])
+def test_a_number_of_workers_that_is_none_is_refused(model, many, given):
+    section = {"input_cfg": [{"type": "mtbi", "cuts_path": str(many)}], "num_workers": given}
+    with pytest.raises(ConfigError, match="num_workers"):
+        data_module(OmegaConf.create({"cached_features": False, "train_ds": section}), model)
+
+
 def test_a_skipping_sampler_travels_to_spawned_workers():
     copy = pickle.loads(pickle.dumps(LaterBatches([1, 2, 3], 1)))
     assert list(copy) == [2, 3]

@@ -109,7 +109,7 @@ DRAWN_BY_WORKERS = [
 def test_a_resumed_run_goes_on_with_the_next_batch(manifests, model, changes):
     expected = batches(drawing(model, manifests, **changes), 26)
     drawing_processes = 1 if changes in DRAWN_HERE else max(changes.get("workers", 0), 1)
-    for step in (2, 3, 13, 25):
+    for step in (2, 3, 13, 25) if drawing_processes == 1 else (SEGMENT * drawing_processes, 13):
         stopped = drawing(model, manifests, **changes)
         batches(stopped, step)
         states = state_at(stopped, step)
@@ -297,7 +297,7 @@ def test_unreadable_recordings_and_segments(manifests, model, workers):
     whole = drawing(model, manifests, **changes)
     expected = batches(whole, 36)
     assert len(whole.readable.places) > 3
-    for step in (5, 9, 18, 26):
+    for step in (5, 9, 18, 26) if not workers else (26,):
         stopped = drawing(model, manifests, **changes)
         batches(stopped, step + 3)  # read ahead
         resumed = drawing(model, manifests, step, kept=state_at(stopped, step), **changes)
@@ -317,7 +317,9 @@ def test_what_was_trained_on_is_not_kept(manifests, model, monkeypatch):
 
     monkeypatch.setattr(segments.Drawn, "taken", noted)
     monkeypatch.setattr(ResumableData, "segment_batches", 10)
-    for _ in islice(iter(drawing(model, manifests, shar=True).train_dataloader()), 30):
+    for number, _ in enumerate(islice(iter(drawing(model, manifests, shar=True).train_dataloader()), 30)):
+        if number % 10 != 8:
+            continue
         gc.collect()
         assert sum(reference() is not None for reference in trained) <= 4  # batches of 2: that of now
 

@@ -1,14 +1,14 @@
 """Opening a model whose every weight is in its files: no random initialization, no copy of the file."""
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
+
+from nemo_mtbi.io.tensors import read_tensors
 
 FROZEN_PARTS = ("llm.", "embed_tokens.", "perception.encoder.")  # large, and plain parameters
 
@@ -33,15 +33,10 @@ def fill(model: Any, files: Mapping[str, Path]) -> None:
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     rest = {}
-    held: dict[Path, list[str]] = defaultdict(list)
-    for name, file in files.items():
-        held[file].append(name)
-    for file, names in held.items():
-        with safe_open(file, "pt") as weights:
-            for name in names:
-                tensor, parameter = weights.get_tensor(name), parameters.get(name)
-                if parameter is not None and name.startswith(FROZEN_PARTS) and tensor.shape == parameter.shape:
-                    parameter.data = tensor.to(parameter.dtype)
-                else:
-                    rest[name] = tensor
+    for name, tensor in read_tensors(files):
+        parameter = parameters.get(name)
+        if parameter is not None and name.startswith(FROZEN_PARTS) and tensor.shape == parameter.shape:
+            parameter.data = tensor.to(parameter.dtype)
+        else:
+            rest[name] = tensor
     model.load_state_dict(rest, strict=False)

@@ -4,6 +4,8 @@ import json
 import shutil
 import stat
 import uuid
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -49,6 +51,17 @@ def weight_files(folder: Path) -> dict[str, Path]:
     if not (folder / INDEX).is_file():
         return {}
     return {name: folder / file for name, file in weight_map(folder / INDEX).items()}
+
+
+def read_tensors(files: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors by name, of safetensors files that are opened once each; they lie in the mapped files."""
+    held: dict[Path, list[str]] = defaultdict(list)
+    for name, file in files.items():
+        held[file].append(name)
+    for file, names in held.items():
+        with safe_open(file, "pt") as weights:
+            for name in names:
+                yield name, weights.get_tensor(name)
 
 
 def save_tensors(state: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

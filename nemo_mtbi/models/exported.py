@@ -17,11 +17,11 @@ from nemo_mtbi.checkpoints.exported import (
     local_config,
     module_class,
     require_every_weight,
-    weights_of,
 )
 from nemo_mtbi.checkpoints.fast_loading import fill, without_initialization
 from nemo_mtbi.config import model_config
 from nemo_mtbi.data.chat_template import ChatTemplateFormat
+from nemo_mtbi.io.tensors import weight_files
 from nemo_mtbi.models.generation import SpeechLLM
 from nemo_mtbi.modules.causal_lm import read_generation_config
 from nemo_mtbi.modules.perception import connector_of, encoder_frame_seconds, fusion_of, window_seconds
@@ -120,7 +120,7 @@ class ExportedSpeechLLM(SpeechLLM):
             self.perception = Perception(OmegaConf.create(cfg["perception"]))
         self.perception.encoder.to(getattr(torch, config.encoder_dtype))
         self.frame_seconds = encoder_frame_seconds(self.perception)
-        fill(self, weights_of(folder))
+        fill(self, weight_files(folder))  # as checked when the folder was opened
         self.requires_grad_(False)
         connector = connector_of(self.perception)
         assert connector is not None

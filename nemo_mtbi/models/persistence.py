@@ -5,7 +5,6 @@ from typing import Any, Self
 
 from huggingface_hub import snapshot_download
 from omegaconf import open_dict
-from safetensors import safe_open
 
 from nemo_mtbi.checkpoints.archive import SHARD, save_nemo
 from nemo_mtbi.checkpoints.archive import save_directory as export_directory
@@ -19,6 +18,7 @@ from nemo_mtbi.checkpoints.fast_loading import fill, without_initialization
 from nemo_mtbi.checkpoints.run_directory import RunDirectory
 from nemo_mtbi.checkpoints.trained_state import MERGED_LORA
 from nemo_mtbi.errors import CheckpointError, ConfigError
+from nemo_mtbi.io.tensors import read_tensors
 from nemo_mtbi.modules.causal_lm import lent_embedding
 from nemo_mtbi.parallel.launch import once_per_node
 
@@ -123,12 +123,8 @@ class PersistenceMixin:
         model: Any = cls(cfg)  # type: ignore[call-arg]
         model.llm_weights = folder
         model.configure_model()
-        state = {}
-        for name, file in files.items():
-            if "lora_" in name or not name.startswith(("llm.", "embed_tokens.")):
-                with safe_open(file, "pt") as weights:
-                    state[name] = weights.get_tensor(name)
-        model.load_trained_state(state)
+        rest = {n: f for n, f in files.items() if "lora_" in n or not n.startswith(("llm.", "embed_tokens."))}
+        model.load_trained_state(dict(read_tensors(rest)))
         return model.to(map_location)
 
     def save_to(self, path: str | Path) -> Path:
